@@ -1,0 +1,38 @@
+"""Sparse recurrent networks: pruned while they train, packed small, measured.
+
+The names below are the public interface; everything else may change without notice. They are imported
+on first use, so that ``import srnn`` stays light and ``srnn.load`` needs no training stack.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from srnn.deploy.packed import load as load
+    from srnn.errors import UserError as UserError
+    from srnn.pruning.callback import PruningCallback as PruningCallback
+    from srnn.pruning.pruner import Pruner as Pruner
+    from srnn.registry import register as register
+
+_HOME = {
+    "Pruner": "srnn.pruning.pruner",
+    "PruningCallback": "srnn.pruning.callback",
+    "UserError": "srnn.errors",
+    "load": "srnn.deploy.packed",
+    "register": "srnn.registry",
+}
+__all__ = ["Pruner", "PruningCallback", "UserError", "__version__", "load", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'srnn' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,77 @@
+"""``python -m srnn [command] [options]``; no command means train."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from srnn.errors import Aborted, UserError, did_you_mean
+
+COMMANDS = {
+    "train": "train, prune, pack, measure, report (the default)",
+    "evaluate": "score a run's packed file on its validation and test text",
+    "generate": "write text with a run's packed file",
+    "list": "every model, dataset, pruning method, kernel and optimiser, with options",
+}
+
+HELP = """usage: python -m srnn [command] [options]      (or just: srnn ...)
+
+commands:
+{commands}
+
+examples:
+  srnn model=gru pruning=gradual                        the main job
+  srnn model=lstm model.hidden_size=512 seed=1          options are group.option=value
+  srnn dataset=text dataset.path=book.txt               your own text
+  srnn -m pruning=none,gradual,hard seed=0,1            a sweep
+  srnn evaluate run=outputs/RUN
+  srnn generate --run outputs/RUN --prompt "def f(x):"
+
+`srnn list` shows all names and options; `srnn COMMAND --help` those of a command. `--cfg job` prints the
+config instead of running it. SRNN_DEBUG=1 shows tracebacks; SRNN_CACHE names the cache folder."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 the user's mistake, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["--help"], ["-h"], ["help"]):
+        print(HELP.format(commands="\n".join(f"  {name:10}{word}" for name, word in COMMANDS.items())))
+        return 0
+    try:
+        return _dispatch(argv)
+    except (UserError, Aborted) as error:
+        if os.environ.get("SRNN_DEBUG") == "1":
+            raise
+        print(f"srnn: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("srnn: interrupted; what was written so far is whole.", file=sys.stderr)
+        return 130
+
+
+def _dispatch(argv: list[str]) -> int:
+    command = "train"
+    if argv and not argv[0].startswith("-") and "=" not in argv[0] and not argv[0].startswith("~"):
+        command = argv.pop(0)
+    if command not in COMMANDS:
+        raise UserError(f"{command}: no such command.{did_you_mean(command, COMMANDS)} There are: {', '.join(COMMANDS)}.")
+    _load_plugins(argv)
+    module = importlib.import_module(f"srnn.commands.{command}")
+    return int(module.main(argv))
+
+
+def _load_plugins(argv: list[str]) -> None:
+    from srnn.config import plugin_folders
+    from srnn.registry import register
+
+    if "srnn.plugins=off" in argv:
+        return
+    register.load_plugins(plugin_folders())
+    for path, reason in register.broken_plugins.items():
+        print(f"srnn: plug-in {path} is left out: {reason}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The commands of ``python -m srnn``, a file each."""

@@ -1,0 +1,237 @@
+"""A run's config: composed by Hydra, checked against the registry before anything else happens."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from srnn.errors import UserError, did_you_mean
+from srnn.registry import KINDS, Component, Option, Range, check_options, register
+
+PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The training loop."""
+
+    max_epochs: Annotated[int, Range(ge=1, le=1_000_000)] = 8
+    gradient_clip_val: Annotated[float, Range(gt=0)] | None = 1.0
+    limit_train_batches: Annotated[int, Range(ge=1)] | None = None
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Weights & Biases."""
+
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    project: str = "srnn"
+    group: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class PackedConfig:
+    """The packed file."""
+
+    values: Literal["fp32", "fp16"] = "fp16"
+
+
+@dataclass(frozen=True)
+class SrnnConfig:
+    """srnn itself."""
+
+    plugins: Literal["on", "off"] = "on"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole config, checked. Components are mappings of ``name`` and options, complete with defaults."""
+
+    model: dict[str, Any]
+    dataset: dict[str, Any]
+    pruning: dict[str, Any]
+    kernel: dict[str, Any]
+    optimizer: dict[str, Any]
+    trainer: TrainerConfig
+    tracking: TrackingConfig
+    packed: PackedConfig
+    srnn: SrnnConfig
+    seed: Annotated[int, Range(ge=0, le=2**32 - 1)] = 0
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any]) -> Settings:
+        """Check a plain config. Raises UserError for the first thing wrong."""
+        root = _options(cls)
+        given = check_options({k: Option(k, Any) if k in _SECTIONS or k in KINDS else root[k] for k in root}, config, "")
+        for key in (*KINDS, *_SECTIONS):
+            if not isinstance(given[key], Mapping):
+                raise UserError(f"{key}={given[key]!r} must be a mapping, such as {key}.OPTION=value.")
+        parts: dict[str, Any] = {kind: register.check(kind, given[kind]) for kind in KINDS}
+        sections = {key: make(**check_options(_options(make), given[key], key)) for key, make in _SECTIONS.items()}
+        return cls(**parts, **sections, seed=given["seed"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data again."""
+        return {
+            key: dict(vars(value)) if key in _SECTIONS else value for key, value in vars(self).items()
+        }
+
+
+_SECTIONS: dict[str, type] = {
+    "trainer": TrainerConfig,
+    "tracking": TrackingConfig,
+    "packed": PackedConfig,
+    "srnn": SrnnConfig,
+}
+# What `group=name` can choose: components, and presets of a section.
+GROUPS = (*KINDS, "trainer", "tracking")
+
+
+def _options(section: type) -> dict[str, Option]:
+    return Component("", "", section, "").options
+
+
+def conf_folder() -> Path:
+    """The folder with the YAML files: inside an installed package, or beside it in a checkout."""
+    inside = PACKAGE / "conf"
+    return inside if inside.is_dir() else PACKAGE.parent / "conf"
+
+
+def plugin_folders() -> list[Path]:
+    """Where plug-in files are looked for: srnn's own, then ``plugins/`` in the working directory."""
+    inside = PACKAGE / "plugins"
+    return [inside if inside.is_dir() else PACKAGE.parent / "plugins", Path.cwd() / "plugins"]
+
+
+def presets(group: str) -> list[str]:
+    """The names ``group=`` takes: YAML files, and registered components without one."""
+    files = [path.stem for path in (conf_folder() / group).glob("*.yaml")]
+    return sorted({*files, *(register.names(group) if group in KINDS else [])})
+
+
+def slug(text: str) -> str:
+    """A name for a folder: only letters, digits, dot, underscore and dash; at most 100 of them."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", str(text)).strip("-.")[:100] or "run"
+
+
+def connect_hydra() -> None:
+    """Tell Hydra about our resolver and about components that have no YAML file."""
+    OmegaConf.register_new_resolver("slug", slug, replace=True)
+    store = ConfigStore.instance()
+    for kind in KINDS:
+        for name in register.names(kind):
+            if not (conf_folder() / kind / f"{name}.yaml").exists():
+                store.store(group=kind, name=name, node=register.get(kind, name).defaults())
+
+
+def check_command_line(argv: Sequence[str]) -> None:
+    """Compose and check every job a command line asks for, before Hydra starts the first.
+
+    Raises:
+        UserError: the first mistake in any of them.
+    """
+    arguments = get_args_parser().parse_args(list(argv))
+    overrides = [_parse(text) for text in arguments.overrides]
+    for override in overrides:
+        if override.is_sweep_override() and not arguments.multirun:
+            raise UserError(f"{override.input_line}: several values make a sweep; add -m, or quote the value to mean one.")
+    for job in _jobs(overrides):
+        compose_settings(job)
+
+
+def _parse(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise UserError(f"{text}: not an override such as model.hidden_size=256: {_first_line(error)}") from None
+
+
+def _jobs(overrides: Sequence[Override]) -> list[list[str]]:
+    """The override lists of all jobs of a sweep; a single one where nothing is swept."""
+    choices = []
+    for override in overrides:
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([str(override.input_line)])
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def compose_settings(overrides: Sequence[str]) -> Settings:
+    """The checked config of one job. Raises UserError."""
+    parsed = [_parse(text) for text in overrides]
+    chosen = [o for o in parsed if o.key_or_group in GROUPS]
+    for override in chosen:
+        value, names = str(override.value()), presets(override.key_or_group)
+        if value not in names:
+            group = override.key_or_group
+            raise UserError(f"{group}={value}: no {group} has that name.{did_you_mean(value, names)} There are: {', '.join(names)}.")
+    base = _compose([str(o.input_line) for o in chosen])
+    for override in parsed:
+        key = str(override.key_or_group)
+        if override not in chosen and not key.startswith("hydra.") and not override.is_add():
+            _check_key(key, base)
+    return Settings.check(_plain(_compose(overrides)))
+
+
+def _check_key(key: str, base: DictConfig) -> None:
+    """Refuse a key that the config does not have, naming the nearest one it has."""
+    node: Any = base
+    for depth, part in enumerate(key.split(".")):
+        if not isinstance(node, DictConfig) or part not in node:
+            path = key.split(".")[:depth]
+            allowed = [str(k) for k in node] if isinstance(node, DictConfig) else []
+            where = ".".join(path) or "the config"
+            where += f"={node['name']}" if isinstance(node, DictConfig) and "name" in node and where in KINDS else ""
+            raise UserError(
+                f"{key}: unknown option of {where}.{did_you_mean(part, allowed)} "
+                f"Allowed: {', '.join(k for k in allowed if k != 'name') or 'nothing'}."
+            )
+        node = None if OmegaConf.is_missing(node, part) else node[part]
+        if node is None or (isinstance(node, DictConfig) and key.startswith("pruning.q.")):
+            return
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    connect_hydra()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_folder().resolve()), version_base="1.3"):
+            return compose("config", list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_first_line(error)) from None
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_first_line(error)) from None
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items() if key != "hydra"}
+
+
+def settings_of(config: DictConfig) -> Settings:
+    """Check what Hydra hands to a job."""
+    return Settings.check(_plain(config))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") + "."

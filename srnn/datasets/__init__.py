@@ -1,0 +1,7 @@
+"""The data sets: a LightningDataModule each."""
+
+from srnn.datasets.python_source import PythonSource
+from srnn.datasets.text import Text, Texts, TextStreams
+from srnn.datasets.vocabulary import Vocabulary
+
+__all__ = ["PythonSource", "Text", "TextStreams", "Texts", "Vocabulary"]

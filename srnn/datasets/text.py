@@ -1,0 +1,206 @@
+"""Text as contiguous streams, for stateful truncated back-propagation through time.
+
+Shapes: B streams side by side, T tokens a step. A text of N tokens becomes B rows of N / B; batch ``i`` holds the
+``i``-th T columns, so that a row of batch ``i + 1`` goes on where the same row of batch ``i`` ended.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from srnn.datasets.vocabulary import Level, Vocabulary
+from srnn.errors import UserError
+from srnn.registry import Range, register
+
+Count = Annotated[int, Range(ge=1, le=1_000_000)]
+Share = Annotated[float, Range(gt=0, lt=1)]
+IGNORED = -100  # target of padding; torch's cross-entropy skips it
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The three parts of a text data set."""
+
+    train: str
+    valid: str
+    test: str
+
+
+class Streams(Dataset[tuple[Tensor, Tensor]]):
+    """Batches of contiguous streams: item ``i`` is (inputs_BT, targets_BT), targets one token ahead.
+
+    Every token but the first is a target exactly once; the last row is padded with ``IGNORED`` targets.
+    """
+
+    def __init__(self, tokens: np.ndarray, streams: int, sequence_length: int) -> None:
+        count = len(tokens) - 1
+        width = math.ceil(count / streams)
+        inputs = np.zeros(streams * width, dtype=np.int64)
+        targets = np.full(streams * width, IGNORED, dtype=np.int64)
+        inputs[:count], targets[:count] = tokens[:-1], tokens[1:]
+        self.inputs_BN = torch.from_numpy(inputs.reshape(streams, width))
+        self.targets_BN = torch.from_numpy(targets.reshape(streams, width))
+        self.sequence_length = sequence_length
+
+    def __len__(self) -> int:
+        return math.ceil(self.inputs_BN.shape[1] / self.sequence_length)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = slice(index * self.sequence_length, (index + 1) * self.sequence_length)
+        return self.inputs_BN[:, part], self.targets_BN[:, part]
+
+
+class TextStreams(pl.LightningDataModule):
+    """Base of the text data sets: a subclass says what the texts are.
+
+    Attributes:
+        vocabulary: made of the training text; there after ``setup``.
+        characters, tokens: part -> how many it has; there after ``setup``.
+
+    Args:
+        level: what a token is.
+        batch_size: B, the streams side by side in training.
+        sequence_length: T, the tokens back-propagation goes through.
+        eval_streams: B of validation and test, where each stream starts from a zero state.
+        vocabulary_limit: with words, keep this many; None keeps all.
+    """
+
+    vocabulary: Vocabulary
+
+    def __init__(
+        self,
+        level: Level = "characters",
+        batch_size: int = 32,
+        sequence_length: int = 64,
+        eval_streams: int = 16,
+        vocabulary_limit: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.level = level
+        self.batch_size = batch_size
+        self.sequence_length = sequence_length
+        self.eval_streams = eval_streams
+        self.vocabulary_limit = vocabulary_limit
+        self.characters: dict[str, int] = {}
+        self.tokens: dict[str, int] = {}
+        self._streams: dict[str, Streams] = {}
+
+    @abstractmethod
+    def texts(self) -> Texts:
+        """Read or make the three texts. Raises UserError for what cannot be used."""
+
+    def setup(self, stage: str | None = None, vocabulary: Vocabulary | None = None) -> None:
+        """Read the texts and cut them into streams, once.
+
+        Args:
+            stage: Lightning's; all parts are made for any.
+            vocabulary: a trained model's own; None builds it from the training text.
+        """
+        if self._streams:
+            return
+        texts = self.texts()
+        self.vocabulary = vocabulary or Vocabulary.build(self.level, texts.train, self.vocabulary_limit)
+        for part in ("train", "valid", "test"):
+            self._add_part(part, getattr(texts, part))
+
+    def _add_part(self, part: str, text: str) -> None:
+        tokens = self.vocabulary.encode(text)
+        streams = self.batch_size if part == "train" else self.eval_streams
+        if len(tokens) <= streams:
+            raise UserError(
+                f"dataset: the {part} part has {len(tokens)} {self.level}, too few for {streams} streams: give more text, or "
+                f"lower dataset.{'batch_size' if part == 'train' else 'eval_streams'}."
+            )
+        self.characters[part], self.tokens[part] = len(text), len(tokens)
+        self._streams[part] = Streams(tokens, streams, self.sequence_length)
+
+    def _loader(self, part: str) -> DataLoader[tuple[Tensor, Tensor]]:
+        return DataLoader(self._streams[part], batch_size=None, shuffle=False)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Contiguous streams of the training text."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """The whole validation text."""
+        return self._loader("valid")
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """The whole test text."""
+        return self._loader("test")
+
+
+@register.dataset("text")
+class Text(TextStreams):
+    """Any text file, folder or glob; split into train, validation and test by position."""
+
+    def __init__(
+        self,
+        path: str,
+        level: Level = "characters",
+        valid_share: Share = 0.05,
+        test_share: Share = 0.05,
+        vocabulary_limit: Annotated[int, Range(ge=2)] | None = None,
+        batch_size: Count = 32,
+        sequence_length: Count = 64,
+        eval_streams: Count = 16,
+    ) -> None:
+        super().__init__(level, batch_size, sequence_length, eval_streams, vocabulary_limit)
+        if valid_share + test_share >= 1:
+            raise UserError(
+                f"dataset.valid_share={valid_share} and dataset.test_share={test_share} leave nothing to train on; "
+                f"their sum must be below 1."
+            )
+        # Absolute, so that a packed model's run finds its text from anywhere.
+        self.path = os.path.abspath(os.path.expanduser(path))
+        self.valid_share = valid_share
+        self.test_share = test_share
+
+    def texts(self) -> Texts:
+        """Read all files in the order of their names."""
+        text = "".join(_read(file) for file in _files(self.path))
+        if not text.strip():
+            raise UserError(f"dataset.path={self.path} is empty: give a file with text in it.")
+        first_test = round(len(text) * (1 - self.test_share))
+        first_valid = round(len(text) * (1 - self.test_share - self.valid_share))
+        return Texts(text[:first_valid], text[first_valid:first_test], text[first_test:])
+
+
+def _files(path: str) -> list[Path]:
+    if os.path.isdir(path):
+        files = [p for p in Path(path).rglob("*") if p.is_file() and not any(x.startswith(".") for x in p.parts)]
+    else:
+        files = [Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
+        files = files or ([Path(path)] if os.path.isfile(path) else [])
+    if not files:
+        raise UserError(f"dataset.path={path}: no such file or folder, and no file matches it.")
+    return sorted(files)
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"dataset.path: {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"dataset.path: {path} is not UTF-8 text (byte {error.start}): convert it, or name text files only, as in "
+            f"'folder/*.txt'."
+        ) from None
+    if "\0" in text:
+        raise UserError(f"dataset.path: {path} is binary (it holds zero bytes): name text files only, as in 'folder/*.txt'.")
+    return text.replace("\r\n", "\n")

@@ -1,0 +1,129 @@
+"""Vocabularies: text <-> token numbers. No Lightning here, so that the runtime can use it."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+Level = Literal["characters", "bytes", "words"]
+UNKNOWN = "<unk>"
+# A word, or a line end: the line end is a token of its own, as in Penn Treebank.
+_WORD = re.compile(r"\n|[^\s]+")
+
+
+class Vocabulary(ABC):
+    """Encodes text as token numbers and back.
+
+    Attributes:
+        level: ``characters``, ``bytes`` or ``words``.
+    """
+
+    level: Level
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of tokens, V."""
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Token numbers of a text, int64 of its length in tokens."""
+
+    @abstractmethod
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token numbers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``from_dict`` takes."""
+        return {"level": self.level}
+
+    @staticmethod
+    def build(level: Level, text: str, limit: int | None = None) -> Vocabulary:
+        """The vocabulary of a training text; ``limit`` keeps the most frequent words (the rest become <unk>)."""
+        if level == "bytes":
+            return Bytes()
+        if level == "characters":
+            return Characters(sorted(set(text)))
+        most_common = Counter(_WORD.findall(text)).most_common(limit and limit - 1)
+        return Words([word for word, _ in most_common])
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Vocabulary:
+        """Rebuild what ``to_dict`` gave. Raises ValueError for anything else."""
+        level, tokens = data.get("level"), data.get("tokens", [])
+        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+            raise ValueError("vocabulary tokens must be a list of strings")
+        if level == "bytes":
+            return Bytes()
+        if level == "characters" and all(len(token) == 1 for token in tokens):
+            return Characters(tokens)
+        if level == "words":
+            return Words(tokens)
+        raise ValueError(f"unknown vocabulary of level {level!r}")
+
+
+class Bytes(Vocabulary):
+    """The 256 bytes of UTF-8."""
+
+    level: Level = "bytes"
+
+    def __len__(self) -> int:
+        return 256
+
+    def encode(self, text: str) -> np.ndarray:
+        """One token a byte."""
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Bytes that are no UTF-8 become the replacement character."""
+        return bytes(tokens).decode(errors="replace")
+
+
+class _Listed(Vocabulary):
+    """A list of known tokens; number 0 is the unknown one."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self.tokens = [UNKNOWN, *tokens]
+        self.numbers = {token: number for number, token in enumerate(self.tokens)}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"level": self.level, "tokens": self.tokens[1:]}
+
+    def _numbers(self, tokens: Sequence[str]) -> np.ndarray:
+        return np.fromiter((self.numbers.get(token, 0) for token in tokens), dtype=np.int64, count=len(tokens))
+
+
+class Characters(_Listed):
+    """The characters of the training text."""
+
+    level: Level = "characters"
+
+    def encode(self, text: str) -> np.ndarray:
+        """One token a character."""
+        return self._numbers(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Unknown characters become the replacement character."""
+        return "".join(self.tokens[token] if token else "�" for token in tokens)
+
+
+class Words(_Listed):
+    """Words between white space, and the line end."""
+
+    level: Level = "words"
+
+    def encode(self, text: str) -> np.ndarray:
+        """One token a word or line end."""
+        return self._numbers(_WORD.findall(text))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Words with one space between them."""
+        text = " ".join(self.tokens[token] for token in tokens)
+        return text.replace(" \n ", "\n").replace("\n ", "\n").replace(" \n", "\n")

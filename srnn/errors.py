@@ -1,0 +1,24 @@
+"""Errors meant for the person at the keyboard."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used.
+
+    The text is one sentence or two: the key or file, what was given, what is allowed, what to do. The
+    command line prints it without a traceback and exits with 2 (``SRNN_DEBUG=1`` shows the traceback).
+    """
+
+
+class Aborted(BaseException):
+    """Carries a UserError through a library that would catch an Exception and print its own report of it."""
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the nearest allowed name, or an empty string."""
+    near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,118 @@
+"""The pictures of a run, from its own ``metrics.csv`` and weights."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from torch import Tensor
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  # after the backend that needs no display
+
+Points = tuple[list[int], list[float]]
+
+
+def read_metrics(path: Path) -> dict[str, Points]:
+    """Column -> (steps, values) of a ``metrics.csv``; empty cells are left out."""
+    columns: dict[str, Points] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, cell in row.items():
+                if cell and name != "step":
+                    steps, values = columns.setdefault(name, ([], []))
+                    steps.append(int(row["step"]))
+                    values.append(float(cell))
+    return columns
+
+
+def plot_run(folder: Path, phases: Mapping[str, int] | None, layers: list[dict[str, Any]], mask: tuple[str, Tensor] | None) -> list[Path]:
+    """Draw all plots of a run into ``folder/plots``.
+
+    Args:
+        folder: the run's folder, with ``metrics.csv``.
+        phases: start_itr, ramp_itr (if any) and end_itr; None for a dense run.
+        layers: rows with ``parameter`` and ``sparsity``.
+        mask: name and weight of a recurrent matrix to show; None for a dense run.
+
+    Returns:
+        The PNG files.
+    """
+    metrics = read_metrics(folder / "metrics.csv")
+    target = folder / "plots"
+    target.mkdir(exist_ok=True)
+    drawn = [_loss_and_sparsity(metrics, phases, target / "loss_and_sparsity.png")]
+    if phases is not None and mask is not None:
+        drawn.append(_thresholds(metrics, phases, target / "thresholds.png"))
+        drawn.append(_layers(layers, target / "sparsity_per_layer.png"))
+        drawn.append(_mask(*mask, target / "mask.png"))
+    return drawn
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    return path
+
+
+def _mark_phases(axes: Any, phases: Mapping[str, int]) -> None:
+    for name, step in phases.items():
+        axes.axvline(step, color="0.6", linewidth=1, linestyle="--")
+        axes.annotate(
+            name, (step, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -4), textcoords="offset points",
+            va="top", rotation=90, fontsize=8, color="0.4",
+        )  # fmt: skip
+
+
+def _loss_and_sparsity(metrics: dict[str, Points], phases: Mapping[str, int] | None, path: Path) -> Path:
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    none: Points = ([], [])
+    axes.plot(*metrics.get("train_loss", none), color="tab:blue", alpha=0.4, linewidth=1, label="training loss")
+    axes.plot(*metrics.get("valid_loss", none), color="tab:blue", marker="o", markersize=4, label="validation loss")
+    axes.set(xlabel="step", ylabel="loss, nats a token")
+    handles, labels = axes.get_legend_handles_labels()
+    if phases is not None:
+        _mark_phases(axes, phases)
+        right = axes.twinx()
+        steps, shares = metrics.get("sparsity/total", none)
+        last = max([*metrics.get("train_loss", none)[0], *metrics.get("valid_loss", none)[0], *steps], default=0)
+        steps, shares = [0, *steps, last], [0.0, *shares, shares[-1] if shares else 0.0]
+        right.step(steps, [100 * share for share in shares], where="post", color="tab:orange", label="sparsity")
+        right.set(ylabel="sparsity, %", ylim=(0, 100))
+        more_handles, more_labels = right.get_legend_handles_labels()
+        handles, labels = handles + more_handles, labels + more_labels
+    axes.legend(handles, labels, loc="center right")
+    axes.set_title("Loss and sparsity")
+    return _save(figure, path)
+
+
+def _thresholds(metrics: dict[str, Points], phases: Mapping[str, int], path: Path) -> Path:
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for name, points in metrics.items():
+        if name.startswith("threshold/"):
+            axes.plot(*points, label=name.removeprefix("threshold/"), marker=".", markersize=4)
+    _mark_phases(axes, phases)
+    axes.set(xlabel="step", ylabel="threshold epsilon", title="Threshold of each layer type")
+    axes.legend(loc="lower right")
+    return _save(figure, path)
+
+
+def _layers(layers: list[dict[str, Any]], path: Path) -> Path:
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.4 * len(layers)))
+    names, shares = [row["parameter"] for row in layers], [100 * row["sparsity"] for row in layers]
+    bars = axes.barh(names, shares, color="tab:orange")
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.set(xlabel="sparsity, %", xlim=(0, 108), title="Sparsity of each layer")
+    axes.invert_yaxis()
+    return _save(figure, path)
+
+
+def _mask(name: str, weight: Tensor, path: Path) -> Path:
+    rows, columns = weight.shape
+    figure, axes = plt.subplots(figsize=(6, max(2.0, min(12.0, 6 * rows / columns))))
+    axes.imshow(weight != 0, cmap="Greys", interpolation="nearest", aspect="auto")
+    axes.set(xlabel="input unit", ylabel="output unit, gate after gate", title=f"Weights left in {name}")
+    return _save(figure, path)

@@ -1,0 +1,147 @@
+"""The report of a run: ``report.json``."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+import srnn
+from srnn.config import Settings
+from srnn.deploy.packed import PackedModel
+from srnn.errors import UserError
+from srnn.pruning.methods import PruningMethod
+from srnn.pruning.pruner import Pruner
+from srnn.tracking.record import Recorder, Validation
+
+
+def milestones(validations: Sequence[Validation]) -> dict[str, dict[str, float] | None]:
+    """The validations that count: when pruning started, the best dense one before it, the best at the end.
+
+    A run without pruning has only the best; None stands for a validation that did not happen.
+    """
+    dense = [v for v in validations if v.dense and not v.finished]
+    finished = [v for v in validations if v.finished]
+    return {
+        "pruning_started": _scores(dense[-1]) if dense else None,
+        "best_dense": _scores(min(dense, key=_loss)) if dense else None,
+        "best": _scores(min(finished, key=_loss)) if finished else None,
+    }
+
+
+def _loss(validation: Validation) -> float:
+    return validation.scores["valid_loss"]
+
+
+def _scores(validation: Validation) -> dict[str, float]:
+    return {"step": validation.step} | {k.removeprefix("valid_"): v for k, v in validation.scores.items()}
+
+
+def build_report(
+    settings: Settings,
+    folder: Path,
+    model: nn.Module,
+    packed: PackedModel,
+    scores: dict[str, Any],
+    recorder: Recorder,
+) -> dict[str, Any]:
+    """All that the run measured, as plain data. Shares are 0..1, times seconds, sizes bytes."""
+    pruner = recorder.pruner
+    weights = model.state_dict()
+    return {
+        "model": settings.model["name"],
+        "dataset": settings.dataset["name"],
+        "pruning": settings.pruning["name"],
+        "seed": settings.seed,
+        "config": settings.as_dict(),
+        "scores": scores,
+        "steps": pruner.run.total_steps,
+        "epochs": pruner.run.epochs,
+        "phases": _phases(pruner.method),
+        "layers": _layers(pruner, weights),
+        "sparsity": _sparsities(pruner, weights),
+        "size": {
+            "parameters": sum(w.numel() for w in weights.values()),
+            "nonzeros": sum(int((w != 0).sum()) for w in weights.values()),
+            "dense_bytes": 4 * sum(w.numel() for w in weights.values()),
+            "packed_bytes": (folder / "model.safetensors").stat().st_size,
+            "packed_values": settings.packed.values,
+            "bytes_per_nonzero": _bytes_per_nonzero(packed),
+        },
+        "seconds": {"training_loop": recorder.loop_seconds, "pruning": pruner.seconds},
+        "versions": {
+            "srnn": srnn.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pytorch_lightning": pl.__version__,
+        },
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+        "validations": [vars(v) | {"scores": dict(v.scores)} for v in recorder.validations],
+    }
+
+
+def _phases(method: PruningMethod) -> dict[str, int] | None:
+    """The steps where the schedule changes; None for a dense run."""
+    if not method.layer_types:
+        return None
+    schedule = getattr(method, "schedule", None)
+    ramp = {"ramp_itr": schedule.ramp_itr} if schedule is not None else {}
+    return {"start_itr": method.dense_until} | ramp | {"end_itr": method.done_from}
+
+
+def _layers(pruner: Pruner, weights: dict[str, Tensor]) -> list[dict[str, Any]]:
+    rows = []
+    for group in pruner.groups:
+        for name, parameter in group.parameters.items():
+            nonzeros = int((weights[name] != 0).sum())
+            size = parameter.numel()
+            row = {"parameter": name, "layer_type": group.layer_type, "weights": size, "nonzeros": nonzeros}
+            rows.append(row | {"sparsity": 1 - nonzeros / size, "threshold": group.epsilon})
+    return rows
+
+
+def _sparsities(pruner: Pruner, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Reached and wanted, for each layer type and in all, counted in the weights themselves."""
+    sparsities: dict[str, Any] = {"wanted": getattr(pruner.method, "sparsity", 0.0), "by_layer_type": {}}
+    zeros = total = 0
+    for group in pruner.groups:
+        group_zeros = sum(int((weights[name] == 0).sum()) for name in group.parameters)
+        sparsities["by_layer_type"][group.layer_type] = group_zeros / group.size
+        zeros, total = zeros + group_zeros, total + group.size
+    sparsities["reached"] = zeros / total if total else 0.0
+    return sparsities
+
+
+def _bytes_per_nonzero(packed: PackedModel) -> float | None:
+    """Bytes of values and columns over entries; row pointers and header are apart."""
+    entries = sum(packed.nonzeros.values())
+    stored = sum(m.nbytes - m.row_pointers.nbytes for m in packed.matrices.values())
+    return stored / entries if entries else None
+
+
+def recurrent_matrix(model: nn.Module, method: PruningMethod) -> tuple[str, Tensor] | None:
+    """Name and weight of the matrix to show: the first recurrent one, else the first that is pruned."""
+    matrices = {name: w for name, w in model.state_dict().items() if w.ndim == 2 and method.layer_types}
+    names = sorted(matrices, key=lambda name: "weight_hh" not in name)
+    return (names[0], matrices[names[0]]) if names else None
+
+
+def wandb_summary(report: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers by which runs are sorted and compared."""
+    test = report["scores"]["test_packed"]
+    best = report["scores"]["best"]
+    return {
+        "best/bits_per_character": best["bits_per_character"],
+        "test/bits_per_character": test["bits_per_character"],
+        "test/perplexity": test["perplexity"],
+        "final/sparsity": report["sparsity"]["reached"],
+        "final/nonzeros": report["size"]["nonzeros"],
+        "final/packed_bytes": report["size"]["packed_bytes"],
+        "time/pruning_share": report["seconds"]["pruning"] / report["seconds"]["training_loop"],
+    }

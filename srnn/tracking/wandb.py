@@ -1,0 +1,105 @@
+"""Weights & Biases: offline unless asked otherwise, everything inside the run's folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import WandbLogger
+
+from srnn.config import TrackingConfig
+from srnn.errors import UserError
+
+ONLINE_TIMEOUT = 20.0  # seconds a dead network may cost before the run goes on offline
+
+
+@contextmanager
+def wandb_logger(
+    tracking: TrackingConfig, folder: Path, config: dict[str, Any], group: str | None
+) -> Iterator[WandbLogger | None]:
+    """A Lightning logger for one run, finished at the end whatever happens; None when disabled.
+
+    Args:
+        tracking: mode and names.
+        folder: the run's folder; W&B keeps its files in ``wandb/`` there.
+        config: the resolved config, plain data.
+        group: the sweep this run belongs to.
+
+    Raises:
+        UserError: ``mode=online`` without an API key.
+    """
+    if tracking.mode == "disabled":
+        yield None
+        return
+    # W&B stages artifacts and reads settings in the user's home unless told otherwise, for each run anew.
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR"):
+        os.environ[name] = str(folder / "wandb" / "staging")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    run = _start(tracking, folder, config, group)
+    failed = True
+    try:
+        yield WandbLogger(experiment=run)
+        failed = False
+    finally:
+        try:
+            wandb.finish(exit_code=int(failed))
+        except Exception as error:  # tracking must never cost a run its results
+            print(f"srnn: W&B could not finish: {error}", file=sys.stderr)
+
+
+def _start(tracking: TrackingConfig, folder: Path, config: dict[str, Any], group: str | None) -> Any:
+    import wandb
+
+    if tracking.mode == "online" and not _has_key():
+        raise UserError(
+            "tracking.mode=online needs a W&B API key: set WANDB_API_KEY or run `wandb login`, or use tracking.mode=offline."
+        )
+    options: dict[str, Any] = {
+        "project": tracking.project,
+        "group": tracking.group or group,
+        "name": tracking.name or folder.name,
+        "dir": str(folder),
+        "config": config,
+        "settings": wandb.Settings(init_timeout=ONLINE_TIMEOUT, silent=True),
+    }
+    try:
+        return wandb.init(mode=tracking.mode, **options)
+    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+        print(f"srnn: W&B cannot be reached ({error}); this run is tracked offline.", file=sys.stderr)
+        return wandb.init(mode="offline", **options)
+
+
+def _has_key() -> bool:
+    import wandb
+
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+
+
+def sync_command(folder: Path) -> str | None:
+    """What uploads an offline run later; None if there is none."""
+    runs = sorted((folder / "wandb").glob("offline-run-*"))
+    return f"wandb sync {runs[-1]}" if runs else None
+
+
+def log_results(
+    logger: WandbLogger, summary: dict[str, Any], layers: list[dict[str, Any]], plots: list[Path], packed: Path
+) -> None:
+    """Send the end of a run: summary, a table of layers, the plots, the packed file as an artifact."""
+    import wandb
+
+    run = logger.experiment
+    run.summary.update(summary)
+    if layers:
+        columns = list(layers[0])
+        table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in layers])
+        run.log({"layers": table})
+    run.log({path.stem: wandb.Image(str(path)) for path in plots})
+    artifact = wandb.Artifact(f"{run.id}-packed", type="model")
+    artifact.add_file(str(packed), policy="immutable")
+    run.log_artifact(artifact)

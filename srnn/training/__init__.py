@@ -1,0 +1,1 @@
+"""Training: the Lightning modules, the optimisers, the run."""

@@ -1,0 +1,210 @@
+"""One run: config -> train and prune -> pack -> read back -> report."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor, nn
+
+import srnn
+from srnn.config import Settings
+from srnn.datasets.text import TextStreams
+from srnn.deploy.packed import PackedModel, read_weights
+from srnn.deploy.packed import read as read_packed
+from srnn.deploy.packed import write as write_packed
+from srnn.errors import UserError
+from srnn.files import write_atomically
+from srnn.kernels import Kernel
+from srnn.pruning.callback import PruningCallback
+from srnn.pruning.methods import PruningMethod
+from srnn.registry import register
+from srnn.tracking.console import RunProgress, console, print_report
+from srnn.tracking.plots import plot_run
+from srnn.tracking.record import BestWhile, Recorder
+from srnn.tracking.report import build_report, milestones, recurrent_matrix, wandb_summary
+from srnn.tracking.wandb import log_results, sync_command, wandb_logger
+from srnn.training.next_token import NextToken, evaluate
+
+LOGGED_POINTS = 300  # about so many points of the training loss over a run
+# How far the outputs of the packed model may be from the trained one's, as a relative norm.
+READ_BACK_TOLERANCE = {"fp32": 1e-5, "fp16": 1e-2}
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are written whole or not at all, so that a killed run leaves the last good one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Through memory, then into place."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_atomically(Path(path), buffer.getvalue())
+
+
+def train(settings: Settings, folder: Path, group: str | None = None) -> dict[str, Any]:
+    """Do a whole run and return its report.
+
+    Args:
+        settings: the checked config.
+        folder: the run's folder; made if needed.
+        group: the sweep the run belongs to.
+
+    Raises:
+        UserError: the data or the schedule cannot be used, or the folder cannot be written.
+        KeyboardInterrupt: the user stopped it; the folder holds the last checkpoint.
+    """
+    began = time.perf_counter()
+    _quiet()
+    _open_folder(folder, settings)
+    pl.seed_everything(settings.seed, workers=True, verbose=False)
+    method: PruningMethod = register.build("pruning", settings.pruning)
+    reference = read_weights(Path(method.reference_path)) if method.reference_path else None
+    kernel: Kernel = register.build("kernel", settings.kernel)
+    data: TextStreams = register.build("dataset", settings.dataset)
+    data.setup()
+    supplied = {"vocabulary_size": len(data.vocabulary)}
+    model: nn.Module = register.build("model", settings.model, **supplied)
+    ratio = data.tokens["train"] / data.characters["train"]
+    module = NextToken(model, settings.optimizer, ratio, data.characters["valid"])
+    pruning = PruningCallback(method, model, reference)
+    recorder = Recorder(pruning)
+    with wandb_logger(settings.tracking, folder, settings.as_dict(), group) as wandb:
+        _fit(settings, folder, data, module, pruning, recorder, wandb)
+        best = folder / "checkpoints" / "best.ckpt"
+        if not best.exists():
+            raise UserError(f"no checkpoint reached the sparsity asked for; see {folder / 'metrics.csv'}.")
+        model.load_state_dict(read_weights(best))
+        packed = _pack(settings, folder, model, supplied, data)
+        scores = milestones(recorder.validations) | _test_scores(settings, model, packed, kernel, data)
+        report = build_report(settings, folder, model, packed, scores, recorder)
+        report["seconds"]["total"] = time.perf_counter() - began
+        write_atomically(folder / "report.json", json.dumps(report, indent=2).encode())
+        plots = plot_run(folder, report["phases"], report["layers"], recurrent_matrix(model, method))
+        if wandb is not None:
+            log_results(wandb, wandb_summary(report), report["layers"], plots, folder / "model.safetensors")
+    print_report(report)
+    _print_ways_on(folder)
+    return report
+
+
+def _quiet() -> None:
+    """Lightning speaks of itself on every run; what matters to a user is in our own tables."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*exists and is not empty.*"):
+        warnings.filterwarnings("ignore", message)
+
+
+def _open_folder(folder: Path, settings: Settings) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.yaml", OmegaConf.to_yaml(settings.as_dict()).encode())
+        write_atomically(folder / "command.txt", f"{shlex.join(['srnn', *sys.argv[1:]])}\n".encode())
+    except OSError as error:
+        raise UserError(f"the run's folder {folder} cannot be written: {error.strerror}; set hydra.run.dir=FOLDER.") from None
+
+
+def _fit(
+    settings: Settings,
+    folder: Path,
+    data: TextStreams,
+    module: NextToken,
+    pruning: PruningCallback,
+    recorder: Recorder,
+    wandb: Logger | None,
+) -> None:
+    checkpoints = str(folder / "checkpoints")
+    loggers = [CSVLogger(str(folder), name="", version=""), *([wandb] if wandb is not None else [])]
+    limit = settings.trainer.limit_train_batches
+    batches = min(len(data.train_dataloader()), limit or sys.maxsize)
+    trainer = pl.Trainer(
+        accelerator=settings.trainer.accelerator,
+        devices=1,
+        max_epochs=settings.trainer.max_epochs,
+        gradient_clip_val=settings.trainer.gradient_clip_val,
+        limit_train_batches=batches,
+        logger=loggers,
+        log_every_n_steps=max(1, batches * settings.trainer.max_epochs // LOGGED_POINTS),
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        callbacks=[
+            pruning,
+            recorder,
+            RunProgress(pruning),
+            BestWhile(recorder.is_dense, checkpoints, "best-dense"),
+            BestWhile(recorder.is_finished, checkpoints, "best"),
+            ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False),
+        ],
+        plugins=[AtomicCheckpoints()],
+    )
+    try:
+        trainer.fit(module, datamodule=data)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    module.model.to("cpu")
+
+
+def _pack(
+    settings: Settings, folder: Path, model: nn.Module, supplied: dict[str, Any], data: TextStreams
+) -> PackedModel:
+    """Write the packed file, read it back, and make sure that it is the model."""
+    values = settings.packed.values
+    about = {"dataset": settings.dataset, "pruning": settings.pruning, "srnn": srnn.__version__}
+    state = model.state_dict()
+    write_packed(
+        folder / "model.safetensors",
+        PackedModel.from_state(state, settings.model, supplied, values, data.vocabulary, about),
+    )
+    packed = read_packed(folder / "model.safetensors")
+    for name, count in packed.nonzeros.items():
+        if count != int((state[name] != 0).sum()):
+            raise RuntimeError(f"the packed file holds {count} weights of {name}, not {int((state[name] != 0).sum())}")
+    inputs_BT, _ = next(iter(data.val_dataloader()))
+    with torch.inference_mode():
+        wanted, got = model.eval()(inputs_BT)[0], packed.build()(inputs_BT)[0]
+    error = float((got - wanted).norm() / wanted.norm())
+    if not error <= READ_BACK_TOLERANCE[values]:
+        raise RuntimeError(f"the packed file's outputs are {error:.2g} away from the model's")
+    return packed
+
+
+def _test_scores(
+    settings: Settings, model: nn.Module, packed: PackedModel, kernel: Kernel, data: TextStreams
+) -> dict[str, dict[str, float]]:
+    """The best checkpoint and its packed form on the whole test text."""
+    cpu = torch.device("cpu")
+    reason = kernel.supports(cpu)
+    if reason is not None:
+        raise UserError(f"kernel={settings.kernel['name']} cannot run on {cpu}: {reason}.")
+    bound = kernel.bind(packed.build(), packed.matrices, cpu)
+    characters = data.characters["test"]
+    return {
+        "test": vars(evaluate(model, data.test_dataloader(), characters, cpu)),
+        "test_packed": vars(evaluate(bound, data.test_dataloader(), characters, cpu)),
+    }
+
+
+def _print_ways_on(folder: Path) -> None:
+    console.print(f"Everything is in {folder}", soft_wrap=True)
+    console.print(f"Try it: srnn generate --run {folder} --prompt 'def f(x):'", soft_wrap=True)
+    if command := sync_command(folder):
+        console.print(f"Upload to W&B: {command}", soft_wrap=True)

@@ -1,0 +1,46 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path_factory, monkeypatch):
+    """Caches in a temporary folder, a fixed seed, no network key."""
+    monkeypatch.setenv("SRNN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("SRNN_DEBUG", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def srnn_command(tmp_path):
+    """Run ``python -m srnn ...`` for real, in a folder of its own."""
+
+    def run(*arguments, cwd=tmp_path, timeout=300, **environment):
+        return subprocess.run(
+            [sys.executable, "-m", "srnn", *map(str, arguments)],
+            cwd=cwd,
+            env=os.environ | environment,
+            text=True,
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
+
+
+# Small enough for tests: 5 epochs of 8 batches of a GRU with 24 units.
+SMALL = [
+    "trainer=fast",
+    "model.hidden_size=24",
+    "model.embedding_size=8",
+    "dataset.batch_size=8",
+    "dataset.sequence_length=16",
+]

@@ -1,0 +1,219 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from srnn.errors import UserError
+from srnn.pruning import Gradual, Hard, NoPruning, Pruner, RunLength, prunable
+from srnn.pruning.groups import keep_largest, quantile, target_count
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, cell=nn.GRU):
+        super().__init__()
+        self.embedding = nn.Embedding(13, 6)
+        self.rnn = cell(6, 9, num_layers=2, bidirectional=True)
+        self.norm = nn.LayerNorm(18)
+        self.conv = nn.Conv1d(18, 18, 1)
+        self.out = nn.Linear(18, 13)
+
+    def forward(self, tokens):
+        y = self.norm(self.rnn(self.embedding(tokens))[0])
+        return self.out(self.conv(y.movedim(2, 1)).movedim(1, 2))
+
+
+def steps(model, optimizer, pruner, count, after=lambda: None):
+    for _ in range(count):
+        tokens = torch.randint(0, 13, (4, 5))
+        nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+        after()
+
+
+def make(method, optimizer="adam", total=60, model=None):
+    model = model or Net()
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    return model, opt, Pruner(model, method, RunLength(total, 10), opt)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("method", [Gradual(sparsity=0.8), Hard(sparsity=0.8, prune_itr=20)], ids=["gradual", "hard"])
+def test_zero_stays_zero_in_weights_and_optimiser_state(name, method):
+    model, optimizer, pruner = make(copy.deepcopy(method), name)
+    gone: dict[str, torch.Tensor] = {}
+
+    def check():
+        for group in pruner.groups:
+            for parameter_name, parameter in group.parameters.items():
+                before = gone.get(parameter_name)
+                if before is not None:
+                    assert (parameter[before] == 0).all()
+                    for value in optimizer.state[parameter].values():
+                        if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                            assert (value[before] == 0).all()
+                    # Algorithm 1 never gives a weight back.
+                    assert not (group.masks[parameter_name] & before).any()
+                gone[parameter_name] = ~group.masks[parameter_name]
+
+    steps(model, optimizer, pruner, 60, check)
+    assert pruner.reached()
+    for group in pruner.groups:
+        zeros = sum(int((p == 0).sum()) for p in group.parameters.values())
+        assert zeros == target_count(group.size, 0.8) == group.pruned
+
+
+def test_parameters_keep_identity_names_and_memory():
+    model, optimizer, pruner = make(Gradual())
+    before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+    keys = list(model.state_dict())
+    steps(model, optimizer, pruner, 60)
+    assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == before
+    assert list(model.state_dict()) == keys
+    copied = copy.deepcopy(model)
+    assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), model.parameters(), strict=True))
+
+
+def test_what_is_pruned():
+    groups = {group.layer_type: list(group.parameters) for group in prunable(Net(nn.LSTM))}
+    recurrent = [f"rnn.weight_{part}_l{layer}{d}" for layer in (0, 1) for d in ("", "_reverse") for part in ("ih", "hh")]
+    assert sorted(groups["recurrent"]) == sorted(recurrent)
+    assert groups["linear"] == ["out.weight"]
+    assert groups["embedding"] == ["embedding.weight"]
+    assert list(prunable(nn.GRUCell(3, 4))[0].parameters) == ["weight_ih", "weight_hh"]
+
+
+def test_a_tied_weight_is_pruned_once():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+    model[1].weight = model[0].weight
+    assert sum(group.size for group in prunable(model)) == 20
+
+
+def test_a_model_without_prunable_weights_is_refused():
+    with pytest.raises(UserError, match="no weights of these types"):
+        Pruner(nn.Conv1d(2, 2, 1), Gradual(), RunLength(100, 10))
+
+
+def test_soft_lets_weights_come_back_and_ends_exact():
+    torch.manual_seed(3)
+    model, optimizer, pruner = make(Gradual(sparsity=0.8, soft=True), total=100)
+    masks, revived = {}, []
+
+    def check():
+        for name, mask in pruner.masks().items():
+            revived.append(bool((mask & ~masks.get(name, mask)).any()))
+            masks[name] = mask.clone()
+
+    steps(model, optimizer, pruner, 100, check)
+    assert any(revived)
+    assert pruner.reached()
+    for group in pruner.groups:
+        assert sum(int((p == 0).sum()) for p in group.parameters.values()) == target_count(group.size, 0.8)
+
+
+def test_none_leaves_everything_alone():
+    model, optimizer, pruner = make(NoPruning())
+    steps(model, optimizer, pruner, 30)
+    assert pruner.sparsity == 0
+    assert pruner.masks() == {}
+    assert all((p != 0).any() for p in model.parameters())
+
+
+def test_state_goes_on_bitwise():
+    def run(stop):
+        torch.manual_seed(5)
+        model, optimizer, pruner = make(Gradual(sparsity=0.85), "nesterov")
+        torch.manual_seed(6)
+        steps(model, optimizer, pruner, stop)
+        state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), pruner.state_dict()))
+        again, optimizer, pruner = make(Gradual(sparsity=0.85), "nesterov", model=copy.deepcopy(model))
+        again.load_state_dict(state[0])
+        optimizer.load_state_dict(state[1])
+        pruner.load_state_dict(state[2])
+        steps(again, optimizer, pruner, 60 - stop)
+        return {**again.state_dict(), **pruner.masks()}
+
+    whole = run(0)
+    for stop in (5, 20, 29, 45):  # before, during, after pruning
+        stopped = run(stop)
+        assert all(torch.equal(stopped[name], whole[name]) for name in whole), stop
+
+
+def test_checkpointed_masks_take_one_bit_a_weight():
+    *_, pruner = make(Gradual())
+    bits = sum(mask.numel() for mask in pruner.state_dict()["masks"].values()) * 8
+    assert bits <= sum(mask.numel() for mask in pruner.masks().values()) + 8 * len(pruner.masks())
+
+
+def test_state_of_another_model_is_refused():
+    *_, pruner = make(Gradual())
+    *_, other = make(Gradual(), model=nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(UserError, match="another model"):
+        other.load_state_dict(pruner.state_dict())
+
+
+def test_a_schedule_that_would_prune_everything_is_refused_with_the_number():
+    model, optimizer, pruner = make(Gradual(q=1000.0))
+    with pytest.raises(UserError, match=r"step \d+ the recurrent threshold reaches [\d.]+ \(q=1000.*largest is [\d.]+"):
+        steps(model, optimizer, pruner, 60)
+    assert all((p != 0).any() for p in model.parameters())
+
+
+def test_q_from_a_reference():
+    model = Net()
+    reference = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    method = Gradual(q="dense.ckpt")
+    Pruner(model, method, RunLength(100, 10), reference=reference)
+    linear = sorted(reference["out.weight"].abs().flatten().tolist())
+    assert method.fixed_q["linear"] == pytest.approx(linear[round(0.9 * len(linear)) - 1])
+
+    steep = Gradual(q="dense.ckpt", phi_ratio=20.0)
+    with pytest.raises(UserError, match=r"would rise to [\d.]+ at step \d+ and prune every weight.*phi_ratio=20"):
+        Pruner(model, steep, RunLength(100, 10), reference=reference)
+    with pytest.raises(UserError, match=r"holds no weights of the kind of .*out\.weight"):
+        Pruner(model, Gradual(q="x"), RunLength(100, 10), reference={k: v for k, v in reference.items() if "out" not in k})
+    sparse = {name: torch.zeros_like(p) for name, p in reference.items()}
+    with pytest.raises(UserError, match="dense, trained model"):
+        Pruner(model, Gradual(q="x"), RunLength(100, 10), reference=sparse)
+    with pytest.raises(UserError, match="no entry for linear"):
+        Pruner(model, Gradual(q={"recurrent": 0.1}), RunLength(100, 10))
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]) | st.floats(0, 9, width=32), min_size=1, max_size=40), st.data())
+@settings(deadline=None)
+def test_keep_largest_keeps_the_count_and_no_smaller_value(values, data):
+    count = data.draw(st.integers(0, len(values)))
+    magnitudes = torch.tensor(values)
+    keep = keep_largest(magnitudes, count)
+    assert int(keep.sum()) == count
+    if 0 < count < len(values):
+        assert magnitudes[keep].min() >= magnitudes[~keep].max()
+    assert torch.equal(keep, keep_largest(magnitudes, count))
+
+
+def test_quantile_is_the_sorted_rank():
+    values = torch.randn(501).abs()
+    assert quantile(values, 0.9) == sorted(values.tolist())[round(0.9 * 501) - 1]
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 1.0}, {"sparsity": 0.0}, {"sparsity": float("nan")}, {"freq": 0}, {"q": -1.0}, {"phi_ratio": 0.5}])
+def test_bad_arguments_are_refused_in_code_too(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        Gradual(**options)
+
+
+def test_hard_prunes_inside_the_run():
+    with pytest.raises(UserError, match=r"prune_itr=100 must lie inside the run: 1 to 99"):
+        make(Hard(prune_itr=1.0), total=100)
