@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from srnn.errors import Aborted, UserError, did_you_mean
+from srnn.errors import UserError, did_you_mean
 
 COMMANDS = {
     "train": "train, prune, pack, measure, report (the default)",
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _dispatch(argv)
-    except (UserError, Aborted) as error:
+    except (UserError, OSError) as error:
         if os.environ.get("SRNN_DEBUG") == "1":
             raise
         print(f"srnn: {error}", file=sys.stderr)

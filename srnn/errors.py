@@ -14,10 +14,6 @@ class UserError(Exception):
     """
 
 
-class Aborted(BaseException):
-    """Carries a UserError through a library that would catch an Exception and print its own report of it."""
-
-
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the nearest allowed name, or an empty string."""
     near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)

@@ -14,6 +14,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("kind", nargs="?", choices=[*KINDS], help="only this kind")
     chosen = parser.parse(argv).kind
 
+    from rich.markup import escape
     from rich.table import Table
 
     from srnn.tracking.console import console
@@ -22,10 +23,11 @@ def main(argv: Sequence[str]) -> int:
         table = Table(title=f"{kind}=", title_justify="left", show_lines=True, expand=True)
         table.add_column("name", no_wrap=True)
         table.add_column("options = default (allowed)", ratio=3)
-        table.add_column("what and where from", ratio=2)
+        table.add_column("what and where from", ratio=2, overflow="fold")
         for name in sorted(register.names(kind)):
             component = register.get(kind, name)
-            table.add_row(name, _options(component), f"{component.summary}\n({component.origin})")
+            about = f"{component.summary.replace('``', '')}\n({component.origin})"
+            table.add_row(name, escape(_options(component)), escape(about))
         console.print(table)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +13,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from srnn import config
-from srnn.errors import Aborted, UserError
 
 
 def main(argv: Sequence[str]) -> int:
     """Check every job of the command line, then let Hydra run them."""
     config.check_command_line(argv)
     config.connect_hydra()
+    # Without it Hydra prints its own report of an error and exits, and ours is never seen.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra reads the arguments from there; it must not see the command's name.
     sys.argv = ["srnn", *argv]
     job = hydra.main(version_base="1.3", config_path=str(config.conf_folder().resolve()), config_name="config")(_job)
@@ -34,8 +36,5 @@ def _job(composed: DictConfig) -> float:
     of_hydra = HydraConfig.get()
     folder = Path(of_hydra.runtime.output_dir)
     sweep = Path(of_hydra.sweep.dir).name if of_hydra.mode == RunMode.MULTIRUN else None
-    try:
-        report = train(settings, folder, group=sweep)
-    except UserError as error:
-        raise Aborted(str(error)) from error
+    report = train(settings, folder, group=sweep)
     return float(report["scores"]["best"]["bits_per_character"])

@@ -80,7 +80,7 @@ class Bytes(Vocabulary):
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Bytes that are no UTF-8 become the replacement character."""
-        return bytes(tokens).decode(errors="replace")
+        return bytes(list(tokens)).decode(errors="replace")
 
 
 class _Listed(Vocabulary):

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from srnn.errors import UserError
+
 LAYER_TYPES = ("recurrent", "linear", "embedding")
 
 
@@ -43,8 +45,18 @@ class Group:
         return self.size - sum(int(mask.sum()) for mask in self.masks.values())
 
     def magnitudes(self) -> Tensor:
-        """Absolute values of all the group's weights, one after the other, as one 1-D tensor."""
-        return torch.cat([p.detach().abs().flatten() for p in self.parameters.values()])
+        """Absolute values of all the group's weights, one after the other, as one 1-D tensor.
+
+        Raises:
+            UserError: a weight is not finite: the training has diverged.
+        """
+        magnitudes = torch.cat([p.detach().abs().flatten() for p in self.parameters.values()])
+        if not math.isfinite(magnitudes.max()):
+            raise UserError(
+                f"the training has diverged: {self.layer_type} weights are not finite; lower optimizer.lr, or clip gradients "
+                f"with trainer.gradient_clip_val."
+            )
+        return magnitudes
 
     def set_masks(self, keep: Tensor) -> None:
         """Take the masks from one flat bool tensor in the order of ``magnitudes``."""

@@ -63,6 +63,7 @@ class Pruner:
         method.prepare(run, self.groups, reference)
         self.itr = 0
         self.seconds = 0.0  # host time spent in here
+        self._factors: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -91,23 +92,35 @@ class Pruner:
     def _update(self) -> None:
         for group in self.groups:
             self.method.update(self.itr, group)
+        self._factors.clear()
 
     def _apply(self) -> None:
         if self.itr <= self.method.dense_until:
             return
         with_state = self.optimizer is not None and (not self.method.soft or self.itr >= self.method.done_from)
+        tensors: list[Tensor] = []
+        factors: list[Tensor] = []
         for group in self.groups:
             for name, parameter in group.parameters.items():
-                mask = group.masks[name].view(torch.uint8)  # 3x faster than multiplying by bool, and no copy
-                parameter.mul_(mask)
-                if with_state:
-                    self._mask_state(parameter, mask)
+                masked = [parameter, *(self._state_of(parameter) if with_state else ())]
+                tensors += masked
+                factors += [self._factor(name, parameter, group.masks[name])] * len(masked)
+        torch._foreach_mul_(tensors, factors)
 
-    def _mask_state(self, parameter: nn.Parameter, mask: Tensor) -> None:
+    def _state_of(self, parameter: nn.Parameter) -> list[Tensor]:
+        """The optimiser's tensors that go with a parameter, element for element."""
         assert self.optimizer is not None
-        for value in self.optimizer.state.get(parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                value.mul_(mask)
+        state = self.optimizer.state.get(parameter, {}).values()
+        return [value for value in state if isinstance(value, Tensor) and value.shape == parameter.shape]
+
+    def _factor(self, name: str, parameter: nn.Parameter, mask: Tensor) -> Tensor:
+        """What to multiply by. On a CPU the mask in the weight's own type, kept until the next update: 0.21 ms a step
+        for the weights and Adam state of a GRU 256, against 0.40 ms with the bytes of the mask itself."""
+        if mask.device.type != "cpu":
+            return mask.view(torch.uint8)
+        if name not in self._factors:
+            self._factors[name] = mask.to(parameter.dtype)
+        return self._factors[name]
 
     @property
     def sparsity(self) -> float:
@@ -148,3 +161,4 @@ class Pruner:
             for name, mask in group.masks.items():
                 bits = np.unpackbits(state["masks"][name].numpy(), count=mask.numel())
                 group.masks[name] = torch.from_numpy(bits).view(mask.shape).to(mask.device, torch.bool)
+        self._factors.clear()

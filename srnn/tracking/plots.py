@@ -13,6 +13,7 @@ from torch import Tensor
 mpl.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  # after the backend that needs no display
 
+GATES = {3: "rzn", 4: "ifgo"}  # torch's order of a GRU's and an LSTM's gates
 Points = tuple[list[int], list[float]]
 
 
@@ -95,7 +96,8 @@ def _thresholds(metrics: dict[str, Points], phases: Mapping[str, int], path: Pat
         if name.startswith("threshold/"):
             axes.plot(*points, label=name.removeprefix("threshold/"), marker=".", markersize=4)
     _mark_phases(axes, phases)
-    axes.set(xlabel="step", ylabel="threshold epsilon", title="Threshold of each layer type")
+    # Embeddings' thresholds are ten times the recurrent ones.
+    axes.set(xlabel="step", ylabel="threshold epsilon", yscale="log", title="Threshold of each layer type")
     axes.legend(loc="lower right")
     return _save(figure, path)
 
@@ -114,5 +116,9 @@ def _mask(name: str, weight: Tensor, path: Path) -> Path:
     rows, columns = weight.shape
     figure, axes = plt.subplots(figsize=(6, max(2.0, min(12.0, 6 * rows / columns))))
     axes.imshow(weight != 0, cmap="Greys", interpolation="nearest", aspect="auto")
-    axes.set(xlabel="input unit", ylabel="output unit, gate after gate", title=f"Weights left in {name}")
+    axes.set(xlabel="input unit", ylabel="output unit", title=f"Weights left in {name}")
+    gates = GATES.get(rows // columns, "") if "weight_hh" in name else ""
+    for index, gate in enumerate(gates):
+        axes.axhline((index + 1) * columns - 0.5, color="tab:red", linewidth=1)
+        axes.annotate(gate, (1.02, (index + 0.5) * columns), xycoords=("axes fraction", "data"), color="tab:red")
     return _save(figure, path)

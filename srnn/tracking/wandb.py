@@ -41,7 +41,14 @@ def wandb_logger(
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    run = _start(tracking, folder, config, group)
+    try:
+        run = _start(tracking, folder, config, group)
+    except UserError:
+        raise
+    except Exception as error:  # tracking must never cost a run
+        print(f"srnn: W&B does not start ({error}); this run goes on without it.", file=sys.stderr)
+        yield None
+        return
     failed = True
     try:
         yield WandbLogger(experiment=run)
@@ -49,7 +56,7 @@ def wandb_logger(
     finally:
         try:
             wandb.finish(exit_code=int(failed))
-        except Exception as error:  # tracking must never cost a run its results
+        except Exception as error:
             print(f"srnn: W&B could not finish: {error}", file=sys.stderr)
 
 

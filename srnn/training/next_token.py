@@ -25,7 +25,7 @@ class Score:
 
     Attributes:
         loss: nats a token.
-        perplexity: exp(loss), a token.
+        perplexity: exp(loss), a token; at most exp(700), which is still a float.
         bits_per_character: bits over characters of text, whatever a token is.
     """
 
@@ -37,8 +37,7 @@ class Score:
     def of(cls, nats: float, tokens: int, characters: int) -> Score:
         """From the summed loss of a text."""
         loss = nats / tokens
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        return cls(loss, perplexity, nats / math.log(2) / characters)
+        return cls(loss, math.exp(min(loss, 700.0)), nats / math.log(2) / characters)
 
 
 def sum_of_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ from srnn.files import write_atomically
 from srnn.kernels import Kernel
 from srnn.pruning.callback import PruningCallback
 from srnn.pruning.methods import PruningMethod
+from srnn.pruning.pruner import Pruner
+from srnn.pruning.schedules import RunLength
 from srnn.registry import register
 from srnn.tracking.console import RunProgress, console, print_report
 from srnn.tracking.plots import plot_run
@@ -80,13 +82,16 @@ def train(settings: Settings, folder: Path, group: str | None = None) -> dict[st
     data: TextStreams = register.build("dataset", settings.dataset)
     data.setup()
     supplied = {"vocabulary_size": len(data.vocabulary)}
-    model: nn.Module = register.build("model", settings.model, **supplied)
+    model = _build_model(settings, supplied)
+    # A first look at the schedule, before anything is started; the callback makes the pruner that counts.
+    batches = min(len(data.train_dataloader()), settings.trainer.limit_train_batches or sys.maxsize)
+    Pruner(model, method, RunLength(batches * settings.trainer.max_epochs, batches), reference=reference)
     ratio = data.tokens["train"] / data.characters["train"]
     module = NextToken(model, settings.optimizer, ratio, data.characters["valid"])
     pruning = PruningCallback(method, model, reference)
     recorder = Recorder(pruning)
     with wandb_logger(settings.tracking, folder, settings.as_dict(), group) as wandb:
-        _fit(settings, folder, data, module, pruning, recorder, wandb)
+        _fit(settings, folder, batches, data, module, pruning, recorder, wandb)
         best = folder / "checkpoints" / "best.ckpt"
         if not best.exists():
             raise UserError(f"no checkpoint reached the sparsity asked for; see {folder / 'metrics.csv'}.")
@@ -102,6 +107,16 @@ def train(settings: Settings, folder: Path, group: str | None = None) -> dict[st
     print_report(report)
     _print_ways_on(folder)
     return report
+
+
+def _build_model(settings: Settings, supplied: dict[str, Any]) -> nn.Module:
+    try:
+        model: nn.Module = register.build("model", settings.model, **supplied)
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        raise UserError(f"model={settings.model['name']} does not fit into memory: lower model.hidden_size.") from None
+    return model
 
 
 def _quiet() -> None:
@@ -124,6 +139,7 @@ def _open_folder(folder: Path, settings: Settings) -> None:
 def _fit(
     settings: Settings,
     folder: Path,
+    batches: int,
     data: TextStreams,
     module: NextToken,
     pruning: PruningCallback,
@@ -132,8 +148,6 @@ def _fit(
 ) -> None:
     checkpoints = str(folder / "checkpoints")
     loggers = [CSVLogger(str(folder), name="", version=""), *([wandb] if wandb is not None else [])]
-    limit = settings.trainer.limit_train_batches
-    batches = min(len(data.train_dataloader()), limit or sys.maxsize)
     trainer = pl.Trainer(
         accelerator=settings.trainer.accelerator,
         devices=1,

@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from srnn.datasets import PythonSource, Text, Vocabulary
+from srnn.datasets.text import IGNORED, Streams
+from srnn.errors import UserError
+
+POEM = "Tyger Tyger, burning bright,\nIn the forests of the night;\n" * 40
+
+
+@pytest.fixture
+def poem(tmp_path):
+    path = tmp_path / "poem.txt"
+    path.write_text(POEM)
+    return path
+
+
+@given(count=st.integers(2, 300), streams=st.integers(1, 8), length=st.integers(1, 20))
+@settings(deadline=None)
+def test_every_token_but_the_first_is_a_target_once(count, streams, length):
+    tokens = np.arange(count)
+    batches = list(Streams(tokens, streams, length))
+    targets = torch.cat([t.flatten() for _, t in batches])
+    assert sorted(targets[targets != IGNORED].tolist()) == list(range(1, count))
+    for inputs, wanted in batches:
+        real = wanted != IGNORED
+        assert torch.equal(inputs[real] + 1, wanted[real])
+
+
+def test_a_row_goes_on_in_the_next_batch():
+    streams = Streams(np.arange(101), 4, 10)
+    rows = torch.cat([inputs for inputs, _ in streams], dim=1)
+    assert rows.tolist() == [list(range(25 * row, 25 * row + 25)) for row in range(4)]
+
+
+@pytest.mark.parametrize("level", ["characters", "bytes", "words"])
+def test_levels_there_and_back(poem, level):
+    data = Text(str(poem), level=level, batch_size=2, eval_streams=2)
+    data.setup()
+    text = "the forests\nTyger"
+    assert data.vocabulary.decode(data.vocabulary.encode(text)) == text
+    again = Vocabulary.from_dict(data.vocabulary.to_dict())
+    assert (again.encode(POEM) == data.vocabulary.encode(POEM)).all()
+    assert len(again) == len(data.vocabulary)
+
+
+def test_unknown_tokens():
+    assert Vocabulary.build("characters", "ab").encode("aXb").tolist() == [1, 0, 2]
+    words = Vocabulary.build("words", "a a a b b c", limit=3)
+    assert len(words) == 3
+    assert words.encode("a b c d").tolist() == [1, 2, 0, 0]
+
+
+def test_parts_are_the_text(poem):
+    texts = Text(str(poem), valid_share=0.1, test_share=0.2).texts()
+    assert texts.train + texts.valid + texts.test == POEM
+    assert len(texts.test) == pytest.approx(0.2 * len(POEM), abs=1)
+
+
+def test_files_folders_and_globs(tmp_path):
+    (tmp_path / "b.txt").write_text("BBB\r\n")
+    (tmp_path / "a.txt").write_text("AAA")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "c.md").write_text("CCC")
+    for path, text in ((tmp_path, "AAABBB\nCCC"), (tmp_path / "*.txt", "AAABBB\n"), (tmp_path / "**" / "*.md", "CCC")):
+        parts = Text(str(path), valid_share=0.1, test_share=0.1).texts()
+        assert parts.train + parts.valid + parts.test == text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["no such file or folder"]),
+        (b"", ["is empty"]),
+        (b" \n\n ", ["is empty"]),
+        (b"abc\xff\xfe", ["not UTF-8", "byte 3"]),
+        (b"abc\0def", ["is binary"]),
+        (b"tiny", ["too few", "batch_size"]),
+    ],
+)
+def test_bad_files_say_what_is_wrong(tmp_path, content, words):
+    path = tmp_path / "given.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        Text(str(path)).setup()
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_shares_must_leave_something():
+    with pytest.raises(UserError, match="leave nothing to train on"):
+        Text("x", valid_share=0.5, test_share=0.5)
+
+
+def test_python_source_is_cached_checked_and_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("SRNN_CACHE", str(tmp_path))
+    fresh = PythonSource().texts()
+    assert 300_000 < sum(map(len, vars(fresh).values())) < 600_000
+    (cached,) = tmp_path.iterdir()
+    assert PythonSource().texts() == fresh
+    good = cached.read_text()
+    for damage in (good[:-1000], good.replace("def ", "fed ", 1), "[]", '{"texts": 1}'):
+        cached.write_text(damage)
+        assert PythonSource().texts() == fresh, "a damaged cache is made anew"
+        assert cached.read_text() == good
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SRNN_CACHE", str(tmp_path / "file"))
+    assert PythonSource().texts().train
+    assert "SRNN_CACHE" in capsys.readouterr().err
