@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from srnn.errors import UserError, did_you_mean
+from srnn.errors import JobFailed, UserError, did_you_mean
 
 COMMANDS = {
     "train": "train, prune, pack, measure, report (the default)",
@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(HELP.format(commands="\n".join(f"  {name:10}{word}" for name, word in COMMANDS.items())))
         return 0
     try:
-        return _dispatch(argv)
+        try:
+            return _dispatch(argv)
+        except JobFailed as failed:
+            raise failed.error from None
     except (UserError, OSError) as error:
         if os.environ.get("SRNN_DEBUG") == "1":
             raise
@@ -56,7 +59,9 @@ def _dispatch(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-") and "=" not in argv[0] and not argv[0].startswith("~"):
         command = argv.pop(0)
     if command not in COMMANDS:
-        raise UserError(f"{command}: no such command.{did_you_mean(command, COMMANDS)} There are: {', '.join(COMMANDS)}.")
+        raise UserError(
+            f"{command}: no such command.{did_you_mean(command, COMMANDS)} There are: {', '.join(COMMANDS)}."
+        )
     _load_plugins(argv)
     module = importlib.import_module(f"srnn.commands.{command}")
     return int(module.main(argv))

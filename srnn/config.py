@@ -78,7 +78,9 @@ class Settings:
     def check(cls, config: Mapping[str, Any]) -> Settings:
         """Check a plain config. Raises UserError for the first thing wrong."""
         root = _options(cls)
-        given = check_options({k: Option(k, Any) if k in _SECTIONS or k in KINDS else root[k] for k in root}, config, "")
+        given = check_options(
+            {k: Option(k, Any) if k in _SECTIONS or k in KINDS else root[k] for k in root}, config, ""
+        )
         for key in (*KINDS, *_SECTIONS):
             if not isinstance(given[key], Mapping):
                 raise UserError(f"{key}={given[key]!r} must be a mapping, such as {key}.OPTION=value.")
@@ -88,9 +90,7 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data again."""
-        return {
-            key: dict(vars(value)) if key in _SECTIONS else value for key, value in vars(self).items()
-        }
+        return {key: dict(vars(value)) if key in _SECTIONS else value for key, value in vars(self).items()}
 
 
 _SECTIONS: dict[str, type] = {
@@ -150,7 +150,9 @@ def check_command_line(argv: Sequence[str]) -> None:
     overrides = [_parse(text) for text in arguments.overrides]
     for override in overrides:
         if override.is_sweep_override() and not arguments.multirun:
-            raise UserError(f"{override.input_line}: several values make a sweep; add -m, or quote the value to mean one.")
+            raise UserError(
+                f"{override.input_line}: several values make a sweep; add -m, or quote the value to mean one."
+            )
     for job in _jobs(overrides):
         compose_settings(job)
 
@@ -182,7 +184,9 @@ def compose_settings(overrides: Sequence[str]) -> Settings:
         value, names = str(override.value()), presets(override.key_or_group)
         if value not in names:
             group = override.key_or_group
-            raise UserError(f"{group}={value}: no {group} has that name.{did_you_mean(value, names)} There are: {', '.join(names)}.")
+            raise UserError(
+                f"{group}={value}: no {group} has that name.{did_you_mean(value, names)} There are: {', '.join(names)}."
+            )
     base = _compose([str(o.input_line) for o in chosen])
     for override in parsed:
         key = str(override.key_or_group)
@@ -195,7 +199,8 @@ def _check_key(key: str, base: DictConfig) -> None:
     """Refuse a key that the config does not have, naming the nearest one it has."""
     node: Any = base
     for depth, part in enumerate(key.split(".")):
-        if not isinstance(node, DictConfig) or part not in node:
+        # `part in node` would say no to an option that must be given still.
+        if not isinstance(node, DictConfig) or part not in list(node):
             path = key.split(".")[:depth]
             allowed = [str(k) for k in node] if isinstance(node, DictConfig) else []
             where = ".".join(path) or "the config"

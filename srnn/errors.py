@@ -14,6 +14,14 @@ class UserError(Exception):
     """
 
 
+class JobFailed(BaseException):
+    """Carries an error through Hydra, which announces every Exception of a job in its own words."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the nearest allowed name, or an empty string."""
     near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)

@@ -49,10 +49,12 @@ class Range:
 
     def __str__(self) -> str:
         signs = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-        return " and ".join(f"{word} {bound:g}" for key, word in signs.items() if (bound := getattr(self, key)) is not None)
+        return " and ".join(
+            f"{word} {bound:g}" for key, word in signs.items() if (bound := getattr(self, key)) is not None
+        )
 
     def check(self, value: Any) -> Any:
-        """Return ``value``, or raise ``ValueError`` saying what is allowed. Non-numbers pass: types are checked elsewhere."""
+        """Return ``value``, or raise ``ValueError`` saying what is allowed. Only numbers have bounds."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return value
         inside = (
@@ -171,11 +173,14 @@ def check_options(options: Mapping[str, Option], given: Mapping[str, Any], where
         if key not in options:
             allowed = ", ".join(options) or "nothing"
             raise UserError(
-                f"{prefix}{key}: unknown option of {where or 'the config'}.{did_you_mean(str(key), options)} Allowed: {allowed}."
+                f"{prefix}{key}: unknown option of {where or 'the config'}.{did_you_mean(str(key), options)} "
+                f"Allowed: {allowed}."
             )
     for option in options.values():
         if given.get(option.name, "???" if option.required else None) == "???":
-            raise UserError(f"{prefix}{option.name} must be given ({type_name(option.type)}): add {prefix}{option.name}=...")
+            raise UserError(
+                f"{prefix}{option.name} must be given ({type_name(option.type)}): add {prefix}{option.name}=..."
+            )
     fields: dict[str, Any] = {o.name: (o.type, ... if o.required else o.default) for o in options.values()}
     config = pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=())
     try:
@@ -241,13 +246,17 @@ class Registry:
         """The component, or a UserError with the nearest name and all the names there are."""
         names = self.names(kind)
         if name not in names:
-            raise UserError(f"{kind}={name}: no such {kind}.{did_you_mean(str(name), names)} There are: {', '.join(sorted(names))}.")
+            raise UserError(
+                f"{kind}={name}: no such {kind}.{did_you_mean(str(name), names)} There are: {', '.join(sorted(names))}."
+            )
         return self.components[kind, name]
 
     def check(self, kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
         """Check ``config`` (``name`` and options) and return it complete."""
         if not isinstance(config.get("name"), str):
-            raise UserError(f"{kind}.name={config.get('name')!r} must be the name of a {kind}: {', '.join(self.names(kind))}.")
+            raise UserError(
+                f"{kind}.name={config.get('name')!r} must be the name of a {kind}: {', '.join(self.names(kind))}."
+            )
         component = self.get(kind, config["name"])
         given = {key: value for key, value in config.items() if key != "name"}
         return {"name": component.name} | check_options(component.options, given, kind)

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Small networks are no work for several threads, and those of parallel runs get in each other's way.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 
 

@@ -35,7 +35,11 @@ def main(argv: Sequence[str]) -> int:
         characters = data.characters["valid" if part == "validation" else "test"]
         score = evaluate(model, loader, characters, torch.device("cpu"))
         table.add_row(
-            part, f"{characters:,}", f"{score.loss:.4f}", f"{score.perplexity:.3f}", f"{score.bits_per_character:.4f}"
+            part,
+            f"{characters:,}",
+            f"{score.loss:.4f}",
+            f"{score.perplexity:.3f}",
+            f"{score.bits_per_character:.4f}",
         )
     console.print(table)
     return 0

@@ -20,7 +20,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
     options = parser.parse(argv)
     _check(options.length >= 0, f"--length={options.length} must be at least 0")
-    _check(0 <= options.temperature < float("inf"), f"--temperature={options.temperature} must be a number from 0 on")
+    _check(
+        0 <= options.temperature < float("inf"),
+        f"--temperature={options.temperature} must be a number from 0 on",
+    )
     _check(options.top_k is None or options.top_k >= 1, f"--top-k={options.top_k} must be at least 1")
     _check(-(2**63) <= options.seed < 2**63, f"--seed={options.seed} must fit in 64 bits")
     path = packed_file(options.run)
@@ -34,9 +37,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{path} is no language model: it has no vocabulary.")
     prompt = vocabulary.encode(options.prompt).tolist()
     _check(len(prompt) > 0, "--prompt is empty: give at least one character or word")
-    tokens = generate(
-        packed.build(), prompt, options.length, options.temperature, options.top_k, options.seed
-    )
+    tokens = generate(packed.build(), prompt, options.length, options.temperature, options.top_k, options.seed)
     written = vocabulary.decode([*prompt, *tokens])
     sys.stdout.write(f"{written}\n")
     return 0

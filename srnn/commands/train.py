@@ -13,13 +13,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from srnn import config
+from srnn.errors import JobFailed
 
 
 def main(argv: Sequence[str]) -> int:
     """Check every job of the command line, then let Hydra run them."""
     config.check_command_line(argv)
     config.connect_hydra()
-    # Without it Hydra prints its own report of an error and exits, and ours is never seen.
+    # Without it Hydra reports an error of its own work, such as a folder it cannot make, and exits by itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra reads the arguments from there; it must not see the command's name.
     sys.argv = ["srnn", *argv]
@@ -36,5 +37,8 @@ def _job(composed: DictConfig) -> float:
     of_hydra = HydraConfig.get()
     folder = Path(of_hydra.runtime.output_dir)
     sweep = Path(of_hydra.sweep.dir).name if of_hydra.mode == RunMode.MULTIRUN else None
-    report = train(settings, folder, group=sweep)
+    try:
+        report = train(settings, folder, group=sweep)
+    except Exception as error:
+        raise JobFailed(error) from error
     return float(report["scores"]["best"]["bits_per_character"])

@@ -2,6 +2,5 @@
 
 from srnn.datasets.python_source import PythonSource
 from srnn.datasets.text import Text, Texts, TextStreams
-from srnn.datasets.vocabulary import Vocabulary
 
-__all__ = ["PythonSource", "Text", "TextStreams", "Texts", "Vocabulary"]
+__all__ = ["PythonSource", "Text", "TextStreams", "Texts"]

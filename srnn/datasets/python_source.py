@@ -16,9 +16,9 @@ from srnn.registry import register
 
 # About 0.4 MB. Split by file, so that no text is seen in training that is measured later.
 MODULES = {
-    "train": "ast calendar codecs configparser contextlib copy dataclasses fractions heapq".split(),
-    "valid": "functools queue".split(),
-    "test": "random textwrap".split(),
+    "train": ["ast", "calendar", "codecs", "configparser", "contextlib", "copy", "dataclasses", "fractions", "heapq"],
+    "valid": ["functools", "queue"],
+    "test": ["random", "textwrap"],
 }
 
 
@@ -69,4 +69,7 @@ def _write_cache(path: Path, texts: Texts) -> None:
     try:
         write_atomically(path, json.dumps(data).encode())
     except OSError as error:
-        print(f"srnn: no cache at {path.parent} ({error.strerror}); set SRNN_CACHE to a folder that can be written.", file=sys.stderr)
+        print(
+            f"srnn: no cache at {path.parent} ({error.strerror}); set SRNN_CACHE to a folder that can be written.",
+            file=sys.stderr,
+        )

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from srnn.datasets.vocabulary import Level, Vocabulary
 from srnn.errors import UserError
 from srnn.registry import Range, register
+from srnn.vocabulary import Level, Vocabulary
 
 Count = Annotated[int, Range(ge=1, le=1_000_000)]
 Share = Annotated[float, Range(gt=0, lt=1)]
@@ -122,8 +122,8 @@ class TextStreams(pl.LightningDataModule):
         streams = self.batch_size if part == "train" else self.eval_streams
         if len(tokens) <= streams:
             raise UserError(
-                f"dataset: the {part} part has {len(tokens)} {self.level}, too few for {streams} streams: give more text, or "
-                f"lower dataset.{'batch_size' if part == 'train' else 'eval_streams'}."
+                f"dataset: the {part} part has {len(tokens)} {self.level}, too few for {streams} streams: give more "
+                f"text, or lower dataset.{'batch_size' if part == 'train' else 'eval_streams'}."
             )
         self.characters[part], self.tokens[part] = len(text), len(tokens)
         self._streams[part] = Streams(tokens, streams, self.sequence_length)
@@ -202,5 +202,7 @@ def _read(path: Path) -> str:
             f"'folder/*.txt'."
         ) from None
     if "\0" in text:
-        raise UserError(f"dataset.path: {path} is binary (it holds zero bytes): name text files only, as in 'folder/*.txt'.")
+        raise UserError(
+            f"dataset.path: {path} is binary (it holds zero bytes): name text files only, as in 'folder/*.txt'."
+        )
     return text.replace("\r\n", "\n")

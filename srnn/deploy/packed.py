@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from srnn.datasets.vocabulary import Vocabulary
 from srnn.errors import UserError
 from srnn.files import write_atomically
 from srnn.registry import register
-from srnn.sparse import DTYPES, ElementMatrix, Values
+from srnn.sparse import ElementMatrix, Values
+from srnn.vocabulary import Vocabulary
 
 FORMAT = 1
 _PARTS = ("values", "columns", "row_pointers")
@@ -179,8 +179,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         state = loaded.get("state_dict", loaded)
-        return {str(name).removeprefix("model."): weight for name, weight in state.items() if isinstance(weight, Tensor)}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError, ValueError, KeyError) as error:
+        return {
+            str(name).removeprefix("model."): weight for name, weight in state.items() if isinstance(weight, Tensor)
+        }
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        AttributeError,
+        ValueError,
+        KeyError,
+    ) as error:
         raise UserError(f"{path} is no checkpoint, or damaged: {str(error).splitlines()[0]}") from None
 
 

@@ -5,6 +5,7 @@ Shapes: B batch, T time, V vocabulary, H hidden units.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -33,7 +34,7 @@ class LanguageModel(nn.Module):
 
     def __init__(
         self,
-        cell: type[nn.RNNBase],
+        cell: Callable[..., nn.RNNBase],
         vocabulary_size: int,
         embedding_size: int,
         hidden_size: int,
@@ -45,7 +46,12 @@ class LanguageModel(nn.Module):
         between = dropout if num_layers > 1 else 0.0
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
         self.rnn = cell(
-            embedding_size, hidden_size, num_layers=num_layers, dropout=between, batch_first=True, **cell_options
+            embedding_size,
+            hidden_size,
+            num_layers=num_layers,
+            dropout=between,
+            batch_first=True,
+            **cell_options,
         )
         self.dropout = nn.Dropout(dropout)
         self.decoder = nn.Linear(hidden_size, vocabulary_size)

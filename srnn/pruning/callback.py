@@ -30,7 +30,10 @@ class PruningCallback(pl.Callback):
     """
 
     def __init__(
-        self, method: PruningMethod, model: nn.Module | None = None, reference: Mapping[str, Tensor] | None = None
+        self,
+        method: PruningMethod,
+        model: nn.Module | None = None,
+        reference: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.method = method
         self.model = model

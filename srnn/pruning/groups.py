@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 from srnn.errors import UserError
 
-LAYER_TYPES = ("recurrent", "linear", "embedding")
+LayerType = Literal["recurrent", "linear", "embedding"]
+LAYER_TYPES: tuple[LayerType, ...] = ("recurrent", "linear", "embedding")
 
 
 @dataclass
@@ -53,8 +56,8 @@ class Group:
         magnitudes = torch.cat([p.detach().abs().flatten() for p in self.parameters.values()])
         if not math.isfinite(magnitudes.max()):
             raise UserError(
-                f"the training has diverged: {self.layer_type} weights are not finite; lower optimizer.lr, or clip gradients "
-                f"with trainer.gradient_clip_val."
+                f"the training has diverged: {self.layer_type} weights are not finite; lower optimizer.lr, or clip "
+                f"gradients with trainer.gradient_clip_val."
             )
         return magnitudes
 
@@ -88,7 +91,7 @@ def keep_largest(magnitudes: Tensor, count: int) -> Tensor:
     return keep
 
 
-def prunable(model: nn.Module, layer_types: list[str] | tuple[str, ...] = LAYER_TYPES) -> list[Group]:
+def prunable(model: nn.Module, layer_types: Sequence[str] = LAYER_TYPES) -> list[Group]:
     """Group a model's prunable weights by layer type.
 
     Recurrent: every ``weight_*`` matrix of ``nn.RNN/GRU/LSTM`` and their cells, input and recurrent, all gates;

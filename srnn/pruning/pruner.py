@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
-from srnn.pruning.groups import Group, prunable
+from srnn.pruning.groups import prunable
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.schedules import RunLength
 

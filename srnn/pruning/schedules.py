@@ -47,12 +47,15 @@ def iteration(key: str, when: When, heuristic: float, run: RunLength) -> int:
         if run.epochs < MIN_EPOCHS:
             raise UserError(
                 f"{key}=auto follows the paper's heuristics, which need at least {MIN_EPOCHS} epochs, and this run has "
-                f"{run.epochs:.3g}: give start_itr, ramp_itr and end_itr as fractions of the run, such as 0.1, 0.25 and 0.5."
+                f"{run.epochs:.3g}: give start_itr, ramp_itr and end_itr as fractions of the run, such as 0.1, 0.25 "
+                f"and 0.5."
             )
         return round(heuristic)
     if isinstance(when, float):
         if not 0 <= when <= 1:
-            raise UserError(f"{key}={when} must be a fraction of the run between 0.0 and 1.0, or a whole number of steps.")
+            raise UserError(
+                f"{key}={when} must be a fraction of the run between 0.0 and 1.0, or a whole number of steps."
+            )
         return round(when * run.total_steps)
     if when < 0:
         raise UserError(f"{key}={when} must be a step from 0 on, or a fraction of the run between 0.0 and 1.0.")

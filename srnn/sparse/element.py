@@ -84,7 +84,7 @@ class ElementMatrix:
         if pointers[0] != 0 or pointers[-1] != self.nnz or bool((pointers.diff() < 0).any()):
             raise ValueError("row_pointers must rise from 0 to the number of values")
         wide = self.columns.long()
-        if self.nnz and not (0 <= int(wide.min()) and int(wide.max()) < columns):
+        if self.nnz and not (int(wide.min()) >= 0 and int(wide.max()) < columns):
             raise ValueError("a column is out of range")
         same_row = self._rows().diff() == 0
         if bool((wide.diff()[same_row] <= 0).any()):

@@ -41,7 +41,14 @@ def _print_forecast(pruner: Pruner) -> None:
     q = getattr(method, "fixed_q", None)
     table = Table(title=f"Forecast: {run.total_steps:,} steps, {run.epochs:.3g} epochs")
     kinds = [group.layer_type for group in pruner.groups] if q else []
-    for column in ("", "step", "epoch", "threshold / q", *(f"threshold {k}" for k in kinds), "expected sparsity"):
+    for column in (
+        "",
+        "step",
+        "epoch",
+        "threshold / q",
+        *(f"threshold {k}" for k in kinds),
+        "expected sparsity",
+    ):
         table.add_column(column, justify="left" if not column else "right")
     for row in method.forecast():
         over_q = row.epsilon_over_q
@@ -55,7 +62,7 @@ def _print_forecast(pruner: Pruner) -> None:
 
 
 class RunProgress(ProgressBar):
-    """One bar over all steps: loss, bits per character, sparsity, threshold. A line an epoch where there is no terminal."""
+    """One bar over all steps with loss, bits per character, sparsity and threshold; and a line an epoch."""
 
     def __init__(self, pruning: PruningCallback) -> None:
         super().__init__()
@@ -103,7 +110,8 @@ class RunProgress(ProgressBar):
         loss, bits = metrics.get(f"{part}_loss"), metrics.get(f"{part}_bits_per_character")
         numbers = f"loss {float(loss):.3f}  bpc {float(bits):.3f}" if loss is not None and bits is not None else ""
         if pruner.groups:
-            numbers += f"  sparsity {100 * pruner.sparsity:.1f} %  threshold {next(iter(pruner.thresholds.values())):.4f}"
+            epsilon = next(iter(pruner.thresholds.values()))
+            numbers += f"  sparsity {100 * pruner.sparsity:.1f} %  threshold {epsilon:.4f}"
         return numbers
 
     def _stop(self) -> None:
@@ -140,7 +148,8 @@ def print_report(report: dict[str, Any]) -> None:
     table.add_row("parameters, of which non-zero", f"{sizes['parameters']:,}, {sizes['nonzeros']:,}")
     ratio = sizes["dense_bytes"] / sizes["packed_bytes"]
     table.add_row(
-        "bytes dense (fp32), packed file", f"{sizes['dense_bytes']:,}, {sizes['packed_bytes']:,} ({ratio:.1f}x smaller)"
+        "bytes dense (fp32), packed file",
+        f"{sizes['dense_bytes']:,}, {sizes['packed_bytes']:,} ({ratio:.1f}x smaller)",
     )
     seconds = report["seconds"]
     share = 100 * seconds["pruning"] / seconds["training_loop"]

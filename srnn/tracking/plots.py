@@ -11,7 +11,7 @@ import matplotlib as mpl
 from torch import Tensor
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  # after the backend that needs no display
+import matplotlib.pyplot as plt  # after the backend that needs no display
 
 GATES = {3: "rzn", 4: "ifgo"}  # torch's order of a GRU's and an LSTM's gates
 Points = tuple[list[int], list[float]]
@@ -30,7 +30,12 @@ def read_metrics(path: Path) -> dict[str, Points]:
     return columns
 
 
-def plot_run(folder: Path, phases: Mapping[str, int] | None, layers: list[dict[str, Any]], mask: tuple[str, Tensor] | None) -> list[Path]:
+def plot_run(
+    folder: Path,
+    phases: Mapping[str, int] | None,
+    layers: list[dict[str, Any]],
+    mask: tuple[str, Tensor] | None,
+) -> list[Path]:
     """Draw all plots of a run into ``folder/plots``.
 
     Args:
@@ -115,7 +120,7 @@ def _layers(layers: list[dict[str, Any]], path: Path) -> Path:
 def _mask(name: str, weight: Tensor, path: Path) -> Path:
     rows, columns = weight.shape
     figure, axes = plt.subplots(figsize=(6, max(2.0, min(12.0, 6 * rows / columns))))
-    axes.imshow(weight != 0, cmap="Greys", interpolation="nearest", aspect="auto")
+    axes.imshow((weight != 0).numpy(), cmap="Greys", interpolation="nearest", aspect="auto")
     axes.set(xlabel="input unit", ylabel="output unit", title=f"Weights left in {name}")
     gates = GATES.get(rows // columns, "") if "weight_hh" in name else ""
     for index, gate in enumerate(gates):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import srnn
 from srnn.config import Settings
 from srnn.deploy.packed import PackedModel
-from srnn.errors import UserError
 from srnn.pruning.methods import PruningMethod
 from srnn.pruning.pruner import Pruner
 from srnn.tracking.record import Recorder, Validation
@@ -81,7 +80,11 @@ def build_report(
             "torch": torch.__version__,
             "pytorch_lightning": pl.__version__,
         },
-        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": {
+            "system": platform.platform(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
         "validations": [vars(v) | {"scores": dict(v.scores)} for v in recorder.validations],
     }
 

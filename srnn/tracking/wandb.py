@@ -65,7 +65,8 @@ def _start(tracking: TrackingConfig, folder: Path, config: dict[str, Any], group
 
     if tracking.mode == "online" and not _has_key():
         raise UserError(
-            "tracking.mode=online needs a W&B API key: set WANDB_API_KEY or run `wandb login`, or use tracking.mode=offline."
+            "tracking.mode=online needs a W&B API key: set WANDB_API_KEY or run `wandb login`, or use "
+            "tracking.mode=offline."
         )
     options: dict[str, Any] = {
         "project": tracking.project,
@@ -83,9 +84,11 @@ def _start(tracking: TrackingConfig, folder: Path, config: dict[str, Any], group
 
 
 def _has_key() -> bool:
-    import wandb
+    """In the environment, or where `wandb login` puts it. Asking W&B itself might prompt or wait."""
+    from requests.utils import get_netrc_auth
 
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(host))
 
 
 def sync_command(folder: Path) -> str | None:
@@ -95,7 +98,11 @@ def sync_command(folder: Path) -> str | None:
 
 
 def log_results(
-    logger: WandbLogger, summary: dict[str, Any], layers: list[dict[str, Any]], plots: list[Path], packed: Path
+    logger: WandbLogger,
+    summary: dict[str, Any],
+    layers: list[dict[str, Any]],
+    plots: list[Path],
+    packed: Path,
 ) -> None:
     """Send the end of a run: summary, a table of layers, the plots, the packed file as an artifact."""
     import wandb
@@ -103,8 +110,8 @@ def log_results(
     run = logger.experiment
     run.summary.update(summary)
     if layers:
-        columns = list(layers[0])
-        table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in layers])
+        columns: list[str | int] = list(layers[0])
+        table = wandb.Table(columns=columns, data=[list(row.values()) for row in layers])
         run.log({"layers": table})
     run.log({path.stem: wandb.Image(str(path)) for path in plots})
     artifact = wandb.Artifact(f"{run.id}-packed", type="model")

@@ -42,9 +42,7 @@ class Score:
 
 def sum_of_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Cross-entropy in nats, summed over all targets that are not padding."""
-    return F.cross_entropy(
-        logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 class NextToken(pl.LightningModule):

@@ -5,14 +5,10 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
-import platform
 import shlex
 import sys
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from torch import Tensor, nn
+from torch import nn
 
 import srnn
 from srnn.config import Settings
@@ -133,7 +129,9 @@ def _open_folder(folder: Path, settings: Settings) -> None:
         write_atomically(folder / "config.yaml", OmegaConf.to_yaml(settings.as_dict()).encode())
         write_atomically(folder / "command.txt", f"{shlex.join(['srnn', *sys.argv[1:]])}\n".encode())
     except OSError as error:
-        raise UserError(f"the run's folder {folder} cannot be written: {error.strerror}; set hydra.run.dir=FOLDER.") from None
+        raise UserError(
+            f"the run's folder {folder} cannot be written: {error.strerror}; set hydra.run.dir=FOLDER."
+        ) from None
 
 
 def _fit(

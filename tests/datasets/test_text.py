@@ -4,9 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srnn.datasets import PythonSource, Text, Vocabulary
+from srnn.datasets import PythonSource, Text
 from srnn.datasets.text import IGNORED, Streams
 from srnn.errors import UserError
+from srnn.vocabulary import Vocabulary
 
 POEM = "Tyger Tyger, burning bright,\nIn the forests of the night;\n" * 40
 
@@ -65,7 +66,11 @@ def test_files_folders_and_globs(tmp_path):
     (tmp_path / "a.txt").write_text("AAA")
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "c.md").write_text("CCC")
-    for path, text in ((tmp_path, "AAABBB\nCCC"), (tmp_path / "*.txt", "AAABBB\n"), (tmp_path / "**" / "*.md", "CCC")):
+    for path, text in (
+        (tmp_path, "AAABBB\nCCC"),
+        (tmp_path / "*.txt", "AAABBB\n"),
+        (tmp_path / "**" / "*.md", "CCC"),
+    ):
         parts = Text(str(path), valid_share=0.1, test_share=0.1).texts()
         assert parts.train + parts.valid + parts.test == text
 

@@ -104,7 +104,13 @@ class Comparison(pl.Callback):
 def train_beside(q, tmp_path, steps=STEPS):
     pl.seed_everything(1, verbose=False)
     transcription = Transcription(q)
-    options = {"start_itr": START, "ramp_itr": RAMP, "end_itr": END, "freq": FREQ, "layer_types": ["recurrent", "linear"]}
+    options = {
+        "start_itr": START,
+        "ramp_itr": RAMP,
+        "end_itr": END,
+        "freq": FREQ,
+        "layer_types": ["recurrent", "linear"],
+    }
     real = PruningCallback(Gradual(sparsity=0.9, q=q or "auto", **options))
     comparison = Comparison(transcription, real)
     trainer = pl.Trainer(

@@ -88,7 +88,9 @@ def test_parameters_keep_identity_names_and_memory():
 
 def test_what_is_pruned():
     groups = {group.layer_type: list(group.parameters) for group in prunable(Net(nn.LSTM))}
-    recurrent = [f"rnn.weight_{part}_l{layer}{d}" for layer in (0, 1) for d in ("", "_reverse") for part in ("ih", "hh")]
+    recurrent = [
+        f"rnn.weight_{part}_l{layer}{d}" for layer in (0, 1) for d in ("", "_reverse") for part in ("ih", "hh")
+    ]
     assert sorted(groups["recurrent"]) == sorted(recurrent)
     assert groups["linear"] == ["out.weight"]
     assert groups["embedding"] == ["embedding.weight"]
@@ -172,6 +174,15 @@ def test_a_schedule_that_would_prune_everything_is_refused_with_the_number():
     assert all((p != 0).any() for p in model.parameters())
 
 
+def test_a_diverged_training_is_named():
+    model, optimizer, pruner = make(Gradual())
+    steps(model, optimizer, pruner, 10)
+    with torch.no_grad():
+        model.out.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"diverged: \w+ weights are not finite; lower optimizer\.lr"):
+        steps(model, optimizer, pruner, 10)
+
+
 def test_q_from_a_reference():
     model = Net()
     reference = {name: torch.randn_like(p) for name, p in model.named_parameters()}
@@ -184,7 +195,12 @@ def test_q_from_a_reference():
     with pytest.raises(UserError, match=r"would rise to [\d.]+ at step \d+ and prune every weight.*phi_ratio=20"):
         Pruner(model, steep, RunLength(100, 10), reference=reference)
     with pytest.raises(UserError, match=r"holds no weights of the kind of .*out\.weight"):
-        Pruner(model, Gradual(q="x"), RunLength(100, 10), reference={k: v for k, v in reference.items() if "out" not in k})
+        Pruner(
+            model,
+            Gradual(q="x"),
+            RunLength(100, 10),
+            reference={k: v for k, v in reference.items() if "out" not in k},
+        )
     sparse = {name: torch.zeros_like(p) for name, p in reference.items()}
     with pytest.raises(UserError, match="dense, trained model"):
         Pruner(model, Gradual(q="x"), RunLength(100, 10), reference=sparse)
@@ -192,7 +208,10 @@ def test_q_from_a_reference():
         Pruner(model, Gradual(q={"recurrent": 0.1}), RunLength(100, 10))
 
 
-@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]) | st.floats(0, 9, width=32), min_size=1, max_size=40), st.data())
+@given(
+    st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]) | st.floats(0, 9, width=32), min_size=1, max_size=40),
+    st.data(),
+)
 @settings(deadline=None)
 def test_keep_largest_keeps_the_count_and_no_smaller_value(values, data):
     count = data.draw(st.integers(0, len(values)))
@@ -209,7 +228,17 @@ def test_quantile_is_the_sorted_rank():
     assert quantile(values, 0.9) == sorted(values.tolist())[round(0.9 * 501) - 1]
 
 
-@pytest.mark.parametrize("options", [{"sparsity": 1.0}, {"sparsity": 0.0}, {"sparsity": float("nan")}, {"freq": 0}, {"q": -1.0}, {"phi_ratio": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sparsity": 1.0},
+        {"sparsity": 0.0},
+        {"sparsity": float("nan")},
+        {"freq": 0},
+        {"q": -1.0},
+        {"phi_ratio": 0.5},
+    ],
+)
 def test_bad_arguments_are_refused_in_code_too(options):
     with pytest.raises(UserError, match=next(iter(options))):
         Gradual(**options)
@@ -218,3 +247,26 @@ def test_bad_arguments_are_refused_in_code_too(options):
 def test_hard_prunes_inside_the_run():
     with pytest.raises(UserError, match=r"prune_itr=100 must lie inside the run: 1 to 99"):
         make(Hard(prune_itr=1.0), total=100)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error")  # cuDNN's "not part of single contiguous chunk of memory" above all
+@pytest.mark.parametrize("soft", [False, True])
+def test_on_a_gpu_masks_are_the_same_and_cudnn_keeps_its_flat_memory(soft):
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Embedding(13, 32), nn.GRU(32, 64, num_layers=2)).to(device)
+        optimizer = torch.optim.Adam(model.parameters())
+        pruner = Pruner(model, Gradual(sparsity=0.9, soft=soft), RunLength(100, 10), optimizer)
+        for _ in range(100):
+            # Weights of equal value on both devices: rounding must not decide which are pruned.
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.copy_(torch.randn(parameter.shape))
+            pruner.step()
+        if device == "cuda":
+            model(torch.randint(0, 13, (7, 3), device=device))[0].sum().backward()
+        results.append({name: mask.cpu() for name, mask in pruner.masks().items()})
+        assert pruner.reached()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])

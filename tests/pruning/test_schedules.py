@@ -71,7 +71,14 @@ def test_expected_sparsity():
     ],
 )
 def test_refusals_say_what_and_what_to_do(settings, words):
-    arguments = {"start": "auto", "ramp": "auto", "end": "auto", "freq": "auto", "phi_ratio": 1.5, "run": RUN} | settings
+    arguments = {
+        "start": "auto",
+        "ramp": "auto",
+        "end": "auto",
+        "freq": "auto",
+        "phi_ratio": 1.5,
+        "run": RUN,
+    } | settings
     with pytest.raises(UserError) as error:
         resolve_gradual(**arguments)
     for word in words:

@@ -6,7 +6,12 @@ from hypothesis import strategies as st
 from srnn.sparse import ElementMatrix
 
 
-@given(rows=st.integers(1, 30), columns=st.integers(1, 30), density=st.sampled_from([0, 0.1, 0.5, 1]), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 30),
+    columns=st.integers(1, 30),
+    density=st.sampled_from([0, 0.1, 0.5, 1]),
+    seed=st.integers(0, 99),
+)
 @settings(deadline=None)
 def test_there_and_back_is_exact(rows, columns, density, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -41,7 +46,9 @@ def test_a_value_that_rounds_to_zero_is_still_an_entry():
     assert matrix.nnz == 2
 
 
-@pytest.mark.parametrize(("weight", "values"), [(torch.tensor([[float("nan")]]), "fp32"), (torch.tensor([[1e6]]), "fp16")])
+@pytest.mark.parametrize(
+    ("weight", "values"), [(torch.tensor([[float("nan")]]), "fp32"), (torch.tensor([[1e6]]), "fp16")]
+)
 def test_what_cannot_be_stored_is_refused(weight, values):
     with pytest.raises(ValueError, match="not finite"):
         ElementMatrix.from_dense(weight, values)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from torch import Tensor
 
-from srnn.pruning.groups import Group
+from srnn.pruning.groups import Group, LayerType
 from srnn.pruning.schedules import RunLength
 from srnn.registry import Range
 
-LayerTypes = list[Literal["recurrent", "linear", "embedding"]]
+LayerTypes = list[LayerType]
 Sparsity = Annotated[float, Range(gt=0, lt=1)]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from srnn.errors import UserError
-from srnn.pruning.groups import LAYER_TYPES, Group, keep_largest, quantile, target_count
+from srnn.pruning.groups import LAYER_TYPES, Group, LayerType, keep_largest, quantile, target_count
 from srnn.pruning.methods.base import ForecastRow, LayerTypes, PruningMethod, Sparsity
 from srnn.pruning.schedules import GradualSchedule, RunLength, When, expected_sparsity, resolve_gradual
 from srnn.registry import Range, check_ranges, register
@@ -37,7 +37,7 @@ class Gradual(PruningMethod):
     """
 
     sparsity: Sparsity = 0.9
-    q: Positive | dict[Literal["recurrent", "linear", "embedding"], Positive] | str = "auto"
+    q: Positive | dict[LayerType, Positive] | str = "auto"
     start_itr: When = "auto"
     ramp_itr: When = "auto"
     end_itr: When = "auto"
@@ -71,20 +71,26 @@ class Gradual(PruningMethod):
         if not isinstance(self.q, str):
             return self.q
         missing = [
-            name for name, p in group.parameters.items() if reference is None or name not in reference
-            or (reference[name].ndim != p.ndim)
+            name
+            for name, p in group.parameters.items()
+            if reference is None or name not in reference or (reference[name].ndim != p.ndim)
         ]
         if reference is None or missing:
-            raise UserError(f"pruning.q={self.q} holds no weights of the kind of {', '.join(missing)}; train a dense model of the same kind first.")
+            raise UserError(
+                f"pruning.q={self.q} holds no weights of the kind of {', '.join(missing)}; "
+                "train a dense model of the same kind first."
+            )
         magnitudes = torch.cat([reference[name].float().abs().flatten() for name in group.parameters])
         q, largest = quantile(magnitudes, self.sparsity), float(magnitudes.max())
         if not 0 < q < float("inf"):
-            raise UserError(f"pruning.q={self.q} gives q={q:g} for the {kind} weights: take it from a dense, trained model.")
+            raise UserError(
+                f"pruning.q={self.q} gives q={q:g} for the {kind} weights: take it from a dense, trained model."
+            )
         last = self.schedule.epsilon(self.schedule.updates[-1], q)
         if last > largest:
             raise UserError(
-                f"pruning: the {kind} threshold would rise to {last:.4g} at step {self.schedule.updates[-1]} and prune every "
-                f"weight: the largest in {self.q} is {largest:.4g}; lower pruning.phi_ratio={self.phi_ratio:g}."
+                f"pruning: the {kind} threshold would rise to {last:.4g} at step {self.schedule.updates[-1]} and prune "
+                f"every weight: the largest in {self.q} is {largest:.4g}; lower pruning.phi_ratio={self.phi_ratio:g}."
             )
         return q
 
@@ -95,7 +101,11 @@ class Gradual(PruningMethod):
     def update(self, itr: int, group: Group) -> None:
         """One update of Algorithm 1, open-loop or with ``q`` estimated."""
         magnitudes = group.magnitudes()
-        keep = self._keep_estimated(itr, group, magnitudes) if self.fixed_q is None else self._keep_fixed(itr, group, magnitudes)
+        keep = (
+            self._keep_estimated(itr, group, magnitudes)
+            if self.fixed_q is None
+            else self._keep_fixed(itr, group, magnitudes)
+        )
         group.set_masks(keep)
 
     def _keep_fixed(self, itr: int, group: Group, magnitudes: Tensor) -> Tensor:
@@ -106,8 +116,8 @@ class Gradual(PruningMethod):
         if not bool(keep.any()):
             raise UserError(
                 f"pruning: at step {itr} the {group.layer_type} threshold reaches {epsilon:.4g} (q={q:g}, "
-                f"phi_ratio={self.phi_ratio:g}) and would prune every weight: the largest is {float(magnitudes.max()):.4g}. "
-                f"Lower pruning.q or pruning.phi_ratio; pruning.q=auto estimates q."
+                f"phi_ratio={self.phi_ratio:g}) and would prune every weight: the largest is "
+                f"{float(magnitudes.max()):.4g}. Lower pruning.q or pruning.phi_ratio; pruning.q=auto estimates q."
             )
         group.epsilon = epsilon
         return keep
@@ -138,7 +148,9 @@ class Gradual(PruningMethod):
         between = [(s.start_itr + s.ramp_itr) / 2, s.ramp_itr + third, s.ramp_itr + 2 * third]
         events = {_nearest(s.updates, itr): "" for itr in between}
         events |= {s.updates[0]: "first update", _nearest(s.updates, s.ramp_itr): "ramp", last: "last update"}
-        return [ForecastRow(event, itr, s.epsilon(itr, 1.0), self._expected(itr)) for itr, event in sorted(events.items())]
+        return [
+            ForecastRow(event, itr, s.epsilon(itr, 1.0), self._expected(itr)) for itr, event in sorted(events.items())
+        ]
 
     def _expected(self, itr: int) -> float:
         share = expected_sparsity(self.schedule.epsilon(itr, 1.0), self.sparsity)

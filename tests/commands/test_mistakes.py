@@ -1,0 +1,161 @@
+"""A user's mistake gets one sentence and exit code 2, and no traceback."""
+
+import pytest
+import torch
+
+from srnn.__main__ import main
+from srnn.deploy.packed import PackedModel, write
+from srnn.errors import UserError
+from srnn.registry import register
+from srnn.vocabulary import Vocabulary
+from tests.conftest import SMALL
+
+QUIET = ["tracking.mode=disabled", *SMALL]
+
+
+def mistake(capsys, *arguments):
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("srnn: ")
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1
+    return error
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A folder as a run leaves it, of an untrained model."""
+    config = {"name": "gru", "hidden_size": 8, "embedding_size": 4, "num_layers": 1, "dropout": 0.0}
+    vocabulary = Vocabulary.build("characters", "\nabcdef(): x")
+    supplied = {"vocabulary_size": len(vocabulary)}
+    state = register.build("model", config, **supplied).state_dict()
+    state["rnn.weight_hh_l0"] *= torch.rand_like(state["rnn.weight_hh_l0"]) < 0.1
+    about = {"dataset": register.get("dataset", "python_source").defaults()}
+    write(
+        tmp_path / "model.safetensors",
+        PackedModel.from_state(state, config, supplied, "fp16", vocabulary, about),
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pruning.sparcity=0.8"], ["pruning.sparcity", "'sparsity'"]),
+        (["model.hidden_size=wide"], ["model.hidden_size='wide'", "int"]),
+        (["pruning=gradul"], ["gradul", "'gradual'"]),
+        (["pruning.sparsity=1"], ["pruning.sparsity=1", "below 1"]),
+        (["trian"], ["trian", "'train'"]),
+        (["dataset=text", "dataset.path=/no/such/file"], ["/no/such/file", "no such file"]),
+        (["pruning.start_itr=0.6", "pruning.end_itr=0.5"], ["start_itr=24", "end_itr=20", "out of order"]),
+        (["trainer.max_epochs=4"], ["5 epochs", "has 4", "fractions"]),
+        (["pruning.freq=99"], ["pruning.freq=99", "at most"]),
+        (["pruning.q=/no/dense.ckpt"], ["/no/dense.ckpt", "no such checkpoint"]),
+        (["pruning.q=1e6"], ["threshold reaches", "q=1e+06", "every weight"]),
+        (["model.hidden_size=1000000"], ["does not fit into memory", "model.hidden_size"]),
+        (["tracking.mode=online"], ["tracking.mode=online", "WANDB_API_KEY", "offline"]),
+    ],
+)
+def test_training(capsys, tmp_path, arguments, words, monkeypatch):
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    tracking = [] if "tracking.mode=online" in arguments else QUIET
+    # What comes last wins, so the mistakes go last; but a command comes first.
+    given = arguments if arguments == ["trian"] else [*tracking, f"hydra.run.dir={tmp_path}/run", *arguments]
+    error = mistake(capsys, *given)
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize(
+    ("content", "word"), [(b"", "empty"), (b"\xff\0\xfe", "UTF-8"), (b"a\0b", "binary"), (b"tiny", "too few")]
+)
+def test_texts(capsys, tmp_path, content, word):
+    (tmp_path / "text").write_bytes(content)
+    where = [f"dataset.path={tmp_path}/text", f"hydra.run.dir={tmp_path}/run"]
+    assert word in mistake(capsys, "dataset=text", *QUIET, *where)
+
+
+def test_a_folder_that_cannot_be_made(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in mistake(capsys, *QUIET, f"hydra.run.dir={tmp_path}/file/run")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+class TestRunFolders:
+    def test_not_one(self, capsys, tmp_path, command):
+        assert "no such folder" in mistake(capsys, command, f"run={tmp_path}/absent")
+        assert "no finished run" in mistake(capsys, command, "--run", tmp_path)
+        assert "--run" in mistake(capsys, command)
+
+    def test_truncated(self, capsys, run_folder, command):
+        file = run_folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-7])
+        assert "damaged" in mistake(capsys, command, f"run={run_folder}")
+
+    def test_bit_flipped(self, capsys, run_folder, command):
+        file = run_folder / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-40] ^= 4
+        file.write_bytes(data)
+        error = mistake(capsys, command, f"run={run_folder}")
+        assert "damaged" in error
+        assert "checksum" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--length", "-1"], "--length=-1"),
+        (["--temperature", "nan"], "--temperature=nan"),
+        (["--top-k", "0"], "--top-k=0"),
+        (["--prompt", ""], "--prompt is empty"),
+        (["--length", "many"], "--length"),
+        (["--colour", "red"], "--colour"),
+        (["--seed", str(2**70)], "--seed"),
+    ],
+)
+def test_generate_options(capsys, run_folder, arguments, word):
+    assert word in mistake(capsys, "generate", "--run", run_folder, *arguments)
+
+
+def test_generate_takes_text_literally_and_repeats_with_a_seed(capsys, run_folder):
+    prompts = ["def f(x):", "a=b,c", "--run", "-x", "run=abc", "${x}"]
+    for prompt in prompts:
+        texts = []
+        for _ in range(2):
+            assert main(["generate", f"run={run_folder}", "--prompt", prompt, "--length", "20", "--seed", "3"]) == 0
+            texts.append(capsys.readouterr().out)
+        known = "".join(c if c in "\nabcdef(): x" else "�" for c in prompt)
+        assert texts[0] == texts[1]
+        assert texts[0].startswith(known)
+        assert len(texts[0]) == len(prompt) + 21
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("SRNN_DEBUG", "1")
+    with pytest.raises(UserError):
+        main(["pruning=gradul"])
+
+
+def test_list_shows_every_component(capsys):
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for name in (
+        "gru",
+        "python_source",
+        "brackets",
+        "gradual",
+        "dense",
+        "adam",
+        "must be given",
+        "plug-in brackets.py",
+    ):
+        assert name in shown
+    assert "[recurrent, linear, embedding]" in shown
+    assert main(["list", "model"]) == 0
+    assert "gradual" not in capsys.readouterr().out
+
+
+def test_help(capsys):
+    assert main(["--help"]) == 0
+    assert "generate --run" in capsys.readouterr().out

@@ -1,0 +1,202 @@
+"""Real runs through the command line, small."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from srnn.__main__ import main
+from srnn.deploy.packed import read, read_weights
+from tests.conftest import SMALL
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def train(folder, *overrides):
+    """One small run in this process; returns its report."""
+    assert main([*SMALL, "tracking.mode=disabled", f"hydra.run.dir={folder}", *map(str, overrides)]) == 0
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_a_run_leaves_everything_in_its_folder(tmp_path, srnn_command):
+    home = tmp_path / "home"
+    home.mkdir()
+    run = tmp_path / "run"
+    done = srnn_command(*SMALL, f"hydra.run.dir={run}", HOME=str(home), XDG_CONFIG_HOME="", XDG_CACHE_HOME="")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for words in (
+        "What will be pruned",
+        "rnn.weight_hh_l0",
+        "Forecast: 40 steps",
+        "epoch 5/5",
+        "inside pruning",
+        str(run),
+    ):
+        assert words in done.stdout
+    assert f"wandb sync {run}/wandb/offline-run-" in done.stdout.replace("\n", "")
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "checkpoints",
+        "command.txt",
+        "config.yaml",
+        "metrics.csv",
+        "model.safetensors",
+        "plots",
+        "report.json",
+        "wandb",
+    }
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "best-dense.ckpt", "last.ckpt"}
+    plots = list((run / "plots").iterdir())
+    assert {p.stem for p in plots} == {"loss_and_sparsity", "thresholds", "sparsity_per_layer", "mask"}
+    assert all(p.read_bytes().startswith(PNG) for p in plots)
+    assert list(run.glob("wandb/offline-run-*/run-*.wandb"))
+    assert not list(home.rglob("*wandb*")), "W&B wrote into the user's home"
+
+    report = json.loads((run / "report.json").read_text())
+    check_report(report, run)
+    scored = srnn_command("evaluate", f"run={run}")
+    assert f"{report['scores']['test_packed']['bits_per_character']:.4f}" in scored.stdout
+    written = srnn_command("generate", "--run", run, "--prompt", "def f(x):", "--length", 30)
+    assert written.returncode == 0
+    assert written.stdout.startswith("def f(x):")
+    assert len(written.stdout) == 9 + 30 + 1
+
+
+def check_report(report, run):
+    """The report says what the files hold."""
+    state = read(run / "model.safetensors").state_dict()
+    zeros = sum(int((w == 0).sum()) for w in state.values() if w.ndim == 2)
+    size = sum(w.numel() for w in state.values() if w.ndim == 2)
+    assert report["sparsity"]["reached"] == pytest.approx(zeros / size)
+    assert report["sparsity"]["reached"] == pytest.approx(0.9, abs=0.001)
+    assert report["size"]["packed_bytes"] == (run / "model.safetensors").stat().st_size
+    assert report["size"]["bytes_per_nonzero"] <= 4.05
+    assert report["size"]["parameters"] == sum(w.numel() for w in state.values())
+    for layer in report["layers"]:
+        assert layer["nonzeros"] == int((state[layer["parameter"]] != 0).sum())
+    scores = report["scores"]
+    assert scores["pruning_started"]["step"] == scores["best_dense"]["step"] == 8
+    assert scores["best"]["step"] > report["phases"]["end_itr"]
+    assert scores["test"]["bits_per_character"] == pytest.approx(scores["test_packed"]["bits_per_character"], abs=0.01)
+    dense, best = (read_weights(run / "checkpoints" / name) for name in ("best-dense.ckpt", "best.ckpt"))
+    assert (dense["rnn.weight_hh_l0"] != 0).all(), "the dense best is kept apart"
+    kept = best["rnn.weight_hh_l0"]
+    assert torch.equal(kept.half().float(), state["rnn.weight_hh_l0"])
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    updates = [row for row in rows if row["sparsity/total"]]
+    shares = [float(row["sparsity/total"]) for row in updates]
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(0.9, abs=0.001)
+    assert all(row["threshold/recurrent"] and row["sparsity/rnn.weight_hh_l0"] for row in updates)
+    assert len([row for row in rows if row["valid_bits_per_character"]]) == 5
+
+
+def test_the_same_seed_gives_the_same_network(tmp_path):
+    one, two, three = (train(tmp_path / name, f"seed={seed}") for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert one["scores"] == two["scores"]
+    assert one["scores"] != three["scores"]
+    tensors = []
+    for name in ("a", "b"):
+        with safe_open(tmp_path / name / "model.safetensors", framework="pt") as file:
+            tensors.append({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+    assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+
+
+def test_none_and_hard(tmp_path):
+    dense = train(tmp_path / "dense", "pruning=none")
+    assert dense["sparsity"] == {"wanted": 0.0, "by_layer_type": {}, "reached": 0.0}
+    assert dense["layers"] == []
+    assert dense["scores"]["pruning_started"] is None
+    assert {p.stem for p in (tmp_path / "dense/plots").iterdir()} == {"loss_and_sparsity"}
+    hard = train(tmp_path / "hard", "pruning=hard", "pruning.prune_itr=0.5", "pruning.sparsity=0.75")
+    assert hard["sparsity"]["reached"] == pytest.approx(0.75, abs=0.001)
+    assert hard["phases"] == {"start_itr": 20, "end_itr": 21}
+    assert hard["scores"]["pruning_started"]["step"] == 16
+    # q from what the dense run left, in each form it can have.
+    thresholds = []
+    for source in ("checkpoints/best.ckpt", "model.safetensors"):
+        report = train(tmp_path / "q", f"pruning.q={tmp_path}/dense/{source}", "packed.values=fp32")
+        assert 0.5 < report["sparsity"]["reached"] < 1
+        thresholds.append([layer["threshold"] for layer in report["layers"]])
+    assert thresholds[0] == pytest.approx(thresholds[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=lstm"],
+        ["model=rnn", "model.nonlinearity=relu", "optimizer=sgd", "optimizer.lr=0.1"],
+        ["model.num_layers=2", "model.dropout=0.2", "optimizer=adamw", "pruning.soft=true"],
+        ["dataset=text", "dataset.level=words", "dataset.vocabulary_limit=50"],
+        ["dataset=text", "dataset.level=bytes", "packed.values=fp32"],
+        ["dataset=brackets", "dataset.train_characters=5000"],
+    ],
+    ids=lambda overrides: overrides[0] + overrides[1] if len(overrides) > 1 else overrides[0],
+)
+def test_models_data_and_optimisers(tmp_path, overrides):
+    (tmp_path / "text").write_text("It was the best of times, it was the worst of times.\n" * 200)
+    where = [f"dataset.path={tmp_path}/text"] if "dataset=text" in overrides else []
+    report = train(tmp_path / "run", *overrides, *where)
+    assert report["sparsity"]["reached"] == pytest.approx(0.9, abs=0.002)
+    assert main(["evaluate", f"run={tmp_path}/run"]) == 0
+
+
+def test_open_loop_says_what_resulted(tmp_path, capsys):
+    report = train(tmp_path / "run", "pruning.q=0.12")
+    assert report["sparsity"]["reached"] != pytest.approx(0.9, abs=0.001)
+    assert "q is fixed" in capsys.readouterr().out
+
+
+def test_configs_print_without_running(srnn_command, tmp_path):
+    printed = srnn_command("--cfg", "job", "model=lstm")
+    assert printed.returncode == 0
+    assert "name: lstm" in printed.stdout
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_every_job_apart(srnn_command, tmp_path):
+    done = srnn_command("-m", *SMALL, "pruning=none,gradual", "seed=0")
+    assert done.returncode == 0, done.stderr
+    (sweep,) = (tmp_path / "outputs").iterdir()
+    jobs = sorted(path for path in sweep.iterdir() if path.is_dir())
+    assert len(jobs) == 2
+    for job, pruning in zip(jobs, ("none", "gradual"), strict=True):
+        assert f"pruning-{pruning}" in job.name
+        assert set(job.name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+        assert json.loads((job / "report.json").read_text())["pruning"] == pruning
+        assert len(list(job.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_cut_short_leaves_whole_files(tmp_path, how):
+    arguments = [*SMALL, "trainer.max_epochs=500", "hydra.run.dir=run"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "srnn", *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.5)
+    process.send_signal(how)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    if how == signal.SIGINT:
+        assert "interrupted" in error
+        assert "Traceback" not in error
+    assert read_weights(last)
+    assert (tmp_path / "run/config.yaml").exists()

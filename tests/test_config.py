@@ -1,0 +1,98 @@
+import pytest
+import yaml
+
+from srnn import config
+from srnn.config import TrackingConfig, TrainerConfig, compose_settings, conf_folder, presets, slug
+from srnn.errors import UserError
+from srnn.registry import KINDS, register
+
+
+def test_the_main_job_composes():
+    settings = compose_settings(["model=gru", "pruning=gradual"])
+    assert settings.model == {
+        "name": "gru",
+        "hidden_size": 256,
+        "embedding_size": 64,
+        "num_layers": 1,
+        "dropout": 0.0,
+    }
+    assert settings.pruning["sparsity"] == 0.9
+    assert settings.tracking.mode == "offline"
+    assert settings.trainer.max_epochs >= 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_yaml_shows_every_option_with_its_default_and_a_word_on_it(kind):
+    for path in (conf_folder() / kind).glob("*.yaml"):
+        text = path.read_text()
+        assert text.startswith("# "), f"{path} opens with what it is"
+        shown = yaml.safe_load(text)
+        assert shown == register.get(kind, shown["name"]).defaults(), path
+        for line in text.splitlines():
+            key = line.partition(":")[0]
+            if key in shown and key != "name":
+                assert "  # " in line, f"{path}: {key} needs a word"
+
+
+def test_section_presets_match_their_schema():
+    trainer = yaml.safe_load((conf_folder() / "trainer/default.yaml").read_text())
+    assert trainer == vars(TrainerConfig())
+    assert yaml.safe_load((conf_folder() / "trainer/fast.yaml").read_text()).keys() == trainer.keys()
+    assert yaml.safe_load((conf_folder() / "tracking/default.yaml").read_text()) == vars(TrackingConfig())
+
+
+def test_every_choice_composes():
+    for group in config.GROUPS:
+        for name in presets(group):
+            extra = ["dataset.path=x"] if name == "text" else []
+            compose_settings([f"{group}={name}", *extra])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["pruning.sparcity=0.8"],
+            r"pruning\.sparcity: unknown option of pruning=gradual\. Did you mean 'sparsity'\?",
+        ),
+        (["modle=gru"], r"modle: unknown option of the config\. Did you mean 'model'\?"),
+        (["+extra=1"], r"extra: unknown option of the config"),
+        (["+pruning.extra=1"], r"pruning\.extra: unknown option of pruning"),
+        (
+            ["pruning=gradul"],
+            r"pruning=gradul: no pruning has that name\. Did you mean 'gradual'\? There are: ",
+        ),
+        (["model=lstm", "model.nonlinearity=relu"], r"model\.nonlinearity: unknown option of model=lstm"),
+        (["model.hidden_size=big"], r"model\.hidden_size='big' must be int at least 1"),
+        (["model.hidden_size=0"], r"model\.hidden_size=0 must be at least 1"),
+        (["pruning.sparsity=1"], r"pruning\.sparsity=1 must be above 0 and below 1"),
+        (["pruning.layer_types=[gates]"], r"pruning\.layer_types=\['gates'\] must be list of 'recurrent' or"),
+        (["dataset=text"], r"dataset\.path must be given"),
+        (["trainer.max_epochs=1e9"], r"trainer\.max_epochs=1000000000\.0 must be int"),
+        (["seed=-1"], r"seed=-1 must be"),
+        (["seed=x"], r"seed='x' must be int"),
+        (["tracking.mode=off"], r"tracking\.mode='off' must be 'online' or 'offline' or 'disabled'"),
+        (["model.hidden_size"], r"model\.hidden_size: not an override such as"),
+        (["model.hidden_size=${nothing}"], r"nothing"),
+        (["seed=0,1"], r"seed=0,1: several values make a sweep; add -m"),
+        (["-m", "seed=0,1", "pruning=none,gradul"], r"pruning=gradul: no pruning"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(overrides, message):
+    with pytest.raises(UserError, match=message):
+        config.check_command_line(overrides)
+
+
+@pytest.mark.parametrize("q", ["0.3", "{recurrent: 0.1, linear: 0.2, embedding: 1.0}", "some/dense.ckpt"])
+def test_q_takes_a_number_a_mapping_or_a_path(q):
+    assert compose_settings([f"pruning.q={q}"]).pruning["q"] == yaml.safe_load(q)
+
+
+def test_sweeps_check_every_job():
+    config.check_command_line(["-m", "pruning=none,gradual,hard", "seed=0,1"])
+
+
+def test_slugs_are_plain():
+    assert slug("model.hidden_size=256,dataset.path=/a b/ü") == "model.hidden_size-256-dataset.path-a-b"
+    assert slug("///") == "run"
+    assert len(slug("x" * 500)) == 100

@@ -1,0 +1,81 @@
+"""The wheel, and the README's commands."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from tests.conftest import ROOT, SMALL
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ROOT], check=True)
+    (built,) = folder.glob("srnn-*.whl")
+    return built
+
+
+@pytest.mark.slow
+def test_conf_and_plugins_travel_inside_the_package(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"srnn"}
+    assert "srnn/conf/config.yaml" in names
+    assert "srnn/plugins/brackets.py" in names
+    assert not [name for name in names if "__pycache__" in name]
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_runs_in_any_folder(wheel, tmp_path):
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel]
+    subprocess.run(install, check=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    where = subprocess.run(
+        [sys.executable, "-c", "import srnn; print(srnn.__file__)"],
+        cwd=elsewhere,
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert where.stdout.startswith(str(site))
+    for command in ([sys.executable, "-m", "srnn"], [site / "bin" / "srnn"]):
+        run = [
+            *command,
+            *SMALL,
+            "tracking.mode=disabled",
+            "dataset=brackets",
+            "dataset.train_characters=5000",
+        ]
+        done = subprocess.run(run, cwd=elsewhere, env=environment, text=True, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert len(list(elsewhere.glob("outputs/*/model.safetensors"))) == 2
+
+
+def test_ci_runs_the_readmes_test_command():
+    readme = (ROOT / "README.md").read_text()
+    commands = [line for line in readme.splitlines() if line.startswith("python3 -m venv")]
+    assert len(commands) == 2, "one to run the main job, one to pass the tests"
+    assert commands[0].endswith("python -m srnn model=gru pruning=gradual")
+    assert commands[1] in (ROOT / ".ci/run").read_text().splitlines()
+
+
+def test_readme_names_real_files():
+    readme = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("file", ["README.md"])
+def test_python_in_the_docs_runs(file, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, file, "exec"), {})

@@ -1,0 +1,113 @@
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import pytest
+
+from srnn.errors import UserError
+from srnn.registry import KINDS, Range, Registry, check_options, register, type_name
+
+
+@pytest.fixture
+def registry():
+    return Registry(dict(register.components))
+
+
+def test_signature_is_the_schema(registry):
+    @registry.model("mine")
+    def mine(width: int, scale: float = 0.5, mode: Literal["a", "b"] = "a", *, vocabulary_size: int):
+        """My model."""
+        return width, scale, mode, vocabulary_size
+
+    component = registry.get("model", "mine")
+    assert component.defaults() == {"name": "mine", "width": "???", "scale": 0.5, "mode": "a"}
+    assert component.supplied == ["vocabulary_size"]
+    assert component.summary == "My model."
+    assert registry.build("model", {"name": "mine", "width": 3, "scale": 1}, vocabulary_size=9) == (
+        3,
+        1.0,
+        "a",
+        9,
+    )
+
+
+def test_dataclass_is_a_schema_too(registry):
+    @registry.pruning("mine")
+    @dataclass
+    class Mine:
+        """Mine."""
+
+        types: list[str] = field(default_factory=lambda: ["x"])
+
+    assert registry.get("pruning", "mine").defaults() == {"name": "mine", "types": ["x"]}
+    assert registry.build("pruning", {"name": "mine"}).types == ["x"]
+
+
+def test_a_taken_name_raises(registry):
+    with pytest.raises(UserError, match=r"model 'gru' is registered already, by srnn\.models\.recurrent\.gru"):
+        registry.model("gru")(lambda: None)
+
+
+def test_unknown_names_and_kinds(registry):
+    with pytest.raises(UserError, match=r"model=grru: no such model\. Did you mean 'gru'\? There are: gru, lstm, rnn"):
+        registry.get("model", "grru")
+    with pytest.raises(AttributeError, match="the kinds are model, dataset"):
+        registry.modle("x")
+    with pytest.raises(UserError, match=r"model\.name=None must be the name of a model"):
+        registry.check("model", {})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lrr": 1}, r"optimizer\.lrr: unknown option of optimizer\. Did you mean 'lr'\? Allowed: lr, "),
+        ({"lr": "fast"}, r"optimizer\.lr='fast' must be float above 0"),
+        ({"lr": -1.0}, r"optimizer\.lr=-1\.0 must be above 0"),
+        ({"lr": True}, r"optimizer\.lr=True must be float"),
+        ({"lr": float("nan")}, r"optimizer\.lr=nan must be above 0"),
+        ({"lr": None}, r"optimizer\.lr=None must be float"),
+        ({"nesterov": 1}, r"optimizer\.nesterov=1 must be bool"),
+    ],
+)
+def test_bad_options_name_key_value_and_what_is_allowed(given, message):
+    with pytest.raises(UserError, match=message):
+        check_options(register.get("optimizer", "sgd").options, given, "optimizer")
+
+
+def test_a_missing_option_says_how_to_give_it():
+    with pytest.raises(UserError, match=r"dataset\.path must be given \(str\): add dataset\.path="):
+        register.check("dataset", {"name": "text"})
+
+
+def test_type_names_are_what_one_types():
+    assert type_name(int | float | Literal["auto"]) == "int or float or 'auto'"
+    assert type_name(Annotated[float, Range(gt=0, lt=1)] | None) == "float above 0 and below 1 or null"
+    assert type_name(dict[str, list[int]]) == "mapping of str to list of int"
+
+
+PLUGIN = """
+from srnn.registry import register
+@register.model("{name}")
+def made(size: int = 3, *, vocabulary_size: int):
+    "A model from a file."
+"""
+
+
+def test_plugins_are_found_and_broken_ones_isolated(registry, tmp_path, monkeypatch):
+    (tmp_path / "good_one.py").write_text(PLUGIN.format(name="from_file"))
+    (tmp_path / "breaks.py").write_text(PLUGIN.format(name="half") + "1 / 0")
+    (tmp_path / "clashes.py").write_text(PLUGIN.format(name="gru"))
+    (tmp_path / "syntax_error.py").write_text("def")
+    (tmp_path / "_helper.py").write_text("raise RuntimeError")
+    monkeypatch.setattr("srnn.registry.register", registry)
+    registry.load_plugins([tmp_path, tmp_path / "absent"])
+    assert registry.get("model", "from_file").origin == "plug-in good_one.py"
+    assert "half" not in registry.names("model"), "nothing of a broken plug-in stays"
+    assert registry.get("model", "gru").origin == "srnn.models.recurrent.gru"
+    reasons = {path.rpartition("/")[2]: reason for path, reason in registry.broken_plugins.items()}
+    assert reasons.keys() == {"breaks.py", "clashes.py", "syntax_error.py"}
+    assert "ZeroDivisionError" in reasons["breaks.py"]
+    assert "registered already" in reasons["clashes.py"]
+
+
+def test_every_kind_has_components():
+    assert all(register.names(kind) for kind in KINDS)
