@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
             spelled.append(f"--{key}={value}" if equals and key in known and not literal else word)
         joined: list[str] = []
         for word in spelled:
-            if joined and joined[-1].removeprefix("--") in known and joined[-1] not in ("--help", "-h"):
+            if joined and joined[-1].startswith("--") and joined[-1] != "--help" and joined[-1][2:] in known:
                 joined[-1] = f"{joined[-1]}={word}"
             else:
                 joined.append(word)

@@ -144,6 +144,10 @@ def print_report(report: dict[str, Any]) -> None:
             f"{100 * layer['sparsity']:.2f} % sparse",
         )
     table.add_section()
+    sparsity = report["sparsity"]
+    if report["layers"]:
+        reached, wanted = (f"{100 * sparsity[key]:.2f} %" for key in ("reached", "wanted"))
+        table.add_row("sparsity reached, wanted", f"{reached}, {wanted}")
     sizes = report["size"]
     table.add_row("parameters, of which non-zero", f"{sizes['parameters']:,}, {sizes['nonzeros']:,}")
     ratio = sizes["dense_bytes"] / sizes["packed_bytes"]
@@ -155,8 +159,14 @@ def print_report(report: dict[str, Any]) -> None:
     share = 100 * seconds["pruning"] / seconds["training_loop"]
     table.add_row("time in the training loop, inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
     console.print(table)
+    if abs(sparsity["reached"] - sparsity["wanted"]) > MISSED:
+        console.print(
+            f"The sparsity is {100 * sparsity['reached']:.2f} %, not {100 * sparsity['wanted']:g} %: with a fixed q it "
+            f"results from the schedule; pruning.q=auto meets it exactly.",
+        )
 
 
+MISSED = 0.001  # a tenth of a percent: sparsities further apart get a warning
 # Report key -> row title.
 MILESTONES = {
     "pruning_started": "validation when pruning started (step {step})",

@@ -41,16 +41,15 @@ def wandb_logger(
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    try:
-        run = _start(tracking, folder, config, group)
-    except UserError:
-        raise
-    except Exception as error:  # tracking must never cost a run
-        print(f"srnn: W&B does not start ({error}); this run goes on without it.", file=sys.stderr)
+    run = _start(tracking, folder, config, group)
+    if run is None:
         yield None
         return
     failed = True
     try:
+        # Lightning's logger does this only for a run it starts itself: curves go over training steps.
+        run.define_metric("trainer/global_step")
+        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
         yield WandbLogger(experiment=run)
         failed = False
     finally:
@@ -76,11 +75,13 @@ def _start(tracking: TrackingConfig, folder: Path, config: dict[str, Any], group
         "config": config,
         "settings": wandb.Settings(init_timeout=ONLINE_TIMEOUT, silent=True),
     }
-    try:
-        return wandb.init(mode=tracking.mode, **options)
-    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
-        print(f"srnn: W&B cannot be reached ({error}); this run is tracked offline.", file=sys.stderr)
-        return wandb.init(mode="offline", **options)
+    # Whatever W&B raises, it must not cost the run: offline where online fails, and without it where that fails.
+    for mode in dict.fromkeys([tracking.mode, "offline"]):
+        try:
+            return wandb.init(mode=mode, **options)
+        except Exception as error:
+            print(f"srnn: W&B does not start {mode}: {error}", file=sys.stderr)
+    return None
 
 
 def _has_key() -> bool:
@@ -105,9 +106,17 @@ def log_results(
     packed: Path,
 ) -> None:
     """Send the end of a run: summary, a table of layers, the plots, the packed file as an artifact."""
+    try:
+        _log_results(logger.experiment, summary, layers, plots, packed)
+    except Exception as error:  # everything is in the run's folder already
+        print(f"srnn: W&B did not take the results: {error}", file=sys.stderr)
+
+
+def _log_results(
+    run: Any, summary: dict[str, Any], layers: list[dict[str, Any]], plots: list[Path], packed: Path
+) -> None:
     import wandb
 
-    run = logger.experiment
     run.summary.update(summary)
     if layers:
         columns: list[str | int] = list(layers[0])

@@ -124,6 +124,8 @@ def _quiet() -> None:
 
 
 def _open_folder(folder: Path, settings: Settings) -> None:
+    if (folder / "checkpoints").exists():
+        raise UserError(f"{folder} holds a run already, which would be mixed with this one; set another hydra.run.dir.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.yaml", OmegaConf.to_yaml(settings.as_dict()).encode())

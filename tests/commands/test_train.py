@@ -56,7 +56,9 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path, srnn_command):
     plots = list((run / "plots").iterdir())
     assert {p.stem for p in plots} == {"loss_and_sparsity", "thresholds", "sparsity_per_layer", "mask"}
     assert all(p.read_bytes().startswith(PNG) for p in plots)
-    assert list(run.glob("wandb/offline-run-*/run-*.wandb"))
+    (tracked,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    for key in (b"sparsity/rnn.weight_hh_l0", b"threshold/recurrent", b"valid_loss", b"layers", b"mask", b"-packed"):
+        assert key in tracked.read_bytes(), key
     assert not list(home.rglob("*wandb*")), "W&B wrote into the user's home"
 
     report = json.loads((run / "report.json").read_text())
@@ -122,8 +124,8 @@ def test_none_and_hard(tmp_path):
     assert hard["scores"]["pruning_started"]["step"] == 16
     # q from what the dense run left, in each form it can have.
     thresholds = []
-    for source in ("checkpoints/best.ckpt", "model.safetensors"):
-        report = train(tmp_path / "q", f"pruning.q={tmp_path}/dense/{source}", "packed.values=fp32")
+    for number, source in enumerate(("checkpoints/best.ckpt", "model.safetensors")):
+        report = train(tmp_path / f"q{number}", f"pruning.q={tmp_path}/dense/{source}", "packed.values=fp32")
         assert 0.5 < report["sparsity"]["reached"] < 1
         thresholds.append([layer["threshold"] for layer in report["layers"]])
     assert thresholds[0] == pytest.approx(thresholds[1], rel=1e-3)
@@ -152,7 +154,11 @@ def test_models_data_and_optimisers(tmp_path, overrides):
 def test_open_loop_says_what_resulted(tmp_path, capsys):
     report = train(tmp_path / "run", "pruning.q=0.12")
     assert report["sparsity"]["reached"] != pytest.approx(0.9, abs=0.001)
-    assert "q is fixed" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "q is fixed" in shown
+    assert f"The sparsity is {100 * report['sparsity']['reached']:.2f} %, not 90 %" in shown
+    assert main([*SMALL, f"hydra.run.dir={tmp_path}/run"]) == 2, "a run is not overwritten"
+    assert "holds a run already" in capsys.readouterr().err
 
 
 def test_configs_print_without_running(srnn_command, tmp_path):
