@@ -101,6 +101,8 @@ class RunProgress(ProgressBar):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A line that stays."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=trainer.global_step)
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}"
         console.print(f"{epoch}: valid {self._numbers(trainer, 'valid')}")
 
@@ -110,12 +112,13 @@ class RunProgress(ProgressBar):
         loss, bits = metrics.get(f"{part}_loss"), metrics.get(f"{part}_bits_per_character")
         numbers = f"loss {float(loss):.3f}  bpc {float(bits):.3f}" if loss is not None and bits is not None else ""
         if pruner.groups:
-            epsilon = next(iter(pruner.thresholds.values()))
-            numbers += f"  sparsity {100 * pruner.sparsity:.1f} %  threshold {epsilon:.4f}"
+            kind, epsilon = next(iter(pruner.thresholds.items()))
+            numbers += f"  sparsity {100 * pruner.sparsity:.1f} %  threshold {epsilon:.4f} ({kind})"
         return numbers
 
     def _stop(self) -> None:
         if self._progress is not None:
+            self._progress.refresh()
             self._progress.stop()
             self._progress = None
 

@@ -41,6 +41,7 @@ from srnn.tracking.report import build_report, milestones, recurrent_matrix, wan
 from srnn.tracking.wandb import log_results, sync_command, wandb_logger
 from srnn.training.next_token import NextToken, evaluate
 
+CPU = torch.device("cpu")  # where the packed model is checked and scored
 LOGGED_POINTS = 300  # about so many points of the training loss over a run
 # How far the outputs of the packed model may be from the trained one's, as a relative norm.
 READ_BACK_TOLERANCE = {"fp32": 1e-5, "fp16": 1e-2}
@@ -74,7 +75,7 @@ def train(settings: Settings, folder: Path, group: str | None = None) -> dict[st
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     method: PruningMethod = register.build("pruning", settings.pruning)
     reference = read_weights(Path(method.reference_path)) if method.reference_path else None
-    kernel: Kernel = register.build("kernel", settings.kernel)
+    kernel = _build_kernel(settings)
     data: TextStreams = register.build("dataset", settings.dataset)
     data.setup()
     supplied = {"vocabulary_size": len(data.vocabulary)}
@@ -93,7 +94,7 @@ def train(settings: Settings, folder: Path, group: str | None = None) -> dict[st
             raise UserError(f"no checkpoint reached the sparsity asked for; see {folder / 'metrics.csv'}.")
         model.load_state_dict(read_weights(best))
         packed = _pack(settings, folder, model, supplied, data)
-        scores = milestones(recorder.validations) | _test_scores(settings, model, packed, kernel, data)
+        scores = milestones(recorder.validations) | _test_scores(model, packed, kernel, data)
         report = build_report(settings, folder, model, packed, scores, recorder)
         report["seconds"]["total"] = time.perf_counter() - began
         write_atomically(folder / "report.json", json.dumps(report, indent=2).encode())
@@ -113,6 +114,15 @@ def _build_model(settings: Settings, supplied: dict[str, Any]) -> nn.Module:
             raise
         raise UserError(f"model={settings.model['name']} does not fit into memory: lower model.hidden_size.") from None
     return model
+
+
+def _build_kernel(settings: Settings) -> Kernel:
+    """The backend that will run the packed model; refused now, not after the training, if it cannot."""
+    kernel: Kernel = register.build("kernel", settings.kernel)
+    reason = kernel.supports(CPU)
+    if reason is not None:
+        raise UserError(f"kernel={settings.kernel['name']} cannot run on the {CPU}: {reason}.")
+    return kernel
 
 
 def _quiet() -> None:
@@ -202,18 +212,14 @@ def _pack(
 
 
 def _test_scores(
-    settings: Settings, model: nn.Module, packed: PackedModel, kernel: Kernel, data: TextStreams
+    model: nn.Module, packed: PackedModel, kernel: Kernel, data: TextStreams
 ) -> dict[str, dict[str, float]]:
     """The best checkpoint and its packed form on the whole test text."""
-    cpu = torch.device("cpu")
-    reason = kernel.supports(cpu)
-    if reason is not None:
-        raise UserError(f"kernel={settings.kernel['name']} cannot run on {cpu}: {reason}.")
-    bound = kernel.bind(packed.build(), packed.matrices, cpu)
+    bound = kernel.bind(packed.build(), packed.matrices, CPU)
     characters = data.characters["test"]
     return {
-        "test": vars(evaluate(model, data.test_dataloader(), characters, cpu)),
-        "test_packed": vars(evaluate(bound, data.test_dataloader(), characters, cpu)),
+        "test": vars(evaluate(model, data.test_dataloader(), characters, CPU)),
+        "test_packed": vars(evaluate(bound, data.test_dataloader(), characters, CPU)),
     }
 
 

@@ -131,6 +131,13 @@ def test_generate_takes_text_literally_and_repeats_with_a_seed(capsys, run_folde
         assert len(texts[0]) == len(prompt) + 21
 
 
+def test_a_kernel_that_cannot_run_is_refused_before_training(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("srnn.kernels.dense.Dense.supports", lambda *_: "it needs a GPU")
+    error = mistake(capsys, *QUIET, f"hydra.run.dir={tmp_path}/run")
+    assert "kernel=dense cannot run on the cpu: it needs a GPU" in error
+    assert not (tmp_path / "run/metrics.csv").exists()
+
+
 def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("SRNN_DEBUG", "1")
     with pytest.raises(UserError):
