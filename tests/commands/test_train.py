@@ -175,8 +175,8 @@ def test_a_sweep_runs_every_job_apart(srnn_command, tmp_path):
     (sweep,) = (tmp_path / "outputs").iterdir()
     jobs = sorted(path for path in sweep.iterdir() if path.is_dir())
     assert len(jobs) == 2
-    for job, pruning in zip(jobs, ("none", "gradual"), strict=True):
-        assert f"pruning-{pruning}" in job.name
+    for number, (job, pruning) in enumerate(zip(jobs, ("none", "gradual"), strict=True)):
+        assert job.name.startswith(f"{number}_gru_{pruning}_s0_")
         assert set(job.name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
         assert json.loads((job / "report.json").read_text())["pruning"] == pruning
         assert len(list(job.glob("wandb/offline-run-*/run-*.wandb"))) == 1
@@ -206,3 +206,39 @@ def test_a_run_cut_short_leaves_whole_files(tmp_path, how):
         assert "Traceback" not in error
     assert read_weights(last)
     assert (tmp_path / "run/config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_plugins_of_the_working_folder(srnn_command, tmp_path):
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins/breaks.py").write_text("1 / 0")
+    (tmp_path / "plugins/narrow.py").write_text(
+        "from srnn.models import gru\n"
+        "from srnn.registry import register\n"
+        "@register.model('narrow')\n"
+        "def narrow(width: int = 8, *, vocabulary_size: int):\n"
+        "    'A thin GRU.'\n"
+        "    return gru(width, 4, vocabulary_size=vocabulary_size)\n"
+    )
+    chosen = ["trainer=fast", "model=narrow", "model.width=12", "tracking.mode=disabled", "hydra.run.dir=run"]
+    done = srnn_command(*chosen)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "breaks.py is left out: ZeroDivisionError" in done.stderr
+    assert read(tmp_path / "run/model.safetensors").model == {"name": "narrow", "width": 12}
+    without = srnn_command(*chosen, "srnn.plugins=off")
+    assert without.returncode == 2
+    assert "model=narrow: no model has that name" in without.stderr
+
+
+@pytest.mark.slow
+def test_a_dead_network_costs_a_run_seconds_and_no_results(srnn_command, tmp_path):
+    # Port 9 of this machine: nobody answers.
+    dead = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
+    began = time.monotonic()
+    done = srnn_command(*SMALL, "tracking.mode=online", "hydra.run.dir=run", **dead)
+    assert time.monotonic() - began < 100
+    assert done.returncode == 0, done.stderr
+    assert "W&B does not start online" in done.stderr
+    assert "wandb sync" in done.stdout
+    assert (tmp_path / "run/report.json").exists()
