@@ -18,11 +18,12 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 import srnn
 from srnn.config import Settings
-from srnn.datasets.text import TextStreams
+from srnn.datasets.text import Text, TextStreams
 from srnn.deploy.packed import PackedModel, read_weights
 from srnn.deploy.packed import read as read_packed
 from srnn.deploy.packed import write as write_packed
@@ -146,6 +147,13 @@ def _open_folder(folder: Path, settings: Settings) -> None:
         ) from None
 
 
+def _trainer(**options: Any) -> pl.Trainer:
+    try:
+        return pl.Trainer(**options)
+    except MisconfigurationException as error:
+        raise UserError(f"trainer.accelerator={options['accelerator']} cannot be used here: {error}") from None
+
+
 def _fit(
     settings: Settings,
     folder: Path,
@@ -158,7 +166,7 @@ def _fit(
 ) -> None:
     checkpoints = str(folder / "checkpoints")
     loggers = [CSVLogger(str(folder), name="", version=""), *([wandb] if wandb is not None else [])]
-    trainer = pl.Trainer(
+    trainer = _trainer(
         accelerator=settings.trainer.accelerator,
         devices=1,
         max_epochs=settings.trainer.max_epochs,
@@ -192,7 +200,9 @@ def _pack(
 ) -> PackedModel:
     """Write the packed file, read it back, and make sure that it is the model."""
     values = settings.packed.values
-    about = {"dataset": settings.dataset, "pruning": settings.pruning, "srnn": srnn.__version__}
+    # The path as the data set understood it, absolute, so that it is found from any folder.
+    dataset = settings.dataset | ({"path": data.path} if isinstance(data, Text) else {})
+    about = {"dataset": dataset, "pruning": settings.pruning, "srnn": srnn.__version__}
     state = model.state_dict()
     write_packed(
         folder / "model.safetensors",

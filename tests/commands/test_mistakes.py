@@ -53,6 +53,11 @@ def run_folder(tmp_path):
         (["pruning.q=/no/dense.ckpt"], ["/no/dense.ckpt", "no such checkpoint"]),
         (["pruning.q=1e6"], ["threshold reaches", "q=1e+06", "every weight"]),
         (["model.hidden_size=1000000"], ["does not fit into memory", "model.hidden_size"]),
+        pytest.param(
+            ["trainer.accelerator=gpu"],
+            ["trainer.accelerator=gpu", "gpu backend"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["tracking.mode=online"], ["tracking.mode=online", "WANDB_API_KEY", "offline"]),
     ],
 )

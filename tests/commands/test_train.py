@@ -143,10 +143,12 @@ def test_none_and_hard(tmp_path):
     ],
     ids=lambda overrides: overrides[0] + overrides[1] if len(overrides) > 1 else overrides[0],
 )
-def test_models_data_and_optimisers(tmp_path, overrides):
+def test_models_data_and_optimisers(tmp_path, overrides, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("It was the best of times, it was the worst of times.\n" * 200)
-    where = [f"dataset.path={tmp_path}/text"] if "dataset=text" in overrides else []
+    where = ["dataset.path=text"] if "dataset=text" in overrides else []
     report = train(tmp_path / "run", *overrides, *where)
+    monkeypatch.chdir("/")
     assert report["sparsity"]["reached"] == pytest.approx(0.9, abs=0.002)
     assert main(["evaluate", f"run={tmp_path}/run"]) == 0
 
