@@ -14,7 +14,8 @@ from tests.conftest import ROOT, SMALL
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ROOT], check=True)
+    offline = ["-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *offline, "-w", folder, ROOT], check=True)
     (built,) = folder.glob("srnn-*.whl")
     return built
 
@@ -32,7 +33,7 @@ def test_conf_and_plugins_travel_inside_the_package(wheel):
 @pytest.mark.slow
 def test_an_installed_wheel_runs_in_any_folder(wheel, tmp_path):
     site = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel]
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", site, wheel]
     subprocess.run(install, check=True)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
