@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from srnn.deploy.packed import load as load
+    from srnn.deploy.sparsify import desparsify as desparsify
+    from srnn.deploy.sparsify import sparsify as sparsify
     from srnn.errors import UserError as UserError
     from srnn.pruning.callback import PruningCallback as PruningCallback
     from srnn.pruning.pruner import Pruner as Pruner
@@ -22,10 +24,12 @@ _HOME = {
     "Pruner": "srnn.pruning.pruner",
     "PruningCallback": "srnn.pruning.callback",
     "UserError": "srnn.errors",
+    "desparsify": "srnn.deploy.sparsify",
     "load": "srnn.deploy.packed",
     "register": "srnn.registry",
+    "sparsify": "srnn.deploy.sparsify",
 }
-__all__ = ["Pruner", "PruningCallback", "UserError", "__version__", "load", "register"]
+__all__ = ["Pruner", "PruningCallback", "UserError", "__version__", "desparsify", "load", "register", "sparsify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,8 @@ from srnn.errors import JobFailed, UserError, did_you_mean
 COMMANDS = {
     "train": "train, prune, pack, measure, report (the default)",
     "evaluate": "score a run's packed file on its validation and test text",
+    "export": "write a run's network as another packed file, and say what that costs",
+    "bench": "time dense layers against every sparse backend that can run here",
     "generate": "write text with a run's packed file",
     "list": "every model, dataset, pruning method, kernel and optimiser, with options",
 }
@@ -27,6 +29,8 @@ examples:
   srnn dataset=text dataset.path=book.txt               your own text
   srnn -m pruning=none,gradual,hard seed=0,1            a sweep
   srnn evaluate run=outputs/RUN
+  srnn export run=outputs/RUN values=int8
+  srnn bench run=outputs/RUN
   srnn generate --run outputs/RUN --prompt "def f(x):"
 
 `srnn list` shows all names and options; `srnn COMMAND --help` those of a command. `--cfg job` prints the

@@ -49,7 +49,8 @@ class TrackingConfig:
 class PackedConfig:
     """The packed file."""
 
-    values: Literal["fp32", "fp16"] = "fp16"
+    values: Literal["fp32", "fp16", "bf16", "int8"] = "fp16"
+    structure: Literal["auto", "element", "4x1", "8x1", "16x1", "32x1"] = "auto"
 
 
 @dataclass(frozen=True)

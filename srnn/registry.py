@@ -267,6 +267,26 @@ class Registry:
         component = self.get(kind, options.pop("name"))
         return component.factory(**options, **{key: supplied[key] for key in component.supplied})
 
+    def rebuild(self, kind: str, config: Mapping[str, Any], **supplied: Any) -> Any:
+        """``build`` for a config out of a file that srnn wrote: without pydantic, which the runtime need not import.
+
+        Names and bounds are checked here, types by the component itself.
+        """
+        component = self.get(kind, str(config.get("name")))
+        options = {key: value for key, value in config.items() if key != "name"}
+        for key, value in options.items():
+            if key not in component.options:
+                raise UserError(f"{kind}={component.name} has no option {key}: the file is of another version.")
+            for mark in _ranges(component.options[key].type):
+                try:
+                    mark.check(value)
+                except ValueError as error:
+                    raise UserError(f"{kind}.{key}={value!r} {error}.") from None
+        try:
+            return component.factory(**options, **{key: supplied[key] for key in component.supplied})
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"{kind}={component.name} cannot be built of {options} and {supplied}: {error}") from None
+
     def load_plugins(self, folders: list[Path]) -> None:
         """Import every ``*.py`` of the folders. A broken one is left out and named in ``broken_plugins``."""
         for path in _plugin_files(folders):

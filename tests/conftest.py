@@ -8,6 +8,7 @@ import torch
 
 # Small networks are no work for several threads, and those of parallel runs get in each other's way.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["NUMBA_NUM_THREADS"] = "2"  # what a test may ask for
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 

@@ -5,7 +5,16 @@ import srnn
 
 
 def test_public_names():
-    assert srnn.__all__ == ["Pruner", "PruningCallback", "UserError", "__version__", "load", "register"]
+    assert srnn.__all__ == [
+        "Pruner",
+        "PruningCallback",
+        "UserError",
+        "__version__",
+        "desparsify",
+        "load",
+        "register",
+        "sparsify",
+    ]
     assert all(getattr(srnn, name) for name in srnn.__all__)
     assert dir(srnn) == srnn.__all__
 

@@ -12,7 +12,9 @@ def main(argv: Sequence[str]) -> int:
     """Read the packed file, rebuild the data, print the scores."""
     parser = Parser(prog="srnn evaluate", description="Score a run's packed file on its validation and test text.")
     parser.add_argument("--run", required=True, metavar="FOLDER", help="a run's folder, or a packed file")
-    path = packed_file(parser.parse(argv).run)
+    parser.add_argument("--kernel", default="auto", help="the backend that runs it (%(default)s)")
+    options = parser.parse(argv)
+    path = packed_file(options.run)
 
     import torch
     from rich.table import Table
@@ -27,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{path} does not say which data it was trained on.")
     data = register.build("dataset", packed.about["dataset"])
     data.setup(vocabulary=packed.vocabulary)
-    model = packed.build()
+    model = packed.build_sparse(register.build("kernel", {"name": options.kernel}))
     table = Table(title=f"{packed.model['name']} on {packed.about['dataset']['name']}, from {path.name}")
     for column in ("part", "characters", "loss", "perplexity", "bits per character"):
         table.add_column(column, justify="right" if column != "part" else "left")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from srnn.commands.options import Parser, packed_file
 from srnn.errors import UserError
@@ -17,6 +18,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--length", type=int, default=300, help="tokens to write (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (%(default)s)")
     parser.add_argument("--top-k", type=int, help="sample among so many likeliest tokens (all)")
+    parser.add_argument("--kernel", default="auto", help="the backend that runs it (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
     options = parser.parse(argv)
     _check(options.length >= 0, f"--length={options.length} must be at least 0")
@@ -28,16 +30,15 @@ def main(argv: Sequence[str]) -> int:
     _check(-(2**63) <= options.seed < 2**63, f"--seed={options.seed} must fit in 64 bits")
     path = packed_file(options.run)
 
-    from srnn.deploy.generate import generate
-    from srnn.deploy.packed import read
+    from srnn.deploy.packed import load
 
-    packed = read(path)
-    vocabulary = packed.vocabulary
+    model: Any = load(path, options.kernel)
+    vocabulary = model.vocabulary
     if vocabulary is None:
         raise UserError(f"{path} is no language model: it has no vocabulary.")
     prompt = vocabulary.encode(options.prompt).tolist()
     _check(len(prompt) > 0, "--prompt is empty: give at least one character or word")
-    tokens = generate(packed.build(), prompt, options.length, options.temperature, options.top_k, options.seed)
+    tokens = model.generate(prompt, options.length, options.temperature, options.top_k, options.seed)
     written = vocabulary.decode([*prompt, *tokens])
     sys.stdout.write(f"{written}\n")
     return 0

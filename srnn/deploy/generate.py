@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-@torch.inference_mode()
 def generate(
-    model: nn.Module,
+    model: Any,
     prompt: Sequence[int],
     length: int,
     temperature: float = 1.0,
@@ -20,7 +20,7 @@ def generate(
     """Yield ``length`` tokens that go on from ``prompt``.
 
     Args:
-        model: ``logits_BTV, state = model(tokens_BT, state)``.
+        model: a language model, with ``step``.
         prompt: at least one token.
         length: tokens to write.
         temperature: divides the logits; 0 always takes the likeliest token.
@@ -28,12 +28,17 @@ def generate(
         seed: of the sampling.
     """
     random = torch.Generator().manual_seed(seed)
-    tokens_BT, state = torch.tensor([list(prompt)]), None
+    logits_V, state = None, None
     for _ in range(length):
-        logits_BTV, state = model(tokens_BT, state)
-        token = _sample(logits_BTV[0, -1].float(), temperature, top_k, random)
+        # Not around the loop: whoever takes the tokens would be in inference mode between two of them.
+        with torch.inference_mode():
+            if logits_V is None:
+                logits_BTV, state = model(torch.tensor([list(prompt)]))
+                logits_V = logits_BTV[0, -1]
+            token = _sample(logits_V.float(), temperature, top_k, random)
+            logits_BV, state = model.step(torch.tensor([token]), state)
+            logits_V = logits_BV[0]
         yield token
-        tokens_BT = torch.tensor([[token]])
 
 
 def _sample(logits_V: Tensor, temperature: float, top_k: int | None, random: torch.Generator) -> int:

@@ -1,9 +1,12 @@
 """The packed model file: non-zeros only, and all that rebuilds the model.
 
-A safetensors file. A pruned matrix ``name`` is stored as ``name.values``, ``name.columns`` and
-``name.row_pointers``; every other tensor under its own name, in fp32. The file's metadata has one key, ``srnn``: JSON
-with the format's version, the model's config, the vocabulary, the shape and structure of each matrix, and a SHA-256
-over all of it and every tensor. There is no code in it.
+A safetensors file. A pruned matrix ``name`` is stored as ``name.values``, ``name.columns``, ``name.row_pointers`` and,
+for int8, ``name.scales``, as ``srnn.sparse.SparseMatrix`` explains them; every other tensor under its own name, in
+fp32. The file's metadata has one key, ``srnn``: JSON with the format's version, the model's config, the vocabulary, the
+shape, gates, structure and values of each matrix, and a SHA-256 over all of it and every tensor. There is no code in
+it.
+
+Versions: 2 has N x 1 blocks, bf16 and int8; 1 had single elements in fp32 or fp16 and is still read.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from srnn.deploy.sparsify import (
+    Wanted,
+    matrix_gates,
+    pack,
+    record_inputs,
+    replaceable,
+    replaced,
+    sparse_module,
+    worth_packing,
+)
 from srnn.errors import UserError
 from srnn.files import write_atomically
+from srnn.kernels.contract import Kernel
 from srnn.registry import register
-from srnn.sparse import ElementMatrix, Values
+from srnn.sparse import SparseMatrix, Values
 from srnn.vocabulary import Vocabulary
 
-FORMAT = 1
-_PARTS = ("values", "columns", "row_pointers")
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -46,31 +59,49 @@ class PackedModel:
 
     model: dict[str, Any]
     supplied: dict[str, Any]
-    matrices: dict[str, ElementMatrix]
+    matrices: dict[str, SparseMatrix]
     dense: dict[str, Tensor]
     vocabulary: Vocabulary | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_state(
+    def from_model(
         cls,
-        state: Mapping[str, Tensor],
+        module: nn.Module,
         model: Mapping[str, Any],
         supplied: Mapping[str, Any],
         values: Values = "fp32",
+        structure: Wanted = "auto",
         vocabulary: Vocabulary | None = None,
         about: Mapping[str, Any] | None = None,
+        calibrate: Callable[[nn.Module], object] | None = None,
     ) -> PackedModel:
-        """Pack a ``state_dict``: each matrix that gets smaller by it.
+        """Pack a network: each matrix that gets smaller for its zeros.
+
+        Args:
+            module: the network, dense.
+            model: the config that builds it.
+            supplied: what the run supplied to build it.
+            values: what non-zeros are stored as.
+            structure: the blocks of every packed matrix; ``auto`` takes the fewest bytes for each.
+            vocabulary: of a language model.
+            about: facts to keep in the file.
+            calibrate: runs a model on data; int8 scales are then chosen for the least error on it.
 
         Raises:
-            UserError: a weight is not finite, or too large for fp16 values.
+            UserError: a weight is not finite, too large for fp16 values, or not pruned in these blocks.
         """
+        energies = record_inputs(module, calibrate) if calibrate is not None and values == "int8" else {}
+        gates = {
+            f"{prefix}.{name}" if prefix else name: matrix_gates(name, child)
+            for prefix, child in module.named_modules()
+            for name, _ in child.named_parameters(recurse=False)
+        }
         matrices, dense = {}, {}
-        for name, tensor in state.items():
-            weight = tensor.detach().cpu().float()
-            if weight.ndim == 2 and (packed := _pack(name, weight, values)).nbytes < weight.nbytes:
-                matrices[name] = packed
+        for name, tensor in module.state_dict().items():
+            weight, parts = tensor.detach().cpu().float(), gates.get(name, 1)
+            if worth_packing(weight, values, parts):
+                matrices[name] = pack(name, weight, structure, values, parts, energies.get(name))
             else:
                 dense[name] = weight.contiguous().clone()
         return cls(dict(model), dict(supplied), matrices, dense, vocabulary, dict(about or {}))
@@ -80,36 +111,80 @@ class PackedModel:
         return self.dense | {name: matrix.to_dense() for name, matrix in self.matrices.items()}
 
     def build(self) -> nn.Module:
-        """The model with these weights, on torch's own dense modules, in eval mode.
+        """The network with these weights, on torch's own dense modules, in eval mode.
 
         Raises:
             UserError: weights and config do not belong together.
         """
-        with torch.device("meta"):  # no memory and no time for weights that are replaced at once
-            module: nn.Module = register.build("model", self.model, **self.supplied)
-        try:
-            module.load_state_dict(self.state_dict(), assign=True)
-        except RuntimeError as error:
-            raise UserError(f"the packed weights do not fit the model they name: {error}") from None
+        module = self._skeleton()
+        module.load_state_dict(self.state_dict(), assign=True)
         return module.eval()
+
+    def build_sparse(self, kernel: Kernel) -> nn.Module:
+        """The network on sparse kernels, in eval mode. Nothing is unpacked that a kernel does not need dense.
+
+        Raises:
+            UserError: weights and config do not belong together, or the kernel cannot run here.
+        """
+        reason = kernel.supports(None, torch.device("cpu"))
+        if reason is not None:
+            raise UserError(f"the kernel cannot run on this CPU: {reason}.")
+        skeleton = self._skeleton()
+        memo: dict[int, Any] = {}
+        rest = dict(self.dense)
+        for prefix, module in skeleton.named_modules():
+            names = {name: f"{prefix}.{name}" if prefix else name for name in module._parameters}
+            if replaceable(module) and any(name in self.matrices for name in names.values()):
+                weights = {name: self._weight(full, name, module) for name, full in names.items()}
+                memo[id(module)] = sparse_module(module, weights, kernel)
+                for full in names.values():
+                    rest.pop(full, None)
+        rest |= {name: m.to_dense() for name, m in self.matrices.items() if not _inside(name, skeleton, memo)}
+        sparse = replaced(skeleton, memo)
+        sparse.load_state_dict(rest, strict=False, assign=True)
+        return sparse
+
+    def _weight(self, full: str, name: str, module: nn.Module) -> SparseMatrix | Tensor | None:
+        if full in self.matrices:
+            return self.matrices[full]
+        weight = self.dense.get(full)
+        if weight is None or weight.ndim != 2:
+            return weight
+        return SparseMatrix.from_dense(weight, "auto", "fp32", matrix_gates(name, module))
+
+    def _skeleton(self) -> nn.Module:
+        """The model without memory for its weights, once these are known to fit."""
+        with torch.device("meta"):  # no memory and no time for weights that are replaced at once
+            module: nn.Module = register.rebuild("model", self.model, **self.supplied)
+        wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        given = {name: tuple(tensor.shape) for name, tensor in self.dense.items()}
+        given |= {name: matrix.shape for name, matrix in self.matrices.items()}
+        wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+        if wrong:
+            name = wrong[0]
+            raise UserError(
+                f"the packed weights do not fit the model they name: {name} has shape {given.get(name)}, "
+                f"{self.model['name']} wants {wanted.get(name)}."
+            )
+        for prefix, child in module.named_modules():
+            for name in child._parameters:
+                matrix = self.matrices.get(f"{prefix}.{name}" if prefix else name)
+                if matrix is not None and matrix.gates != matrix_gates(name, child):
+                    raise UserError(f"the packed weights do not fit the model they name: gates of {prefix}.{name}.")
+        return module
 
     @property
     def nonzeros(self) -> dict[str, int]:
-        """Matrix name -> stored entries."""
-        return {name: matrix.nnz for name, matrix in self.matrices.items()}
+        """Matrix name -> stored entries; of blocks all, whatever their value."""
+        return {name: matrix.entries for name, matrix in self.matrices.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything the file stores, by the name it stores it under."""
-        parts = {f"{name}.{part}": getattr(m, part) for name, m in self.matrices.items() for part in _PARTS}
-        return self.dense | parts
+        return self.dense | {f"{name}.{part}": t for name, m in self.matrices.items() for part, t in m.parts.items()}
 
 
-def _pack(name: str, weight: Tensor, values: Values) -> ElementMatrix:
-    try:
-        return ElementMatrix.from_dense(weight, values)
-    except ValueError as error:
-        advice = "; use packed.values=fp32" if values != "fp32" else ", so the training has diverged"
-        raise UserError(f"{name} {error}{advice}.") from None
+def _inside(name: str, skeleton: nn.Module, memo: Mapping[int, Any]) -> bool:
+    return id(skeleton.get_submodule(name.rpartition(".")[0])) in memo
 
 
 def write(path: Path, packed: PackedModel) -> None:
@@ -119,7 +194,7 @@ def write(path: Path, packed: PackedModel) -> None:
         "format": FORMAT,
         "model": packed.model,
         "supplied": packed.supplied,
-        "matrices": {name: {"structure": "element", "shape": list(m.shape)} for name, m in packed.matrices.items()},
+        "matrices": {name: _describe(matrix) for name, matrix in packed.matrices.items()},
         "vocabulary": packed.vocabulary.to_dict() if packed.vocabulary else None,
         "about": packed.about,
     }
@@ -127,8 +202,17 @@ def write(path: Path, packed: PackedModel) -> None:
     write_atomically(Path(path), to_safetensors(tensors, {"srnn": json.dumps(header)}))
 
 
+def _describe(matrix: SparseMatrix) -> dict[str, Any]:
+    return {
+        "structure": matrix.structure,
+        "values": matrix.values_name,
+        "shape": list(matrix.shape),
+        "gates": matrix.gates,
+    }
+
+
 def read(path: Path) -> PackedModel:
-    """Read and check a packed file.
+    """Read and check a packed file. Tensors stay mapped to the file, so that processes share their memory.
 
     Raises:
         UserError: no such file, not a packed file, of a newer format, truncated or damaged.
@@ -140,30 +224,41 @@ def read(path: Path) -> PackedModel:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{path} is damaged or no packed model: {error}.") from None
     try:
         header = json.loads(metadata["srnn"])
         version = header["format"]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         raise UserError(f"{path} is no packed model of srnn: it has no srnn header.") from None
-    if version != FORMAT:
-        raise UserError(f"{path} is of format {version}; this srnn reads format {FORMAT}: upgrade srnn.")
+    if version not in range(1, FORMAT + 1) or isinstance(version, bool | float):
+        raise UserError(f"{path} is of format {version!r}; this srnn reads 1 to {FORMAT}: upgrade srnn.")
     try:
         if header.pop("sha256") != _checksum(header, tensors):
             raise ValueError("its checksum does not match")
         return _from_header(header, tensors)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}. Take it again from where it was made.") from None
 
 
-def load(path: str | Path) -> nn.Module:
-    """The model of a packed file, ready to call: ``logits_BTV, state = model(tokens_BT, state)``.
+def load(path: str | Path, kernel: str | Kernel = "auto") -> nn.Module:
+    """The network of a packed file, on sparse kernels.
+
+    A language model is called as ``logits_BTV, state = model(tokens_BT, state)`` for sequences and as
+    ``logits_BV, state = model.step(tokens_B, state)`` for a stream; ``model.generate(...)`` writes, and
+    ``model.vocabulary`` translates. Calls from several threads are safe, each with a state of its own.
+
+    Args:
+        path: the file.
+        kernel: a backend's name or the backend; ``auto`` measures them at the first call and keeps what it found.
 
     Raises:
-        UserError: no such file, not a packed file, truncated or damaged.
+        UserError: no such file, not a packed file, truncated or damaged, or the kernel cannot run here.
     """
-    return read(Path(path)).build()
+    packed = read(Path(path))
+    model = packed.build_sparse(register.rebuild("kernel", {"name": kernel}) if isinstance(kernel, str) else kernel)
+    model.vocabulary = packed.vocabulary  # type: ignore[assignment]
+    return model
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -197,14 +292,36 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> PackedModel:
     matrices = {}
     for name, entry in header["matrices"].items():
-        if entry["structure"] != "element":
-            raise ValueError(f"{name} has the unknown structure {entry['structure']!r}")
-        rows, columns = entry["shape"]
-        matrix = ElementMatrix((rows, columns), *(tensors.pop(f"{name}.{part}") for part in _PARTS))
+        rows, columns = (int(size) for size in entry["shape"])
+        parts = {part: tensors.pop(f"{name}.{part}") for part in ("values", "columns", "row_pointers")}
+        if header["format"] == 1:
+            parts["values"] = parts["values"][:, None]
+            entry |= {"gates": 1, "values": None}
+        elif entry["values"] == "int8":
+            parts["scales"] = tensors.pop(f"{name}.scales")
+        matrix = SparseMatrix((rows, columns), int(entry["gates"]), **parts)
         matrix.check()
+        if matrix.structure != entry["structure"] or entry["values"] not in (None, matrix.values_name):
+            raise ValueError(f"{name} is {matrix.structure} {matrix.values_name}, not what its header says")
         matrices[name] = matrix
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{name} is {tensor.dtype}, not fp32")
     vocabulary = Vocabulary.from_dict(header["vocabulary"]) if header["vocabulary"] else None
-    return PackedModel(header["model"], header["supplied"], matrices, tensors, vocabulary, header["about"])
+    packed = PackedModel(header["model"], header["supplied"], matrices, tensors, vocabulary, header["about"])
+    return packed if header["format"] > 1 else _with_gates(packed)
+
+
+def _with_gates(packed: PackedModel) -> PackedModel:
+    """Format 1 did not say which gates rows belong to; for single elements that changes nothing but the number."""
+    with torch.device("meta"):
+        module: nn.Module = register.rebuild("model", packed.model, **packed.supplied)
+    for prefix, child in module.named_modules():
+        for name in child._parameters:
+            full = f"{prefix}.{name}" if prefix else name
+            if full in packed.matrices:
+                packed.matrices[full] = replace(packed.matrices[full], gates=matrix_gates(name, child))
+    return packed
 
 
 def _checksum(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -212,5 +329,5 @@ def _checksum(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else tensor.numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

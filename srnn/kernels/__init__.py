@@ -1,6 +1,21 @@
-"""Kernel backends: how a packed model runs."""
+"""Kernel backends: how sparse weights run."""
 
-from srnn.kernels.contract import Kernel
-from srnn.kernels.dense import Dense
+from srnn.kernels.choose import Auto, Choice, Dense
+from srnn.kernels.contract import Cell, Kernel, Layer, LayerWeights, Product, Recurrence, State
+from srnn.kernels.cpu.backend import Cpu
+from srnn.kernels.csr import Csr
 
-__all__ = ["Dense", "Kernel"]
+__all__ = [
+    "Auto",
+    "Cell",
+    "Choice",
+    "Cpu",
+    "Csr",
+    "Dense",
+    "Kernel",
+    "Layer",
+    "LayerWeights",
+    "Product",
+    "Recurrence",
+    "State",
+]

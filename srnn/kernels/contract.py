@@ -1,32 +1,177 @@
-"""What a kernel backend provides."""
+"""What a kernel backend provides.
+
+Sequences are packed rows, as in torch's ``PackedSequence``: the rows of all streams at step 0, then at step 1, and
+so on. ``batch_sizes`` (int64, on the CPU) says how many streams each step has; they never rise, so stream ``b`` is row
+``b`` of every step it takes part in. A padded ``[T, B, ...]`` tensor of equal lengths is the same memory.
+
+Shapes: T steps, B streams, N = sum(batch_sizes) rows, I inputs, H hidden units, G = gates * H, P outputs of a layer (H,
+or an LSTM's projection).
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from srnn.sparse import ElementMatrix
+from srnn.sparse import SparseMatrix
+
+Cell = Literal["tanh", "relu", "clipped_relu", "gru", "lstm"]
+GATES: dict[Cell, int] = {"tanh": 1, "relu": 1, "clipped_relu": 1, "gru": 3, "lstm": 4}
+CELLS: tuple[Cell, ...] = tuple(GATES)
+CLIP = 20.0  # of the clipped ReLU min(max(x, 0), 20) of Deep Speech 2 (Amodei et al., 2015)
+
+State = tuple[Tensor, ...]  # (h_BP,), and (h_BP, c_BH) of an LSTM
+Product = Callable[[Tensor], Tensor]  # x_NI -> y_NO
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One direction of one recurrent layer, with torch's gate order and meaning.
+
+    Attributes:
+        cell: the recurrence.
+        w_ih: [G, I].
+        w_hh: [G, P].
+        b_ih: [G], or None.
+        b_hh: [G], or None.
+        w_hr: [P, H], an LSTM's projection, or None.
+        reverse: whether it runs from the last step to the first.
+    """
+
+    cell: Cell
+    w_ih: SparseMatrix
+    w_hh: SparseMatrix
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    w_hr: SparseMatrix | None = None
+    reverse: bool = False
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.w_hh.units
+
+    @property
+    def output_size(self) -> int:
+        """P."""
+        return self.w_hh.shape[1]
+
+    @property
+    def matrices(self) -> dict[str, SparseMatrix]:
+        """Its matrices by name."""
+        found = {"w_ih": self.w_ih, "w_hh": self.w_hh, "w_hr": self.w_hr}
+        return {name: matrix for name, matrix in found.items() if matrix is not None}
+
+    @property
+    def input_bias(self) -> Tensor | None:
+        """[G], what can be added before the recurrence: both biases, but for a GRU's ``new_bias``."""
+        if self.b_ih is None or self.b_hh is None:
+            return self.b_ih if self.b_hh is None else self.b_hh
+        if self.cell != "gru":
+            return self.b_ih + self.b_hh
+        first = 2 * self.hidden_size
+        return torch.cat([self.b_ih[:first] + self.b_hh[:first], self.b_ih[first:]])
+
+    @property
+    def new_bias(self) -> Tensor | None:
+        """[H], the bias that a GRU's reset gate multiplies; None for other cells."""
+        return self.b_hh[2 * self.hidden_size :] if self.cell == "gru" and self.b_hh is not None else None
+
+    def to(self, device: torch.device | str) -> LayerWeights:
+        """The same weights on a device."""
+        moved: dict[str, Any] = {name: matrix.to(device) for name, matrix in self.matrices.items()}
+        moved |= {name: b.to(device) for name in ("b_ih", "b_hh") if (b := getattr(self, name)) is not None}
+        return replace(self, **moved)
+
+
+class Layer(ABC):
+    """A recurrent layer made ready to run. Safe to call from several threads at once."""
+
+    @abstractmethod
+    def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        """Run over sequences.
+
+        Args:
+            x_NI: packed rows.
+            batch_sizes: [T].
+            state: of the streams before their first step; left as it is.
+
+        Returns:
+            y_NP and the state of each stream after its last step.
+        """
+
+    def step(self, x_BI: Tensor, state: State) -> tuple[Tensor, State]:
+        """One step of B streams: y_BP and the new state."""
+        return self.run(x_BI, equal_lengths(1, x_BI.shape[0]), state)
+
+
+@lru_cache
+def equal_lengths(steps: int, streams: int) -> Tensor:
+    """``batch_sizes`` of streams of equal length. Not to be changed: callers share it."""
+    return torch.full((steps,), streams)
+
+
+class Recurrence(ABC):
+    """The recurrent half of a layer made ready to run: all but the product with the input."""
+
+    @abstractmethod
+    def __call__(self, u_NG: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        """Run over sequences; ``u_NG`` is ``x W_ih' + input_bias``, the rest as in ``Layer.run``."""
+
+
+@dataclass(frozen=True)
+class ComposedLayer(Layer):
+    """A layer made of its two halves."""
+
+    product: Product
+    recurrence: Recurrence
+
+    def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        """Product with the input for all steps at once, then the recurrence."""
+        return self.recurrence(self.product(x_NI), batch_sizes, state)
 
 
 class Kernel(ABC):
-    """A way to run a packed model. Registered as ``@register.kernel("name")``, selected as ``kernel=name``."""
+    """A way to run sparse weights. Registered as ``@register.kernel("name")``, selected as ``kernel=name``.
+
+    Attributes:
+        tolerance: how far outputs may be from float64's with the same weights, as a relative norm.
+    """
+
+    tolerance: float = 1e-5
 
     @abstractmethod
-    def supports(self, device: torch.device) -> str | None:
-        """None if it runs on this device, else the reason why not."""
-
-    @abstractmethod
-    def bind(self, model: nn.Module, matrices: Mapping[str, ElementMatrix], device: torch.device) -> nn.Module:
-        """Make ``model``, built dense, run on this backend.
+    def supports(
+        self,
+        weights: LayerWeights | SparseMatrix | None,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        batch: int = 1,
+    ) -> str | None:
+        """None if it can run, else the reason why not.
 
         Args:
-            model: the model with its weights.
-            matrices: parameter name -> the same weight, packed.
-            device: where it has to run.
-
-        Returns:
-            A module with the same call and outputs.
+            weights: a layer, a matrix to multiply with, or None to ask for the device alone.
+            device: where.
+            dtype: of the inputs and outputs.
+            batch: streams at a time.
         """
+
+    @abstractmethod
+    def product(self, matrix: SparseMatrix, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> Product:
+        """Make ``y_NO = x_NI W' + bias`` ready to run."""
+
+    @abstractmethod
+    def recurrence(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Recurrence:
+        """Make the recurrence of a layer ready to run."""
+
+    def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
+        """Make a whole layer ready to run."""
+        product = self.product(weights.w_ih, weights.input_bias, device, dtype)
+        return ComposedLayer(product, self.recurrence(weights, device, dtype))

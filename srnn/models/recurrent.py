@@ -5,7 +5,7 @@ Shapes: B batch, T time, V vocabulary, H hidden units.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -69,6 +69,37 @@ class LanguageModel(nn.Module):
         x_BTE = self.dropout(self.embedding(tokens_BT))
         y_BTH, state = self.rnn(x_BTE, state)
         return self.decoder(self.dropout(y_BTH)), state
+
+    def step(self, tokens_B: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """One token of each stream.
+
+        Args:
+            tokens_B: token numbers.
+            state: what the previous call returned; None starts from zero.
+
+        Returns:
+            logits_BV for the token after it, and the state to go on from.
+        """
+        x_BE = self.dropout(self.embedding(tokens_B))
+        if isinstance(self.rnn, nn.RNNBase):
+            y_BTH, state = self.rnn(x_BE[:, None], state)
+            y_BH = y_BTH[:, 0]
+        else:  # on sparse kernels
+            y_BH, state = self.rnn.step(x_BE, state)
+        return self.decoder(self.dropout(y_BH)), state
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        length: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> Iterator[int]:
+        """Yield ``length`` tokens that go on from ``prompt``; see ``srnn.deploy.generate``."""
+        from srnn.deploy.generate import generate
+
+        return generate(self, prompt, length, temperature, top_k, seed)
 
 
 def detach(state: State | None) -> State | None:

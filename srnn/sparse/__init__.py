@@ -1,5 +1,23 @@
-"""Sparse matrix formats: dense <-> packed. No kernels."""
+"""Sparse matrix formats: dense <-> packed, sizes, slicing. No kernels."""
 
-from srnn.sparse.element import DTYPES, ElementMatrix, Values
+from srnn.sparse.matrix import (
+    DTYPES,
+    STRUCTURES,
+    SparseMatrix,
+    Structure,
+    Values,
+    cheapest_structure,
+    has_structure,
+    packed_nbytes,
+)
 
-__all__ = ["DTYPES", "ElementMatrix", "Values"]
+__all__ = [
+    "DTYPES",
+    "STRUCTURES",
+    "SparseMatrix",
+    "Structure",
+    "Values",
+    "cheapest_structure",
+    "has_structure",
+    "packed_nbytes",
+]

@@ -158,10 +158,20 @@ def print_report(report: dict[str, Any]) -> None:
         "bytes dense (fp32), packed file",
         f"{sizes['dense_bytes']:,}, {sizes['packed_bytes']:,} ({ratio:.1f}x smaller)",
     )
+    latency = report["latency"]
+    for kind, words in (("sequence", f"one stream, {latency['steps']} steps"), ("step", "one stream, one step")):
+        if kind in latency:
+            dense, sparse = latency[kind]["dense"], latency[kind]["sparse"]
+            table.add_row(
+                f"{words}: best dense, packed ({latency['threads']} threads)",
+                f"{1e6 * dense:,.0f} us, {1e6 * sparse:,.0f} us ({dense / sparse:.2f}x)",
+            )
     seconds = report["seconds"]
     share = 100 * seconds["pruning"] / seconds["training_loop"]
     table.add_row("time in the training loop, inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
     console.print(table)
+    for line in latency["choices"]:
+        console.print(f"kernel: {line}", markup=False, highlight=False)
     if abs(sparsity["reached"] - sparsity["wanted"]) > MISSED:
         console.print(
             f"The sparsity is {100 * sparsity['reached']:.2f} %, not {100 * sparsity['wanted']:g} %: with a fixed q it "

@@ -124,7 +124,7 @@ def _sparsities(pruner: Pruner, weights: dict[str, Tensor]) -> dict[str, Any]:
 def _bytes_per_nonzero(packed: PackedModel) -> float | None:
     """Bytes of values and columns over entries; row pointers and header are apart."""
     entries = sum(packed.nonzeros.values())
-    stored = sum(m.nbytes - m.row_pointers.nbytes for m in packed.matrices.values())
+    stored = sum(m.values.nbytes + m.columns.nbytes for m in packed.matrices.values())
     return stored / entries if entries else None
 
 
@@ -146,5 +146,6 @@ def wandb_summary(report: dict[str, Any]) -> dict[str, Any]:
         "final/sparsity": report["sparsity"]["reached"],
         "final/nonzeros": report["size"]["nonzeros"],
         "final/packed_bytes": report["size"]["packed_bytes"],
+        "final/sequence_speedup": report["latency"]["sequence"]["dense"] / report["latency"]["sequence"]["sparse"],
         "time/pruning_share": report["seconds"]["pruning"] / report["seconds"]["training_loop"],
     }

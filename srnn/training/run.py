@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 import warnings
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 import srnn
+from srnn.bench.models import STEPS, latencies
 from srnn.config import Settings
 from srnn.datasets.text import Text, TextStreams
 from srnn.deploy.packed import PackedModel, read_weights
@@ -29,7 +31,7 @@ from srnn.deploy.packed import read as read_packed
 from srnn.deploy.packed import write as write_packed
 from srnn.errors import UserError
 from srnn.files import write_atomically
-from srnn.kernels import Kernel
+from srnn.kernels import Auto, Dense, Kernel
 from srnn.pruning.callback import PruningCallback
 from srnn.pruning.methods import PruningMethod
 from srnn.pruning.pruner import Pruner
@@ -44,8 +46,10 @@ from srnn.training.next_token import NextToken, evaluate
 
 CPU = torch.device("cpu")  # where the packed model is checked and scored
 LOGGED_POINTS = 300  # about so many points of the training loss over a run
-# How far the outputs of the packed model may be from the trained one's, as a relative norm.
-READ_BACK_TOLERANCE = {"fp32": 1e-5, "fp16": 1e-2}
+CALIBRATION_BATCHES = 20  # of validation data, for int8
+# How far the outputs of sparse kernels may be from the dense modules' with the same weights, as a relative norm: both
+# are off by rounding.
+READ_BACK_TOLERANCE = 1e-4
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -95,8 +99,9 @@ def train(settings: Settings, folder: Path, group: str | None = None) -> dict[st
             raise UserError(f"no checkpoint reached the sparsity asked for; see {folder / 'metrics.csv'}.")
         model.load_state_dict(read_weights(best))
         packed = _pack(settings, folder, model, supplied, data)
-        scores = milestones(recorder.validations) | _test_scores(model, packed, kernel, data)
-        report = build_report(settings, folder, model, packed, scores, recorder)
+        test_scores, latency = _score_packed(model, packed, kernel, data)
+        scores = milestones(recorder.validations) | test_scores
+        report = build_report(settings, folder, model, packed, scores, recorder) | {"latency": latency}
         report["seconds"]["total"] = time.perf_counter() - began
         write_atomically(folder / "report.json", json.dumps(report, indent=2).encode())
         plots = plot_run(folder, report["phases"], report["layers"], recurrent_matrix(model, method))
@@ -120,7 +125,7 @@ def _build_model(settings: Settings, supplied: dict[str, Any]) -> nn.Module:
 def _build_kernel(settings: Settings) -> Kernel:
     """The backend that will run the packed model; refused now, not after the training, if it cannot."""
     kernel: Kernel = register.build("kernel", settings.kernel)
-    reason = kernel.supports(CPU)
+    reason = kernel.supports(None, CPU)
     if reason is not None:
         raise UserError(f"kernel={settings.kernel['name']} cannot run on the {CPU}: {reason}.")
     return kernel
@@ -130,6 +135,7 @@ def _quiet() -> None:
     """Lightning speaks of itself on every run; what matters to a user is in our own tables."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("srnn.kernels").setLevel(logging.WARNING)  # the report tells what was chosen
     for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*exists and is not empty.*"):
         warnings.filterwarnings("ignore", message)
 
@@ -199,38 +205,55 @@ def _pack(
     settings: Settings, folder: Path, model: nn.Module, supplied: dict[str, Any], data: TextStreams
 ) -> PackedModel:
     """Write the packed file, read it back, and make sure that it is the model."""
-    values = settings.packed.values
     # The path as the data set understood it, absolute, so that it is found from any folder.
     dataset = settings.dataset | ({"path": data.path} if isinstance(data, Text) else {})
     about = {"dataset": dataset, "pruning": settings.pruning, "srnn": srnn.__version__}
-    state = model.state_dict()
-    write_packed(
-        folder / "model.safetensors",
-        PackedModel.from_state(state, settings.model, supplied, values, data.vocabulary, about),
-    )
+
+    def calibrate(network: nn.Module) -> None:
+        for inputs_BT, _ in islice(data.val_dataloader(), CALIBRATION_BATCHES):
+            network(inputs_BT)
+
+    wanted = PackedModel.from_model(
+        model, settings.model, supplied, settings.packed.values, settings.packed.structure, data.vocabulary, about,
+        calibrate,
+    )  # fmt: skip
+    write_packed(folder / "model.safetensors", wanted)
     packed = read_packed(folder / "model.safetensors")
-    for name, count in packed.nonzeros.items():
-        if count != int((state[name] != 0).sum()):
-            raise RuntimeError(f"the packed file holds {count} weights of {name}, not {int((state[name] != 0).sum())}")
-    inputs_BT, _ = next(iter(data.val_dataloader()))
-    with torch.inference_mode():
-        wanted, got = model.eval()(inputs_BT)[0], packed.build()(inputs_BT)[0]
-    error = float((got - wanted).norm() / wanted.norm())
-    if not error <= READ_BACK_TOLERANCE[values]:
-        raise RuntimeError(f"the packed file's outputs are {error:.2g} away from the model's")
+    weights, rounded = model.state_dict(), packed.state_dict()
+    for name, weight in wanted.state_dict().items():
+        if not torch.equal(rounded[name], weight):
+            raise RuntimeError(f"{name} is not in the packed file as it was written")
+    for name, matrix in packed.matrices.items():
+        count = int((weights[name] != 0).sum())
+        if matrix.structure == "element" and matrix.entries != count:
+            raise RuntimeError(f"the packed file holds {matrix.entries} weights of {name}, not {count}")
     return packed
 
 
-def _test_scores(
+def _score_packed(
     model: nn.Module, packed: PackedModel, kernel: Kernel, data: TextStreams
-) -> dict[str, dict[str, float]]:
-    """The best checkpoint and its packed form on the whole test text."""
-    bound = kernel.bind(packed.build(), packed.matrices, CPU)
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """The best checkpoint and its packed form on the whole test text, and how fast the packed form is."""
+    dense, sparse = packed.build_sparse(Dense()), packed.build_sparse(kernel)
+    inputs_BT, _ = next(iter(data.val_dataloader()))
+    with torch.inference_mode():
+        wanted, got = packed.build()(inputs_BT)[0], sparse(inputs_BT)[0]
+    error = float((got - wanted).norm() / wanted.norm())
+    if not error <= max(READ_BACK_TOLERANCE, kernel.tolerance):
+        raise RuntimeError(f"the sparse kernels' outputs are {error:.2g} away from the dense ones'")
     characters = data.characters["test"]
-    return {
+    scores = {
         "test": vars(evaluate(model, data.test_dataloader(), characters, CPU)),
-        "test_packed": vars(evaluate(bound, data.test_dataloader(), characters, CPU)),
+        "test_packed": vars(evaluate(sparse, data.test_dataloader(), characters, CPU)),
     }
+    latency: dict[str, Any] = latencies(
+        {"torch": packed.build(), "best": dense, "sparse": sparse}, inputs_BT.reshape(-1)
+    )
+    for times in latency.values():  # torch's own network, or its layers by the dense backends: what is faster
+        times["dense"] = min(times.pop("torch"), times.pop("best"))
+    latency |= {"threads": torch.get_num_threads(), "steps": STEPS, "read_back_error": error}
+    latency["choices"] = [str(choice) for choice in kernel.choices.values()] if isinstance(kernel, Auto | Dense) else []
+    return scores, latency
 
 
 def _print_ways_on(folder: Path) -> None:

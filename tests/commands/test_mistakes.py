@@ -28,12 +28,13 @@ def run_folder(tmp_path):
     config = {"name": "gru", "hidden_size": 8, "embedding_size": 4, "num_layers": 1, "dropout": 0.0}
     vocabulary = Vocabulary.build("characters", "\nabcdef(): x")
     supplied = {"vocabulary_size": len(vocabulary)}
-    state = register.build("model", config, **supplied).state_dict()
-    state["rnn.weight_hh_l0"] *= torch.rand_like(state["rnn.weight_hh_l0"]) < 0.1
+    model = register.build("model", config, **supplied)
+    with torch.no_grad():
+        model.rnn.weight_hh_l0 *= torch.rand_like(model.rnn.weight_hh_l0) < 0.1
     about = {"dataset": register.get("dataset", "python_source").defaults()}
     write(
         tmp_path / "model.safetensors",
-        PackedModel.from_state(state, config, supplied, "fp16", vocabulary, about),
+        PackedModel.from_model(model, config, supplied, "fp16", "auto", vocabulary, about),
     )
     return tmp_path
 
@@ -137,9 +138,9 @@ def test_generate_takes_text_literally_and_repeats_with_a_seed(capsys, run_folde
 
 
 def test_a_kernel_that_cannot_run_is_refused_before_training(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("srnn.kernels.dense.Dense.supports", lambda *_: "it needs a GPU")
+    monkeypatch.setattr("srnn.kernels.Auto.supports", lambda *_: "it needs a GPU")
     error = mistake(capsys, *QUIET, f"hydra.run.dir={tmp_path}/run")
-    assert "kernel=dense cannot run on the cpu: it needs a GPU" in error
+    assert "kernel=auto cannot run on the cpu: it needs a GPU" in error
     assert not (tmp_path / "run/metrics.csv").exists()
 
 

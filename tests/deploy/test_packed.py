@@ -1,60 +1,103 @@
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import srnn
-from srnn.deploy.packed import PackedModel, read, read_weights, write
+from srnn.deploy.packed import PackedModel, _checksum, read, read_weights, write
 from srnn.errors import UserError
+from srnn.kernels import Dense
 from srnn.registry import register
+from srnn.sparse import DTYPES
 from srnn.vocabulary import Vocabulary
 
 CONFIG = {"name": "gru", "hidden_size": 17, "embedding_size": 5, "num_layers": 2, "dropout": 0.1}
 
 
-def sparse_model(density=0.1):
-    model = register.build("model", CONFIG, vocabulary_size=11).eval()
+def sparse_model(density=0.1, height=1, config=CONFIG, vocabulary_size=11):
+    model = register.build("model", config, vocabulary_size=vocabulary_size).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
-                parameter.mul_(torch.rand_like(parameter) < density)
+                gates = 3 if "rnn" in name else 1
+                units = parameter.shape[0] // gates
+                kept = torch.rand(gates, -(-units // height), parameter.shape[1]) < density
+                kept[:, 0, 0] = True  # something is left
+                mask = kept.repeat_interleave(height, dim=1)[:, :units].reshape(parameter.shape)
+                parameter.mul_(mask)
     return model
 
 
-def pack(model, values="fp32"):
+def pack(model, values="fp32", structure="auto"):
     vocabulary = Vocabulary.build("characters", "abcdefghij")
-    return PackedModel.from_state(model.state_dict(), CONFIG, {"vocabulary_size": 11}, values, vocabulary, {"note": 1})
+    about = {"note": 1}
+    return PackedModel.from_model(model, CONFIG, {"vocabulary_size": 11}, values, structure, vocabulary, about)
 
 
 @pytest.fixture
 def file(tmp_path):
-    write(tmp_path / "model.safetensors", pack(sparse_model()))
+    write(tmp_path / "model.safetensors", pack(sparse_model(), structure="element"))
     return tmp_path / "model.safetensors"
 
 
 def test_there_and_back(tmp_path):
     model = sparse_model()
     path = tmp_path / "model.safetensors"
-    write(path, pack(model))
+    write(path, pack(model, structure="element"))
     packed = read(path)
     state = packed.state_dict()
     assert all(torch.equal(state[name], weight) for name, weight in model.state_dict().items())
     tokens = torch.randint(0, 11, (3, 9))
-    rebuilt = srnn.load(path)
-    assert torch.equal(rebuilt(tokens)[0], model(tokens)[0])
+    with torch.no_grad():
+        assert torch.equal(packed.build()(tokens)[0], model(tokens)[0])
+        rebuilt = srnn.load(path)
+        torch.testing.assert_close(rebuilt(tokens)[0], model(tokens)[0], rtol=1e-5, atol=1e-6)
     assert not rebuilt.training
+    assert packed.matrices["rnn.weight_hh_l0"].gates == 3
     assert packed.vocabulary.decode(packed.vocabulary.encode("abcz")) == "abc�"
     assert packed.nonzeros == {n: int((model.state_dict()[n] != 0).sum()) for n in packed.matrices}
 
 
-def test_fp16_rounds_weights_and_nothing_else(tmp_path):
-    model = sparse_model()
-    write(tmp_path / "m.safetensors", pack(model, "fp16"))
-    state = read(tmp_path / "m.safetensors").state_dict()
+@pytest.mark.parametrize("structure", ["auto", "element", "4x1", "8x1", "16x1", "32x1"])
+@pytest.mark.parametrize("values", ["fp32", "fp16", "bf16", "int8"])
+def test_values_are_rounded_and_nothing_else(tmp_path, values, structure):
+    config, supplied = CONFIG | {"hidden_size": 64, "embedding_size": 32}, {"vocabulary_size": 64}
+    model = sparse_model(0.3, 32, config, 64)
+    packed = PackedModel.from_model(model, config, supplied, values, structure)
+    write(tmp_path / "m.safetensors", packed)
+    back = read(tmp_path / "m.safetensors")
+    assert {m.values_name for m in back.matrices.values()} == {values}
+    if structure != "auto":
+        assert {m.structure for m in back.matrices.values()} == {structure}
+    state, wanted = back.state_dict(), packed.state_dict()
     for name, weight in model.state_dict().items():
-        assert torch.equal(state[name], weight.half().float() if weight.ndim == 2 else weight)
+        assert torch.equal(state[name], wanted[name])
+        if weight.ndim != 2:
+            assert torch.equal(state[name], weight)
+        elif values != "int8":
+            assert torch.equal(state[name], weight.to(DTYPES[values]).float())
+    tokens = torch.randint(0, 11, (2, 5))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            srnn.load(tmp_path / "m.safetensors", "cpu")(tokens)[0], back.build()(tokens)[0], rtol=1e-5, atol=1e-6
+        )
+
+
+def test_tensors_stay_mapped_to_the_file(file):
+    read_before = read(file)
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("this system does not tell what is mapped")
+    address = read_before.matrices["rnn.weight_hh_l0"].values.data_ptr()
+    for line in maps.read_text().splitlines():
+        first, last = (int(part, 16) for part in line.split()[0].split("-"))
+        if first <= address < last:
+            assert str(file) in line
+            return
+    raise AssertionError("not mapped at all")
 
 
 def test_dense_matrices_stay_dense(tmp_path):
@@ -68,18 +111,49 @@ def test_dense_matrices_stay_dense(tmp_path):
 def test_eight_times_smaller_at_90_percent(tmp_path):
     config = CONFIG | {"hidden_size": 256, "embedding_size": 64}
     model = register.build("model", config, vocabulary_size=99)
-    state = {n: w * (torch.rand_like(w) < 0.1) if w.ndim == 2 else w for n, w in model.state_dict().items()}
-    write(tmp_path / "m", PackedModel.from_state(state, config, {"vocabulary_size": 99}, "fp16"))
-    dense = sum(4 * w.numel() for w in state.values())
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.mul_(torch.rand_like(weight) < 0.1)
+    write(tmp_path / "m", PackedModel.from_model(model, config, {"vocabulary_size": 99}, "fp16"))
+    dense = sum(4 * w.numel() for w in model.parameters())
     assert dense / (tmp_path / "m").stat().st_size > 8
 
 
 def test_the_file_holds_no_pickle_and_says_what_it_is(file):
     length = int.from_bytes(file.read_bytes()[:8], "little")
     header = json.loads(json.loads(file.read_bytes()[8 : 8 + length])["__metadata__"]["srnn"])
-    assert header["format"] == 1
+    assert header["format"] == 2
     assert header["model"] == CONFIG
-    assert header["matrices"]["rnn.weight_hh_l0"] == {"structure": "element", "shape": [51, 17]}
+    assert header["matrices"]["rnn.weight_hh_l0"] == {
+        "structure": "element",
+        "values": "fp32",
+        "shape": [51, 17],
+        "gates": 3,
+    }
+
+
+def test_files_of_format_1_are_still_read(tmp_path):
+    """As the first version wrote them: single elements, no gates."""
+    model = sparse_model()
+    packed = pack(model, structure="element")
+    tensors = {n: t[:, 0] if n.endswith(".values") else t for n, t in packed.tensors().items()}
+    header = {
+        "format": 1,
+        "model": packed.model,
+        "supplied": packed.supplied,
+        "matrices": {n: {"structure": "element", "shape": list(m.shape)} for n, m in packed.matrices.items()},
+        "vocabulary": packed.vocabulary.to_dict(),
+        "about": packed.about,
+    }
+    header["sha256"] = _checksum(header, tensors)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "m", {"srnn": json.dumps(header)})
+    old = read(tmp_path / "m")
+    assert all(torch.equal(old.state_dict()[n], w) for n, w in model.state_dict().items())
+    assert old.matrices["rnn.weight_hh_l0"].gates == 3
+    tokens = torch.randint(0, 11, (2, 5))
+    with torch.no_grad():
+        torch.testing.assert_close(srnn.load(tmp_path / "m")(tokens)[0], model(tokens)[0], rtol=1e-5, atol=1e-6)
 
 
 def exact_or_refused(path, wanted):
@@ -100,17 +174,32 @@ def test_every_truncation_is_refused(file):
             read(file)
 
 
-def test_flipped_bits_are_refused_or_harmless(file):
+def test_every_byte_of_the_header_matters(file):
+    """Each is flipped in turn: refused, or of no consequence; never a crash or another number."""
     data = file.read_bytes()
     wanted = read(file).state_dict()
-    rng = random.Random(0)
+    end = 8 + int.from_bytes(data[:8], "little")
     results = []
-    for _ in range(400):
+    for position in range(end):
         damaged = bytearray(data)
-        damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        damaged[position] ^= 1 << position % 8
         file.write_bytes(damaged)
         results.append(exact_or_refused(file, wanted))
-    assert results.count("refused") > 390
+    assert results.count("refused") > 0.97 * end, "only padding does not count"
+
+
+@pytest.mark.parametrize("values", ["fp32", "int8"])
+def test_flipped_bits_of_the_body_are_refused(file, values):
+    write(file, pack(sparse_model(), values))
+    data = file.read_bytes()
+    wanted = read(file).state_dict()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    rng = random.Random(0)
+    for _ in range(2000):
+        damaged = bytearray(data)
+        damaged[rng.randrange(begin, len(data))] ^= 1 << rng.randrange(8)
+        file.write_bytes(damaged)
+        assert exact_or_refused(file, wanted) == "refused"
 
 
 def test_other_files_are_refused_with_the_reason(tmp_path):
@@ -135,8 +224,8 @@ def rewritten(file, change):
 
 
 def test_a_newer_format_asks_for_an_upgrade(file):
-    rewritten(file, lambda header: header.update(format=2))
-    with pytest.raises(UserError, match=r"format 2; this srnn reads format 1: upgrade"):
+    rewritten(file, lambda header: header.update(format=3))
+    with pytest.raises(UserError, match=r"format 3; this srnn reads 1 to 2: upgrade"):
         read(file)
 
 
@@ -149,8 +238,9 @@ def test_a_changed_header_is_refused(file):
 def test_weights_of_another_shape_are_refused():
     packed = pack(sparse_model())
     wrong = PackedModel(CONFIG | {"hidden_size": 1_000_000}, packed.supplied, packed.matrices, packed.dense)
-    with pytest.raises(UserError, match="do not fit"):
-        wrong.build()
+    for build in (wrong.build, lambda: wrong.build_sparse(Dense())):
+        with pytest.raises(UserError, match="do not fit"):
+            build()
 
 
 def test_not_finite_weights_say_what_happened():
@@ -159,7 +249,7 @@ def test_not_finite_weights_say_what_happened():
     with pytest.raises(UserError, match=r"decoder\.weight .*diverged"):
         pack(model)
     model.decoder.weight.data[0, 0] = 1e6
-    with pytest.raises(UserError, match=r"packed\.values=fp32"):
+    with pytest.raises(UserError, match="use values=fp32 or bf16"):
         pack(model, "fp16")
 
 

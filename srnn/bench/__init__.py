@@ -1,0 +1,1 @@
+"""Timing dense layers against every backend that can run."""

@@ -1,0 +1,170 @@
+"""Measuring cases: outputs checked first, then dense and sparse timed in turns."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import srnn
+from srnn.bench.cases import DENSE, Case, Format, Plan, Problem
+from srnn.kernels.choose import hardware
+from srnn.kernels.contract import Kernel
+from srnn.kernels.dense import Int8, OneDnn, Torch
+from srnn.kernels.timing import Call, interleaved
+
+ROUNDS = 30
+CHECKED_STEPS = 8  # of the sequence whose outputs are compared; more only adds up the same errors
+BASELINES: dict[str, Kernel] = {"torch": Torch(), "onednn": OneDnn(), "int8": Int8()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend at one case. Times are microseconds of a whole call; speed-ups are over dense of the same run.
+
+    Attributes:
+        error: relative norm of the outputs from float64's with the same weights; if too large, there are no times.
+        over_fp32: how many times faster than the fastest fp32 dense.
+        over_int8: the same over dynamic int8; None where that cannot run.
+    """
+
+    device: str
+    shape: str
+    batch: int
+    steps: int
+    threads: int
+    backend: str
+    structure: str
+    values: str
+    sparsity: float
+    error: float
+    rounds: int
+    median_us: float | None
+    p20_us: float | None
+    p80_us: float | None
+    over_fp32: float | None
+    over_int8: float | None
+
+
+def measure(
+    plan: Plan,
+    kernels: Mapping[str, Kernel],
+    device: torch.device,
+    limit: float,
+    report: Callable[[Case, list[Row]], None],
+) -> tuple[list[Row], list[str]]:
+    """Measure all of a plan that fits into the time.
+
+    Args:
+        plan: what.
+        kernels: the sparse backends.
+        device: where.
+        limit: seconds; no case is begun after them, and each gets an equal share of what is left.
+        report: called with the rows of each case.
+
+    Returns:
+        All rows, and what was left out and why.
+    """
+    rows: list[Row] = []
+    left_out: list[str] = []
+    cases, began, threads = list(plan.cases()), time.monotonic(), torch.get_num_threads()
+    try:
+        for index, case in enumerate(cases):
+            left = limit - (time.monotonic() - began)
+            if left <= 0:
+                left_out += [f"{rest}: the time was over (--limit={limit:g})" for rest in cases[index:]]
+                break
+            torch.set_num_threads(case.threads)
+            found, reasons = measure_case(case, plan.formats(), kernels, device, left / (len(cases) - index))
+            left_out += reasons
+            rows += found
+            report(case, found)
+    finally:
+        torch.set_num_threads(threads)
+    return rows, left_out
+
+
+def measure_case(
+    case: Case, formats: Sequence[Format], kernels: Mapping[str, Kernel], device: torch.device, seconds: float
+) -> tuple[list[Row], list[str]]:
+    """Measure one case with all formats, in turns."""
+    calls: dict[tuple[str, Format], Call] = {}
+    errors: dict[tuple[str, Format], float] = {}
+    left_out = []
+    for format, several in ((DENSE, BASELINES), *((f, kernels) for f in formats)):
+        problem = Problem(case, format, device)
+        steps = min(case.steps, CHECKED_STEPS)
+        truth = problem.truth(steps)
+        for name, kernel in several.items():
+            if name == "csr" and format.values != formats[0].values:
+                continue  # it computes in fp32 whatever is stored
+            reason = kernel.supports(problem.weights, device, problem.dtype, case.batch)
+            if reason is not None:
+                left_out.append(f"{case} {name}: {reason}")
+                continue
+            ready = problem.prepare(kernel)
+            errors[name, format] = relative_error(ready(steps)(), truth)
+            if errors[name, format] <= kernel.tolerance:
+                calls[name, format] = ready(case.steps)
+            else:
+                left_out.append(f"{case} {name} {format}: WRONG, its error is {errors[name, format]:.1e}")
+    keys = list(calls)
+    times = interleaved({str(i): calls[key] for i, key in enumerate(keys)}, device, ROUNDS, seconds)
+    measured = {key: np.array(times[str(i)]) for i, key in enumerate(keys)}
+    return _rows(case, errors, measured, device), left_out
+
+
+def relative_error(outputs: Any, truth: torch.Tensor) -> float:
+    """Norm of the difference over norm of the truth; NaN for outputs that hold one."""
+    return float((outputs.double() - truth).norm() / truth.norm())
+
+
+def _rows(case: Case, errors: dict[Any, float], times: dict[Any, Any], device: torch.device) -> list[Row]:
+    def median(key: Any) -> float | None:
+        return float(np.median(times[key])) if key in times else None
+
+    dense = [m for name in ("torch", "onednn") if (m := median((name, DENSE))) is not None]
+    fp32, int8 = min(dense, default=None), median(("int8", DENSE))
+    rows = []
+    for (name, format), error in errors.items():
+        mine = median((name, format))
+        low, high = np.percentile(times[name, format], [20, 80]) if mine else (None, None)
+        rows.append(
+            Row(
+                device=hardware(device),
+                shape=str(case.shape),
+                batch=case.batch,
+                steps=case.steps,
+                threads=case.threads,
+                backend=name,
+                structure="dense" if format is DENSE else format.structure,
+                values="int8" if name == "int8" else format.values,
+                sparsity=format.sparsity,
+                error=float(f"{error:.2g}"),
+                rounds=len(times.get((name, format), ())),
+                median_us=_micro(mine),
+                p20_us=_micro(low),
+                p80_us=_micro(high),
+                over_fp32=_ratio(fp32, mine),
+                over_int8=_ratio(int8, mine),
+            )
+        )
+    return rows
+
+
+def _micro(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1e6 * float(seconds), 2)
+
+
+def _ratio(dense: float | None, mine: float | None) -> float | None:
+    return None if dense is None or mine is None else round(dense / mine, 3)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {"srnn": srnn.__version__, "python": platform.python_version(), "system": platform.platform()}

@@ -1,0 +1,196 @@
+"""``python -m srnn bench``: time dense layers against every backend that can run."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from srnn.commands.options import Parser, packed_file
+from srnn.errors import UserError
+
+T = TypeVar("T")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print tables, write a CSV and a plot."""
+    options = _parse(argv)
+    if options.run is not None:
+        return _bench_run(options)
+    if options.bench == "stream" and options.shapes is None:
+        return _bench_stream(options)
+    return _bench_layers(options)
+
+
+def _parse(argv: Sequence[str]) -> Namespace:
+    parser = Parser(prog="srnn bench", description="Time dense layers against every backend that can run here.")
+    parser.add_argument("--bench", default="paper", choices=["paper", "deepbench", "stream"],
+                        help="named shapes: those of the paper, DeepBench's products, or a stream of single steps "
+                             "(%(default)s)")  # fmt: skip
+    parser.add_argument("--run", metavar="FOLDER", help="a run's packed network instead, or a packed file")
+    parser.add_argument("--shapes", help="such as gru:1024,lstm:512,product:7680x2560 instead of the named ones")
+    parser.add_argument("--sparsity", help="such as 0.8,0.9,0.95")
+    parser.add_argument("--structure", help="such as element,16x1")
+    parser.add_argument("--values", help="such as fp32,fp16,bf16,int8")
+    parser.add_argument("--batch", help="streams, or columns of a product, such as 1,4,16")
+    parser.add_argument("--threads", help="of the CPU, such as 1,2 (what torch uses)")
+    parser.add_argument("--steps", type=int, help="of a sequence, 1 for streaming (100)")
+    parser.add_argument("--kernels", help="sparse backends, such as cpu,csr (all)")
+    parser.add_argument("--limit", type=float, default=600.0, metavar="SECONDS",
+                        help="no case is begun after so long; what was left out is said (%(default)g)")  # fmt: skip
+    parser.add_argument("--output", metavar="FOLDER", help="for bench.csv and bench.png (outputs/bench_DATE)")
+    options = parser.parse(argv)
+    if not options.limit > 0:
+        raise UserError(f"bench: --limit={options.limit:g} must be above 0 seconds.")
+    return options
+
+
+def _bench_layers(options: Namespace) -> int:
+    import torch
+
+    from srnn.bench.measure import measure
+    from srnn.bench.show import plot, table, write_csv
+    from srnn.registry import register
+    from srnn.tracking.console import console
+
+    plan = _plan(options, torch.get_num_threads())
+    known = [name for name in register.names("kernel") if name not in ("auto", "dense")]
+    chosen = _split(options.kernels, str) or tuple(known)
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"bench: --kernels={name}: there are {', '.join(known)}.")
+    folder = _folder(options)
+    kernels = {name: register.build("kernel", {"name": name}) for name in chosen}
+    device = torch.device("cpu")
+    rows, left_out = measure(
+        plan, kernels, device, options.limit, lambda case, found: console.print(table(str(case), found))
+    )
+    write_csv(folder / "bench.csv", rows)
+    drawn = plot(folder / "bench.png", rows)
+    for line in dict.fromkeys(left_out):
+        console.print(f"left out: {line}", markup=False, soft_wrap=True)
+    console.print(f"Rows in {folder / 'bench.csv'}" + (f", plot in {folder / 'bench.png'}" * drawn), soft_wrap=True)
+    return 1 if any(row.median_us is None for row in rows) else 0
+
+
+def _plan(options: Namespace, threads: int) -> Any:
+    from srnn.bench.cases import NAMED, Plan, Shape, check_structures
+    from srnn.sparse import DTYPES
+
+    shapes = _split(options.shapes, Shape.parse)
+    plan = replace(NAMED[options.bench]) if shapes is None else Plan(shapes, threads=(threads,))
+    structures = _split(options.structure, str)
+    values = _split(options.values, str)
+    check_structures(structures or ())
+    for name in values or ():
+        if name not in DTYPES:
+            raise UserError(f"bench: --values={name}: there are {', '.join(DTYPES)}.")
+    given: dict[str, Any] = {
+        "sparsities": _split(options.sparsity, _number("--sparsity", float, 0, 0.9999)),
+        "structures": structures,
+        "values": values,
+        "batches": _split(options.batch, _number("--batch", int, 1, 1 << 16)),
+        "threads": _split(options.threads, _number("--threads", int, 1, os.cpu_count() or 1)),
+        "steps": None if options.steps is None else _number("--steps", int, 1, 1 << 20)(str(options.steps)),
+    }
+    return replace(plan, **{name: value for name, value in given.items() if value is not None})
+
+
+def _split(text: str | None, parse: Callable[[str], T]) -> tuple[T, ...] | None:
+    return None if text is None else tuple(parse(part.strip()) for part in text.split(","))
+
+
+def _number(option: str, kind: Callable[[str], T], least: float, most: float) -> Callable[[str], T]:
+    def parse(text: str) -> T:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:  # type: ignore[operator]
+            raise UserError(f"bench: {option}={text} must be a number from {least:g} to {most:g}.")
+        return value
+
+    return parse
+
+
+def _folder(options: Namespace) -> Path:
+    folder = Path(options.output or f"outputs/bench_{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"bench: the folder {folder} cannot be made: {error.strerror}; set --output.") from None
+    return folder
+
+
+def _bench_run(options: Namespace) -> int:
+    """A run's network, on its best dense modules and on each backend."""
+    import torch
+
+    from srnn.bench.models import STEPS, latencies
+    from srnn.deploy.packed import read
+    from srnn.registry import register
+
+    path = packed_file(options.run)
+    packed = read(path)
+    models: dict[str, Any] = {}
+    for name in ["dense", *(n for n in register.names("kernel") if n != "dense")]:
+        kernel = register.build("kernel", {"name": name})
+        if kernel.supports(None, torch.device("cpu")) is None:
+            models[name] = packed.build_sparse(kernel)
+    vocabulary = packed.supplied.get("vocabulary_size", 2)
+    tokens_T = torch.randint(vocabulary, (STEPS,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        truth = packed.build().double()(tokens_T[None])[0]
+        for name, model in models.items():
+            error = float((model(tokens_T[None])[0] - truth).norm() / truth.norm())
+            if not error <= 1e-4:
+                raise UserError(f"bench: {name} computes {path} wrong, its error is {error:.1e}; please report it.")
+    found = latencies(models, tokens_T, min(30.0, options.limit / 2))
+    _print_latencies(f"{path}, one stream, {torch.get_num_threads()} threads", found)
+    return 0
+
+
+def _print_latencies(title: str, found: Mapping[str, Mapping[str, float]]) -> None:
+    from rich.table import Table
+
+    from srnn.tracking.console import console
+
+    made = Table(title=title, title_justify="left")
+    for column in ("what", "backend", "median", "over dense"):
+        made.add_column(column, justify="right" if column in ("median", "over dense") else "left")
+    for kind, times in found.items():
+        for name, seconds in times.items():
+            made.add_row(kind, name, f"{1e6 * seconds:,.0f} us", f"{times['dense'] / seconds:.2f}x")
+        made.add_section()
+    console.print(made)
+
+
+def _bench_stream(options: Namespace) -> int:
+    """Two layers, one step after the other, 90 % in 16x1 blocks."""
+    import torch
+
+    from srnn.bench.models import stream
+    from srnn.bench.stream import networks
+    from srnn.tracking.console import console
+
+    steps = 10_000 if options.steps is None else options.steps
+    folder = _folder(options)
+    lines = ["network,threads,steps,p50_us,p99_us,mean_us"]
+    threads_before = torch.get_num_threads()
+    for threads in _split(options.threads, _number("--threads", int, 1, os.cpu_count() or 1)) or (1,):
+        torch.set_num_threads(threads)
+        models, x_TBI = networks()
+        found = stream(models, x_TBI, steps)
+        for name, row in found.items():
+            lines.append(f"{name},{threads},{steps},{row['p50_us']:.1f},{row['p99_us']:.1f},{row['mean_us']:.1f}")
+            console.print(lines[-1], markup=False)
+    torch.set_num_threads(threads_before)
+    from srnn.files import write_atomically
+
+    write_atomically(folder / "stream.csv", "\n".join([*lines, ""]).encode())
+    console.print(f"Rows in {folder / 'stream.csv'}", soft_wrap=True)
+    return 0

@@ -1,0 +1,531 @@
+"""Modules of torch whose weights hold zeros -> the same modules on sparse kernels, and back.
+
+Shapes: T steps, B streams, N rows, I inputs, H hidden units, P outputs (H, or an LSTM's projection), L layers times
+directions.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from srnn.errors import UserError
+from srnn.kernels.contract import Cell, Kernel, Layer, LayerWeights, Product, State, equal_lengths
+from srnn.registry import register
+from srnn.sparse import (
+    DTYPES,
+    STRUCTURES,
+    SparseMatrix,
+    Structure,
+    Values,
+    cheapest_structure,
+    has_structure,
+    packed_nbytes,
+)
+
+Wanted = Structure | Literal["auto"]
+Energies = Mapping[str, Tensor]
+# Called with the name of a matrix and the rows it multiplies; see ``record_inputs``.
+Recorder = Callable[[str, Tensor], None]
+
+_CELLS: dict[str, Cell] = {"GRU": "gru", "LSTM": "lstm", "RNN_TANH": "tanh", "RNN_RELU": "relu"}  # torch's modes
+_GATES: dict[type[nn.Module], int] = {nn.RNN: 1, nn.GRU: 3, nn.LSTM: 4, nn.Linear: 1, nn.Embedding: 1}
+
+
+class PackedWeight(nn.Module):
+    """A sparse matrix as buffers, so that it is part of its module's ``state_dict``."""
+
+    def __init__(self, matrix: SparseMatrix) -> None:
+        super().__init__()
+        self.shape, self.gates = matrix.shape, matrix.gates
+        for name in ("values", "columns", "row_pointers", "scales"):
+            self.register_buffer(name, matrix.parts.get(name))
+
+    @property
+    def matrix(self) -> SparseMatrix:
+        """The matrix; shares memory."""
+        b = self._buffers
+        values, columns, pointers = b["values"], b["columns"], b["row_pointers"]
+        assert values is not None
+        assert columns is not None
+        assert pointers is not None
+        return SparseMatrix(self.shape, self.gates, values, columns, pointers, b["scales"])
+
+    def extra_repr(self) -> str:
+        """Shape, format, density."""
+        matrix, (rows, columns) = self.matrix, self.shape
+        density = matrix.entries / max(1, rows * columns)
+        return f"{rows}x{columns}, {matrix.structure}, {matrix.values_name}, density={density:.3f}"
+
+
+class SparseModule(nn.Module):
+    """What the sparse modules share: packed weights, a kernel, and no gradients."""
+
+    def __init__(self, kernel: Kernel, weights: Mapping[str, SparseMatrix | Tensor | None]) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.recorder: Recorder | None = None
+        self._ready: dict[Any, Any] = {}
+        for name, weight in weights.items():
+            if isinstance(weight, SparseMatrix):
+                self.add_module(name, PackedWeight(weight))
+            else:
+                self.register_buffer(name, None if weight is None else weight.detach().float().clone())
+        self.eval()
+
+    def matrices(self) -> dict[str, SparseMatrix]:
+        """Its packed weights by name."""
+        return {name: child.matrix for name, child in self.named_children() if isinstance(child, PackedWeight)}
+
+    def original(self) -> nn.Module:
+        """Torch's module with these weights, trainable."""
+        raise NotImplementedError
+
+    def _matrix(self, name: str) -> SparseMatrix:
+        child = getattr(self, name)
+        assert isinstance(child, PackedWeight)
+        return child.matrix
+
+    def _check(self, weights: LayerWeights | SparseMatrix, x: Tensor, batch: int) -> None:
+        reason = self.kernel.supports(weights, x.device, x.dtype, batch)
+        if reason is not None:
+            raise UserError(f"{type(self).__name__} cannot run: {reason}.")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseModule:
+        """Moves between devices; what values are stored as was decided when they were packed."""
+        for module in self.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is None:
+                    continue
+                probe = fn(torch.empty(1, device=buffer.device))
+                if probe.dtype not in (torch.float32, buffer.dtype):
+                    raise TypeError(
+                        f"{type(self).__name__} cannot become {probe.dtype}: choose sparsify(values=...) instead"
+                    )
+                module._buffers[name] = buffer.to(probe.device)
+        self._ready.clear()
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._ready.clear()
+        super()._load_from_state_dict(*arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ready": {}, "recorder": None}
+
+
+class _NoBackward(torch.autograd.Function):
+    """Passes values on; asking for gradients through it raises."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *sources: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("gradients do not flow through sparse kernels: train the dense module (srnn.desparsify)")
+
+
+def _without_gradient(y: Tensor, *sources: Tensor) -> Tensor:
+    asked = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+    return _NoBackward.apply(y, *sources) if asked else y
+
+
+class SparseRecurrent(SparseModule):
+    """``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` on sparse kernels: the same call, outputs and states.
+
+    Dropout between layers is that of a trained network: none.
+    """
+
+    def __init__(
+        self, original: nn.RNNBase, weights: Mapping[str, SparseMatrix | Tensor | None], kernel: Kernel
+    ) -> None:
+        super().__init__(kernel, weights)
+        self.kind: Any = type(original)
+        self.cell: Cell = _CELLS[original.mode]
+        self.input_size, self.hidden_size, self.proj_size = (
+            original.input_size,
+            original.hidden_size,
+            original.proj_size,
+        )
+        self.num_layers, self.bidirectional, self.bias = original.num_layers, original.bidirectional, original.bias
+        self.batch_first, self.dropout = original.batch_first, original.dropout
+        self.suffixes = [
+            f"_l{layer}{direction}"
+            for layer in range(original.num_layers)
+            for direction in (["", "_reverse"] if original.bidirectional else [""])
+        ]
+
+    def layer_weights(self, index: int) -> LayerWeights:
+        """The weights of a layer and direction, in the order of torch's states."""
+        suffix = self.suffixes[index]
+        return LayerWeights(
+            self.cell,
+            self._matrix(f"weight_ih{suffix}"),
+            self._matrix(f"weight_hh{suffix}"),
+            getattr(self, f"bias_ih{suffix}", None),
+            getattr(self, f"bias_hh{suffix}", None),
+            self._matrix(f"weight_hr{suffix}") if self.proj_size else None,
+            suffix.endswith("_reverse"),
+        )
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do; for code that calls it on torch's modules."""
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+        """As torch's module: ``output, h_n`` or ``output, (h_n, c_n)``.
+
+        Raises:
+            RuntimeError: shapes do not fit; also backward through the outputs.
+        """
+        if isinstance(input, PackedSequence):
+            begin = self._state(hx, int(input.batch_sizes[0]), input.data, input.sorted_indices)
+            y_NP, state = self._run(input.data, input.batch_sizes, begin)
+            if input.unsorted_indices is not None:
+                state = tuple(part.index_select(1, input.unsorted_indices) for part in state)
+            packed = PackedSequence(y_NP, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+            return packed, self._as_torch(state)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"input must have 2 or 3 dimensions, not {input.dim()}")
+        batched = input.dim() == 3
+        if not batched:
+            hx = hx if hx is None else tuple(p[:, None] for p in hx) if isinstance(hx, tuple) else hx[:, None]
+        x_TBI = input[:, None] if not batched else input.transpose(0, 1) if self.batch_first else input
+        steps, streams, _ = x_TBI.shape
+        if steps == 0 or streams == 0:
+            raise RuntimeError(f"sequences of {steps} steps and {streams} streams hold nothing to run over")
+        sizes = equal_lengths(steps, streams)
+        y_NP, state = self._run(x_TBI.reshape(steps * streams, -1), sizes, self._state(hx, streams, input))
+        y_TBP = y_NP.view(steps, streams, -1)
+        if not batched:
+            return y_TBP[:, 0], self._as_torch(tuple(part[:, 0] for part in state))
+        return (y_TBP.transpose(0, 1) if self.batch_first else y_TBP), self._as_torch(state)
+
+    def step(self, x_BI: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        """One step of B streams: y_BP and the state to go on from, as torch shapes it; None starts from zero.
+
+        Safe to call from several threads, each with a state of its own.
+        """
+        if self.bidirectional:
+            raise RuntimeError("a bidirectional network sees the end of a sequence first: it cannot run step by step")
+        y_BP, state = self._run(x_BI, equal_lengths(1, x_BI.shape[0]), self._state(hx, x_BI.shape[0], x_BI))
+        return y_BP, self._as_torch(state)
+
+    def _as_torch(self, state: State) -> Any:
+        return state if self.cell == "lstm" else state[0]
+
+    def _state(self, hx: Any, streams: int, x: Tensor, order: Tensor | None = None) -> State:
+        """[L, B, P] (and [L, B, H]), the streams in the order of the rows."""
+        layers, outputs = len(self.suffixes), self.proj_size or self.hidden_size
+        shapes = [(layers, streams, outputs)] + [(layers, streams, self.hidden_size)] * (self.cell == "lstm")
+        if hx is None:
+            return tuple(torch.zeros(shape, device=x.device, dtype=x.dtype) for shape in shapes)
+        state = tuple(hx) if self.cell == "lstm" else (hx,)
+        given = [tuple(part.shape) for part in state]
+        if given != shapes:
+            raise RuntimeError(f"the state must have shape {shapes}, not {given}")
+        return state if order is None else tuple(part.index_select(1, order) for part in state)
+
+    def _run(self, x_NI: Tensor, sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        if x_NI.shape[-1] != self.input_size:
+            raise RuntimeError(f"input must have {self.input_size} features, not {x_NI.shape[-1]}")
+        directions = 2 if self.bidirectional else 1
+        y, ends = x_NI, []
+        with torch.no_grad():
+            for first in range(0, len(self.suffixes), directions):
+                outputs = []
+                for index in range(first, first + directions):
+                    begin = tuple(part[index] for part in state)
+                    out, end = self._layer(index, y, begin[0].shape[0]).run(y, sizes, begin)
+                    if self.recorder is not None:
+                        self._record(index, y, sizes, begin[0], out)
+                    outputs.append(out)
+                    ends.append(end)
+                y = outputs[0] if directions == 1 else torch.cat(outputs, dim=1)
+            after = tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
+        return _without_gradient(y, x_NI, *state), tuple(_without_gradient(part, x_NI, *state) for part in after)
+
+    def _layer(self, index: int, x: Tensor, streams: int) -> Layer:
+        key = (index, x.device, x.dtype)
+        ready: Layer | None = self._ready.get(key)
+        if ready is None:
+            weights = self.layer_weights(index)
+            self._check(weights, x, streams)
+            ready = self._ready[key] = self.kernel.layer(weights, x.device, x.dtype)
+        return ready
+
+    def _record(self, index: int, x_NI: Tensor, sizes: Tensor, h_BP: Tensor, y_NP: Tensor) -> None:
+        assert self.recorder is not None
+        suffix = self.suffixes[index]
+        self.recorder(f"weight_ih{suffix}", x_NI)
+        self.recorder(f"weight_hh{suffix}", torch.cat([h_BP, y_NP]))
+        if self.proj_size:  # what a projection multiplies stays inside the kernel; a column counts as the next
+            self.recorder(f"weight_hr{suffix}", x_NI.new_ones(1, self.hidden_size))
+
+    def original(self) -> nn.Module:
+        """Torch's module with these weights, trainable."""
+        options: dict[str, Any] = {"nonlinearity": self.cell} if self.kind is nn.RNN else {}
+        if self.proj_size:
+            options["proj_size"] = self.proj_size
+        with torch.device("meta"):
+            module = self.kind(
+                self.input_size, self.hidden_size, self.num_layers, bias=self.bias, batch_first=self.batch_first,
+                dropout=self.dropout, bidirectional=self.bidirectional, **options,
+            )  # fmt: skip
+        return _filled(module, self)
+
+    def extra_repr(self) -> str:
+        """The cell."""
+        return f"{self.cell}, {self.input_size}, {self.hidden_size}"
+
+
+class SparseLinear(SparseModule):
+    """``nn.Linear`` on sparse kernels."""
+
+    def __init__(
+        self, original: nn.Linear, weights: Mapping[str, SparseMatrix | Tensor | None], kernel: Kernel
+    ) -> None:
+        super().__init__(kernel, weights)
+        self.in_features, self.out_features = original.in_features, original.out_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input W' + bias``, over the last dimension."""
+        if input.shape[-1] != self.in_features:
+            raise RuntimeError(f"input must have {self.in_features} features, not {input.shape[-1]}")
+        with torch.no_grad():
+            x_NI = input.reshape(-1, self.in_features)
+            if self.recorder is not None:
+                self.recorder("weight", x_NI)
+            y = self._product(x_NI)(x_NI).view(*input.shape[:-1], self.out_features)
+        return _without_gradient(y, input)
+
+    def _product(self, x_NI: Tensor) -> Product:
+        key = (x_NI.device, x_NI.dtype)
+        ready: Product | None = self._ready.get(key)
+        if ready is None:
+            matrix = self._matrix("weight")
+            self._check(matrix, x_NI, x_NI.shape[0])
+            ready = self._ready[key] = self.kernel.product(matrix, self._buffers["bias"], *key)
+        return ready
+
+    def original(self) -> nn.Module:
+        """Torch's module with these weights, trainable."""
+        with torch.device("meta"):
+            module = nn.Linear(self.in_features, self.out_features, bias=self._buffers["bias"] is not None)
+        return _filled(module, self)
+
+
+class SparseEmbedding(SparseModule):
+    """``nn.Embedding`` that keeps its non-zeros only."""
+
+    def __init__(
+        self, original: nn.Embedding, weights: Mapping[str, SparseMatrix | Tensor | None], kernel: Kernel
+    ) -> None:
+        super().__init__(kernel, weights)
+        self.num_embeddings, self.embedding_dim = original.num_embeddings, original.embedding_dim
+        self.padding_idx = original.padding_idx
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The rows of these numbers."""
+        if input.numel() and not 0 <= int(input.min()) <= int(input.max()) < self.num_embeddings:
+            raise IndexError(f"numbers must lie between 0 and {self.num_embeddings - 1}")
+        return self._matrix("weight").rows(input.reshape(-1)).view(*input.shape, self.embedding_dim)
+
+    def original(self) -> nn.Module:
+        """Torch's module with these weights, trainable."""
+        with torch.device("meta"):
+            module = nn.Embedding(self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx)
+        return _filled(module, self)
+
+
+_SPARSE: dict[type[nn.Module], Any] = {
+    nn.RNN: SparseRecurrent,
+    nn.GRU: SparseRecurrent,
+    nn.LSTM: SparseRecurrent,
+    nn.Linear: SparseLinear,
+    nn.Embedding: SparseEmbedding,
+}
+
+
+def _filled(module: nn.Module, sparse: SparseModule) -> nn.Module:
+    tensors: dict[str, Tensor] = {name: b.clone() for name, b in sparse._buffers.items() if b is not None}
+    tensors |= {name: matrix.to_dense() for name, matrix in sparse.matrices().items()}
+    module.load_state_dict(tensors, assign=True)
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
+    if isinstance(module, nn.RNNBase):
+        module.flatten_parameters()
+    return module.eval()
+
+
+def sparse_module(
+    module: nn.Module, weights: Mapping[str, SparseMatrix | Tensor | None], kernel: Kernel
+) -> SparseModule:
+    """The sparse counterpart of one of torch's modules."""
+    made: SparseModule = _SPARSE[type(module)](module, weights, kernel)
+    return made
+
+
+def sparsify(
+    model: nn.Module,
+    structure: Wanted = "auto",
+    values: Values = "fp32",
+    kernel: str | Kernel = "auto",
+    energies: Energies | None = None,
+) -> nn.Module:
+    """A copy of a network that runs on sparse kernels: the same call, outputs and states, for inference.
+
+    Every ``nn.RNN``, ``nn.GRU``, ``nn.LSTM``, ``nn.Linear`` and ``nn.Embedding`` of which a matrix holds enough zeros
+    to be smaller in a sparse format is replaced; the rest is copied. The model itself is left as it is.
+
+    Args:
+        model: a trained network; it may be one of these modules itself.
+        structure: ``element``, ``4x1``, ``8x1``, ``16x1`` or ``32x1``; ``auto`` takes for each matrix the one of fewest
+            bytes.
+        values: what non-zeros are stored as: ``fp32``, ``fp16``, ``bf16``, or ``int8`` with a scale a row group.
+        kernel: a backend's name or the backend; ``auto`` measures them when the network is first run.
+        energies: parameter name -> mean square of what each column multiplies, from ``record_inputs``; for int8.
+
+    Raises:
+        UserError: a matrix is not pruned in the blocks asked for, holds numbers that are not finite, or the kernel
+            cannot run here.
+    """
+    chosen = register.rebuild("kernel", {"name": kernel}) if isinstance(kernel, str) else kernel
+    packer = _Packer(model, structure, values, energies or {})
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if packer.is_sparse(module):
+            memo[id(module)] = sparse_module(module, packer.weights(module), chosen)
+    for made in memo.values():
+        for matrix in made.matrices().values():
+            reason = chosen.supports(None, matrix.device)
+            if reason is not None:
+                raise UserError(f"kernel={kernel} cannot run on {matrix.device}: {reason}.")
+    return replaced(model, memo)
+
+
+def desparsify(model: nn.Module) -> nn.Module:
+    """A copy with torch's own modules again; weights kept as fp32 are bit for bit what they were."""
+    return replaced(model, {id(m): m.original() for m in model.modules() if isinstance(m, SparseModule)})
+
+
+def replaced(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy in which the modules with these ids are others. What is replaced is not copied first."""
+    copied: nn.Module = memo[id(model)] if id(model) in memo else copy.deepcopy(model, memo)
+    return copied.eval()
+
+
+def record_inputs(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, Tensor]:
+    """Mean squares of what each matrix multiplies, for ``sparsify(values="int8", energies=...)``.
+
+    Args:
+        model: the network, dense.
+        run: runs a model on the data that counts.
+
+    Returns:
+        Parameter name -> [columns].
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def recorder_of(prefix: str) -> Recorder:
+        def record(name: str, x_NI: Tensor) -> None:
+            key = f"{prefix}.{name}" if prefix else name
+            sums[key] = sums.get(key, 0) + x_NI.double().square().sum(dim=0)
+            counts[key] = counts.get(key, 0) + x_NI.shape[0]
+
+        return record
+
+    recording = sparsify(model, kernel="dense")
+    for name, module in recording.named_modules():
+        if isinstance(module, SparseModule):
+            module.recorder = recorder_of(name)
+    with torch.inference_mode():
+        run(recording)
+    return {name: (total / counts[name]).float() for name, total in sums.items()}
+
+
+class _Packer:
+    """Packs the weights of a model's modules; a weight that two of them share is packed once."""
+
+    def __init__(self, model: nn.Module, structure: Wanted, values: Values, energies: Energies) -> None:
+        if structure not in (*STRUCTURES, "auto"):
+            raise UserError(f"structure={structure!r}: there are auto, {', '.join(STRUCTURES)}.")
+        if values not in DTYPES:
+            raise UserError(f"values={values!r}: there are {', '.join(DTYPES)}.")
+        self.structure, self.values, self.energies = structure, values, energies
+        self.names = {id(weight): name for name, weight in model.named_parameters()}
+        self.done: dict[tuple[int, int], SparseMatrix] = {}
+
+    def is_sparse(self, module: nn.Module) -> bool:
+        """Whether any of its matrices is smaller for being sparse, not only for its values' width."""
+        return replaceable(module) and any(
+            worth_packing(weight, self.values, matrix_gates(name, module))
+            for name, weight in module.named_parameters(recurse=False)
+        )
+
+    def weights(self, module: nn.Module) -> dict[str, SparseMatrix | Tensor | None]:
+        """Name -> packed matrix, bias, or None for a bias it does not have."""
+        return {
+            name: w if w is None or w.ndim != 2 else self._pack(w, matrix_gates(name, module))
+            for name, w in module._parameters.items()
+        }
+
+    def _pack(self, weight: Tensor, gates: int) -> SparseMatrix:
+        key = (id(weight), gates)
+        if key not in self.done:
+            self.done[key] = pack(
+                self.names[id(weight)],
+                weight,
+                self.structure,
+                self.values,
+                gates,
+                self.energies.get(self.names[id(weight)]),
+            )
+        return self.done[key]
+
+
+def replaceable(module: nn.Module) -> bool:
+    """Whether a module has a sparse counterpart. Embeddings that change their weights when called have none."""
+    return type(module) in _GATES and getattr(module, "max_norm", None) is None
+
+
+def matrix_gates(name: str, module: nn.Module) -> int:
+    """Gates that the rows of a module's matrix fall into."""
+    return 1 if name.startswith("weight_hr") else _GATES.get(type(module), 1)
+
+
+def worth_packing(weight: Tensor, values: Values, gates: int) -> bool:
+    """Whether a matrix is smaller for its zeros, not only for the width of its values."""
+    if weight.ndim != 2:
+        return False
+    width = torch.empty((), dtype=DTYPES[values]).element_size()
+    return packed_nbytes(weight, cheapest_structure(weight, values, gates), values, gates) < width * weight.numel()
+
+
+def pack(
+    name: str, weight: Tensor, structure: Wanted, values: Values, gates: int, energy: Tensor | None = None
+) -> SparseMatrix:
+    """``SparseMatrix.from_dense`` that refuses blocks a weight is not pruned in.
+
+    Raises:
+        UserError: names the weight.
+    """
+    weight = weight.detach().float()
+    if structure != "auto" and not has_structure(weight, structure, values, gates):
+        taken = packed_nbytes(weight, structure, values, gates)
+        least = packed_nbytes(weight, "element", values, gates)
+        raise UserError(
+            f"{name} is not pruned in {structure} blocks: they would take {taken:,} bytes, its single elements "
+            f"{least:,}. Use structure=element, or auto."
+        )
+    try:
+        return SparseMatrix.from_dense(weight, structure, values, gates, energy)
+    except ValueError as error:
+        advice = "; use values=fp32 or bf16" if values == "fp16" else ", so the training has diverged"
+        raise UserError(f"{name} {error}{advice}.") from None

@@ -1,0 +1,389 @@
+"""Compiled loops over time and over rows, around the products of ``products.py``.
+
+One loop serves all cells and formats. Work is cut into chunks of hidden units: the products of a chunk with all
+gates, then the gates' arithmetic, then the new state of those units. h is kept as ``[H, S]``, S the streams rounded
+up to the product's tile. What a thread has to do is fixed beforehand, so that all get the same number of blocks.
+
+A matrix comes as seven numbers: the product's address, those of values, columns, row pointers and scales, N, and row
+groups a gate.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from srnn.kernels.contract import CELLS, CLIP
+from srnn.kernels.cpu.products import call_dot
+from srnn.kernels.cpu.shapes import ROWS
+
+TANH, RELU, CLIPPED, GRU, LSTM = (CELLS.index(cell) for cell in ("tanh", "relu", "clipped_relu", "gru", "lstm"))
+
+ZERO, HALF, ONE, CEILING = np.float32(0), np.float32(0.5), np.float32(1), np.float32(CLIP)
+INFINITY = np.float32(np.inf)
+# tanh(x) = x P(x^2) / Q(x^2) up to 9, where it is 1 in fp32; our own weighted least-squares fit, 4e-11 off before
+# rounding, 3.2e-7 in fp32. A rational function keeps the loops below vectorised, which a call of tanh would not.
+LARGEST = np.float32(9)
+P0, P1, P2 = np.float32(1.0), np.float32(0.14099948108196259), np.float32(0.004426933825016022)
+P3, P4, P5 = np.float32(4.2299179767724127e-05), np.float32(1.1132286914516953e-07), np.float32(3.683663790665648e-11)
+Q0, Q1, Q2 = np.float32(1.0), np.float32(0.4743328094482422), np.float32(0.029204538092017174)
+Q3, Q4, Q5 = np.float32(0.0005010237800888717), np.float32(2.6062236884172307e-06), np.float32(2.956636269146884e-09)
+
+
+@njit(inline="always")
+def tanh(x):
+    """Comparisons this way round let NaN through."""
+    x = LARGEST if x > LARGEST else x
+    x = -LARGEST if x < -LARGEST else x
+    s = x * x
+    return (
+        x
+        * (P0 + s * (P1 + s * (P2 + s * (P3 + s * (P4 + s * P5)))))
+        / (Q0 + s * (Q1 + s * (Q2 + s * (Q3 + s * (Q4 + s * Q5)))))
+    )
+
+
+@njit(inline="always")
+def sigmoid(x):
+    """From tanh."""
+    return HALF + HALF * tanh(HALF * x)
+
+
+@njit(nogil=True, cache=True)
+def _products(matrix, gate, first, count, h, out):
+    """Row groups of the units ``first`` to ``first + count`` of a gate, times h: out[group, stream, lane]."""
+    lanes, per_gate = matrix[5], matrix[6]
+    begin = gate * per_gate + first // lanes
+    end = gate * per_gate + (first + count + lanes - 1) // lanes
+    call_dot(
+        matrix[0], matrix[1], matrix[2], matrix[3], matrix[4], begin, end, h.ctypes.data, h.shape[1], out.ctypes.data
+    )
+
+
+# Loops over a few rows each: where there are more, the compiler gives up proving that they do not overlap, and does
+# not vectorise. numpy's error model, because a check for division by zero has the same effect.
+@njit(nogil=True, cache=True, error_model="numpy")
+def _sigmoid_of_sum(n, v, u):
+    for k in range(n):
+        v[k] = sigmoid(u[k] + v[k])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _tanh_of_sum(n, v, u):
+    for k in range(n):
+        v[k] = tanh(u[k] + v[k])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _mix(n, h, z, new):
+    for k in range(n):
+        h[k] = (ONE - z[k]) * new[k] + z[k] * h[k]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _times_tanh(n, h, o, c):
+    for k in range(n):
+        h[k] = o[k] * tanh(c[k])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _gates(cell, n, v, u0, u1, u2, u3, h, c, new_bias):
+    """New h (and c) in place, ``n`` numbers side by side; v[gate] the product with h, overwritten, u that with x."""
+    if cell == GRU:
+        r, z, new = v[0], v[1], v[2]
+        _sigmoid_of_sum(n, r, u0)
+        _sigmoid_of_sum(n, z, u1)
+        for k in range(n):
+            new[k] = r[k] * (new[k] + new_bias[k])
+        _tanh_of_sum(n, new, u2)
+        _mix(n, h, z, new)
+    elif cell == LSTM:
+        i, f, g, o = v[0], v[1], v[2], v[3]
+        _sigmoid_of_sum(n, i, u0)
+        _sigmoid_of_sum(n, f, u1)
+        _tanh_of_sum(n, g, u2)
+        _sigmoid_of_sum(n, o, u3)
+        for k in range(n):
+            i[k] *= g[k]
+        for k in range(n):
+            c[k] = f[k] * c[k] + i[k]
+        _times_tanh(n, h, o, c)
+    elif cell == TANH:
+        h[:n] = v[0, :n]
+        _tanh_of_sum(n, h, u0)
+    else:
+        ceiling = CEILING if cell == CLIPPED else INFINITY
+        for k in range(n):
+            a = u0[k] + v[0, k]
+            a = ZERO if a < ZERO else a
+            h[k] = ceiling if a > ceiling else a
+
+
+@njit(nogil=True, cache=True)
+def _chunks(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, size, new_bias, h, h_new, c, y):
+    """One step of the hidden units of some chunks. With a projection, ``y`` has no columns."""
+    units = h_new.shape[0]
+    v = np.empty((u.shape[1] // units, (chunk_size + matrix[5]) * h.shape[1]), np.float32)
+    if h.shape[1] == 1:
+        _chunks_of_one(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, new_bias, h, h_new, c, y, v)
+    else:
+        _chunks_of_many(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, size, new_bias, h, h_new, c, y, v)
+
+
+@njit(nogil=True, cache=True)
+def _chunks_of_one(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, new_bias, h, h_new, c, y, v):
+    """One stream: all rows lie as the arithmetic takes them."""
+    units = h_new.shape[0]
+    gates = u.shape[1] // units
+    row, old, new, cells = u[offset], h.reshape(-1), h_new.reshape(-1), c.reshape(-1)
+    for chunk in range(first_chunk, last_chunk):
+        first = chunk * chunk_size
+        last = min(first + chunk_size, units)
+        for gate in range(gates):
+            _products(matrix, gate, first, last - first, h, v[gate])
+        if cell == GRU:
+            new[first:last] = old[first:last]
+        u0 = row[first:last]
+        u1 = row[units + first : units + last] if gates > 1 else u0
+        u2 = row[2 * units + first : 2 * units + last] if gates > 1 else u0
+        u3 = row[3 * units + first : 3 * units + last] if gates > 3 else u0
+        _gates(cell, last - first, v, u0, u1, u2, u3, new[first:last], cells[first:last], new_bias[first:last])
+        if y.shape[1]:
+            y[offset, first:last] = new[first:last]
+
+
+@njit(nogil=True, cache=True)
+def _chunks_of_many(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, size, new_bias, h, h_new, c, y, v):
+    """Several streams: rows are gathered as the product writes its own, [group, stream, lane], then put back."""
+    lanes, streams, units = matrix[5], h.shape[1], h_new.shape[0]
+    gates = u.shape[1] // units
+    x = np.zeros((4, v.shape[1]), np.float32)
+    new, cells, bias = (
+        np.zeros(v.shape[1], np.float32),
+        np.zeros(v.shape[1], np.float32),
+        np.zeros(v.shape[1], np.float32),
+    )
+    for chunk in range(first_chunk, last_chunk):
+        first = chunk * chunk_size
+        count = min(chunk_size, units - first)
+        groups = (count + lanes - 1) // lanes
+        for gate in range(gates):
+            _products(matrix, gate, first, count, h, v[gate])
+        for g in range(groups):
+            begin = first + g * lanes
+            some = min(lanes, units - begin)
+            for b in range(size):
+                at = (g * streams + b) * lanes
+                for gate in range(gates):
+                    for lane in range(some):
+                        x[gate, at + lane] = u[offset + b, gate * units + begin + lane]
+                if cell == GRU:
+                    for lane in range(some):
+                        new[at + lane] = h[begin + lane, b]
+                        bias[at + lane] = new_bias[begin + lane]
+                if cell == LSTM:
+                    for lane in range(some):
+                        cells[at + lane] = c[begin + lane, b]
+        _gates(cell, groups * streams * lanes, v, x[0], x[1], x[2], x[3], new, cells, bias)
+        for g in range(groups):
+            begin = first + g * lanes
+            some = min(lanes, units - begin)
+            for b in range(size):
+                at = (g * streams + b) * lanes
+                for lane in range(some):
+                    h_new[begin + lane, b] = new[at + lane]
+                if cell == LSTM:
+                    for lane in range(some):
+                        c[begin + lane, b] = cells[at + lane]
+                if y.shape[1]:
+                    for lane in range(some):
+                        y[offset + b, begin + lane] = new[at + lane]
+            if y.shape[1]:
+                for b in range(size, streams):  # streams that have ended, or have not begun
+                    for lane in range(some):
+                        h_new[begin + lane, b] = h[begin + lane, b]
+
+
+@njit(nogil=True, cache=True)
+def _projected_chunks(chunk_size, first_chunk, last_chunk, matrix, offset, size, hidden, h, h_new, y):
+    """One step of an LSTM's projection: h_new = W_hr hidden, for some chunks of its outputs."""
+    lanes, streams, units = matrix[5], h.shape[1], h.shape[0]
+    out = np.empty((chunk_size + lanes) * streams, np.float32)
+    for chunk in range(first_chunk, last_chunk):
+        first = chunk * chunk_size
+        count = min(chunk_size, units - first)
+        _products(matrix, 0, first, count, hidden, out)
+        for unit in range(first, first + count):
+            group, lane = divmod(unit - first, lanes)
+            for b in range(streams):
+                value = out[(group * streams + b) * lanes + lane] if b < size else h[unit, b]
+                h_new[unit, b] = value
+                if b < size:
+                    y[offset + b, unit] = value
+
+
+@njit(nogil=True, cache=True)
+def _begin(sizes, reverse, h0, tile):
+    """The order of steps, their first rows, and two buffers for h."""
+    steps = len(sizes)
+    offsets = np.empty(steps, np.int64)
+    total = 0
+    for t in range(steps):
+        offsets[t] = total
+        total += sizes[t]
+    order = np.arange(steps)[::-1].copy() if reverse else np.arange(steps)
+    streams = (h0.shape[1] + tile - 1) // tile * tile
+    h = np.zeros((2, h0.shape[0], streams), np.float32)
+    h[0, :, : h0.shape[1]] = h0
+    return order, offsets, h
+
+
+@njit(nogil=True, cache=True)
+def recur(cell, chunk_size, matrix, project, u, sizes, reverse, tile, new_bias, h0, c, bounds, project_bounds, y):
+    """A whole sequence on one thread.
+
+    Args:
+        cell: index in ``CELLS``.
+        chunk_size: hidden units that are worked on together; a multiple of every N.
+        matrix: the seven numbers of W_hh.
+        project: the seven numbers of W_hr; the first is 0 where there is none.
+        u: [N, G], the products with x, biases added.
+        sizes: [T], streams of each step.
+        reverse: whether the last step comes first.
+        tile: streams the product takes at a time.
+        new_bias: [H]; zeros but for a GRU.
+        h0: [P, B].
+        c: [H, S], an LSTM's cell state, changed in place; else empty.
+        bounds: chunks of hidden units, from and to for each thread.
+        project_bounds: the same for the projection.
+        y: [N, P], filled.
+
+    Returns:
+        h [P, S] after the last step.
+    """
+    order, offsets, h = _begin(sizes, reverse, h0, tile)
+    hidden = np.zeros((new_bias.shape[0], h.shape[2]), np.float32)
+    now = 0
+    for t in order:
+        if project[0] == 0:
+            _chunks(
+                cell, chunk_size, 0, bounds[-1], matrix, u, offsets[t], sizes[t], new_bias, h[now], h[1 - now], c, y
+            )
+        else:
+            _chunks(
+                cell, chunk_size, 0, bounds[-1], matrix, u, offsets[t], sizes[t], new_bias, h[now], hidden, c, y[:, :0]
+            )
+            _projected_chunks(
+                chunk_size, 0, project_bounds[-1], project, offsets[t], sizes[t], hidden, h[now], h[1 - now], y
+            )
+        now = 1 - now
+    return h[now]
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def recur_parallel(
+    cell, chunk_size, matrix, project, u, sizes, reverse, tile, new_bias, h0, c, bounds, project_bounds, y
+):
+    """``recur`` on as many threads as ``bounds`` has parts."""
+    order, offsets, h = _begin(sizes, reverse, h0, tile)
+    hidden = np.zeros((new_bias.shape[0], h.shape[2]), np.float32)
+    parts = len(bounds) - 1
+    now = 0
+    for i in range(len(order)):
+        t = order[i]
+        old, new = h[now], h[1 - now]
+        if project[0] == 0:
+            for part in prange(parts):
+                _chunks(
+                    cell,
+                    chunk_size,
+                    bounds[part],
+                    bounds[part + 1],
+                    matrix,
+                    u,
+                    offsets[t],
+                    sizes[t],
+                    new_bias,
+                    old,
+                    new,
+                    c,
+                    y,
+                )
+        else:
+            none = y[:, :0]
+            for part in prange(parts):
+                first, last = bounds[part], bounds[part + 1]
+                _chunks(cell, chunk_size, first, last, matrix, u, offsets[t], sizes[t], new_bias, old, hidden, c, none)
+            for part in prange(parts):
+                _projected_chunks(
+                    chunk_size,
+                    project_bounds[part],
+                    project_bounds[part + 1],
+                    project,
+                    offsets[t],
+                    sizes[t],
+                    hidden,
+                    old,
+                    new,
+                    y,
+                )
+        now = 1 - now
+    return h[now]
+
+
+@njit(nogil=True, cache=True)
+def _multiply_chunks(chunk_size, first_chunk, last_chunk, matrix, gates, x_IS, row, count, bias, y):
+    """Some chunks of the outputs of all gates, for ``count`` rows of an input from ``row`` on."""
+    lanes, streams = matrix[5], x_IS.shape[1]
+    units = y.shape[1] // gates
+    out = np.empty((chunk_size + lanes) * streams, np.float32)
+    for chunk in range(first_chunk, last_chunk):
+        first = chunk * chunk_size
+        some = min(chunk_size, units - first)
+        for gate in range(gates):
+            _products(matrix, gate, first, some, x_IS, out)
+            base = gate * units + first
+            for b in range(count):
+                for g in range((some + lanes - 1) // lanes):
+                    at = (g * streams + b) * lanes
+                    begin = base + g * lanes
+                    for lane in range(min(lanes, some - g * lanes)):
+                        y[row + b, begin + lane] = out[at + lane] + bias[begin + lane]
+
+
+@njit(nogil=True, cache=True)
+def _columns(x, row, count, tile):
+    """Some rows as columns, [I, S]; columns past the last row are zero."""
+    x_IS = np.zeros((x.shape[1], (count + tile - 1) // tile * tile), np.float32)
+    for b in range(count):
+        for i in range(x.shape[1]):
+            x_IS[i, b] = x[row + b, i]
+    return x_IS
+
+
+@njit(nogil=True, cache=True)
+def multiply(chunk_size, matrix, gates, x, tile, bias, bounds, y):
+    """y[N, O] = x[N, I] W' + bias on one thread; the rest as in ``recur``."""
+    for row in range(0, x.shape[0], ROWS):
+        count = min(ROWS, x.shape[0] - row)
+        _multiply_chunks(chunk_size, 0, bounds[-1], matrix, gates, _columns(x, row, count, tile), row, count, bias, y)
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def multiply_parallel(chunk_size, matrix, gates, x, tile, bias, bounds, y):
+    """``multiply`` on as many threads as ``bounds`` has parts: each takes other rows or, of few, other outputs."""
+    parts = len(bounds) - 1
+    tiles = (x.shape[0] + ROWS - 1) // ROWS
+    if tiles >= 2 * parts:
+        for i in prange(tiles):
+            row = i * ROWS
+            count = min(ROWS, x.shape[0] - row)
+            _multiply_chunks(
+                chunk_size, 0, bounds[-1], matrix, gates, _columns(x, row, count, tile), row, count, bias, y
+            )
+        return
+    for row in range(0, x.shape[0], ROWS):
+        count = min(ROWS, x.shape[0] - row)
+        x_IS = _columns(x, row, count, tile)
+        for part in prange(parts):
+            _multiply_chunks(chunk_size, bounds[part], bounds[part + 1], matrix, gates, x_IS, row, count, bias, y)

@@ -1,0 +1,313 @@
+"""Sparse matrices in compressed rows: single elements, or N x 1 blocks that N consecutive rows share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Values = Literal["fp32", "fp16", "bf16", "int8"]
+Structure = Literal["element", "4x1", "8x1", "16x1", "32x1"]
+STRUCTURES: tuple[Structure, ...] = get_args(Structure)
+DTYPES: dict[Values, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.int8,
+}
+# Shares of the largest value that are tried as the largest representable one: clipping a few outliers makes
+# the steps of int8 finer for the rest.
+CLIPS = tuple(1 - i / 20 for i in range(11))
+
+
+def block_height(structure: str) -> int:
+    """N of an N x 1 structure; 1 for ``element``. Raises ``ValueError`` for a name there is not."""
+    if structure not in STRUCTURES:
+        raise ValueError(f"no structure {structure!r}; there are {', '.join(STRUCTURES)}")
+    return 1 if structure == "element" else int(structure.removesuffix("x1"))
+
+
+@dataclass(frozen=True)
+class SparseMatrix:
+    """A sparse matrix of blocks N x 1; N = 1 is the element format.
+
+    The rows of each gate are cut into groups of N consecutive rows; the last group of a gate may reach past it, and
+    its values there are zero. A block is one column of a group.
+
+    Attributes:
+        shape: (rows, columns).
+        gates: parts the rows fall into, as torch stacks the gates of a GRU (3) or LSTM (4); rows are a multiple.
+        values: [blocks, N], group after group, fp32, fp16, bf16 or int8.
+        columns: [blocks], rising within a group; uint16 where all columns fit, else int32.
+        row_pointers: int32 of groups + 1; group ``i`` owns blocks ``row_pointers[i]`` to ``row_pointers[i + 1]``.
+        scales: fp32 of groups, which int8 values are multiplied by; None for other values.
+    """
+
+    shape: tuple[int, int]
+    gates: int
+    values: Tensor
+    columns: Tensor
+    row_pointers: Tensor
+    scales: Tensor | None = None
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: Tensor,
+        structure: Structure | Literal["auto"] = "element",
+        values: Values = "fp32",
+        gates: int = 1,
+        energy: Tensor | None = None,
+    ) -> SparseMatrix:
+        """Pack the non-zeros of a matrix; a block is stored if any of its entries is not zero.
+
+        Args:
+            weight: [rows, columns].
+            structure: ``"auto"`` takes the one of fewest bytes.
+            values: what they are stored as. int8 has a scale a row group.
+            gates: parts the rows fall into; blocks do not cross them.
+            energy: [columns], the mean square of what the matrix is multiplied with. int8 scales are then chosen for
+                the least error of the product; without it each column counts the same.
+
+        Raises:
+            ValueError: not a matrix, rows no multiple of ``gates``, values not finite or out of the range of
+                ``values``.
+        """
+        if weight.ndim != 2:
+            raise ValueError(f"a sparse matrix has 2 dimensions, not {weight.ndim}")
+        if weight.shape[0] % gates:
+            raise ValueError(f"{weight.shape[0]} rows do not fall into {gates} gates")
+        weight = weight.detach()
+        if structure == "auto":
+            structure = cheapest_structure(weight, values, gates)
+        height = block_height(structure)
+        kept = weight.float() if values == "int8" else weight.to(DTYPES[values])
+        if not bool(kept.isfinite().all()):
+            raise ValueError(f"holds values that are not finite in {values}")
+        # The pattern is the weight's own: what rounds to zero is stored, as zero, so that counts stay what
+        # pruning made them.
+        used = _grouped(weight != 0, gates, height).any(dim=1)
+        groups, columns = used.nonzero(as_tuple=True)
+        pointers = torch.zeros(used.shape[0] + 1, dtype=torch.int32, device=weight.device)
+        pointers[1:] = used.sum(dim=1).cumsum(0)
+        blocks = _grouped(kept, gates, height)[groups, :, columns]
+        scales = None
+        if values == "int8":
+            wide = torch.nn.functional.pad(kept.abs(), (0, 1))  # a maximum needs a column
+            largest = _grouped(wide, gates, height).amax(dim=(1, 2))
+            scales = _scales(blocks, groups, largest, None if energy is None else energy.float()[columns])
+            blocks = _quantised(blocks, scales[groups, None]).to(torch.int8)
+        index_dtype = torch.uint16 if weight.shape[1] <= 1 << 16 else torch.int32
+        shape = (weight.shape[0], weight.shape[1])
+        return cls(shape, gates, blocks.contiguous(), columns.to(index_dtype), pointers, scales)
+
+    def to_dense(self) -> Tensor:
+        """The fp32 matrix back, [rows, columns]."""
+        groups = self._groups_of_blocks()
+        blocks = self.values.float() if self.scales is None else self.values.float() * self.scales[groups, None]
+        grouped = torch.zeros(self.groups, self.height, self.shape[1], device=self.values.device)
+        grouped[groups, :, self.columns.long()] = blocks
+        units = grouped.view(self.gates, self.groups // self.gates * self.height, self.shape[1])[:, : self.units]
+        return units.reshape(self.shape).contiguous()
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """These rows of a matrix of one gate, dense, fp32: [len(numbers), columns]."""
+        if len(numbers) == 1:  # a stream, where each operation counts
+            group, lane = divmod(int(numbers), self.height)
+            first, last = self.row_pointers[group : group + 2].tolist()
+            one = self.values[first:last, lane].float()
+            row = torch.zeros(1, self.shape[1], device=self.device)
+            row[0, self.columns[first:last].long()] = one if self.scales is None else one * self.scales[group]
+            return row
+        groups, lanes = numbers.long() // self.height, numbers.long() % self.height
+        starts = self.row_pointers.long()[groups]
+        counts = self.row_pointers.long()[groups + 1] - starts
+        row = torch.repeat_interleave(torch.arange(len(numbers), device=self.device), counts)
+        block = torch.arange(len(row), device=self.device) + (starts + counts - counts.cumsum(0))[row]
+        values = self.values[block, lanes[row]].float()
+        dense = torch.zeros(len(numbers), self.shape[1], device=self.device)
+        # As signed numbers, because torch cannot index unsigned ones on a GPU.
+        columns = self.columns.view(torch.int16) if self.columns.dtype == torch.uint16 else self.columns
+        column = columns[block].long() % (1 << 8 * columns.element_size())
+        dense[row, column] = values if self.scales is None else values * self.scales[groups[row]]
+        return dense
+
+    @property
+    def height(self) -> int:
+        """N: rows of a block."""
+        return self.values.shape[1]
+
+    @property
+    def units(self) -> int:
+        """Rows of a gate."""
+        return self.shape[0] // self.gates
+
+    @property
+    def groups(self) -> int:
+        """Row groups of all gates."""
+        return self.gates * -(-self.units // self.height)
+
+    @property
+    def structure(self) -> Structure:
+        """``element`` or ``Nx1``."""
+        return "element" if self.height == 1 else f"{self.height}x1"  # type: ignore[return-value]
+
+    @property
+    def values_name(self) -> Values:
+        """fp32, fp16, bf16 or int8."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.values.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lives."""
+        return self.values.device
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Its tensors by name, ``scales`` only where there are any."""
+        parts = {"values": self.values, "columns": self.columns, "row_pointers": self.row_pointers}
+        return parts if self.scales is None else parts | {"scales": self.scales}
+
+    @property
+    def blocks(self) -> int:
+        """Stored blocks."""
+        return self.values.shape[0]
+
+    @property
+    def entries(self) -> int:
+        """Stored values, padding and zeros inside blocks included."""
+        return self.values.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+    def to(self, device: torch.device | str) -> SparseMatrix:
+        """The same matrix on a device."""
+        parts: dict[str, Any] = {name: part.to(device) for name, part in self.parts.items()}
+        return replace(self, **parts)
+
+    def gate(self, index: int) -> SparseMatrix:
+        """The rows of one gate, as a matrix of one gate; shares memory."""
+        if not 0 <= index < self.gates:
+            raise IndexError(f"gate {index} of {self.gates}")
+        per_gate = self.groups // self.gates
+        return self._slice(index * per_gate, (index + 1) * per_gate, self.units)
+
+    def __getitem__(self, rows: slice) -> SparseMatrix:
+        """Consecutive rows within one gate, from and to a boundary of a row group; shares the memory of values."""
+        if not isinstance(rows, slice):
+            raise TypeError("a sparse matrix is sliced by rows: matrix[16:32]")
+        start, stop, step = rows.indices(self.shape[0])
+        stop = max(start, stop)
+        gate, first = divmod(start, self.units) if self.units else (0, 0)
+        last = stop - gate * self.units
+        if step != 1 or first % self.height or (last % self.height and last != self.units) or last > self.units:
+            raise ValueError(f"rows {start} to {stop} do not lie on the row groups of {self.height} within a gate")
+        begin = gate * (self.groups // self.gates) + first // self.height
+        return self._slice(begin, begin + -(-(stop - start) // self.height), stop - start)
+
+    def _slice(self, begin: int, end: int, rows: int) -> SparseMatrix:
+        first, last = int(self.row_pointers[begin]), int(self.row_pointers[end])
+        return SparseMatrix(
+            (rows, self.shape[1]),
+            1,
+            self.values[first:last],
+            self.columns[first:last],
+            self.row_pointers[begin : end + 1] - first,
+            None if self.scales is None else self.scales[begin:end],
+        )
+
+    def _groups_of_blocks(self) -> Tensor:
+        counts = self.row_pointers.diff().long()
+        return torch.repeat_interleave(torch.arange(self.groups, device=counts.device), counts)
+
+    def check(self) -> None:
+        """Raise ``ValueError`` unless every index is in range and every size fits: for data from outside."""
+        rows, columns = self.shape
+        if rows < 0 or columns < 0 or self.gates < 1 or rows % self.gates:
+            raise ValueError(f"rows {rows}, columns {columns} and gates {self.gates} do not fit")
+        if self.values.dtype not in DTYPES.values() or self.values.ndim != 2 or self.structure not in STRUCTURES:
+            raise ValueError("values must be [blocks, N] of fp32, fp16, bf16 or int8, N 1, 4, 8, 16 or 32")
+        if self.columns.dtype not in (torch.uint16, torch.int32) or self.columns.shape != (self.blocks,):
+            raise ValueError("columns must be uint16 or int32, one a block")
+        if self.row_pointers.dtype != torch.int32 or self.row_pointers.shape != (self.groups + 1,):
+            raise ValueError(f"row_pointers must be {self.groups + 1} int32")
+        pointers = self.row_pointers.long()
+        if pointers[0] != 0 or pointers[-1] != self.blocks or bool((pointers.diff() < 0).any()):
+            raise ValueError("row_pointers must rise from 0 to the number of blocks")
+        wide = self.columns.long()
+        if self.blocks and not (int(wide.min()) >= 0 and int(wide.max()) < columns):
+            raise ValueError("a column is out of range")
+        if bool((wide.diff()[self._groups_of_blocks().diff() == 0] <= 0).any()):
+            raise ValueError("columns must rise within a row group")
+        self._check_values()
+
+    def _check_values(self) -> None:
+        if (self.values.dtype == torch.int8) != (self.scales is not None):
+            raise ValueError("int8 values, and only they, have scales")
+        if self.scales is not None:
+            if self.scales.dtype != torch.float32 or self.scales.shape != (self.groups,):
+                raise ValueError(f"scales must be {self.groups} fp32")
+            if not bool((self.scales.isfinite() & (self.scales > 0)).all()):
+                raise ValueError("a scale is not a positive number")
+        elif not bool(self.values.isfinite().all()):
+            raise ValueError("a value is not finite")
+        beyond = self.units % self.height
+        if beyond:
+            # Kernels add up whole blocks, so what reaches past a gate must not count.
+            last = (self._groups_of_blocks() + 1) % (self.groups // self.gates) == 0
+            if bool((self.values[last, beyond:] != 0).any()):
+                raise ValueError("a value past the end of a gate is not zero")
+
+
+def cheapest_structure(weight: Tensor, values: Values = "fp32", gates: int = 1) -> Structure:
+    """The structure that stores a matrix in the fewest bytes; the tallest of equals."""
+    return min(reversed(STRUCTURES), key=lambda structure: packed_nbytes(weight, structure, values, gates))
+
+
+def packed_nbytes(weight: Tensor, structure: Structure, values: Values = "fp32", gates: int = 1) -> int:
+    """Bytes that ``SparseMatrix.from_dense`` with the same arguments would take."""
+    height = block_height(structure)
+    used = _grouped(weight.detach() != 0, gates, height).any(dim=1)
+    index_bytes = 2 if weight.shape[1] <= 1 << 16 else 4
+    block_bytes = height * torch.empty((), dtype=DTYPES[values]).element_size() + index_bytes
+    return int(used.sum()) * block_bytes + 4 * (used.shape[0] + 1) + (4 * used.shape[0] if values == "int8" else 0)
+
+
+def has_structure(weight: Tensor, structure: Structure, values: Values = "fp32", gates: int = 1) -> bool:
+    """Whether a matrix is pruned in these blocks: they cost no more bytes than its single elements would."""
+    return packed_nbytes(weight, structure, values, gates) <= packed_nbytes(weight, "element", values, gates)
+
+
+def _grouped(weight: Tensor, gates: int, height: int) -> Tensor:
+    """[groups, N, columns], the end of each gate filled up with zeros."""
+    units, columns = weight.shape[0] // gates, weight.shape[1]
+    per_gate = weight.reshape(gates, units, columns)
+    beyond = -units % height
+    if beyond:
+        per_gate = torch.cat([per_gate, per_gate.new_zeros(gates, beyond, columns)], dim=1)
+    return per_gate.reshape(gates * ((units + beyond) // height), height, columns)
+
+
+def _quantised(blocks: Tensor, scales: Tensor) -> Tensor:
+    return (blocks / scales).round().clamp(-127, 127)
+
+
+def _scales(blocks: Tensor, groups: Tensor, largest: Tensor, energy: Tensor | None) -> Tensor:
+    """The scale of each group, of those that clip at a share of its largest value, with the least squared error."""
+    # Groups of zeros only, and those of numbers so small that the division would overflow.
+    largest = largest.clamp(min=256 * torch.finfo(torch.float32).tiny)
+    best = torch.full_like(largest, torch.inf)
+    scales = largest / 127
+    for clip in CLIPS:
+        tried = largest * clip / 127
+        error = (blocks - _quantised(blocks, tried[groups, None]) * tried[groups, None]).square().sum(dim=1)
+        sums = torch.zeros_like(largest)
+        sums.index_add_(0, groups, error if energy is None else error * energy)
+        better = sums < best
+        scales, best = torch.where(better, tried, scales), torch.where(better, sums, best)
+    return scales

@@ -1,0 +1,84 @@
+"""``export`` and the commands that run what it writes, on one small trained network."""
+
+import json
+import re
+
+import pytest
+
+from srnn.__main__ import main
+from srnn.deploy.packed import read
+from tests.conftest import SMALL
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert main([*SMALL, "tracking.mode=disabled", f"hydra.run.dir={folder}"]) == 0
+    return folder
+
+
+def bits(text):
+    return [float(number) for number in re.findall(r"\d\.\d{4}(?= │\n)", text)]
+
+
+@pytest.mark.parametrize("values", ["fp32", "fp16", "bf16", "int8"])
+def test_an_export_says_what_it_costs(run, values, capsys):
+    assert main(["export", f"run={run}", f"values={values}"]) == 0
+    out = capsys.readouterr().out
+    path = run / f"model-{values}-auto.safetensors"
+    packed = read(path)
+    assert {m.values_name for m in packed.matrices.values()} == {values}
+    before, after = bits(out)
+    assert abs(after - before) < {"fp32": 1e-4, "fp16": 1e-3, "bf16": 0.01, "int8": 0.05}[values]
+    assert f"{path.stat().st_size:,}" in out
+    assert "costs" in out
+    assert main(["evaluate", f"run={path}", "kernel=cpu"]) == 0
+    scored = bits(capsys.readouterr().out)[-1]
+    assert scored == pytest.approx(after, abs=2e-4)
+
+
+def test_blocks_that_are_not_there_are_refused(run, capsys):
+    assert main(["export", f"run={run}", "structure=16x1"]) == 2
+    assert "is not pruned in 16x1 blocks" in capsys.readouterr().err
+    assert not (run / "model-fp16-16x1.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["values=fp8"], "invalid choice: 'fp8'"),
+        (["structure=3x3"], "invalid choice: '3x3'"),
+        (["output=model.bin"], "must be a file named *.safetensors"),
+        (["output=/dev/null/m.safetensors"], "/dev/null"),
+    ],
+)
+def test_mistakes_are_told(run, arguments, message, capsys):
+    assert main(["export", f"run={run}", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_report_tells_how_fast_and_why(run):
+    latency = json.loads((run / "report.json").read_text())["latency"]
+    for kind in ("sequence", "step"):
+        assert set(latency[kind]) == {"dense", "sparse"}
+        assert all(0 < seconds < 10 for seconds in latency[kind].values())
+    assert latency["read_back_error"] < 1e-4
+    assert latency["threads"] == 1
+    assert any("gru" in line and "single steps" in line for line in latency["choices"])
+
+
+def test_a_run_is_timed_on_every_backend(run, capsys):
+    assert main(["bench", f"run={run}", "limit=1"]) == 0
+    out = capsys.readouterr().out
+    for name in ("dense", "auto", "cpu", "csr"):
+        assert out.count(f"│ {name} ") == 2
+
+
+def test_it_writes_text_on_any_backend(run, capsys):
+    texts = []
+    for kernel in ("cpu", "dense"):
+        assert main(["generate", f"run={run}", f"--kernel={kernel}", "--prompt=import ", "--length=20"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert main(["generate", f"run={run}", "--kernel=gpu"]) == 2
+    assert "no such kernel" in capsys.readouterr().err
