@@ -74,7 +74,7 @@ def test_readme_names_real_files():
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("file", ["README.md"])
+@pytest.mark.parametrize("file", ["README.md", "docs/kernels.md"])
 def test_python_in_the_docs_runs(file, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), flags=re.DOTALL)
     assert blocks

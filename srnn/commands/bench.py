@@ -52,7 +52,8 @@ def _parse(argv: Sequence[str]) -> Namespace:
 def _bench_layers(options: Namespace) -> int:
     import torch
 
-    from srnn.bench.measure import measure
+    from srnn.bench.cases import Case
+    from srnn.bench.measure import Row, measure
     from srnn.bench.show import plot, table, write_csv
     from srnn.registry import register
     from srnn.tracking.console import console
@@ -66,9 +67,14 @@ def _bench_layers(options: Namespace) -> int:
     folder = _folder(options)
     kernels = {name: register.build("kernel", {"name": name}) for name in chosen}
     device = torch.device("cpu")
-    rows, left_out = measure(
-        plan, kernels, device, options.limit, lambda case, found: console.print(table(str(case), found))
-    )
+    done: list[Row] = []
+
+    def report(case: Case, found: list[Row]) -> None:
+        done.extend(found)
+        write_csv(folder / "bench.csv", done)  # each time, so that Ctrl-C loses nothing
+        console.print(table(str(case), found))
+
+    rows, left_out = measure(plan, kernels, device, options.limit, report)
     write_csv(folder / "bench.csv", rows)
     drawn = plot(folder / "bench.png", rows)
     for line in dict.fromkeys(left_out):

@@ -37,6 +37,7 @@ from srnn.deploy.sparsify import (
 from srnn.errors import UserError
 from srnn.files import write_atomically
 from srnn.kernels.contract import Kernel
+from srnn.meta import without_memory
 from srnn.registry import register
 from srnn.sparse import SparseMatrix, Values
 from srnn.vocabulary import Vocabulary
@@ -142,7 +143,7 @@ class PackedModel:
         rest |= {name: m.to_dense() for name, m in self.matrices.items() if not _inside(name, skeleton, memo)}
         sparse = replaced(skeleton, memo)
         sparse.load_state_dict(rest, strict=False, assign=True)
-        return sparse
+        return sparse.requires_grad_(False)
 
     def _weight(self, full: str, name: str, module: nn.Module) -> SparseMatrix | Tensor | None:
         if full in self.matrices:
@@ -154,7 +155,7 @@ class PackedModel:
 
     def _skeleton(self) -> nn.Module:
         """The model without memory for its weights, once these are known to fit."""
-        with torch.device("meta"):  # no memory and no time for weights that are replaced at once
+        with without_memory():
             module: nn.Module = register.rebuild("model", self.model, **self.supplied)
         wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         given = {name: tuple(tensor.shape) for name, tensor in self.dense.items()}
@@ -314,7 +315,7 @@ def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> PackedMo
 
 def _with_gates(packed: PackedModel) -> PackedModel:
     """Format 1 did not say which gates rows belong to; for single elements that changes nothing but the number."""
-    with torch.device("meta"):
+    with without_memory():
         module: nn.Module = register.rebuild("model", packed.model, **packed.supplied)
     for prefix, child in module.named_modules():
         for name in child._parameters:

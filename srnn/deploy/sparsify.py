@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from srnn.errors import UserError
 from srnn.kernels.contract import Cell, Kernel, Layer, LayerWeights, Product, State, equal_lengths
+from srnn.meta import without_memory
 from srnn.registry import register
 from srnn.sparse import (
     DTYPES,
@@ -33,6 +35,8 @@ Energies = Mapping[str, Tensor]
 # Called with the name of a matrix and the rows it multiplies; see ``record_inputs``.
 Recorder = Callable[[str, Tensor], None]
 
+# Entries of an embedding up to which it is unpacked for lookups: 1 MB. A token takes 16 us then, else 52.
+SMALL_TABLE = 1 << 18
 _CELLS: dict[str, Cell] = {"GRU": "gru", "LSTM": "lstm", "RNN_TANH": "tanh", "RNN_RELU": "relu"}  # torch's modes
 _GATES: dict[type[nn.Module], int] = {nn.RNN: 1, nn.GRU: 3, nn.LSTM: 4, nn.Linear: 1, nn.Embedding: 1}
 
@@ -117,6 +121,11 @@ class SparseModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_ready": {}, "recorder": None}
+
+
+def _no_grad() -> AbstractContextManager[None]:
+    """``torch.no_grad()``, which costs a step of a stream 5 us, only where it changes anything."""
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
 class _NoBackward(torch.autograd.Function):
@@ -236,7 +245,7 @@ class SparseRecurrent(SparseModule):
             raise RuntimeError(f"input must have {self.input_size} features, not {x_NI.shape[-1]}")
         directions = 2 if self.bidirectional else 1
         y, ends = x_NI, []
-        with torch.no_grad():
+        with _no_grad():
             for first in range(0, len(self.suffixes), directions):
                 outputs = []
                 for index in range(first, first + directions):
@@ -247,7 +256,8 @@ class SparseRecurrent(SparseModule):
                     outputs.append(out)
                     ends.append(end)
                 y = outputs[0] if directions == 1 else torch.cat(outputs, dim=1)
-            after = tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
+            after = ends[0] if len(ends) == 1 else tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
+            after = tuple(part[None] for part in after) if len(ends) == 1 else after
         return _without_gradient(y, x_NI, *state), tuple(_without_gradient(part, x_NI, *state) for part in after)
 
     def _layer(self, index: int, x: Tensor, streams: int) -> Layer:
@@ -272,7 +282,7 @@ class SparseRecurrent(SparseModule):
         options: dict[str, Any] = {"nonlinearity": self.cell} if self.kind is nn.RNN else {}
         if self.proj_size:
             options["proj_size"] = self.proj_size
-        with torch.device("meta"):
+        with without_memory():
             module = self.kind(
                 self.input_size, self.hidden_size, self.num_layers, bias=self.bias, batch_first=self.batch_first,
                 dropout=self.dropout, bidirectional=self.bidirectional, **options,
@@ -297,11 +307,12 @@ class SparseLinear(SparseModule):
         """``input W' + bias``, over the last dimension."""
         if input.shape[-1] != self.in_features:
             raise RuntimeError(f"input must have {self.in_features} features, not {input.shape[-1]}")
-        with torch.no_grad():
-            x_NI = input.reshape(-1, self.in_features)
+        with _no_grad():
+            x_NI = input if input.dim() == 2 else input.reshape(-1, self.in_features)
             if self.recorder is not None:
                 self.recorder("weight", x_NI)
-            y = self._product(x_NI)(x_NI).view(*input.shape[:-1], self.out_features)
+            y = self._product(x_NI)(x_NI)
+            y = y if input.dim() == 2 else y.view(*input.shape[:-1], self.out_features)
         return _without_gradient(y, input)
 
     def _product(self, x_NI: Tensor) -> Product:
@@ -315,13 +326,13 @@ class SparseLinear(SparseModule):
 
     def original(self) -> nn.Module:
         """Torch's module with these weights, trainable."""
-        with torch.device("meta"):
+        with without_memory():
             module = nn.Linear(self.in_features, self.out_features, bias=self._buffers["bias"] is not None)
         return _filled(module, self)
 
 
 class SparseEmbedding(SparseModule):
-    """``nn.Embedding`` that keeps its non-zeros only."""
+    """``nn.Embedding`` that keeps its non-zeros only; a small one unpacks them at its first call."""
 
     def __init__(
         self, original: nn.Embedding, weights: Mapping[str, SparseMatrix | Tensor | None], kernel: Kernel
@@ -332,13 +343,17 @@ class SparseEmbedding(SparseModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows of these numbers."""
+        if self.num_embeddings * self.embedding_dim <= SMALL_TABLE:
+            if "table" not in self._ready:
+                self._ready["table"] = self._matrix("weight").to_dense()
+            return nn.functional.embedding(input, self._ready["table"])
         if input.numel() and not 0 <= int(input.min()) <= int(input.max()) < self.num_embeddings:
             raise IndexError(f"numbers must lie between 0 and {self.num_embeddings - 1}")
         return self._matrix("weight").rows(input.reshape(-1)).view(*input.shape, self.embedding_dim)
 
     def original(self) -> nn.Module:
         """Torch's module with these weights, trainable."""
-        with torch.device("meta"):
+        with without_memory():
             module = nn.Embedding(self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx)
         return _filled(module, self)
 

@@ -172,12 +172,15 @@ class _Pick(Generic[P]):
     def __call__(self, batch: int, steps: int) -> P:
         key = (1 << max(0, batch - 1).bit_length(), steps > 1, torch.get_num_threads())
         name = self._chosen.get(key)
-        if name is None:
-            with _measuring:
-                name = self._chosen[key] = self._choose(*key)
-                self._prepared(name)
-                self._ready = {n: ready for n, ready in self._ready.items() if n in self._chosen.values()}
-        return self._ready[name]
+        return self._ready[name] if name is not None else self._first(key)
+
+    def _first(self, key: tuple[int, bool, int]) -> P:
+        with _measuring:
+            name = self._chosen.get(key) or self._choose(*key)
+            ready = self._prepared(name)
+            self._chosen[key] = name  # last, because other threads look without the lock
+            self._ready = {n: r for n, r in self._ready.items() if n in self._chosen.values()}
+            return ready
 
     def _prepared(self, name: str) -> P:
         if name not in self._ready:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, Product, Recurrence, State
 from srnn.kernels.reference import StepLoop
+from srnn.meta import without_memory
 from srnn.sparse import SparseMatrix
 
 
@@ -70,7 +71,7 @@ class _TorchLayer(Layer):
         cell = kinds.get(weights.cell, nn.RNN)
         options: dict[str, Any] = {} if weights.cell in kinds else {"nonlinearity": weights.cell}
         bias = weights.b_ih is not None and weights.b_hh is not None
-        with torch.device("meta"):
+        with without_memory():
             module = cell(weights.w_ih.shape[1], weights.hidden_size, bias=bias, **options)
         tensors = {f"weight_{name[2:]}_l0": matrix.to_dense() for name, matrix in weights.matrices.items()}
         if weights.b_ih is not None and weights.b_hh is not None:

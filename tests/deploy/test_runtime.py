@@ -86,6 +86,7 @@ def test_running_needs_no_training_stack(path):
     code = f"""
 import sys, torch, srnn
 model = srnn.load({str(path)!r}, kernel="cpu")
+assert "torch._dynamo" not in sys.modules, "which takes seconds to import"
 model.step(torch.tensor([1]))
 heavy = {{'pytorch_lightning', 'hydra', 'omegaconf', 'wandb', 'matplotlib', 'pydantic', 'rich'}} & set(sys.modules)
 assert not heavy, heavy

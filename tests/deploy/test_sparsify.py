@@ -190,10 +190,20 @@ def test_states_and_numbers_of_wrong_shape_are_refused():
     sparse = sparsify(pruned(nn.GRU(5, 9)))
     with pytest.raises(RuntimeError, match=r"state must have shape \[\(1, 2, 9\)\], not"):
         sparse(torch.randn(4, 2, 5), torch.zeros(1, 3, 9))
-    with pytest.raises(IndexError, match="between 0 and 8"):
+    with pytest.raises(IndexError, match="out of range"):
         sparsify(pruned(nn.Embedding(9, 9)))(torch.tensor([9]))
+    with pytest.raises(IndexError, match="between 0 and 29999"):
+        sparsify(pruned(nn.Embedding(30_000, 9)))(torch.tensor([30_000]))
     with pytest.raises(RuntimeError, match="5 features"):
         sparsify(pruned(nn.Linear(5, 9)))(torch.randn(2, 6))
+
+
+@pytest.mark.parametrize("rows", [50, 30_000])
+def test_embeddings_small_and_large_look_up_the_same(rows):
+    embedding = pruned(nn.Embedding(rows, 9))
+    sparse = sparsify(embedding)
+    for numbers in (torch.randint(rows, (3, 4)), torch.tensor([rows - 1]), torch.tensor(3)):
+        assert torch.equal(sparse(numbers), embedding(numbers))
 
 
 def test_calibration_sees_what_each_matrix_multiplies():

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from srnn.deploy.sparsify import desparsify, sparsify
-from tests.kernels.test_kernels import prune, relative_error
+from tests.kernels.common import prune, relative_error
 
 pytestmark = pytest.mark.gpu
 

@@ -1,6 +1,10 @@
 """Every backend against torch's modules in float64, with the weights rounded alike."""
 
 import copy
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,30 +14,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from srnn.deploy.sparsify import desparsify, sparsify
+from srnn.deploy.sparsify import desparsify
 from srnn.kernels import Auto, Cpu, Csr, Dense, LayerWeights
 from srnn.kernels.contract import GATES
+from srnn.kernels.cpu import backend
 from srnn.kernels.reference import run_layer
 from srnn.sparse import DTYPES, STRUCTURES, SparseMatrix
+from tests.kernels.common import prune, relative_error
 
 CPU = torch.device("cpu")
 SIZES = st.sampled_from([1, 7, 63, 130])
 # Of fp32 arithmetic, rounding of weights apart: they are the same in the reference.
 TOLERANCE = 1e-5
-
-
-def prune(module, density, height=1):
-    with torch.no_grad():
-        for weight in module.parameters():
-            if weight.ndim == 2:
-                kept = torch.rand(-(-weight.shape[0] // height), weight.shape[1]) < density
-                weight.mul_(kept.repeat_interleave(height, dim=0)[: weight.shape[0]])
-    return module.eval()
-
-
-def relative_error(got, wanted):
-    wanted = wanted.detach()
-    return float((got.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
 def as_tuple(state):
@@ -275,3 +267,30 @@ def test_dense_int8_is_int8():
     y, _ = kernel.layer(weights, CPU, torch.float32).run(x, sizes, state)
     wanted, _ = run_layer(weights, x.double(), sizes, tuple(part.double() for part in state))
     assert 1e-5 < relative_error(y, wanted) < kernel.tolerance
+
+
+def test_a_slow_first_call_says_what_it_does(capsys):
+    backend._announce.cache_clear()
+    for expected in (1, 0, 0):
+        with backend._announced("a call", 1):
+            time.sleep(1.3 if expected else 0.0)
+        assert capsys.readouterr().err.count(backend.MESSAGE) == expected
+
+
+def test_torch_keeps_its_number_of_threads():
+    """numba's pool and torch may share an OpenMP, and starting the pool sets its number of threads."""
+    code = """
+import torch, srnn
+torch.set_num_threads(2)
+layer = torch.nn.GRU(512, 512)
+with torch.no_grad():
+    for weight in layer.parameters():
+        if weight.ndim == 2:
+            weight.mul_(torch.rand_like(weight) < 0.3)
+    srnn.sparsify(layer, kernel="cpu")(torch.randn(4, 2, 512))
+assert torch.get_num_threads() == 2, torch.get_num_threads()
+import numba
+assert numba.threading_layer() == "omp", "it ran in parallel"
+"""
+    environment = os.environ | {"NUMBA_NUM_THREADS": "4", "OMP_NUM_THREADS": "4"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

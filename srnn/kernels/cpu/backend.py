@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import threading
@@ -182,11 +183,30 @@ def _threads(work: int) -> int:
     threads = torch.get_num_threads()
     if threads == 1 or work < WORTH_THREADS:
         return 1
+    threads = min(threads, _most_threads())
+    if threads > 1:
+        import numba
+
+        numba.set_num_threads(threads)
+    return threads
+
+
+@lru_cache
+def _most_threads() -> int:
+    """What numba can have: one without OpenMP, because its own pool takes no calls from two threads at once."""
     import numba
 
-    threads = min(threads, int(numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-    numba.set_num_threads(threads)
-    return int(threads)
+    if importlib.util.find_spec("numba.np.ufunc.omppool") is None:
+        return 1
+    try:
+        importlib.import_module("numba.np.ufunc.omppool")
+    except ImportError:
+        return 1
+    numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
+    before = torch.get_num_threads()
+    numba.set_num_threads(1)  # starts the pool, which sets OpenMP's number of threads to all there are, torch's too
+    torch.set_num_threads(before)
+    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
 class _Announced:
