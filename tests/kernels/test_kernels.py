@@ -294,3 +294,22 @@ assert numba.threading_layer() == "omp", "it ran in parallel"
 """
     environment = os.environ | {"NUMBA_NUM_THREADS": "4", "OMP_NUM_THREADS": "4"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.slow
+def test_it_runs_where_nothing_compiled_can_be_kept():
+    """As in a container whose files and home are read-only."""
+    code = """
+import numba.core.caching as caching
+caching.CacheImpl._locator_classes = [c for c in caching.CacheImpl._locator_classes if "UserProvided" in c.__name__]
+import torch, srnn
+layer = torch.nn.GRU(8, 8)
+with torch.no_grad():
+    for weight in layer.parameters():
+        if weight.ndim == 2:
+            weight.mul_(torch.rand_like(weight) < 0.3)
+    y, _ = srnn.sparsify(layer, kernel="cpu")(torch.randn(4, 2, 8))
+assert y.isfinite().all()
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import importlib.util
+import shutil
 import sys
+import tempfile
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -240,6 +243,16 @@ def _announced(*key: object) -> AbstractContextManager[None]:
 
 @lru_cache
 def _loops() -> ModuleType:
-    from srnn.kernels.cpu import loops
+    """The compiled loops; where neither the package nor the home can be written, compiled in each process anew."""
+    name = "srnn.kernels.cpu.loops"
+    try:
+        return importlib.import_module(name)
+    except RuntimeError as error:
+        if "cannot cache" not in str(error):
+            raise
+    import numba
 
-    return loops
+    folder = tempfile.mkdtemp(prefix="srnn-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]
+    return importlib.import_module(name)
