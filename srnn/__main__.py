@@ -15,6 +15,7 @@ COMMANDS = {
     "export": "write a run's network as another packed file, and say what that costs",
     "bench": "time dense layers against every sparse backend that can run here",
     "generate": "write text with a run's packed file",
+    "doctor": "what is installed, what can run here, and why something cannot",
     "list": "every model, dataset, pruning method, kernel and optimiser, with options",
 }
 
@@ -28,6 +29,8 @@ examples:
   srnn model=lstm model.hidden_size=512 seed=1          options are group.option=value
   srnn dataset=text dataset.path=book.txt               your own text
   srnn -m pruning=none,gradual,hard seed=0,1            a sweep
+  srnn resume=outputs/RUN                               go on with a run that was stopped
+  srnn init_from=outputs/RUN pruning=fixed              fine-tune a pruned network
   srnn evaluate run=outputs/RUN
   srnn export run=outputs/RUN values=int8
   srnn bench run=outputs/RUN
@@ -53,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"srnn: {error}", file=sys.stderr)
         return 2
+    except SystemExit as done:  # argparse's way to end after --help
+        return int(done.code or 0)
     except KeyboardInterrupt:
         print("srnn: interrupted; what was written so far is whole.", file=sys.stderr)
         return 130

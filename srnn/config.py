@@ -11,11 +11,14 @@ from typing import Annotated, Any, Literal
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -31,8 +34,19 @@ class TrainerConfig:
 
     max_epochs: Annotated[int, Range(ge=1, le=1_000_000)] = 8
     gradient_clip_val: Annotated[float, Range(gt=0)] | None = 1.0
-    limit_train_batches: Annotated[int, Range(ge=1)] | None = None
+    accumulate_grad_batches: Annotated[int, Range(ge=1, le=1_000_000)] = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    cuda_graph: bool = False
+    checkpoint_minutes: Annotated[float, Range(gt=0, le=1e6)] = 10.0
+    limit_epochs: Annotated[int, Range(ge=1)] | None = None
+    limit_train_batches: Annotated[int, Range(ge=1)] | None = None
+    limit_eval_batches: Annotated[int, Range(ge=1)] | None = None
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training data."""
+        return min(self.max_epochs, self.limit_epochs or self.max_epochs)
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,7 @@ class Settings:
     packed: PackedConfig
     srnn: SrnnConfig
     seed: Annotated[int, Range(ge=0, le=2**32 - 1)] = 0
+    init_from: str | None = None
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> Settings:
@@ -87,7 +102,7 @@ class Settings:
                 raise UserError(f"{key}={given[key]!r} must be a mapping, such as {key}.OPTION=value.")
         parts: dict[str, Any] = {kind: register.check(kind, given[kind]) for kind in KINDS}
         sections = {key: make(**check_options(_options(make), given[key], key)) for key, make in _SECTIONS.items()}
-        return cls(**parts, **sections, seed=given["seed"])
+        return cls(**parts, **sections, seed=given["seed"], init_from=given["init_from"])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data again."""
@@ -101,7 +116,7 @@ _SECTIONS: dict[str, type] = {
     "srnn": SrnnConfig,
 }
 # What `group=name` can choose: components, and presets of a section.
-GROUPS = (*KINDS, "trainer", "tracking")
+GROUPS = (*KINDS, "trainer", "tracking", "experiment")
 
 
 def _options(section: type) -> dict[str, Option]:
@@ -120,9 +135,23 @@ def plugin_folders() -> list[Path]:
     return [inside if inside.is_dir() else PACKAGE.parent / "plugins", Path.cwd() / "plugins"]
 
 
+def conf_folders() -> list[Path]:
+    """srnn's own, then those of installed plug-ins."""
+    return [conf_folder(), *register.conf_folders]
+
+
+class _PluginConf(SearchPathPlugin):
+    """Tells Hydra about the ``conf/`` folders of installed plug-ins."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append them: srnn's own names win."""
+        for folder in register.conf_folders:
+            search_path.append("srnn-plugin", f"file://{folder}")
+
+
 def presets(group: str) -> list[str]:
     """The names ``group=`` takes: YAML files, and registered components without one."""
-    files = [path.stem for path in (conf_folder() / group).glob("*.yaml")]
+    files = [path.stem for folder in conf_folders() for path in (folder / group).glob("*.yaml")]
     return sorted({*files, *(register.names(group) if group in KINDS else [])})
 
 
@@ -134,10 +163,11 @@ def slug(text: str) -> str:
 def connect_hydra() -> None:
     """Tell Hydra about our resolver and about components that have no YAML file."""
     OmegaConf.register_new_resolver("slug", slug, replace=True)
+    Plugins.instance().register(_PluginConf)
     store = ConfigStore.instance()
     for kind in KINDS:
         for name in register.names(kind):
-            if not (conf_folder() / kind / f"{name}.yaml").exists():
+            if not any((folder / kind / f"{name}.yaml").exists() for folder in conf_folders()):
                 store.store(group=kind, name=name, node=register.get(kind, name).defaults())
 
 

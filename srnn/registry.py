@@ -7,12 +7,15 @@ A component is a class or function with typed arguments, and those arguments *ar
         def __init__(self, pairs: int = 3, *, batch_size: int = 32): ...
 
 Its name is then selectable as ``dataset=brackets``, with a YAML file in ``conf/`` or without. Keyword-only
-arguments without a default (``*, vocabulary_size: int``) are not options: the run supplies them.
+arguments without a default (``*, vocabulary_size: int``) are not options: the run supplies them; ``**sizes`` takes all
+that it supplies.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import sys
@@ -123,6 +126,19 @@ class Component:
         """Arguments the run supplies: keyword-only and without a default."""
         return [p.name for p, _ in self._arguments if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
+    def pick(self, supplied: Mapping[str, Any]) -> dict[str, Any]:
+        """Of what the run supplies, what this component takes. Raises UserError for what it wants and is not there."""
+        target = self.factory.__init__ if inspect.isclass(self.factory) else self.factory
+        if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values()):
+            return dict(supplied)
+        for name in self.supplied:
+            if name not in supplied:
+                raise UserError(
+                    f"{self.kind}={self.name} needs {name}, and these data have {', '.join(supplied) or 'nothing'}: "
+                    f"choose another {self.kind} or data set."
+                )
+        return {name: supplied[name] for name in self.supplied}
+
     @property
     def summary(self) -> str:
         """The first line of its docstring."""
@@ -217,6 +233,7 @@ class Registry:
 
     components: dict[tuple[str, str], Component] = field(default_factory=dict)
     broken_plugins: dict[str, str] = field(default_factory=dict)
+    conf_folders: list[Path] = field(default_factory=list)  # of installed plug-ins
     _plugin: str | None = None
 
     def add(self, kind: str, name: str) -> Callable[[F], F]:
@@ -265,7 +282,7 @@ class Registry:
         """Check ``config`` and make the component. ``supplied`` holds what the run gives, if it takes it."""
         options = self.check(kind, config)
         component = self.get(kind, options.pop("name"))
-        return component.factory(**options, **{key: supplied[key] for key in component.supplied})
+        return component.factory(**options, **component.pick(supplied))
 
     def rebuild(self, kind: str, config: Mapping[str, Any], **supplied: Any) -> Any:
         """``build`` for a config out of a file that srnn wrote: without pydantic, which the runtime need not import.
@@ -283,34 +300,60 @@ class Registry:
                 except ValueError as error:
                     raise UserError(f"{kind}.{key}={value!r} {error}.") from None
         try:
-            return component.factory(**options, **{key: supplied[key] for key in component.supplied})
+            return component.factory(**options, **component.pick(supplied))
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{kind}={component.name} cannot be built of {options} and {supplied}: {error}") from None
 
     def load_plugins(self, folders: list[Path]) -> None:
-        """Import every ``*.py`` of the folders. A broken one is left out and named in ``broken_plugins``."""
-        for path in _plugin_files(folders):
-            self._load_plugin(path)
+        """Import installed plug-ins, then every ``*.py`` of the folders, each once.
 
-    def _load_plugin(self, path: Path) -> None:
-        module_name = f"srnn_plugin_{path.stem}"
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        if spec is None or spec.loader is None or module_name in sys.modules:
-            return
+        An installed package is one by an entry point of the group ``srnn.plugins`` that names a module; a folder
+        ``conf/`` beside that module joins srnn's own. A plug-in that raises, or takes a name that is taken, is left
+        out whole and named in ``broken_plugins``.
+        """
+        for entry in sorted(importlib.metadata.entry_points(group="srnn.plugins"), key=lambda entry: entry.name):
+            origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.name
+            if entry.module not in sys.modules and self._isolated(f"plug-in {origin}", origin, entry.load):
+                self._add_conf(sys.modules[entry.module])
+        for path in _plugin_files(folders):
+            name = f"srnn_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+            if name not in sys.modules:
+                self._isolated(f"plug-in {path.name}", str(path), partial(_import_file, name, path))
+
+    def _isolated(self, origin: str, named: str, load: Callable[[], object]) -> bool:
+        """Import a plug-in; undo all it registered if it fails. Returns whether it is there."""
         for package in KINDS.values():  # first, so that a clash with a name of srnn's own is the plug-in's fault
             importlib.import_module(package)
         before = dict(self.components)
-        self._plugin = f"plug-in {path.name}"
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
+        self._plugin = origin
         try:
-            spec.loader.exec_module(module)
-        except Exception as error:  # a plug-in is anybody's code: whatever it raises must not stop srnn
+            load()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plug-in is anybody's code: whatever it raises must not stop srnn
             self.components = before
-            del sys.modules[module_name]
-            self.broken_plugins[str(path)] = f"{type(error).__name__}: {error}"
+            self.broken_plugins[named] = f"{type(error).__name__}: {error}"
+            return False
         finally:
             self._plugin = None
+        return True
+
+    def _add_conf(self, module: Any) -> None:
+        folder = Path(module.__file__).parent / "conf" if module.__file__ else None
+        if folder is not None and folder.is_dir():
+            self.conf_folders.append(folder)
+
+
+def _import_file(name: str, path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
 
 
 def _plugin_files(folders: list[Path]) -> Iterator[Path]:

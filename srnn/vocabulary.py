@@ -48,7 +48,8 @@ class Vocabulary(ABC):
             return Bytes()
         if level == "characters":
             return Characters(sorted(set(text)))
-        most_common = Counter(_WORD.findall(text)).most_common(limit and limit - 1)
+        counts = Counter(word for word in _WORD.findall(text) if word != UNKNOWN)
+        most_common = counts.most_common(limit and limit - 1)
         return Words([word for word, _ in most_common])
 
     @staticmethod

@@ -9,13 +9,8 @@ from srnn.registry import KINDS, register
 
 def test_the_main_job_composes():
     settings = compose_settings(["model=gru", "pruning=gradual"])
-    assert settings.model == {
-        "name": "gru",
-        "hidden_size": 256,
-        "embedding_size": 64,
-        "num_layers": 1,
-        "dropout": 0.0,
-    }
+    assert settings.model == register.get("model", "gru").defaults()
+    assert settings.model["hidden_size"] == 256
     assert settings.pruning["sparsity"] == 0.9
     assert settings.tracking.mode == "offline"
     assert settings.trainer.max_epochs >= 8
@@ -37,8 +32,25 @@ def test_every_yaml_shows_every_option_with_its_default_and_a_word_on_it(kind):
 def test_section_presets_match_their_schema():
     trainer = yaml.safe_load((conf_folder() / "trainer/default.yaml").read_text())
     assert trainer == vars(TrainerConfig())
-    assert yaml.safe_load((conf_folder() / "trainer/fast.yaml").read_text()).keys() == trainer.keys()
+    for path in (conf_folder() / "trainer").glob("*.yaml"):
+        assert path.read_text().startswith("# "), path
+        assert yaml.safe_load(path.read_text()).keys() - {"defaults"} <= trainer.keys(), path
     assert yaml.safe_load((conf_folder() / "tracking/default.yaml").read_text()) == vars(TrackingConfig())
+
+
+def test_what_is_named_wins_over_an_experiment():
+    settings = compose_settings(["experiment=ptb_medium", "trainer=fast", "model=gru", "model.dropout=0.1", "seed=3"])
+    assert settings.trainer.epochs == 5
+    assert settings.trainer.limit_train_batches == 8
+    assert (settings.model["name"], settings.model["hidden_size"], settings.model["dropout"]) == ("gru", 650, 0.1)
+    assert settings.seed == 3
+
+
+def test_experiments_open_with_what_they_show():
+    for path in (conf_folder() / "experiment").glob("*.yaml"):
+        head = path.read_text().partition("defaults:")[0]
+        for word in ("# @package _global_", "# Shows: ", "# Expected: ", "# Time: ", "# Command:  srnn experiment="):
+            assert word in head, (path, word)
 
 
 def test_every_choice_composes():
@@ -70,6 +82,9 @@ def test_every_choice_composes():
         (["dataset=text"], r"dataset\.path must be given"),
         (["trainer.max_epochs=1e9"], r"trainer\.max_epochs=1000000000\.0 must be int"),
         (["seed=-1"], r"seed=-1 must be"),
+        (["experiment=ptb_smal"], r"no experiment has that name\. Did you mean 'ptb_small'"),
+        (["trainer.precision=fp8"], r"trainer\.precision='fp8' must be '32-true' or"),
+        (["init_from=[1]"], r"init_from=\[1\] must be str or null"),
         (["seed=x"], r"seed='x' must be int"),
         (["tracking.mode=off"], r"tracking\.mode='off' must be 'online' or 'offline' or 'disabled'"),
         (["model.hidden_size"], r"model\.hidden_size: not an override such as"),

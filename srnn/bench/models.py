@@ -19,23 +19,23 @@ STEPS = 100
 TURN, WARM = 100, 10
 
 
-def latencies(models: Mapping[str, Any], tokens_T: Tensor, seconds: float = 2.0) -> dict[str, dict[str, float]]:
+def latencies(models: Mapping[str, Any], inputs_T: Tensor, seconds: float = 2.0) -> dict[str, dict[str, float]]:
     """Median seconds of one stream: of a sequence, and of a step, for networks with ``step``.
 
     Args:
-        models: name -> language model.
-        tokens_T: what they read; ``STEPS`` of it are used.
+        models: name -> network of ``srnn.models``, or one with the same call.
+        inputs_T: what they read, tokens or x_TI; ``STEPS`` of it are used.
         seconds: to spend on each of the two.
 
     Returns:
         ``{"sequence": {name: ...}, "step": {name: ...}}``; ``step`` only if all can.
     """
-    sequence_BT = tokens_T[None, :STEPS]
+    sequence_BT = inputs_T[None, :STEPS]
     calls: dict[str, dict[str, Call]] = {"sequence": {name: partial(m, sequence_BT) for name, m in models.items()}}
-    if all(hasattr(m, "step") for m in models.values()):
+    if all(hasattr(m, "step") and getattr(m, "directions", 1) == 1 for m in models.values()):
         with torch.inference_mode():
             states = {name: m(sequence_BT)[1] for name, m in models.items()}
-        calls["step"] = {name: partial(m.step, tokens_T[:1], states[name]) for name, m in models.items()}
+        calls["step"] = {name: partial(m.step, inputs_T[:1], states[name]) for name, m in models.items()}
     return {
         kind: {name: median(t) for name, t in interleaved(several, CPU, 200, seconds).items()}
         for kind, several in calls.items()

@@ -23,14 +23,16 @@ def main(argv: Sequence[str]) -> int:
         return _bench_run(options)
     if options.bench == "stream" and options.shapes is None:
         return _bench_stream(options)
+    if options.bench == "training":
+        return _bench_training(options)
     return _bench_layers(options)
 
 
 def _parse(argv: Sequence[str]) -> Namespace:
     parser = Parser(prog="srnn bench", description="Time dense layers against every backend that can run here.")
-    parser.add_argument("--bench", default="paper", choices=["paper", "deepbench", "stream"],
-                        help="named shapes: those of the paper, DeepBench's products, or a stream of single steps "
-                             "(%(default)s)")  # fmt: skip
+    parser.add_argument("--bench", default="paper", choices=["paper", "deepbench", "stream", "training"],
+                        help="named shapes: those of the paper, DeepBench's products, a stream of single steps, or "
+                             "training, against a bare loop (%(default)s)")  # fmt: skip
     parser.add_argument("--run", metavar="FOLDER", help="a run's packed network instead, or a packed file")
     parser.add_argument("--shapes", help="such as gru:1024,lstm:512,product:7680x2560 instead of the named ones")
     parser.add_argument("--sparsity", help="such as 0.8,0.9,0.95")
@@ -43,6 +45,8 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--limit", type=float, default=600.0, metavar="SECONDS",
                         help="no case is begun after so long; what was left out is said (%(default)g)")  # fmt: skip
     parser.add_argument("--output", metavar="FOLDER", help="for bench.csv and bench.png (outputs/bench_DATE)")
+    parser.add_argument("--config", default="", metavar="OPTIONS",
+                        help="with bench=training: options of the run, such as 'model=lstm trainer=gpu'")  # fmt: skip
     options = parser.parse(argv)
     if not options.limit > 0:
         raise UserError(f"bench: --limit={options.limit:g} must be above 0 seconds.")
@@ -56,7 +60,7 @@ def _bench_layers(options: Namespace) -> int:
     from srnn.bench.measure import Row, measure
     from srnn.bench.show import plot, table, write_csv
     from srnn.registry import register
-    from srnn.tracking.console import console
+    from srnn.terminal import console
 
     plan = _plan(options, torch.get_num_threads())
     known = [name for name in register.names("kernel") if name not in ("auto", "dense")]
@@ -66,6 +70,8 @@ def _bench_layers(options: Namespace) -> int:
             raise UserError(f"bench: --kernels={name}: there are {', '.join(known)}.")
     folder = _folder(options)
     kernels = {name: register.build("kernel", {"name": name}) for name in chosen}
+    if options.kernels is None:
+        kernels = {name: kernel for name, kernel in kernels.items() if kernel.unasked}
     device = torch.device("cpu")
     done: list[Row] = []
 
@@ -145,17 +151,20 @@ def _bench_run(options: Namespace) -> int:
     models: dict[str, Any] = {}
     for name in ["dense", *(n for n in register.names("kernel") if n != "dense")]:
         kernel = register.build("kernel", {"name": name})
-        if kernel.supports(None, torch.device("cpu")) is None:
+        if kernel.unasked and kernel.supports(None, torch.device("cpu")) is None:
             models[name] = packed.build_sparse(kernel)
-    vocabulary = packed.supplied.get("vocabulary_size", 2)
-    tokens_T = torch.randint(vocabulary, (STEPS,), generator=torch.Generator().manual_seed(0))
+    random = torch.Generator().manual_seed(0)
+    if "vocabulary_size" in packed.supplied:
+        inputs_T = torch.randint(packed.supplied["vocabulary_size"], (STEPS,), generator=random)
+    else:
+        inputs_T = torch.randn(STEPS, packed.supplied["input_size"], generator=random)
     with torch.inference_mode():
-        truth = packed.build().double()(tokens_T[None])[0]
+        truth = packed.build().double()(inputs_T[None].double() if inputs_T.is_floating_point() else inputs_T[None])[0]
         for name, model in models.items():
-            error = float((model(tokens_T[None])[0] - truth).norm() / truth.norm())
+            error = float((model(inputs_T[None])[0] - truth).norm() / truth.norm())
             if not error <= 1e-4:
                 raise UserError(f"bench: {name} computes {path} wrong, its error is {error:.1e}; please report it.")
-    found = latencies(models, tokens_T, min(30.0, options.limit / 2))
+    found = latencies(models, inputs_T, min(30.0, options.limit / 2))
     _print_latencies(f"{path}, one stream, {torch.get_num_threads()} threads", found)
     return 0
 
@@ -163,7 +172,7 @@ def _bench_run(options: Namespace) -> int:
 def _print_latencies(title: str, found: Mapping[str, Mapping[str, float]]) -> None:
     from rich.table import Table
 
-    from srnn.tracking.console import console
+    from srnn.terminal import console
 
     made = Table(title=title, title_justify="left")
     for column in ("what", "backend", "median", "over dense"):
@@ -181,7 +190,7 @@ def _bench_stream(options: Namespace) -> int:
 
     from srnn.bench.models import stream
     from srnn.bench.stream import networks
-    from srnn.tracking.console import console
+    from srnn.terminal import console
 
     steps = 10_000 if options.steps is None else options.steps
     folder = _folder(options)
@@ -199,4 +208,32 @@ def _bench_stream(options: Namespace) -> int:
 
     write_atomically(folder / "stream.csv", "\n".join([*lines, ""]).encode())
     console.print(f"Rows in {folder / 'stream.csv'}", soft_wrap=True)
+    return 0
+
+
+def _bench_training(options: Namespace) -> int:
+    """A pass of the run's own loop over a pass of a bare one."""
+    import torch
+
+    from srnn.bench.training import compare
+    from srnn.config import compose_settings
+    from srnn.files import write_atomically
+    from srnn.terminal import console
+
+    settings = compose_settings(options.config.split())
+    if settings.trainer.epochs < 5:
+        raise UserError("bench: training needs five epochs, for the schedule of pruning: trainer.limit_epochs=5.")
+    folder = _folder(options)
+    passes = compare(settings)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+    lines = ["loop,ms_per_step,ratio,steps,pruning_share,device,torch,options"]
+    for row in passes:
+        ratio, step = row.seconds / passes[0].seconds, 1e3 * row.seconds / row.steps
+        lines.append(
+            f'"{row.loop}",{step:.3f},{ratio:.3f},{row.steps},{row.pruning_share:.4f},{device},{torch.__version__},'
+            f'"{options.config}"'
+        )
+        console.print(f"{row.loop}: {step:.3f} ms a step, {ratio:.2f}x of the bare loop")
+    write_atomically(folder / "training.csv", "\n".join([*lines, ""]).encode())
+    console.print(f"Rows in {folder / 'training.csv'}", soft_wrap=True)
     return 0

@@ -1,4 +1,4 @@
-"""``python -m srnn evaluate run=FOLDER``: score the packed file on its validation and test text."""
+"""``python -m srnn evaluate run=FOLDER``: score the packed file on its validation and test data."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from srnn.errors import UserError
 
 def main(argv: Sequence[str]) -> int:
     """Read the packed file, rebuild the data, print the scores."""
-    parser = Parser(prog="srnn evaluate", description="Score a run's packed file on its validation and test text.")
+    parser = Parser(prog="srnn evaluate", description="Score a run's packed file on its validation and test data.")
     parser.add_argument("--run", required=True, metavar="FOLDER", help="a run's folder, or a packed file")
     parser.add_argument("--kernel", default="auto", help="the backend that runs it (%(default)s)")
     options = parser.parse(argv)
     path = packed_file(options.run)
 
-    import torch
     from rich.table import Table
 
     from srnn.deploy.packed import read
     from srnn.registry import register
-    from srnn.tracking.console import console
-    from srnn.training.next_token import evaluate
+    from srnn.terminal import console
+    from srnn.training.objectives import OBJECTIVES
 
     packed = read(path)
     if "dataset" not in packed.about:
@@ -30,18 +29,12 @@ def main(argv: Sequence[str]) -> int:
     data = register.build("dataset", packed.about["dataset"])
     data.setup(vocabulary=packed.vocabulary)
     model = packed.build_sparse(register.build("kernel", {"name": options.kernel}))
+    objective = OBJECTIVES[data.objective]
+    scores = {part: objective.score(model, data, part) for part in ("valid", "test")}
     table = Table(title=f"{packed.model['name']} on {packed.about['dataset']['name']}, from {path.name}")
-    for column in ("part", "characters", "loss", "perplexity", "bits per character"):
+    for column in ("part", data.unit, *(name.replace("_", " ") for name in scores["test"])):
         table.add_column(column, justify="right" if column != "part" else "left")
-    for part, loader in (("validation", data.val_dataloader()), ("test", data.test_dataloader())):
-        characters = data.characters["valid" if part == "validation" else "test"]
-        score = evaluate(model, loader, characters, torch.device("cpu"))
-        table.add_row(
-            part,
-            f"{characters:,}",
-            f"{score.loss:.4f}",
-            f"{score.perplexity:.3f}",
-            f"{score.bits_per_character:.4f}",
-        )
+    for part, words in (("valid", "validation"), ("test", "test")):
+        table.add_row(words, f"{data.counts[part]:,}", *(f"{value:.4f}" for value in scores[part].values()))
     console.print(table)
     return 0

@@ -34,8 +34,8 @@ def main(argv: Sequence[str]) -> int:
 
     from srnn.deploy.packed import PackedModel, read, read_weights, write
     from srnn.registry import register
-    from srnn.tracking.console import console
-    from srnn.training.next_token import evaluate
+    from srnn.terminal import console
+    from srnn.training.objectives import OBJECTIVES
 
     packed = read(source)
     if "dataset" not in packed.about:
@@ -48,8 +48,8 @@ def main(argv: Sequence[str]) -> int:
     data.setup(vocabulary=packed.vocabulary)
 
     def calibrate(network: torch.nn.Module) -> None:
-        for inputs_BT, _ in islice(data.val_dataloader(), CALIBRATION_BATCHES):
-            network(inputs_BT)
+        for inputs, _ in islice(data.val_dataloader(), CALIBRATION_BATCHES):
+            network(inputs)
 
     exported = PackedModel.from_model(
         model, packed.model, packed.supplied, options.values, options.structure, packed.vocabulary, packed.about,
@@ -58,22 +58,21 @@ def main(argv: Sequence[str]) -> int:
     if not exported.matrices:
         raise UserError(f"export: no matrix of {options.run} holds enough zeros to be packed.")
     write(target, exported)
-    characters, cpu = data.characters["test"], torch.device("cpu")
-    before = evaluate(model, data.test_dataloader(), characters, cpu)
-    after = evaluate(read(target).build(), data.test_dataloader(), characters, cpu)
+    objective = OBJECTIVES[data.objective]
+    before, after = (objective.score(network, data, "test") for network in (model, read(target).build()))
     table = Table(title=f"{packed.model['name']} on {packed.about['dataset']['name']}, test", title_justify="left")
-    for column in ("", "bytes", "loss", "perplexity", "bits per character"):
+    for column in ("", "bytes", *(name.replace("_", " ") for name in before)):
         table.add_column(column, justify="right" if column else "left")
-    dense_bytes = 4 * sum(weight.numel() for weight in model.state_dict().values())
+    dense_bytes = 4 * sum(weight.numel() for weight in model.parameters())
     formats = sorted({f"{m.structure} {m.values_name}" for m in exported.matrices.values()})
     for name, size, score in (
         ("fp32, dense", dense_bytes, before),
         (f"exported, {', '.join(formats)}", target.stat().st_size, after),
     ):
-        numbers = f"{score.loss:.4f}", f"{score.perplexity:.3f}", f"{score.bits_per_character:.4f}"
-        table.add_row(name, f"{size:,}", *numbers)
+        table.add_row(name, f"{size:,}", *(f"{value:.4f}" for value in score.values()))
     console.print(table)
-    cost = after.bits_per_character - before.bits_per_character
+    told = "bits_per_character" if "bits_per_character" in before else "loss"
+    cost = after[told] - before[told]
     ratio = dense_bytes / target.stat().st_size
-    console.print(f"{target}: {ratio:.1f}x smaller, costs {cost:+.4f} bits per character", soft_wrap=True)
+    console.print(f"{target}: {ratio:.1f}x smaller, costs {cost:+.4f} {told.replace('_', ' ')}", soft_wrap=True)
     return 0

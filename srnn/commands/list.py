@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    from srnn.tracking.console import console
+    from srnn.terminal import console
 
     for kind in [chosen] if chosen else KINDS:
         table = Table(title=f"{kind}=", title_justify="left", show_lines=True, expand=True)

@@ -12,14 +12,13 @@ import os
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from srnn.datasets.base import PARTS, Batch, Batches, DataModule, Part
 from srnn.errors import UserError
 from srnn.registry import Range, register
 from srnn.vocabulary import Level, Vocabulary
@@ -37,39 +36,20 @@ class Texts:
     valid: str
     test: str
 
-
-class Streams(Dataset[tuple[Tensor, Tensor]]):
-    """Batches of contiguous streams: item ``i`` is (inputs_BT, targets_BT), targets one token ahead.
-
-    Every token but the first is a target exactly once; the last row is padded with ``IGNORED`` targets.
-    """
-
-    def __init__(self, tokens: np.ndarray, streams: int, sequence_length: int) -> None:
-        count = len(tokens) - 1
-        width = math.ceil(count / streams)
-        inputs = np.zeros(streams * width, dtype=np.int64)
-        targets = np.full(streams * width, IGNORED, dtype=np.int64)
-        inputs[:count], targets[:count] = tokens[:-1], tokens[1:]
-        self.inputs_BN = torch.from_numpy(inputs.reshape(streams, width))
-        self.targets_BN = torch.from_numpy(targets.reshape(streams, width))
-        self.sequence_length = sequence_length
-
-    def __len__(self) -> int:
-        return math.ceil(self.inputs_BN.shape[1] / self.sequence_length)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        part = slice(index * self.sequence_length, (index + 1) * self.sequence_length)
-        return self.inputs_BN[:, part], self.targets_BN[:, part]
+    @classmethod
+    def split(cls, text: str, valid_share: float, test_share: float) -> Texts:
+        """By position: the last part is the test text, the one before it validation."""
+        first_test = round(len(text) * (1 - test_share))
+        first_valid = round(len(text) * (1 - test_share - valid_share))
+        return cls(text[:first_valid], text[first_valid:first_test], text[first_test:])
 
 
-class TextStreams(pl.LightningDataModule):
+class TextStreams(DataModule):
     """Base of the text data sets: a subclass says what the texts are.
 
     Attributes:
-        vocabulary: made of the training text; there after ``setup``.
-        characters, tokens: part -> how many it has; there after ``setup``.
+        vocabulary: made of the training text, or the one given to ``setup``; there after it.
+        counts, tokens: part -> characters and tokens it has; there after ``setup``.
 
     Args:
         level: what a token is.
@@ -79,6 +59,8 @@ class TextStreams(pl.LightningDataModule):
         vocabulary_limit: with words, keep this many; None keeps all.
     """
 
+    objective = "next_token"
+    unit = "characters"
     vocabulary: Vocabulary
 
     def __init__(
@@ -95,9 +77,8 @@ class TextStreams(pl.LightningDataModule):
         self.sequence_length = sequence_length
         self.eval_streams = eval_streams
         self.vocabulary_limit = vocabulary_limit
-        self.characters: dict[str, int] = {}
-        self.tokens: dict[str, int] = {}
-        self._streams: dict[str, Streams] = {}
+        self.tokens: dict[Part, int] = {}
+        self._streams: dict[Part, tuple[Tensor, Tensor]] = {}
 
     @abstractmethod
     def texts(self) -> Texts:
@@ -114,34 +95,47 @@ class TextStreams(pl.LightningDataModule):
             return
         texts = self.texts()
         self.vocabulary = vocabulary or Vocabulary.build(self.level, texts.train, self.vocabulary_limit)
-        for part in ("train", "valid", "test"):
+        self.sizes = {"vocabulary_size": len(self.vocabulary)}
+        for part in PARTS:
             self._add_part(part, getattr(texts, part))
 
-    def _add_part(self, part: str, text: str) -> None:
+    def _add_part(self, part: Part, text: str) -> None:
         tokens = self.vocabulary.encode(text)
-        streams = self.batch_size if part == "train" else self.eval_streams
-        if len(tokens) <= streams:
+        count = self.batch_size if part == "train" else self.eval_streams
+        if len(tokens) <= count:
             raise UserError(
-                f"dataset: the {part} part has {len(tokens)} {self.level}, too few for {streams} streams: give more "
+                f"dataset: the {part} part has {len(tokens)} {self.level}, too few for {count} streams: give more "
                 f"text, or lower dataset.{'batch_size' if part == 'train' else 'eval_streams'}."
             )
-        self.characters[part], self.tokens[part] = len(text), len(tokens)
-        self._streams[part] = Streams(tokens, streams, self.sequence_length)
+        self.counts[part], self.tokens[part] = len(text), len(tokens)
+        self._streams[part] = streams(tokens, count)
 
-    def _loader(self, part: str) -> DataLoader[tuple[Tensor, Tensor]]:
-        return DataLoader(self._streams[part], batch_size=None, shuffle=False)
+    def batches(self, part: Part) -> Batches:
+        """Contiguous streams: row b of a batch goes on where row b of the one before ended."""
+        return stream_batches(*self._streams[part], self.sequence_length)
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Contiguous streams of the training text."""
-        return self._loader("train")
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """The whole validation text."""
-        return self._loader("valid")
+def streams(tokens: np.ndarray, count: int) -> tuple[Tensor, Tensor]:
+    """Cut a text into ``count`` rows side by side: inputs_BN and targets_BN, one token ahead.
 
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """The whole test text."""
-        return self._loader("test")
+    Every token but the first is a target exactly once; the last row is padded with ``IGNORED`` targets.
+    """
+    length = len(tokens) - 1
+    width = math.ceil(length / count)
+    inputs = np.zeros(count * width, dtype=np.int64)
+    targets = np.full(count * width, IGNORED, dtype=np.int64)
+    inputs[:length], targets[:length] = tokens[:-1], tokens[1:]
+    return torch.from_numpy(inputs.reshape(count, width)), torch.from_numpy(targets.reshape(count, width))
+
+
+def stream_batches(inputs_BN: Tensor, targets_BN: Tensor, sequence_length: int) -> Batches:
+    """Batches of ``sequence_length`` columns; the last one may be narrower."""
+
+    def fetch(epoch: int, index: int) -> Batch:
+        part = slice(index * sequence_length, (index + 1) * sequence_length)
+        return inputs_BN[:, part], targets_BN[:, part]
+
+    return Batches(fetch, math.ceil(inputs_BN.shape[1] / sequence_length))
 
 
 @register.dataset("text")
@@ -172,12 +166,14 @@ class Text(TextStreams):
 
     def texts(self) -> Texts:
         """Read all files in the order of their names."""
-        text = "".join(_read(file) for file in _files(self.path))
+        text = "".join(read_text(file) for file in _files(self.path))
         if not text.strip():
             raise UserError(f"dataset.path={self.path} is empty: give a file with text in it.")
-        first_test = round(len(text) * (1 - self.test_share))
-        first_valid = round(len(text) * (1 - self.test_share - self.valid_share))
-        return Texts(text[:first_valid], text[first_valid:first_test], text[first_test:])
+        return Texts.split(text, self.valid_share, self.test_share)
+
+    def located(self, config: dict[str, Any]) -> dict[str, Any]:
+        """With the absolute path."""
+        return config | {"path": self.path}
 
 
 def _files(path: str) -> list[Path]:
@@ -191,7 +187,8 @@ def _files(path: str) -> list[Path]:
     return sorted(files)
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 text file. Raises UserError for anything else."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:

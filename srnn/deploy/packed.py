@@ -6,14 +6,14 @@ fp32. The file's metadata has one key, ``srnn``: JSON with the format's version,
 shape, gates, structure and values of each matrix, and a SHA-256 over all of it and every tensor. There is no code in
 it.
 
-Versions: 2 has N x 1 blocks, bf16 and int8; 1 had single elements in fp32 or fp16 and is still read.
+Versions: 3 has tied weights; 2 N x 1 blocks, bf16 and int8; 1 single elements in fp32 or fp16. All are read.
+docs/packed_format.md is the specification.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,7 +42,7 @@ from srnn.registry import register
 from srnn.sparse import SparseMatrix, Values
 from srnn.vocabulary import Vocabulary
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class PackedModel:
         dense: name -> tensor left dense (biases, and matrices that packing would not shrink).
         vocabulary: of a language model; else None.
         about: free-form facts of the run (metrics, sparsity); plain data.
+        tied: name -> the name whose weight it shares; stored once.
     """
 
     model: dict[str, Any]
@@ -64,6 +65,7 @@ class PackedModel:
     dense: dict[str, Tensor]
     vocabulary: Vocabulary | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_model(
@@ -99,17 +101,28 @@ class PackedModel:
             for name, _ in child.named_parameters(recurse=False)
         }
         matrices, dense = {}, {}
+        tied = tied_names(module)
         for name, tensor in module.state_dict().items():
+            if name in tied:
+                continue
             weight, parts = tensor.detach().cpu().float(), gates.get(name, 1)
             if worth_packing(weight, values, parts):
                 matrices[name] = pack(name, weight, structure, values, parts, energies.get(name))
             else:
                 dense[name] = weight.contiguous().clone()
-        return cls(dict(model), dict(supplied), matrices, dense, vocabulary, dict(about or {}))
+        return cls(dict(model), dict(supplied), matrices, dense, vocabulary, dict(about or {}), tied)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All weights, dense, fp32, under the model's own names."""
-        return self.dense | {name: matrix.to_dense() for name, matrix in self.matrices.items()}
+        once = self.dense | {name: matrix.to_dense() for name, matrix in self.matrices.items()}
+        return once | {name: once[source] for name, source in self.tied.items()}
+
+    @property
+    def _untied(self) -> PackedModel:
+        """The same with each tied weight under its own name too; no memory is copied."""
+        matrices = {n: self.matrices[s] for n, s in self.tied.items() if s in self.matrices}
+        dense = {n: self.dense[s] for n, s in self.tied.items() if s in self.dense}
+        return replace(self, matrices=self.matrices | matrices, dense=self.dense | dense, tied={})
 
     def build(self) -> nn.Module:
         """The network with these weights, on torch's own dense modules, in eval mode.
@@ -119,6 +132,9 @@ class PackedModel:
         """
         module = self._skeleton()
         module.load_state_dict(self.state_dict(), assign=True)
+        for name, source in self.tied.items():  # assigning made two parameters of one
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, module.get_parameter(source))
         return module.eval()
 
     def build_sparse(self, kernel: Kernel) -> nn.Module:
@@ -130,6 +146,8 @@ class PackedModel:
         reason = kernel.supports(None, torch.device("cpu"))
         if reason is not None:
             raise UserError(f"the kernel cannot run on this CPU: {reason}.")
+        if self.tied:
+            return self._untied.build_sparse(kernel)
         skeleton = self._skeleton()
         memo: dict[int, Any] = {}
         rest = dict(self.dense)
@@ -160,6 +178,7 @@ class PackedModel:
         wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         given = {name: tuple(tensor.shape) for name, tensor in self.dense.items()}
         given |= {name: matrix.shape for name, matrix in self.matrices.items()}
+        given |= {name: given[source] for name, source in self.tied.items() if source in given}
         wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
         if wrong:
             name = wrong[0]
@@ -188,6 +207,16 @@ def _inside(name: str, skeleton: nn.Module, memo: Mapping[int, Any]) -> bool:
     return id(skeleton.get_submodule(name.rpartition(".")[0])) in memo
 
 
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Name of each parameter that is another one's -> that one's name."""
+    first: dict[int, str] = {}
+    return {
+        name: first[id(parameter)]
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if first.setdefault(id(parameter), name) != name
+    }
+
+
 def write(path: Path, packed: PackedModel) -> None:
     """Write the file atomically."""
     tensors = packed.tensors()
@@ -198,6 +227,7 @@ def write(path: Path, packed: PackedModel) -> None:
         "matrices": {name: _describe(matrix) for name, matrix in packed.matrices.items()},
         "vocabulary": packed.vocabulary.to_dict() if packed.vocabulary else None,
         "about": packed.about,
+        "tied": packed.tied,
     }
     header["sha256"] = _checksum(header, tensors)
     write_atomically(Path(path), to_safetensors(tensors, {"srnn": json.dumps(header)}))
@@ -269,25 +299,55 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         UserError: no such file, or none of these.
     """
     if path.suffix == ".safetensors":
-        return read(path).state_dict()
+        return read_packed_or_plain(path)[0]
+    return weights_of(read_checkpoint(path), path)
+
+
+def read_packed_or_plain(path: Path) -> tuple[dict[str, Tensor], Vocabulary | None]:
+    """Weights and vocabulary of a packed file; of any other safetensors file the weights. Raises UserError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if "srnn" not in (file.metadata() or {}):
+                return {_plain(name): file.get_tensor(name) for name in file.keys()}, None  # noqa: SIM118
+    except (SafetensorError, OSError):
+        pass  # `read` says what is wrong
+    packed = read(path)
+    return packed.state_dict(), packed.vocabulary
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint or ``state_dict`` file as it is, onto the CPU; no code in it is run.
+
+    Raises:
+        UserError: no such file, or damaged.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint or packed file.")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-        state = loaded.get("state_dict", loaded)
-        return {
-            str(name).removeprefix("model."): weight for name, weight in state.items() if isinstance(weight, Tensor)
-        }
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        AttributeError,
-        ValueError,
-        KeyError,
-    ) as error:
-        raise UserError(f"{path} is no checkpoint, or damaged: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # torch raises nearly anything for bytes that are no checkpoint
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is no checkpoint, or damaged: {reason}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} is no checkpoint: it holds a {type(loaded).__name__}, not weights by name.")
+    return loaded
+
+
+def weights_of(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint under the model's own names. Raises UserError if there are none."""
+    state = checkpoint.get("state_dict", checkpoint)
+    weights = {_plain(name): w for name, w in state.items() if isinstance(w, Tensor)} if hasattr(state, "items") else {}
+    if not weights:
+        raise UserError(f"{path} is no checkpoint: it holds no weights by name.")
+    return weights
+
+
+def _plain(name: object) -> str:
+    """A weight's name without what wrappers put before it."""
+    plain = str(name)
+    while (head := plain.partition(".")[0]) in ("model", "module", "_orig_mod") and head != plain:
+        plain = plain.partition(".")[2]
+    return plain
 
 
 def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> PackedModel:
@@ -309,7 +369,10 @@ def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> PackedMo
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name} is {tensor.dtype}, not fp32")
     vocabulary = Vocabulary.from_dict(header["vocabulary"]) if header["vocabulary"] else None
-    packed = PackedModel(header["model"], header["supplied"], matrices, tensors, vocabulary, header["about"])
+    tied = header["tied"] if header["format"] > 2 else {}
+    if not all(isinstance(n, str) and s in matrices.keys() | tensors.keys() for n, s in tied.items()):
+        raise ValueError("a weight is tied to one that is not there")
+    packed = PackedModel(header["model"], header["supplied"], matrices, tensors, vocabulary, header["about"], tied)
     return packed if header["format"] > 1 else _with_gates(packed)
 
 

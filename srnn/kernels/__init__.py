@@ -4,6 +4,7 @@ from srnn.kernels.choose import Auto, Choice, Dense
 from srnn.kernels.contract import Cell, Kernel, Layer, LayerWeights, Product, Recurrence, State
 from srnn.kernels.cpu.backend import Cpu
 from srnn.kernels.csr import Csr
+from srnn.kernels.dense import StepLoopKernel
 
 __all__ = [
     "Auto",
@@ -18,4 +19,5 @@ __all__ = [
     "Product",
     "Recurrence",
     "State",
+    "StepLoopKernel",
 ]

@@ -250,8 +250,8 @@ class Auto(_Chooser):
     @functools.cached_property
     def _all(self) -> dict[str, Kernel]:
         names = [name for name in register.names("kernel") if name not in ("dense", "auto")]
-        sparse = {name: register.rebuild("kernel", {"name": name}) for name in names}
-        return Dense().candidates() | sparse
+        sparse: dict[str, Kernel] = {name: register.rebuild("kernel", {"name": name}) for name in names}
+        return Dense().candidates() | {name: kernel for name, kernel in sparse.items() if kernel.unasked}
 
 
 def measure(what: str, calls: Mapping[str, Call], device: torch.device, left_out: Mapping[str, str]) -> Choice:

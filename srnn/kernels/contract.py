@@ -142,9 +142,11 @@ class Kernel(ABC):
 
     Attributes:
         tolerance: how far outputs may be from float64's with the same weights, as a relative norm.
+        unasked: whether ``auto`` and ``bench`` try it without being told to.
     """
 
     tolerance: float = 1e-5
+    unasked: bool = True
 
     @abstractmethod
     def supports(

@@ -1,6 +1,9 @@
-"""Recurrent language models on torch's own modules and parameter names.
+"""Recurrent networks on torch's own modules and parameter names: language models, and readers of sequences.
 
-Shapes: B batch, T time, V vocabulary, H hidden units.
+``model=gru`` is one or the other, as the data wants it: for tokens a ``LanguageModel``, for sequences of numbers a
+``SequenceModel``.
+
+Shapes: B batch, T time, V vocabulary, E width of a token's vector, I inputs, O outputs, H hidden units.
 """
 
 from __future__ import annotations
@@ -11,12 +14,30 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from srnn.errors import UserError
 from srnn.registry import Range, register
 
 Count = Annotated[int, Range(ge=1, le=1_000_000)]
 Share = Annotated[float, Range(ge=0, lt=1)]
+Positive = Annotated[float, Range(gt=0, le=1e6)]
 
 State = Tensor | tuple[Tensor, Tensor]
+
+
+def _layers(
+    cell: Callable[..., nn.RNNBase], input_size: int, hidden_size: int, num_layers: int, dropout: float, **options: Any
+) -> nn.RNNBase:
+    between = dropout if num_layers > 1 else 0.0
+    return cell(input_size, hidden_size, num_layers=num_layers, dropout=between, batch_first=True, **options)
+
+
+def _step(rnn: Any, x_BI: Tensor, state: State | None) -> tuple[Tensor, State]:
+    """One step of torch's layers, or of the same ones on sparse kernels."""
+    if not isinstance(rnn, nn.RNNBase):
+        stepped: tuple[Tensor, State] = rnn.step(x_BI, state)
+        return stepped
+    y_BTH, state = rnn(x_BI[:, None], state)
+    return y_BTH[:, 0], state
 
 
 class LanguageModel(nn.Module):
@@ -25,10 +46,12 @@ class LanguageModel(nn.Module):
     Args:
         cell: ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``.
         vocabulary_size: V.
-        embedding_size: width of a token's vector.
+        embedding_size: E.
         hidden_size: H.
         num_layers: recurrent layers.
-        dropout: on the input of each layer and of the decoder.
+        dropout: on the output of each layer.
+        embedding_dropout: on the vectors of tokens.
+        tie_embeddings: the decoder's weight is the embedding's; then E must be H.
         cell_options: more arguments for ``cell``.
     """
 
@@ -38,23 +61,30 @@ class LanguageModel(nn.Module):
         vocabulary_size: int,
         embedding_size: int,
         hidden_size: int,
-        num_layers: int,
-        dropout: float,
+        num_layers: int = 1,
+        dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
+        tie_embeddings: bool = False,
         **cell_options: Any,
     ) -> None:
         super().__init__()
-        between = dropout if num_layers > 1 else 0.0
+        if cell_options.get("bidirectional"):
+            raise UserError(
+                "model.bidirectional=true: a language model must not see the token it predicts; bidirectional layers "
+                "are for sequences that are read whole, such as dataset=digits."
+            )
+        if tie_embeddings and embedding_size != hidden_size:
+            raise UserError(
+                f"model.tie_embeddings=true needs model.embedding_size={embedding_size} to be "
+                f"model.hidden_size={hidden_size}: one matrix serves both."
+            )
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
-        self.rnn = cell(
-            embedding_size,
-            hidden_size,
-            num_layers=num_layers,
-            dropout=between,
-            batch_first=True,
-            **cell_options,
-        )
+        self.embedding_dropout = nn.Dropout(embedding_dropout)
+        self.rnn = _layers(cell, embedding_size, hidden_size, num_layers, dropout, **cell_options)
         self.dropout = nn.Dropout(dropout)
         self.decoder = nn.Linear(hidden_size, vocabulary_size)
+        if tie_embeddings:
+            self.decoder.weight = self.embedding.weight
 
     def forward(self, tokens_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Logits for the token after each one, and the state to go on from.
@@ -66,7 +96,7 @@ class LanguageModel(nn.Module):
         Returns:
             logits_BTV and the state, as ``nn.GRU`` and its kind give it.
         """
-        x_BTE = self.dropout(self.embedding(tokens_BT))
+        x_BTE = self.embedding_dropout(self.embedding(tokens_BT))
         y_BTH, state = self.rnn(x_BTE, state)
         return self.decoder(self.dropout(y_BTH)), state
 
@@ -80,12 +110,7 @@ class LanguageModel(nn.Module):
         Returns:
             logits_BV for the token after it, and the state to go on from.
         """
-        x_BE = self.dropout(self.embedding(tokens_B))
-        if isinstance(self.rnn, nn.RNNBase):
-            y_BTH, state = self.rnn(x_BE[:, None], state)
-            y_BH = y_BTH[:, 0]
-        else:  # on sparse kernels
-            y_BH, state = self.rnn.step(x_BE, state)
+        y_BH, state = _step(self.rnn, self.embedding_dropout(self.embedding(tokens_B)), state)
         return self.decoder(self.dropout(y_BH)), state
 
     def generate(
@@ -102,6 +127,54 @@ class LanguageModel(nn.Module):
         return generate(self, prompt, length, temperature, top_k, seed)
 
 
+class SequenceModel(nn.Module):
+    """Recurrent layers and a linear decoder of their last state: a class or a number for each sequence.
+
+    Args:
+        cell: ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``.
+        input_size: I.
+        output_size: O: classes, or numbers to predict.
+        hidden_size: H.
+        num_layers: recurrent layers.
+        dropout: on the output of each layer.
+        cell_options: more arguments for ``cell``.
+    """
+
+    def __init__(
+        self,
+        cell: Callable[..., nn.RNNBase],
+        input_size: int,
+        output_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        dropout: float = 0.0,
+        **cell_options: Any,
+    ) -> None:
+        super().__init__()
+        self.directions = 2 if cell_options.get("bidirectional") else 1
+        self.rnn = _layers(cell, input_size, hidden_size, num_layers, dropout, **cell_options)
+        self.dropout = nn.Dropout(dropout)
+        self.decoder = nn.Linear(self.directions * hidden_size, output_size)
+
+    def forward(self, x_BTI: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Outputs_BO of whole sequences, and the layers' final state."""
+        _, state = self.rnn(x_BTI, state)
+        h_LBH = state[0] if isinstance(state, tuple) else state
+        last_BH = h_LBH[-self.directions :].transpose(0, 1).flatten(1)
+        return self.decoder(self.dropout(last_BH)), state
+
+    def step(self, x_BI: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """One step of each stream: outputs_BO as if the sequence ended here, and the state to go on from.
+
+        Raises:
+            RuntimeError: the layers are bidirectional: they have to see the end first.
+        """
+        if self.directions > 1:
+            raise RuntimeError("bidirectional layers cannot step: they read a sequence from its end too")
+        y_BH, state = _step(self.rnn, x_BI, state)
+        return self.decoder(self.dropout(y_BH)), state
+
+
 def detach(state: State | None) -> State | None:
     """The state without its history: truncated back-propagation through time ends here."""
     if state is None or isinstance(state, torch.Tensor):
@@ -109,43 +182,71 @@ def detach(state: State | None) -> State | None:
     return state[0].detach(), state[1].detach()
 
 
+def recurrent(
+    cell: Callable[..., nn.RNNBase],
+    sizes: dict[str, int],
+    embedding_size: int,
+    embedding_dropout: float,
+    tie_embeddings: bool,
+    init_range: float | None,
+    **options: Any,
+) -> LanguageModel | SequenceModel:
+    """The network that fits the data: ``sizes`` are what the data set gives."""
+    model: LanguageModel | SequenceModel
+    if "vocabulary_size" in sizes:
+        options |= {"embedding_dropout": embedding_dropout, "tie_embeddings": tie_embeddings}
+        model = LanguageModel(cell, sizes["vocabulary_size"], embedding_size, **options)
+    elif tie_embeddings or embedding_dropout:
+        given = "tie_embeddings=true" if tie_embeddings else f"embedding_dropout={embedding_dropout}"
+        raise UserError(f"model.{given} is for language models: these data have no tokens and so no embedding.")
+    else:
+        model = SequenceModel(cell, sizes["input_size"], sizes["output_size"], **options)
+    if init_range is not None:
+        for parameter in model.parameters():
+            nn.init.uniform_(parameter, -init_range, init_range)
+    return model
+
+
 @register.model("rnn")
 def rnn(
     hidden_size: Count = 256,
     embedding_size: Count = 64,
     num_layers: Count = 1,
+    bidirectional: bool = False,
     dropout: Share = 0.0,
+    embedding_dropout: Share = 0.0,
+    tie_embeddings: bool = False,
+    init_range: Positive | None = None,
     nonlinearity: Literal["tanh", "relu"] = "tanh",
-    *,
-    vocabulary_size: int,
-) -> LanguageModel:
-    """Vanilla recurrent language model (``nn.RNN``)."""
-    return LanguageModel(
-        nn.RNN, vocabulary_size, embedding_size, hidden_size, num_layers, dropout, nonlinearity=nonlinearity
-    )
+    **sizes: int,
+) -> LanguageModel | SequenceModel:
+    """Vanilla recurrent network (``nn.RNN``)."""
+    return recurrent(
+        nn.RNN, sizes, embedding_size, embedding_dropout, tie_embeddings, init_range, hidden_size=hidden_size,
+        num_layers=num_layers, bidirectional=bidirectional, dropout=dropout, nonlinearity=nonlinearity,
+    )  # fmt: skip
 
 
-@register.model("gru")
-def gru(
-    hidden_size: Count = 256,
-    embedding_size: Count = 64,
-    num_layers: Count = 1,
-    dropout: Share = 0.0,
-    *,
-    vocabulary_size: int,
-) -> LanguageModel:
-    """Gated recurrent unit language model (``nn.GRU``)."""
-    return LanguageModel(nn.GRU, vocabulary_size, embedding_size, hidden_size, num_layers, dropout)
+def _gated(name: str, cell: type[nn.RNNBase], about: str) -> Callable[..., LanguageModel | SequenceModel]:
+    def build(
+        hidden_size: Count = 256,
+        embedding_size: Count = 64,
+        num_layers: Count = 1,
+        bidirectional: bool = False,
+        dropout: Share = 0.0,
+        embedding_dropout: Share = 0.0,
+        tie_embeddings: bool = False,
+        init_range: Positive | None = None,
+        **sizes: int,
+    ) -> LanguageModel | SequenceModel:
+        return recurrent(
+            cell, sizes, embedding_size, embedding_dropout, tie_embeddings, init_range, hidden_size=hidden_size,
+            num_layers=num_layers, bidirectional=bidirectional, dropout=dropout,
+        )  # fmt: skip
+
+    build.__doc__, build.__name__, build.__qualname__ = about, name, name
+    return register.model(name)(build)
 
 
-@register.model("lstm")
-def lstm(
-    hidden_size: Count = 256,
-    embedding_size: Count = 64,
-    num_layers: Count = 1,
-    dropout: Share = 0.0,
-    *,
-    vocabulary_size: int,
-) -> LanguageModel:
-    """Long short-term memory language model (``nn.LSTM``)."""
-    return LanguageModel(nn.LSTM, vocabulary_size, embedding_size, hidden_size, num_layers, dropout)
+gru = _gated("gru", nn.GRU, "Network of gated recurrent units (``nn.GRU``).")
+lstm = _gated("lstm", nn.LSTM, "Network of long short-term memory (``nn.LSTM``).")

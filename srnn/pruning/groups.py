@@ -72,7 +72,8 @@ def kth_smallest(values: Tensor, k: int) -> float:
     """The ``k``-th smallest of a 1-D tensor, counted from 1."""
     if values.device.type == "cpu":  # 8x faster than kthvalue there (246 k values: 0.46 ms against 3.7 ms)
         return float(np.partition(values.numpy(), k - 1)[k - 1])
-    return float(values.kthvalue(k).values)
+    # A single block of threads looks for kthvalue: sorting 7 M weights is 20 times faster than that.
+    return float(values.sort().values[k - 1])
 
 
 def quantile(values: Tensor, share: float) -> float:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from srnn.pruning.callback import PruningCallback
 from srnn.pruning.pruner import Pruner
-
-console = Console(width=None if sys.stdout.isatty() else 110, highlight=False, soft_wrap=False)
+from srnn.terminal import console
 
 
 def print_plan(pruner: Pruner) -> None:
@@ -62,7 +60,7 @@ def _print_forecast(pruner: Pruner) -> None:
 
 
 class RunProgress(ProgressBar):
-    """One bar over all steps with loss, bits per character, sparsity and threshold; and a line an epoch."""
+    """One bar over all steps with the loss, sparsity and threshold; and a line an epoch with all scores."""
 
     def __init__(self, pruning: PruningCallback) -> None:
         super().__init__()
@@ -89,7 +87,8 @@ class RunProgress(ProgressBar):
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._progress.add_task("", total=self.pruning.pruner.run.total_steps, numbers="")
+        total = self.pruning.pruner.run.total_steps
+        self._task = self._progress.add_task("", total=total, completed=trainer.global_step, numbers="")
         self._progress.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -97,24 +96,28 @@ class RunProgress(ProgressBar):
         now = time.monotonic()
         if self._progress is not None and now - self._shown > 0.1:
             self._shown = now
-            self._progress.update(self._task, completed=trainer.global_step, numbers=self._numbers(trainer, "train"))
+            loss = f"loss {float(pl_module.train_loss):.3f}"  # type: ignore[arg-type]
+            self._progress.update(self._task, completed=trainer.global_step, numbers=loss + self._pruning())
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A line that stays."""
         if self._progress is not None:
             self._progress.update(self._task, completed=trainer.global_step)
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}"
-        console.print(f"{epoch}: valid {self._numbers(trainer, 'valid')}")
+        console.print(f"{epoch}: valid {self._scores(trainer)}{self._pruning()}")
 
-    def _numbers(self, trainer: pl.Trainer, part: str) -> str:
+    def _scores(self, trainer: pl.Trainer) -> str:
+        metrics = trainer.callback_metrics.items()
+        scores = {name.removeprefix("valid_"): value for name, value in metrics if name.startswith("valid_")}
+        return "  ".join(f"{SHORT.get(name, name)} {float(value):.3f}" for name, value in scores.items())
+
+    def _pruning(self) -> str:
         assert self.pruning.pruner is not None
-        pruner, metrics = self.pruning.pruner, trainer.callback_metrics
-        loss, bits = metrics.get(f"{part}_loss"), metrics.get(f"{part}_bits_per_character")
-        numbers = f"loss {float(loss):.3f}  bpc {float(bits):.3f}" if loss is not None and bits is not None else ""
-        if pruner.groups:
-            kind, epsilon = next(iter(pruner.thresholds.items()))
-            numbers += f"  sparsity {100 * pruner.sparsity:.1f} %  threshold {epsilon:.4f} ({kind})"
-        return numbers
+        pruner = self.pruning.pruner
+        if not pruner.groups:
+            return ""
+        kind, epsilon = next(iter(pruner.thresholds.items()))
+        return f"  sparsity {100 * pruner.sparsity:.1f} %  threshold {epsilon:.4f} ({kind})"
 
     def _stop(self) -> None:
         if self._progress is not None:
@@ -139,7 +142,7 @@ def print_report(report: dict[str, Any]) -> None:
     scores = report["scores"]
     for key, title in MILESTONES.items():
         if scores.get(key):
-            table.add_row(title.format(**scores[key]), _score(scores[key]))
+            table.add_row(title.format(**scores[key]), score_words(report["objective"], scores[key]))
     table.add_section()
     for layer in report["layers"]:
         table.add_row(
@@ -149,8 +152,8 @@ def print_report(report: dict[str, Any]) -> None:
     table.add_section()
     sparsity = report["sparsity"]
     if report["layers"]:
-        reached, wanted = (f"{100 * sparsity[key]:.2f} %" for key in ("reached", "wanted"))
-        table.add_row("sparsity reached, wanted", f"{reached}, {wanted}")
+        wanted = "what there was" if sparsity["wanted"] is None else f"{100 * sparsity['wanted']:.2f} %"
+        table.add_row("sparsity reached, wanted", f"{100 * sparsity['reached']:.2f} %, {wanted}")
     sizes = report["size"]
     table.add_row("parameters, of which non-zero", f"{sizes['parameters']:,}, {sizes['nonzeros']:,}")
     ratio = sizes["dense_bytes"] / sizes["packed_bytes"]
@@ -170,9 +173,11 @@ def print_report(report: dict[str, Any]) -> None:
     share = 100 * seconds["pruning"] / seconds["training_loop"]
     table.add_row("time in the training loop, inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
     console.print(table)
+    for part, batches in report["limits"].items():
+        console.print(f"Only the first {batches} batches of the {part} part were used (trainer.limit_...).")
     for line in latency["choices"]:
         console.print(f"kernel: {line}", markup=False, highlight=False)
-    if abs(sparsity["reached"] - sparsity["wanted"]) > MISSED:
+    if sparsity["wanted"] is not None and abs(sparsity["reached"] - sparsity["wanted"]) > MISSED:
         console.print(
             f"The sparsity is {100 * sparsity['reached']:.2f} %, not {100 * sparsity['wanted']:g} %: with a fixed q it "
             f"results from the schedule; pruning.q=auto meets it exactly.",
@@ -190,5 +195,15 @@ MILESTONES = {
 }
 
 
-def _score(score: dict[str, Any]) -> str:
-    return f"{score['bits_per_character']:.4f} bits/char, perplexity {score['perplexity']:.3f}"
+SHORT = {"bits_per_character": "bpc", "perplexity": "ppl"}
+# Objective -> its scores, the telling one first.
+SCORES = {
+    "next_token": "{bits_per_character:.4f} bits/char, perplexity {perplexity:.3f}",
+    "classification": "accuracy {accuracy:.4f}, F1 {f1:.4f}, loss {loss:.4f}",
+    "regression": "mean squared error {loss:.6f}, mean absolute error {mae:.5f}",
+}
+
+
+def score_words(objective: str, scores: Mapping[str, float]) -> str:
+    """The scores of an objective, as they are written in tables."""
+    return SCORES[objective].format(**scores)

@@ -52,7 +52,8 @@ def plot_run(
     target.mkdir(exist_ok=True)
     drawn = [_loss_and_sparsity(metrics, phases, target / "loss_and_sparsity.png")]
     if phases is not None and mask is not None:
-        drawn.append(_thresholds(metrics, phases, target / "thresholds.png"))
+        if any(name.startswith("threshold/") for name in metrics):
+            drawn.append(_thresholds(metrics, phases, target / "thresholds.png"))
         drawn.append(_layers(layers, target / "sparsity_per_layer.png"))
         drawn.append(_mask(*mask, target / "mask.png"))
     return drawn

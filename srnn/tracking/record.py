@@ -31,10 +31,16 @@ class Recorder(pl.Callback):
     Attributes:
         validations: all of them, in order.
         loop_seconds: wall time of the training loop, validation excluded.
+
+    Args:
+        pruning: whose pruner is recorded.
+        every: steps between two entries of the training loss.
     """
 
-    def __init__(self, pruning: PruningCallback) -> None:
+    def __init__(self, pruning: PruningCallback, every: int) -> None:
         self.pruning = pruning
+        self.every = every
+        self._step = 0
         self.validations: list[Validation] = []
         self.loop_seconds = 0.0
         self._began = 0.0
@@ -53,13 +59,30 @@ class Recorder(pl.Callback):
         """Whether pruning is over at the sparsity asked for."""
         return self.pruner.reached()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Goes into checkpoints."""
+        rows = [vars(v) | {"scores": dict(v.scores)} for v in self.validations]
+        return {"validations": rows, "loop_seconds": self.loop_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the record of a stopped run."""
+        self.validations = [Validation(**row) for row in state_dict["validations"]]
+        self.loop_seconds = state_dict["loop_seconds"]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock and note where everything starts."""
+        self._step = trainer.global_step
         self._began = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Log pruning's metrics at each update."""
+        """Log the loss now and then, and pruning's metrics at each update."""
         pruner = self.pruner
+        if trainer.global_step == self._step:  # gradients are being added up
+            return
+        self._step = trainer.global_step
+        if self._step % self.every == 0:
+            for logger in trainer.loggers:
+                logger.log_metrics({"train_loss": float(pl_module.train_loss)}, step=self._step)  # type: ignore[arg-type]
         if pruner.method.is_update(pruner.itr):
             sparsities = {f"sparsity/{name}": value for name, value in pruner.sparsities().items()}
             thresholds = {f"threshold/{kind}": value for kind, value in pruner.thresholds.items()}

@@ -44,6 +44,7 @@ def _scores(validation: Validation) -> dict[str, float]:
 
 def build_report(
     settings: Settings,
+    objective: str,
     folder: Path,
     model: nn.Module,
     packed: PackedModel,
@@ -52,10 +53,11 @@ def build_report(
 ) -> dict[str, Any]:
     """All that the run measured, as plain data. Shares are 0..1, times seconds, sizes bytes."""
     pruner = recorder.pruner
-    weights = model.state_dict()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}  # shared ones once
     return {
         "model": settings.model["name"],
         "dataset": settings.dataset["name"],
+        "objective": objective,
         "pruning": settings.pruning["name"],
         "seed": settings.seed,
         "config": settings.as_dict(),
@@ -111,7 +113,8 @@ def _layers(pruner: Pruner, weights: dict[str, Tensor]) -> list[dict[str, Any]]:
 
 def _sparsities(pruner: Pruner, weights: dict[str, Tensor]) -> dict[str, Any]:
     """Reached and wanted, for each layer type and in all, counted in the weights themselves."""
-    sparsities: dict[str, Any] = {"wanted": getattr(pruner.method, "sparsity", 0.0), "by_layer_type": {}}
+    nothing = None if pruner.groups else 0.0
+    sparsities: dict[str, Any] = {"wanted": getattr(pruner.method, "sparsity", nothing), "by_layer_type": {}}
     zeros = total = 0
     for group in pruner.groups:
         group_zeros = sum(int((weights[name] == 0).sum()) for name in group.parameters)
@@ -140,9 +143,8 @@ def wandb_summary(report: dict[str, Any]) -> dict[str, Any]:
     test = report["scores"]["test_packed"]
     best = report["scores"]["best"]
     return {
-        "best/bits_per_character": best["bits_per_character"],
-        "test/bits_per_character": test["bits_per_character"],
-        "test/perplexity": test["perplexity"],
+        **{f"best/{name}": value for name, value in best.items() if name != "step"},
+        **{f"test/{name}": value for name, value in test.items()},
         "final/sparsity": report["sparsity"]["reached"],
         "final/nonzeros": report["size"]["nonzeros"],
         "final/packed_bytes": report["size"]["packed_bytes"],

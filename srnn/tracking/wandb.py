@@ -18,16 +18,15 @@ ONLINE_TIMEOUT = 20.0  # seconds a dead network may cost before the run goes on 
 
 
 @contextmanager
-def wandb_logger(
-    tracking: TrackingConfig, folder: Path, config: dict[str, Any], group: str | None
-) -> Iterator[WandbLogger | None]:
+def wandb_logger(tracking: TrackingConfig, folder: Path, config: dict[str, Any]) -> Iterator[WandbLogger | None]:
     """A Lightning logger for one run, finished at the end whatever happens; None when disabled.
 
     Args:
         tracking: mode and names.
         folder: the run's folder; W&B keeps its files in ``wandb/`` there.
         config: the resolved config, plain data.
-        group: the sweep this run belongs to.
+
+    A run whose folder holds a W&B run already goes on as the same one.
 
     Raises:
         UserError: ``mode=online`` without an API key.
@@ -41,7 +40,7 @@ def wandb_logger(
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    run = _start(tracking, folder, config, group)
+    run = _start(tracking, folder, config)
     if run is None:
         yield None
         return
@@ -59,22 +58,24 @@ def wandb_logger(
             print(f"srnn: W&B could not finish: {error}", file=sys.stderr)
 
 
-def _start(tracking: TrackingConfig, folder: Path, config: dict[str, Any], group: str | None) -> Any:
+def _start(tracking: TrackingConfig, folder: Path, config: dict[str, Any]) -> Any:
     import wandb
 
-    if tracking.mode == "online" and not _has_key():
+    if tracking.mode == "online" and not has_key():
         raise UserError(
             "tracking.mode=online needs a W&B API key: set WANDB_API_KEY or run `wandb login`, or use "
             "tracking.mode=offline."
         )
     options: dict[str, Any] = {
         "project": tracking.project,
-        "group": tracking.group or group,
+        "group": tracking.group,
         "name": tracking.name or folder.name,
         "dir": str(folder),
         "config": config,
         "settings": wandb.Settings(init_timeout=ONLINE_TIMEOUT, silent=True),
     }
+    if earlier := _runs(folder):
+        options |= {"id": earlier[-1].name.rpartition("-")[2], "resume": "allow"}
     # Whatever W&B raises, it must not cost the run: offline where online fails, and without it where that fails.
     for mode in dict.fromkeys([tracking.mode, "offline"]):
         try:
@@ -84,7 +85,7 @@ def _start(tracking: TrackingConfig, folder: Path, config: dict[str, Any], group
     return None
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """In the environment, or where `wandb login` puts it. Asking W&B itself might prompt or wait."""
     from requests.utils import get_netrc_auth
 
@@ -93,9 +94,15 @@ def _has_key() -> bool:
 
 
 def sync_command(folder: Path) -> str | None:
-    """What uploads an offline run later; None if there is none."""
-    runs = sorted((folder / "wandb").glob("offline-run-*"))
-    return f"wandb sync {runs[-1]}" if runs else None
+    """What uploads an offline run later, the parts of a resumed one in order; None if there is none."""
+    runs = [run for run in _runs(folder) if run.name.startswith("offline")]
+    return f"wandb sync {'--append ' if len(runs) > 1 else ''}{' '.join(map(str, runs))}" if runs else None
+
+
+def _runs(folder: Path) -> list[Path]:
+    """The W&B runs in a run's folder, oldest first: a resumed run has several, of one id."""
+    runs = [path for path in (folder / "wandb").glob("*run-*-*") if path.is_dir()]
+    return sorted(runs, key=lambda path: path.name.partition("run-")[2])
 
 
 def log_results(

@@ -1,9 +1,9 @@
-"""The optimisers, torch's own, under the names configs use."""
+"""The optimisers, torch's own, under the names configs use. ``fused``: a step in one kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,19 @@ from srnn.registry import Range, register
 Rate = Annotated[float, Range(gt=0, le=1e6)]
 NonNegative = Annotated[float, Range(ge=0, le=1e6)]
 Below1 = Annotated[float, Range(ge=0, lt=1)]
+Decay = Annotated[float, Range(gt=0, le=1)]
+Epochs = Annotated[int, Range(ge=0)]
+
+
+def with_decay(optimizer: torch.optim.Optimizer, lr_decay: float, lr_decay_after: int) -> Any:
+    """The optimiser, with its rate multiplied by ``lr_decay`` after each epoch but the first ``lr_decay_after``."""
+    if lr_decay == 1:
+        return optimizer
+
+    def factor(epoch: int) -> float:
+        return lr_decay ** max(0, epoch + 1 - lr_decay_after)
+
+    return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
 
 
 @register.optimizer("adam")
@@ -20,11 +33,14 @@ def adam(
     lr: Rate = 0.002,
     beta1: Below1 = 0.9,
     beta2: Below1 = 0.999,
+    lr_decay: Decay = 1.0,
+    lr_decay_after: Epochs = 1,
     *,
     parameters: Iterable[nn.Parameter],
-) -> torch.optim.Optimizer:
+    fused: bool,
+) -> Any:
     """Adam (``torch.optim.Adam``)."""
-    return torch.optim.Adam(parameters, lr=lr, betas=(beta1, beta2))
+    return with_decay(torch.optim.Adam(parameters, lr=lr, betas=(beta1, beta2), fused=fused), lr_decay, lr_decay_after)
 
 
 @register.optimizer("adamw")
@@ -33,11 +49,15 @@ def adamw(
     beta1: Below1 = 0.9,
     beta2: Below1 = 0.999,
     weight_decay: NonNegative = 0.01,
+    lr_decay: Decay = 1.0,
+    lr_decay_after: Epochs = 1,
     *,
     parameters: Iterable[nn.Parameter],
-) -> torch.optim.Optimizer:
+    fused: bool,
+) -> Any:
     """Adam with decoupled weight decay (``torch.optim.AdamW``)."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay, fused=fused)
+    return with_decay(optimizer, lr_decay, lr_decay_after)
 
 
 @register.optimizer("sgd")
@@ -46,10 +66,14 @@ def sgd(
     momentum: Below1 = 0.9,
     nesterov: bool = True,
     weight_decay: NonNegative = 0.0,
+    lr_decay: Decay = 1.0,
+    lr_decay_after: Epochs = 1,
     *,
     parameters: Iterable[nn.Parameter],
-) -> torch.optim.Optimizer:
+    fused: bool,
+) -> Any:
     """Stochastic gradient descent with Nesterov momentum, the paper's optimiser (``torch.optim.SGD``)."""
-    return torch.optim.SGD(
-        parameters, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, weight_decay=weight_decay
+    optimizer = torch.optim.SGD(
+        parameters, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, weight_decay=weight_decay, fused=fused
     )
+    return with_decay(optimizer, lr_decay, lr_decay_after)

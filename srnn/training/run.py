@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import shlex
 import sys
 import time
 import warnings
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,17 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, Logger
-from pytorch_lightning.plugins.io import TorchCheckpointIO
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 import srnn
 from srnn.bench.models import STEPS, latencies
 from srnn.config import Settings
-from srnn.datasets.text import Text, TextStreams
-from srnn.deploy.packed import PackedModel, read_weights
+from srnn.datasets.base import DataModule
+from srnn.deploy.packed import PackedModel, read_checkpoint, read_weights
 from srnn.deploy.packed import read as read_packed
 from srnn.deploy.packed import write as write_packed
 from srnn.errors import UserError
@@ -37,12 +37,17 @@ from srnn.pruning.methods import PruningMethod
 from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import RunLength
 from srnn.registry import register
-from srnn.tracking.console import RunProgress, console, print_report
+from srnn.terminal import console
+from srnn.tracking.console import RunProgress, print_report
+from srnn.tracking.metrics import MetricsFile
 from srnn.tracking.plots import plot_run
 from srnn.tracking.record import BestWhile, Recorder
 from srnn.tracking.report import build_report, milestones, recurrent_matrix, wandb_summary
 from srnn.tracking.wandb import log_results, sync_command, wandb_logger
-from srnn.training.next_token import NextToken, evaluate
+from srnn.training.checkpoints import LAST, AtomicCheckpoints, LastCheckpoint, stop_requests
+from srnn.training.initial import Initial, load_weights, read_initial
+from srnn.training.objectives import OBJECTIVES, Objective
+from srnn.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")  # where the packed model is checked and scored
 LOGGED_POINTS = 300  # about so many points of the training loss over a run
@@ -50,16 +55,6 @@ CALIBRATION_BATCHES = 20  # of validation data, for int8
 # How far the outputs of sparse kernels may be from the dense modules' with the same weights, as a relative norm: both
 # are off by rounding.
 READ_BACK_TOLERANCE = 1e-4
-
-
-class AtomicCheckpoints(TorchCheckpointIO):
-    """Checkpoints that are written whole or not at all, so that a killed run leaves the last good one."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Through memory, then into place."""
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_atomically(Path(path), buffer.getvalue())
 
 
 def train(settings: Settings, folder: Path, group: str | None = None) -> dict[str, Any]:
@@ -74,47 +69,110 @@ def train(settings: Settings, folder: Path, group: str | None = None) -> dict[st
         UserError: the data or the schedule cannot be used, or the folder cannot be written.
         KeyboardInterrupt: the user stopped it; the folder holds the last checkpoint.
     """
-    began = time.perf_counter()
-    _quiet()
+    tracking = replace(settings.tracking, group=settings.tracking.group or group)
+    settings = replace(settings, tracking=tracking)
     _open_folder(folder, settings)
+    return _run(settings, folder, None)
+
+
+def resume(folder: Path) -> dict[str, Any]:
+    """Go on with a run that was stopped, as it was configured, and return its report.
+
+    Raises:
+        UserError: the folder holds no run, or one that is finished, or its files are damaged.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"resume={folder}: no run is there: it has no config.yaml.")
+    if (folder / "report.json").is_file():
+        raise UserError(
+            f"resume={folder}: this run is finished. To train its network further, start a run with init_from={folder}."
+        )
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"resume={folder}: its config.yaml is damaged: {type(error).__name__}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"resume={folder}: its config.yaml is damaged: it holds no options.")
+    settings = Settings.check({str(key): value for key, value in config.items()})
+    if not (folder / LAST).exists():
+        console.print("It was stopped before its first checkpoint: it starts from the beginning.")
+        return _run(settings, folder, None)
+    return _run(settings, folder, folder / LAST)
+
+
+def _run(settings: Settings, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
+    """A run from the beginning, or from a checkpoint of its own."""
+    began = time.perf_counter()
+    quiet()
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     method: PruningMethod = register.build("pruning", settings.pruning)
     reference = read_weights(Path(method.reference_path)) if method.reference_path else None
     kernel = _build_kernel(settings)
-    data: TextStreams = register.build("dataset", settings.dataset)
-    data.setup()
-    supplied = {"vocabulary_size": len(data.vocabulary)}
-    model = _build_model(settings, supplied)
+    initial = read_initial(settings.init_from) if settings.init_from and checkpoint is None else None
+    data = _build_data(settings, initial, checkpoint)
+    model = _build_model(settings, data.sizes)
+    match = _start_from(model, initial) if initial else None
+    if checkpoint is not None:  # for methods that look at the weights
+        model.load_state_dict(read_weights(checkpoint))
     # A first look at the schedule, before anything is started; the callback makes the pruner that counts.
-    batches = min(len(data.train_dataloader()), settings.trainer.limit_train_batches or sys.maxsize)
-    Pruner(model, method, RunLength(batches * settings.trainer.max_epochs, batches), reference=reference)
-    ratio = data.tokens["train"] / data.characters["train"]
-    module = NextToken(model, settings.optimizer, ratio, data.characters["valid"])
+    batches, accumulated = len(data.train_dataloader()), settings.trainer.accumulate_grad_batches
+    steps = -(-batches // accumulated)
+    Pruner(model, method, RunLength(steps * settings.trainer.epochs, steps), reference=reference)
+    objective = OBJECTIVES[data.objective]
+    module = objective(model, settings.optimizer, data, settings.trainer.cuda_graph)
     pruning = PruningCallback(method, model, reference)
-    recorder = Recorder(pruning)
-    with wandb_logger(settings.tracking, folder, settings.as_dict(), group) as wandb:
-        _fit(settings, folder, batches, data, module, pruning, recorder, wandb)
+    recorder = Recorder(pruning, max(1, steps * settings.trainer.epochs // LOGGED_POINTS))
+    with wandb_logger(settings.tracking, folder, settings.as_dict()) as wandb:
+        try:
+            _fit(settings, folder, module, pruning, recorder, wandb, checkpoint)
+        except KeyboardInterrupt:
+            console.print(f"Go on with it: srnn resume={folder}", soft_wrap=True)
+            raise
         best = folder / "checkpoints" / "best.ckpt"
         if not best.exists():
             raise UserError(f"no checkpoint reached the sparsity asked for; see {folder / 'metrics.csv'}.")
         model.load_state_dict(read_weights(best))
-        packed = _pack(settings, folder, model, supplied, data)
-        test_scores, latency = _score_packed(model, packed, kernel, data)
+        packed = _pack(settings, folder, model, data)
+        test_scores, latency = _score_packed(objective, model, packed, kernel, data)
         scores = milestones(recorder.validations) | test_scores
-        report = build_report(settings, folder, model, packed, scores, recorder) | {"latency": latency}
+        report = build_report(settings, data.objective, folder, model, packed, scores, recorder) | {"latency": latency}
+        report |= {"init_from": match, "limits": dict(data.limits)}
         report["seconds"]["total"] = time.perf_counter() - began
-        write_atomically(folder / "report.json", json.dumps(report, indent=2).encode())
         plots = plot_run(folder, report["phases"], report["layers"], recurrent_matrix(model, method))
+        # Last of the run's own files: it says that the run is finished.
+        write_atomically(folder / "report.json", json.dumps(report, indent=2).encode())
         if wandb is not None:
             log_results(wandb, wandb_summary(report), report["layers"], plots, folder / "model.safetensors")
     print_report(report)
-    _print_ways_on(folder)
+    _print_ways_on(folder, data)
     return report
 
 
-def _build_model(settings: Settings, supplied: dict[str, Any]) -> nn.Module:
+def _build_data(settings: Settings, initial: Initial | None, checkpoint: Path | None) -> DataModule:
+    """The data, with the vocabulary of the network that goes on, if there is one."""
+    data: DataModule = register.build("dataset", settings.dataset)
+    vocabulary = initial.vocabulary if initial else None
+    if checkpoint is not None and "vocabulary" in (saved := read_checkpoint(checkpoint)):
+        vocabulary = Vocabulary.from_dict(saved["vocabulary"])
+    data.setup(vocabulary=vocabulary)
+    if settings.trainer.limit_train_batches is not None:
+        data.limits["train"] = settings.trainer.limit_train_batches
+    if settings.trainer.limit_eval_batches is not None:
+        data.limits |= {"valid": settings.trainer.limit_eval_batches, "test": settings.trainer.limit_eval_batches}
+    return data
+
+
+def _start_from(model: nn.Module, initial: Initial) -> dict[str, Any]:
+    match = load_weights(model, initial)
+    console.print(f"init_from {initial.path}: {match.lines()[0]}", soft_wrap=True)
+    for line in match.lines()[1:]:
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+    return {"path": str(initial.path), **vars(match)}
+
+
+def _build_model(settings: Settings, sizes: dict[str, int]) -> nn.Module:
     try:
-        model: nn.Module = register.build("model", settings.model, **supplied)
+        model: nn.Module = register.build("model", settings.model, **sizes)
     except RuntimeError as error:
         if "allocate" not in str(error):
             raise
@@ -131,7 +189,7 @@ def _build_kernel(settings: Settings) -> Kernel:
     return kernel
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Lightning speaks of itself on every run; what matters to a user is in our own tables."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -153,68 +211,90 @@ def _open_folder(folder: Path, settings: Settings) -> None:
         ) from None
 
 
-def _trainer(**options: Any) -> pl.Trainer:
+def trainer_for(settings: Settings, callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
+    """Lightning's Trainer of a config. Raises UserError for what cannot be used here."""
+    chosen = settings.trainer
     try:
-        return pl.Trainer(**options)
+        trainer = pl.Trainer(
+            accelerator=chosen.accelerator,
+            devices=1,
+            precision=chosen.precision,
+            max_epochs=chosen.epochs,
+            gradient_clip_val=chosen.gradient_clip_val,
+            accumulate_grad_batches=chosen.accumulate_grad_batches,
+            log_every_n_steps=1,  # of what Lightning itself logs, which is nothing; the recorder does
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            callbacks=callbacks,
+            **({"logger": False, "enable_checkpointing": False, "enable_progress_bar": False} | options),
+        )
     except MisconfigurationException as error:
-        raise UserError(f"trainer.accelerator={options['accelerator']} cannot be used here: {error}") from None
+        raise UserError(f"trainer.accelerator={chosen.accelerator} cannot be used here: {error}") from None
+    _check_graph(settings, trainer)
+    return trainer
 
 
 def _fit(
     settings: Settings,
     folder: Path,
-    batches: int,
-    data: TextStreams,
-    module: NextToken,
+    module: Objective,
     pruning: PruningCallback,
     recorder: Recorder,
     wandb: Logger | None,
+    checkpoint: Path | None,
 ) -> None:
     checkpoints = str(folder / "checkpoints")
-    loggers = [CSVLogger(str(folder), name="", version=""), *([wandb] if wandb is not None else [])]
-    trainer = _trainer(
-        accelerator=settings.trainer.accelerator,
-        devices=1,
-        max_epochs=settings.trainer.max_epochs,
-        gradient_clip_val=settings.trainer.gradient_clip_val,
-        limit_train_batches=batches,
-        logger=loggers,
-        log_every_n_steps=max(1, batches * settings.trainer.max_epochs // LOGGED_POINTS),
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        callbacks=[
+    metrics = MetricsFile(folder / "metrics.csv")
+    with stop_requests() as request:
+        callbacks: list[pl.Callback] = [
             pruning,
             recorder,
             RunProgress(pruning),
             BestWhile(recorder.is_dense, checkpoints, "best-dense"),
             BestWhile(recorder.is_finished, checkpoints, "best"),
-            ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False),
-        ],
-        plugins=[AtomicCheckpoints()],
-    )
-    try:
-        trainer.fit(module, datamodule=data)
-    except SystemExit:  # what Lightning makes of Ctrl-C
-        if trainer.interrupted:
-            raise KeyboardInterrupt from None
-        raise
+            LastCheckpoint(folder / LAST, settings.trainer.checkpoint_minutes, request, metrics),
+        ]
+        trainer = trainer_for(
+            settings,
+            callbacks,
+            logger=[metrics, *([wandb] if wandb is not None else [])],
+            enable_checkpointing=True,
+            enable_progress_bar=True,
+            plugins=[AtomicCheckpoints()],
+        )
+        try:
+            trainer.fit(module, datamodule=module.data, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            if trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
+    if pruning.pruner is None:  # it was stopped after its last step: there was nothing left to train
+        pruning.on_train_start(trainer, module)
     module.model.to("cpu")
 
 
-def _pack(
-    settings: Settings, folder: Path, model: nn.Module, supplied: dict[str, Any], data: TextStreams
-) -> PackedModel:
+def _check_graph(settings: Settings, trainer: pl.Trainer) -> None:
+    if not settings.trainer.cuda_graph:
+        return
+    if trainer.strategy.root_device.type != "cuda":
+        raise UserError("trainer.cuda_graph=true needs a CUDA GPU, and this run is on the CPU: leave it at false.")
+    if settings.trainer.accumulate_grad_batches > 1:
+        raise UserError(
+            f"trainer.cuda_graph=true cannot add up gradients "
+            f"(trainer.accumulate_grad_batches={settings.trainer.accumulate_grad_batches}): choose one of the two."
+        )
+
+
+def _pack(settings: Settings, folder: Path, model: nn.Module, data: DataModule) -> PackedModel:
     """Write the packed file, read it back, and make sure that it is the model."""
-    # The path as the data set understood it, absolute, so that it is found from any folder.
-    dataset = settings.dataset | ({"path": data.path} if isinstance(data, Text) else {})
-    about = {"dataset": dataset, "pruning": settings.pruning, "srnn": srnn.__version__}
+    about = {"dataset": data.located(settings.dataset), "pruning": settings.pruning, "srnn": srnn.__version__}
 
     def calibrate(network: nn.Module) -> None:
-        for inputs_BT, _ in islice(data.val_dataloader(), CALIBRATION_BATCHES):
-            network(inputs_BT)
+        for inputs, _ in islice(data.val_dataloader(), CALIBRATION_BATCHES):
+            network(inputs)
 
     wanted = PackedModel.from_model(
-        model, settings.model, supplied, settings.packed.values, settings.packed.structure, data.vocabulary, about,
+        model, settings.model, data.sizes, settings.packed.values, settings.packed.structure, data.vocabulary, about,
         calibrate,
     )  # fmt: skip
     write_packed(folder / "model.safetensors", wanted)
@@ -231,33 +311,29 @@ def _pack(
 
 
 def _score_packed(
-    model: nn.Module, packed: PackedModel, kernel: Kernel, data: TextStreams
+    objective: type[Objective], model: nn.Module, packed: PackedModel, kernel: Kernel, data: DataModule
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """The best checkpoint and its packed form on the whole test text, and how fast the packed form is."""
+    """The best checkpoint and its packed form on the whole test part, and how fast the packed form is."""
     dense, sparse = packed.build_sparse(Dense()), packed.build_sparse(kernel)
-    inputs_BT, _ = next(iter(data.val_dataloader()))
+    inputs, _ = next(iter(data.val_dataloader()))
     with torch.inference_mode():
-        wanted, got = packed.build()(inputs_BT)[0], sparse(inputs_BT)[0]
+        wanted, got = packed.build()(inputs)[0], sparse(inputs)[0]
     error = float((got - wanted).norm() / wanted.norm())
     if not error <= max(READ_BACK_TOLERANCE, kernel.tolerance):
         raise RuntimeError(f"the sparse kernels' outputs are {error:.2g} away from the dense ones'")
-    characters = data.characters["test"]
-    scores = {
-        "test": vars(evaluate(model, data.test_dataloader(), characters, CPU)),
-        "test_packed": vars(evaluate(sparse, data.test_dataloader(), characters, CPU)),
-    }
-    latency: dict[str, Any] = latencies(
-        {"torch": packed.build(), "best": dense, "sparse": sparse}, inputs_BT.reshape(-1)
-    )
+    scores = {"test": objective.score(model, data, "test"), "test_packed": objective.score(sparse, data, "test")}
+    stream_T = inputs.reshape(-1) if data.objective == "next_token" else inputs[0]
+    latency: dict[str, Any] = latencies({"torch": packed.build(), "best": dense, "sparse": sparse}, stream_T)
     for times in latency.values():  # torch's own network, or its layers by the dense backends: what is faster
         times["dense"] = min(times.pop("torch"), times.pop("best"))
-    latency |= {"threads": torch.get_num_threads(), "steps": STEPS, "read_back_error": error}
+    latency |= {"threads": torch.get_num_threads(), "steps": min(STEPS, len(stream_T)), "read_back_error": error}
     latency["choices"] = [str(choice) for choice in kernel.choices.values()] if isinstance(kernel, Auto | Dense) else []
     return scores, latency
 
 
-def _print_ways_on(folder: Path) -> None:
+def _print_ways_on(folder: Path, data: DataModule) -> None:
     console.print(f"Everything is in {folder}", soft_wrap=True)
-    console.print(f"Try it: srnn generate --run {folder} --prompt 'def f(x):'", soft_wrap=True)
+    if data.vocabulary is not None:
+        console.print(f"Try it: srnn generate --run {folder} --prompt 'def f(x):'", soft_wrap=True)
     if command := sync_command(folder):
         console.print(f"Upload to W&B: {command}", soft_wrap=True)

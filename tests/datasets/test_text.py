@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srnn.datasets import PythonSource, Text
-from srnn.datasets.text import IGNORED, Streams
+from srnn.datasets.text import IGNORED, stream_batches, streams
 from srnn.errors import UserError
 from srnn.vocabulary import Vocabulary
 
@@ -19,11 +19,11 @@ def poem(tmp_path):
     return path
 
 
-@given(count=st.integers(2, 300), streams=st.integers(1, 8), length=st.integers(1, 20))
+@given(count=st.integers(2, 300), rows=st.integers(1, 8), length=st.integers(1, 20))
 @settings(deadline=None)
-def test_every_token_but_the_first_is_a_target_once(count, streams, length):
+def test_every_token_but_the_first_is_a_target_once(count, rows, length):
     tokens = np.arange(count)
-    batches = list(Streams(tokens, streams, length))
+    batches = list(stream_batches(*streams(tokens, rows), length))
     targets = torch.cat([t.flatten() for _, t in batches])
     assert sorted(targets[targets != IGNORED].tolist()) == list(range(1, count))
     for inputs, wanted in batches:
@@ -32,8 +32,8 @@ def test_every_token_but_the_first_is_a_target_once(count, streams, length):
 
 
 def test_a_row_goes_on_in_the_next_batch():
-    streams = Streams(np.arange(101), 4, 10)
-    rows = torch.cat([inputs for inputs, _ in streams], dim=1)
+    batches = stream_batches(*streams(np.arange(101), 4), 10)
+    rows = torch.cat([inputs for inputs, _ in batches], dim=1)
     assert rows.tolist() == [list(range(25 * row, 25 * row + 25)) for row in range(4)]
 
 

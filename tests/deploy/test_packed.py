@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import srnn
-from srnn.deploy.packed import PackedModel, _checksum, read, read_weights, write
+from srnn.deploy.packed import PackedModel, _checksum, _describe, load, read, read_weights, write
 from srnn.errors import UserError
 from srnn.kernels import Dense
+from srnn.models import gru
 from srnn.registry import register
 from srnn.sparse import DTYPES
 from srnn.vocabulary import Vocabulary
@@ -123,7 +124,7 @@ def test_eight_times_smaller_at_90_percent(tmp_path):
 def test_the_file_holds_no_pickle_and_says_what_it_is(file):
     length = int.from_bytes(file.read_bytes()[:8], "little")
     header = json.loads(json.loads(file.read_bytes()[8 : 8 + length])["__metadata__"]["srnn"])
-    assert header["format"] == 2
+    assert header["format"] == 3
     assert header["model"] == CONFIG
     assert header["matrices"]["rnn.weight_hh_l0"] == {
         "structure": "element",
@@ -223,9 +224,49 @@ def rewritten(file, change):
     save_file(load_file(file), file, {"srnn": json.dumps(header)})
 
 
+def test_files_of_format_2_are_still_read(tmp_path):
+    """As the second version wrote them: no tied weights."""
+    packed = pack(sparse_model())
+    header = {
+        "format": 2,
+        "model": packed.model,
+        "supplied": packed.supplied,
+        "matrices": {n: _describe(m) for n, m in packed.matrices.items()},
+        "vocabulary": packed.vocabulary.to_dict(),
+        "about": packed.about,
+    }
+    header["sha256"] = _checksum(header, packed.tensors())
+    save_file(packed.tensors(), tmp_path / "m", {"srnn": json.dumps(header)})
+    old = read(tmp_path / "m").state_dict()
+    assert all(torch.equal(old[n], w) for n, w in packed.state_dict().items())
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_tied_weight_is_stored_once(tmp_path, sparse):
+    config = {"name": "gru", "hidden_size": 16, "embedding_size": 16, "tie_embeddings": True}
+    model = gru(16, 16, tie_embeddings=True, vocabulary_size=40).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if sparse and weight.ndim == 2:
+                weight.mul_(torch.rand_like(weight) < 0.1)
+    packed = PackedModel.from_model(model, config, {"vocabulary_size": 40})
+    write(tmp_path / "m.safetensors", packed)
+    back = read(tmp_path / "m.safetensors")
+    assert back.tied == {"decoder.weight": "embedding.weight"}
+    assert not [name for name in back.tensors() if name.startswith("decoder.weight")]
+    built, tokens = back.build(), torch.randint(0, 40, (2, 9))
+    assert built.decoder.weight is built.embedding.weight
+    torch.testing.assert_close(built(tokens)[0], model(tokens)[0])
+    for kernel in (Dense(), "auto"):
+        torch.testing.assert_close(load(tmp_path / "m.safetensors", kernel)(tokens)[0], model(tokens)[0])
+    rewritten(tmp_path / "m.safetensors", lambda header: header.update(tied={"decoder.weight": "nothing"}))
+    with pytest.raises(UserError, match="damaged"):
+        read(tmp_path / "m.safetensors")
+
+
 def test_a_newer_format_asks_for_an_upgrade(file):
-    rewritten(file, lambda header: header.update(format=3))
-    with pytest.raises(UserError, match=r"format 3; this srnn reads 1 to 2: upgrade"):
+    rewritten(file, lambda header: header.update(format=4))
+    with pytest.raises(UserError, match=r"format 4; this srnn reads 1 to 3: upgrade"):
         read(file)
 
 

@@ -50,6 +50,14 @@ def test_a_tie_goes_to_dense(monkeypatch):
     assert measure("something", {"torch": None, "cpu": None}, CPU, {}).winner == "torch"
 
 
+def test_a_backend_can_wait_to_be_asked(monkeypatch):
+    from srnn.kernels import Csr
+
+    assert "csr" in Auto()._all
+    monkeypatch.setattr(Csr, "unasked", False)
+    assert "csr" not in Auto()._all
+
+
 def test_auto_measures_once_and_remembers(monkeypatch, caplog):
     caplog.set_level("INFO", "srnn.kernels")
     first = Auto()

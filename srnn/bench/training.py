@@ -1,0 +1,120 @@
+"""Timing training: a pass through the data by the run's own loop, and by a bare loop of the same model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from srnn.config import Settings
+from srnn.pruning.callback import PruningCallback
+from srnn.registry import register
+from srnn.training.objectives import NextToken, sum_of_losses
+from srnn.training.run import quiet, trainer_for
+
+Module = Any
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How long the passes of one loop took.
+
+    Attributes:
+        loop: ``bare``, ``srnn`` (dense) or ``srnn, pruned``.
+        seconds: the median pass, validation excluded.
+        steps: of a pass.
+        pruning_share: of the time, inside pruning; pruning's passes only.
+    """
+
+    loop: str
+    seconds: float
+    steps: int
+    pruning_share: float = 0.0
+
+
+class _Clock(pl.Callback):
+    """Wall time of each pass, the device's work included."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start."""
+        _finish()
+        self._began = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop."""
+        _finish()
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def bare_loop(module: Module, clip: float | None, epochs: int, device: torch.device) -> list[float]:
+    """Seconds of each pass of the loop one would write by hand: eager, fp32 unless autocast is on around it."""
+    model, data = module.model.to(device).train(), module.data
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.002)
+    seconds = []
+    for _ in range(epochs):
+        _finish()
+        began, state = time.perf_counter(), None
+        for inputs, targets in data.limited("train"):
+            logits, state = model(inputs.to(device), state)
+            state = tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach()
+            loss = sum_of_losses(logits, targets := targets.to(device)) / targets.numel()
+            optimizer.zero_grad()
+            loss.backward()
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+        _finish()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def compare(settings: Settings, repeats: int = 3) -> list[Pass]:
+    """Passes of the bare loop, of srnn's loop without pruning, and with it; in turns, ``repeats`` times.
+
+    Args:
+        settings: a config of a language model, with at least five epochs.
+        repeats: turns.
+    """
+    quiet()
+    trainer = trainer_for(settings, [])
+    device = trainer.strategy.root_device
+    times: dict[str, list[float]] = {"bare": [], "srnn": [], "srnn, pruned": []}
+    share, steps = 0.0, 0
+    for _ in range(repeats):
+        module = _module(settings)
+        steps = len(module.data.train_dataloader())
+        precision = settings.trainer.precision
+        dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
+        with torch.autocast(device.type, dtype, enabled=precision != "32-true"):
+            times["bare"] += bare_loop(module, settings.trainer.gradient_clip_val, settings.trainer.epochs, device)[1:]
+        for name in ("srnn", "srnn, pruned"):
+            clock, module = _Clock(), _module(settings)
+            method = register.build("pruning", settings.pruning if "pruned" in name else {"name": "none"})
+            pruning = PruningCallback(method, module.model)
+            trainer_for(settings, [pruning, clock]).fit(module, module.data.train_dataloader())
+            times[name] += clock.seconds[1:]
+            if "pruned" in name and pruning.pruner is not None:
+                share = pruning.pruner.seconds / sum(clock.seconds)
+    return [Pass(name, median(t), steps, share if "pruned" in name else 0.0) for name, t in times.items()]
+
+
+def _module(settings: Settings) -> NextToken:
+    pl.seed_everything(settings.seed, workers=True, verbose=False)
+    data = register.build("dataset", settings.dataset)
+    data.setup()
+    if settings.trainer.limit_train_batches is not None:
+        data.limits["train"] = settings.trainer.limit_train_batches
+    model = register.build("model", settings.model, **data.sizes)
+    return NextToken(model, settings.optimizer, data, settings.trainer.cuda_graph)

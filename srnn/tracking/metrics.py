@@ -1,0 +1,77 @@
+"""``metrics.csv``: every number a run logged."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+from srnn.files import write_atomically
+
+SECONDS = 5.0  # between two writes while a run goes on
+
+
+class MetricsFile(Logger):
+    """Lightning's logger for a CSV file that a stopped run goes on with. Always whole on disk.
+
+    Attributes:
+        rows: what was logged, a row a call.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self._saved = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        """Lightning wants one."""
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        """Lightning wants one."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """They are in ``config.yaml``."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add a row."""
+        self.rows.append({**metrics, "step": step})
+        if time.monotonic() - self._saved > SECONDS:
+            self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write all rows."""
+        self._saved = time.monotonic()
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.path, text.getvalue().encode())
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write the rest."""
+        self.save()
+
+    def go_on_from(self, count: int) -> None:
+        """Take over the first ``count`` rows of the file; later ones are logged again."""
+        if not self.path.is_file():  # a run whose checkpoint was carried elsewhere
+            return
+        with self.path.open(newline="") as file:
+            rows = [{name: cell for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+        self.rows = rows[:count]

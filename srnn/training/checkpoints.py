@@ -1,0 +1,150 @@
+"""Checkpoints from which a stopped run goes on, bit for bit on a CPU."""
+
+from __future__ import annotations
+
+import io
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from srnn.deploy.packed import read_checkpoint
+from srnn.files import write_atomically
+from srnn.terminal import console
+from srnn.tracking.metrics import MetricsFile
+
+LAST = Path("checkpoints/last.ckpt")  # in a run's folder
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are written whole or not at all, and read without running any code in them."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Through memory, then into place."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_atomically(Path(path), buffer.getvalue())
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Onto the CPU. Raises UserError for a damaged file."""
+        return read_checkpoint(Path(path))
+
+
+class StopRequest:
+    """Whether somebody asked the run to stop."""
+
+    asked = False
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """While inside, Ctrl-C and SIGTERM ask; asked a second time, they interrupt at once."""
+    request = StopRequest()
+
+    def ask(number: int, frame: Any) -> None:
+        if request.asked:
+            raise KeyboardInterrupt
+        request.asked = True
+        console.print("stopping after this step; once more stops at once")
+
+    if threading.current_thread() is not threading.main_thread():  # only it may handle signals
+        yield request
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps the checkpoint a run goes on from: after every pass, every so many minutes, and when asked to stop.
+
+    Beside what Lightning saves it holds the state of all random generators and the number of rows in ``metrics.csv``.
+
+    Args:
+        path: the file, replaced each time.
+        minutes: a longer pass is saved in between.
+        request: a stop it obeys after the step that runs.
+        metrics: the run's ``metrics.csv``.
+    """
+
+    def __init__(self, path: Path, minutes: float, request: StopRequest, metrics: MetricsFile) -> None:
+        self.path = path
+        self.minutes = minutes
+        self.request = request
+        self.metrics = metrics
+        self._saved = time.monotonic()
+        self._step = 0
+        self._random: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note where the run starts."""
+        self._step = trainer.global_step
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Before the first step of a resumed run, random numbers go on where they were."""
+        if self._random is not None:
+            set_random_state(self._random)
+            self._random = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
+        """Save if it is time: only after a whole step, and not at the end of a pass, whose validation follows."""
+        stepped, self._step = trainer.global_step > self._step, trainer.global_step
+        due = time.monotonic() - self._saved > 60 * self.minutes
+        last = rest[-1] + 1 >= trainer.num_training_batches
+        if stepped and not last and (due or self.request.asked):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save every pass, after its validation."""
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        self.metrics.save()
+        trainer.save_checkpoint(self.path)
+        self._saved = time.monotonic()
+        if self.request.asked:
+            raise KeyboardInterrupt
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        """Add what Lightning does not save."""
+        checkpoint["random"] = random_state()
+        checkpoint["metrics_rows"] = len(self.metrics.rows)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        """Take it up again."""
+        self._random = checkpoint["random"]
+        self.metrics.go_on_from(checkpoint["metrics_rows"])
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator, as plain data."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put every random generator there."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all([part.cpu() for part in state["cuda"]])

@@ -1,0 +1,56 @@
+"""A network's training step replayed from a CUDA graph: small networks wait for kernel launches otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Graphed:
+    """Calls a network, forward and backward from a CUDA graph, one graph a shape of its inputs.
+
+    Parameters keep their memory, so optimisers and pruning in place go on as ever. Gradients are valid until the
+    next call, so they cannot be added up over calls.
+
+    Args:
+        model: ``outputs, state = model(inputs, state)`` with a tensor or a pair of tensors as state.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        # Graphs are recorded on a stream of their own, which torch warns of at every step.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+        self._graphs: dict[tuple[int, ...], Any] = {}
+
+    def __call__(self, inputs: Tensor, state: Any = None) -> Any:
+        """As the network; a state of None starts from zero."""
+        if state is None:
+            state = self._zero_state(inputs)
+        shape = tuple(inputs.shape)
+        if shape not in self._graphs:
+            samples = (torch.zeros_like(inputs), _map(torch.zeros_like, state))
+            # Without the cache, as casts of weights have to happen in the graph.
+            with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False):
+                self._graphs[shape] = torch.cuda.make_graphed_callables(_Call(self.model), samples)
+        return self._graphs[shape](inputs, state)
+
+    @torch.no_grad()
+    def _zero_state(self, inputs: Tensor) -> Any:
+        return _map(torch.zeros_like, self.model(inputs[:, :1])[1])
+
+
+class _Call(nn.Module):
+    """The network as a module of its own: graphing replaces a module's ``forward``, and the network's must stay."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, state: Any) -> Any:
+        return self.model(inputs, state)
+
+
+def _map(function: Any, state: Any) -> Any:
+    return tuple(map(function, state)) if isinstance(state, tuple) else function(state)

@@ -1,0 +1,108 @@
+"""What the documentation says is tried: links, commands, code blocks, presets."""
+
+import re
+import shlex
+
+import pytest
+
+from srnn.__main__ import COMMANDS, main
+from srnn.config import check_command_line, conf_folder, presets
+from srnn.datasets import PennTreebank
+from tests.conftest import ROOT, SMALL
+
+FILES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+QUICK = [*SMALL, "tracking.mode=disabled", "kernel=dense"]
+
+
+def commands():
+    """Every command line of srnn's in the documents and at the head of the presets, without its comment."""
+    found = []
+    for file in FILES:
+        for block in re.findall(r"```bash\n(.*?)```", (ROOT / file).read_text(), flags=re.DOTALL):
+            found += [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("srnn ")]
+    for path in (conf_folder() / "experiment").glob("*.yaml"):
+        found += [shlex.split(c) for c in re.findall(r"srnn (experiment=[^(\n]*)", path.read_text())]
+    return sorted({" ".join(map(shlex.quote, words if words[0] != "srnn" else words[1:])) for words in found})
+
+
+def is_train(words):
+    return words[0] not in COMMANDS and not words[0].startswith("resume=")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with all that the documents' commands name."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "books").mkdir()
+    text = "".join(f"It was the {word} of times.\n" for word in ("best", "worst", "age", "epoch")) * 200
+    (folder / "books/a.txt").write_text(text)
+    (folder / "book.txt").write_text(text)
+    (folder / "ptb").mkdir()
+    for source in PennTreebank.sources.values():
+        (folder / "ptb" / source.name).write_text(text)
+    assert main([*QUICK, f"hydra.run.dir={folder}/outputs/RUN"]) == 0
+    (folder / "theirs.pt").write_bytes((folder / "outputs/RUN/checkpoints/best.ckpt").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_links_lead_somewhere(file):
+    text = (ROOT / file).read_text()
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        there = (ROOT / file).parent / target if target else ROOT / file
+        assert there.exists(), f"{file}: {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+            heads = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in heads, f"{file}: {target}#{anchor}"
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if is_train(shlex.split(c))])
+def test_commands_compose(command):
+    check_command_line(shlex.split(command))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in commands() if "resume=" not in c])
+def test_commands_run(command, folder, monkeypatch, tmp_path, capsys):
+    words = shlex.split(command)
+    monkeypatch.chdir(folder)
+    if is_train(words):
+        if "trainer=gpu" in words or "-m" in words:
+            pytest.skip("needs a GPU, or is tried elsewhere")
+        ours = [o for o in QUICK if "init_from" not in command or not o.startswith("model")]
+        if "dataset=adding" in words or "dataset=digits" in words:
+            ours = [o for o in ours if not o.startswith(("dataset.sequence", "model.embedding"))]
+        words = [w for w in words if "model.hidden_size" not in w] + ours + [f"hydra.run.dir={tmp_path}/run"]
+        words += ["dataset.folder=ptb"] if "ptb" in command else []
+        words += ["model.hidden_size=24", "model.embedding_size=8"] if "init_from" in command else []
+        words = [w for w in words if w != "model=lstm" or "theirs.pt" not in command]
+    elif "bench=training" in words:
+        words = ["bench", "bench=training", f"output={tmp_path}", f"config={' '.join(SMALL)}"]
+    elif "bench=stream" in words:
+        words += ["steps=20", f"output={tmp_path}"]
+    elif words[0] == "bench":  # its options, on a small layer
+        words += ["limit=2", "threads=1", f"output={tmp_path}"]
+        words += [] if "run=outputs/RUN" in words else ["shapes=gru:64"]
+    elif words[0] == "export":  # the network here is not pruned in blocks
+        words = [w for w in words if not w.startswith("structure")]
+    assert main(words) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", presets("experiment"))
+def test_every_preset_runs_fast(name, folder, tmp_path):
+    small = ["model.hidden_size=20", "model.embedding_size=20", "tracking.mode=disabled", "kernel=dense"]
+    chosen = [f"experiment={name}", "trainer=fast", f"dataset.folder={folder}/ptb", *small]
+    assert main([*chosen, f"hydra.run.dir={tmp_path}/run"]) == 0
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if "```python" in (ROOT / f).read_text()])
+def test_python_runs(file, capsys):
+    from srnn.registry import register
+
+    before = dict(register.components)
+    try:
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), flags=re.DOTALL):
+            exec(compile(block, file, "exec"), {"__name__": "block"})
+    finally:
+        register.components = before
