@@ -9,32 +9,35 @@ from torch import Tensor, nn
 
 
 class Graphed:
-    """Calls a network, forward and backward from a CUDA graph, one graph a shape of its inputs.
+    """Calls a network, forward and backward from a CUDA graph; inputs of another shape than the example's run eagerly.
 
-    Parameters keep their memory, so optimisers and pruning in place go on as ever. Gradients are valid until the
-    next call, so they cannot be added up over calls.
+    The graph is recorded at the first call, when no step's gradients are alive: recording must not meet them.
+    Parameters keep their memory, so optimisers and pruning in place go on as ever. Gradients are valid until the next
+    call, so they cannot be added up over calls.
 
     Args:
         model: ``outputs, state = model(inputs, state)`` with a tensor or a pair of tensors as state.
+        example: inputs of the shape that most batches have.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
         self.model = model
+        self.example = example
         # Graphs are recorded on a stream of their own, which torch warns of at every step.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-        self._graphs: dict[tuple[int, ...], Any] = {}
+        self._graph: Any = None
 
     def __call__(self, inputs: Tensor, state: Any = None) -> Any:
         """As the network; a state of None starts from zero."""
-        if state is None:
-            state = self._zero_state(inputs)
-        shape = tuple(inputs.shape)
-        if shape not in self._graphs:
-            samples = (torch.zeros_like(inputs), _map(torch.zeros_like, state))
+        if self._graph is None:
+            example = self.example.to(inputs.device)
             # Without the cache, as casts of weights have to happen in the graph.
             with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False):
-                self._graphs[shape] = torch.cuda.make_graphed_callables(_Call(self.model), samples)
-        return self._graphs[shape](inputs, state)
+                samples = (example, self._zero_state(example))
+                self._graph = torch.cuda.make_graphed_callables(_Call(self.model), samples)
+        if inputs.shape != self.example.shape:
+            return self.model(inputs, state)
+        return self._graph(inputs, self._zero_state(inputs) if state is None else state)
 
     @torch.no_grad()
     def _zero_state(self, inputs: Tensor) -> Any:

@@ -48,7 +48,9 @@ class Objective(pl.LightningModule):
         self.optimizer_config = dict(optimizer)
         self.data = data
         self.train_loss: Tensor | None = None
-        self.call: Callable[..., Any] = Graphed(model) if cuda_graph else model.__call__
+        self.call: Callable[..., Any] = model.__call__
+        if cuda_graph:
+            self.call = Graphed(model, data.batches("train").fetch(0, 0)[0])
         self.metric: Any = None  # of the validation that runs; no submodule, so that checkpoints hold the model alone
 
     def configure_optimizers(self) -> Any:

@@ -14,7 +14,7 @@ from tests.conftest import SMALL
 
 def losses(model, calls, dtype):
     """Of some steps of training with masks in place, as a run does it."""
-    call = Graphed(model) if calls == "graphed" else model
+    call = Graphed(model, torch.zeros(5, 12, dtype=torch.int64)) if calls == "graphed" else model
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     random = torch.Generator(device="cuda").manual_seed(0)
     state, found = None, []
