@@ -171,3 +171,15 @@ def test_a_full_disk_ends_a_run_and_leaves_it_resumable(tmp_path, capsys, monkey
     assert not list((tmp_path / "run").rglob(".*")), "nothing half-written is left"
     assert main([f"resume={tmp_path}/run"]) == 0
     check_same_run(whole, tmp_path / "run")
+
+
+def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch, capsys):
+    chosen = [o for o in RUN if not o.startswith("tracking")]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 9)
+        assert main([*chosen, f"hydra.run.dir={tmp_path}/run"]) == 130
+    assert main([f"resume={tmp_path}/run"]) == 0
+    parts = sorted((tmp_path / "run/wandb").glob("offline-run-*"))
+    assert len(parts) == 2
+    assert len({part.name.rpartition("-")[2] for part in parts}) == 1
+    assert f"wandb sync --append {parts[0]} {parts[1]}" in capsys.readouterr().out
