@@ -96,7 +96,7 @@ def has_key() -> bool:
 def sync_command(folder: Path) -> str | None:
     """What uploads an offline run later, the parts of a resumed one in order; None if there is none."""
     runs = [run for run in _runs(folder) if run.name.startswith("offline")]
-    return f"wandb sync {'--append ' if len(runs) > 1 else ''}{' '.join(map(str, runs))}" if runs else None
+    return f"wandb sync {' '.join(map(str, runs))}" if runs else None
 
 
 def _runs(folder: Path) -> list[Path]:

@@ -182,4 +182,4 @@ def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch, capsys):
     parts = sorted((tmp_path / "run/wandb").glob("offline-run-*"))
     assert len(parts) == 2
     assert len({part.name.rpartition("-")[2] for part in parts}) == 1
-    assert f"wandb sync --append {parts[0]} {parts[1]}" in capsys.readouterr().out
+    assert f"wandb sync {parts[0]} {parts[1]}" in capsys.readouterr().out
