@@ -62,7 +62,12 @@ class Format:
         return f"{100 * self.sparsity:g} % {self.structure} {self.values}"
 
 
-DENSE = Format(0.0, "element", "fp32")
+FLOATS: dict[Values, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def dense_format(dtype: torch.dtype) -> Format:
+    """Of the dense baselines, which compute in the dtype of the inputs."""
+    return Format(0.0, "element", next(name for name, other in FLOATS.items() if other == dtype))
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,21 @@ def pruned(rows: int, columns: int, gates: int, format: Format, generator: torch
     """A random matrix with so many blocks of its structure zero, to the nearest block."""
     height = 1 if format.structure == "element" else int(format.structure.removesuffix("x1"))
     per_gate = math.ceil(rows // gates / height)
-    scores = torch.rand(gates * per_gate, columns, generator=generator, dtype=torch.float64)
+    device = generator.device
+    scores = torch.rand(gates * per_gate, columns, generator=generator, dtype=torch.float64, device=device)
     zeros = round(format.sparsity * scores.numel())
-    kept = scores > scores.flatten().kthvalue(zeros).values if zeros else scores >= 0
+    kept = scores > _smallest(scores, zeros) if zeros else scores >= 0
     units = kept.view(gates, per_gate, columns).repeat_interleave(height, dim=1)[:, : rows // gates]
-    weight = torch.randn(rows, columns, generator=generator) / math.sqrt(columns * max(0.01, 1 - format.sparsity))
+    weight = torch.randn(rows, columns, generator=generator, device=device) / math.sqrt(
+        columns * max(0.01, 1 - format.sparsity)
+    )
     return weight * units.reshape(rows, columns)
+
+
+def _smallest(scores: Tensor, k: int) -> Tensor:
+    """The k-th smallest; torch selects it slowly on a GPU."""
+    flat = scores.flatten()
+    return flat.sort().values[k - 1] if flat.is_cuda else flat.kthvalue(k).values
 
 
 @dataclass
@@ -110,7 +124,7 @@ class Problem:
     weights: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        shape, generator = self.case.shape, torch.Generator().manual_seed(self.seed)
+        shape, generator = self.case.shape, torch.Generator(self.device).manual_seed(self.seed)
 
         def matrix(rows: int, columns: int, gates: int) -> SparseMatrix:
             dense = pruned(rows, columns, gates, self.format, generator)
@@ -121,7 +135,7 @@ class Problem:
         else:
             gates = GATES[shape.kind]
             rows = gates * shape.outputs
-            bias = torch.randn(2, rows, generator=generator) * 0.1
+            bias = torch.randn(2, rows, generator=generator, device=self.device) * 0.1
             w_ih, w_hh = matrix(rows, shape.inputs, gates), matrix(rows, shape.outputs, gates)
             self.weights = LayerWeights(shape.kind, w_ih, w_hh, bias[0], bias[1])
 
@@ -165,6 +179,7 @@ class Plan:
     batches: tuple[int, ...] = (1,)
     threads: tuple[int, ...] = (1,)
     steps: int = 100
+    dtype: torch.dtype = torch.float32
 
     def cases(self) -> Iterator[Case]:
         """Smallest number of streams first, so that a limit leaves out the least interesting."""
@@ -197,6 +212,17 @@ NAMED = {
         sparsities=(0.9, 0.95),
         values=("fp32", "fp16"),
         batches=(1, 4, 1500, 6000),
+    ),
+    "gpu": Plan(
+        tuple(
+            map(Shape.parse, ("gru:2560", "gru:1024", "gru:1760", "gru:3568", "lstm:1500", "tanh:1760", "tanh:3072"))
+        ),
+        sparsities=(0.9, 0.95),
+        structures=("element", "16x1", "32x1"),
+        values=("fp16",),
+        batches=(1, 16, 64),
+        steps=256,
+        dtype=torch.float16,
     ),
     "stream": Plan((Shape.parse("gru:1024"),), sparsities=(0.9,), structures=("16x1",), values=("fp32", "fp16")),
 }

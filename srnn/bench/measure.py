@@ -12,14 +12,16 @@ import numpy as np
 import torch
 
 import srnn
-from srnn.bench.cases import DENSE, Case, Format, Plan, Problem
+from srnn.bench.cases import Case, Format, Plan, Problem, dense_format
 from srnn.kernels.choose import hardware
 from srnn.kernels.contract import Kernel
 from srnn.kernels.dense import Int8, OneDnn, Torch
-from srnn.kernels.timing import Call, interleaved
+from srnn.kernels.timing import Call, graphed, interleaved
 
 ROUNDS = 30
 CHECKED_STEPS = 8  # of the sequence whose outputs are compared; more only adds up the same errors
+# What outputs rounded to their dtype may differ by.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 BASELINES: dict[str, Kernel] = {"torch": Torch(), "onednn": OneDnn(), "int8": Int8()}
 
 
@@ -29,7 +31,7 @@ class Row:
 
     Attributes:
         error: relative norm of the outputs from float64's with the same weights; if too large, there are no times.
-        over_fp32: how many times faster than the fastest fp32 dense.
+        over_dense: how many times faster than the fastest dense in the inputs' dtype.
         over_int8: the same over dynamic int8; None where that cannot run.
     """
 
@@ -47,7 +49,7 @@ class Row:
     median_us: float | None
     p20_us: float | None
     p80_us: float | None
-    over_fp32: float | None
+    over_dense: float | None
     over_int8: float | None
 
 
@@ -73,6 +75,8 @@ def measure(
     rows: list[Row] = []
     left_out: list[str] = []
     cases, began, threads = list(plan.cases()), time.monotonic(), torch.get_num_threads()
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # else dense fp32 layers on a GPU are not
     try:
         for index, case in enumerate(cases):
             left = limit - (time.monotonic() - began)
@@ -80,24 +84,33 @@ def measure(
                 left_out += [f"{rest}: the time was over (--limit={limit:g})" for rest in cases[index:]]
                 break
             torch.set_num_threads(case.threads)
-            found, reasons = measure_case(case, plan.formats(), kernels, device, left / (len(cases) - index))
+            found, reasons = measure_case(
+                case, plan.formats(), kernels, device, left / (len(cases) - index), plan.dtype
+            )
             left_out += reasons
             rows += found
             report(case, found)
     finally:
         torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32 = tf32
     return rows, left_out
 
 
 def measure_case(
-    case: Case, formats: Sequence[Format], kernels: Mapping[str, Kernel], device: torch.device, seconds: float
+    case: Case,
+    formats: Sequence[Format],
+    kernels: Mapping[str, Kernel],
+    device: torch.device,
+    seconds: float,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[list[Row], list[str]]:
-    """Measure one case with all formats, in turns."""
+    """Measure one case with all formats, in turns; on a GPU each call also as a CUDA graph."""
     calls: dict[tuple[str, Format], Call] = {}
     errors: dict[tuple[str, Format], float] = {}
     left_out = []
-    for format, several in ((DENSE, BASELINES), *((f, kernels) for f in formats)):
-        problem = Problem(case, format, device)
+    baseline = dense_format(dtype)
+    for format, several in ((baseline, BASELINES), *((f, kernels) for f in formats)):
+        problem = Problem(case, format, device, dtype)
         steps = min(case.steps, CHECKED_STEPS)
         truth = problem.truth(steps)
         for name, kernel in several.items():
@@ -108,15 +121,37 @@ def measure_case(
                 left_out.append(f"{case} {name}: {reason}")
                 continue
             ready = problem.prepare(kernel)
-            errors[name, format] = relative_error(ready(steps)(), truth)
-            if errors[name, format] <= kernel.tolerance:
-                calls[name, format] = ready(case.steps)
-            else:
-                left_out.append(f"{case} {name} {format}: WRONG, its error is {errors[name, format]:.1e}")
+            variants = {name: ready(steps)}
+            if device.type == "cuda":
+                try:
+                    variants[f"{name}, graph"] = _graph_that_returns(ready(steps), device)
+                except RuntimeError as error:
+                    left_out.append(f"{case} {name}, graph: {str(error).splitlines()[0]}")
+            for variant, call in variants.items():
+                away = errors[variant, format] = relative_error(call(), truth)
+                if not away <= max(kernel.tolerance, ROUNDING[dtype]):
+                    left_out.append(f"{case} {variant} {format}: WRONG, its error is {away:.1e}")
+                elif variant == name:
+                    calls[variant, format] = ready(case.steps)
+                else:
+                    calls[variant, format] = graphed(ready(case.steps), device)[0]
     keys = list(calls)
     times = interleaved({str(i): calls[key] for i, key in enumerate(keys)}, device, ROUNDS, seconds)
     measured = {key: np.array(times[str(i)]) for i, key in enumerate(keys)}
-    return _rows(case, errors, measured, device), left_out
+    return _rows(case, errors, measured, device, baseline), left_out
+
+
+def _graph_that_returns(call: Call, device: torch.device) -> Call:
+    """Its result poisoned before each replay."""
+    replay, result = graphed(call, device)
+
+    def run() -> object:
+        with torch.inference_mode():
+            result.fill_(torch.nan)
+            replay()
+            return result.clone()
+
+    return run
 
 
 def relative_error(outputs: Any, truth: torch.Tensor) -> float:
@@ -124,12 +159,15 @@ def relative_error(outputs: Any, truth: torch.Tensor) -> float:
     return float((outputs.double() - truth).norm() / truth.norm())
 
 
-def _rows(case: Case, errors: dict[Any, float], times: dict[Any, Any], device: torch.device) -> list[Row]:
+def _rows(
+    case: Case, errors: dict[Any, float], times: dict[Any, Any], device: torch.device, baseline: Format
+) -> list[Row]:
     def median(key: Any) -> float | None:
         return float(np.median(times[key])) if key in times else None
 
-    dense = [m for name in ("torch", "onednn") if (m := median((name, DENSE))) is not None]
-    fp32, int8 = min(dense, default=None), median(("int8", DENSE))
+    names = {name for name, format in times if format == baseline and not name.startswith("int8")}
+    dense = [m for name in names if (m := median((name, baseline))) is not None]
+    best, int8 = min(dense, default=None), median(("int8", baseline))
     rows = []
     for (name, format), error in errors.items():
         mine = median((name, format))
@@ -142,7 +180,7 @@ def _rows(case: Case, errors: dict[Any, float], times: dict[Any, Any], device: t
                 steps=case.steps,
                 threads=case.threads,
                 backend=name,
-                structure="dense" if format is DENSE else format.structure,
+                structure="dense" if format is baseline else format.structure,
                 values="int8" if name == "int8" else format.values,
                 sparsity=format.sparsity,
                 error=float(f"{error:.2g}"),
@@ -150,7 +188,7 @@ def _rows(case: Case, errors: dict[Any, float], times: dict[Any, Any], device: t
                 median_us=_micro(mine),
                 p20_us=_micro(low),
                 p80_us=_micro(high),
-                over_fp32=_ratio(fp32, mine),
+                over_dense=_ratio(best, mine),
                 over_int8=_ratio(int8, mine),
             )
         )

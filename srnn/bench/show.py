@@ -18,7 +18,7 @@ from srnn.files import write_atomically
 def table(title: str, rows: Sequence[Row]) -> Table:
     """Rows of one case; a sparse backend that is slower than dense is marked."""
     made = Table(title=title, title_justify="left")
-    for column in ("backend", "weights", "median", "20 to 80 %", "over fp32 dense", "over int8 dense", "error"):
+    for column in ("backend", "weights", "median", "20 to 80 %", "over dense", "over int8 dense", "error"):
         made.add_column(column, justify="left" if column in ("backend", "weights") else "right")
     for row in rows:
         weights = "dense" if row.structure == "dense" else f"{100 * row.sparsity:g} % {row.structure}"
@@ -28,7 +28,7 @@ def table(title: str, rows: Sequence[Row]) -> Table:
             f"{weights} {row.values}",
             f"{row.median_us:,.0f} us" if row.median_us else "wrong",
             spread,
-            _speed(row.over_fp32, row.structure == "dense"),
+            _speed(row.over_dense, row.structure == "dense"),
             _speed(row.over_int8, row.structure == "dense"),
             f"{row.error:.0e}",
         )
@@ -51,7 +51,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def plot(path: Path, rows: Sequence[Row]) -> bool:
-    """Speed-up over the best fp32 dense against sparsity: a panel a shape and batch, a line a backend and format.
+    """Speed-up over the best dense against sparsity: a panel a shape and batch, a line a backend and format.
 
     Returns:
         Whether there was anything to draw.
@@ -61,7 +61,7 @@ def plot(path: Path, rows: Sequence[Row]) -> bool:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawn = [row for row in rows if row.structure != "dense" and row.over_fp32 is not None]
+    drawn = [row for row in rows if row.structure != "dense" and row.over_dense is not None]
     if not drawn:
         return False
     shapes = list(dict.fromkeys(row.shape for row in drawn))
@@ -77,7 +77,7 @@ def plot(path: Path, rows: Sequence[Row]) -> bool:
     for panel in panels[-1]:
         panel.set_xlabel("sparsity, %")
     for row_of_panels in panels:
-        row_of_panels[0].set_ylabel("times dense fp32")
+        row_of_panels[0].set_ylabel("times the best dense")
     handles = [plt.Line2D([], [], color=f"C{k}", marker="o", label=line) for k, line in enumerate(lines)]
     handles.append(plt.Line2D([], [], color="0.3", linestyle="--", label="break-even"))
     figure.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
@@ -93,7 +93,7 @@ def _line(row: Row) -> str:
 
 def _panel(axes: Any, rows: Sequence[Row], lines: Sequence[str]) -> None:
     for k, line in enumerate(lines):
-        points = sorted((100 * row.sparsity, row.over_fp32) for row in rows if _line(row) == line)
+        points = sorted((100 * row.sparsity, row.over_dense) for row in rows if _line(row) == line)
         axes.plot([x for x, _ in points], [y for _, y in points], color=f"C{k}", marker="o", markersize=4)
     axes.axhline(1.0, color="0.3", linestyle="--", linewidth=1)
     axes.set_yscale("log", base=2)

@@ -30,15 +30,18 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> Namespace:
     parser = Parser(prog="srnn bench", description="Time dense layers against every backend that can run here.")
-    parser.add_argument("--bench", default="paper", choices=["paper", "deepbench", "stream", "training"],
-                        help="named shapes: those of the paper, DeepBench's products, a stream of single steps, or "
-                             "training, against a bare loop (%(default)s)")  # fmt: skip
+    parser.add_argument("--bench", default="paper", choices=["paper", "deepbench", "gpu", "stream", "training"],
+                        help="named shapes: those of the paper, DeepBench's products, the paper's on a GPU, a "
+                             "stream of single steps, or training, against a bare loop (%(default)s)")  # fmt: skip
     parser.add_argument("--run", metavar="FOLDER", help="a run's packed network instead, or a packed file")
     parser.add_argument("--shapes", help="such as gru:1024,lstm:512,product:7680x2560 instead of the named ones")
     parser.add_argument("--sparsity", help="such as 0.8,0.9,0.95")
     parser.add_argument("--structure", help="such as element,16x1")
     parser.add_argument("--values", help="such as fp32,fp16,bf16,int8")
     parser.add_argument("--batch", help="streams, or columns of a product, such as 1,4,16")
+    parser.add_argument("--device", default=None, choices=["cpu", "cuda"], help="where (cpu; cuda with bench=gpu)")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"],
+                        help="of inputs and outputs, and of dense weights (fp32; fp16 with bench=gpu)")  # fmt: skip
     parser.add_argument("--threads", help="of the CPU, such as 1,2 (what torch uses)")
     parser.add_argument("--steps", type=int, help="of a sequence, 1 for streaming (100)")
     parser.add_argument("--kernels", help="sparse backends, such as cpu,csr (all)")
@@ -70,9 +73,11 @@ def _bench_layers(options: Namespace) -> int:
             raise UserError(f"bench: --kernels={name}: there are {', '.join(known)}.")
     folder = _folder(options)
     kernels = {name: register.build("kernel", {"name": name}) for name in chosen}
+    device = torch.device(options.device or ("cuda" if options.bench == "gpu" else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("bench: device=cuda: torch finds no CUDA GPU here.")
     if options.kernels is None:
-        kernels = {name: kernel for name, kernel in kernels.items() if kernel.unasked}
-    device = torch.device("cpu")
+        kernels = {name: k for name, k in kernels.items() if k.unasked and k.supports(None, device) is None}
     done: list[Row] = []
 
     def report(case: Case, found: list[Row]) -> None:
@@ -90,11 +95,13 @@ def _bench_layers(options: Namespace) -> int:
 
 
 def _plan(options: Namespace, threads: int) -> Any:
-    from srnn.bench.cases import NAMED, Plan, Shape, check_structures
+    from srnn.bench.cases import FLOATS, NAMED, Plan, Shape, check_structures
     from srnn.sparse import DTYPES
 
     shapes = _split(options.shapes, Shape.parse)
-    plan = replace(NAMED[options.bench]) if shapes is None else Plan(shapes, threads=(threads,))
+    plan = NAMED[options.bench] if shapes is None else Plan(shapes, threads=(threads,))
+    if options.bench == "gpu" and shapes is not None:
+        plan = replace(NAMED["gpu"], shapes=shapes)
     structures = _split(options.structure, str)
     values = _split(options.values, str)
     check_structures(structures or ())
@@ -105,6 +112,7 @@ def _plan(options: Namespace, threads: int) -> Any:
         "sparsities": _split(options.sparsity, _number("--sparsity", float, 0, 0.9999)),
         "structures": structures,
         "values": values,
+        "dtype": None if options.dtype is None else FLOATS[options.dtype],
         "batches": _split(options.batch, _number("--batch", int, 1, 1 << 16)),
         "threads": _split(options.threads, _number("--threads", int, 1, os.cpu_count() or 1)),
         "steps": None if options.steps is None else _number("--steps", int, 1, 1 << 20)(str(options.steps)),

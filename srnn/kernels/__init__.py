@@ -5,6 +5,7 @@ from srnn.kernels.contract import Cell, Kernel, Layer, LayerWeights, Product, Re
 from srnn.kernels.cpu.backend import Cpu
 from srnn.kernels.csr import Csr
 from srnn.kernels.dense import StepLoopKernel
+from srnn.kernels.triton.backend import Triton
 
 __all__ = [
     "Auto",
@@ -20,4 +21,5 @@ __all__ = [
     "Recurrence",
     "State",
     "StepLoopKernel",
+    "Triton",
 ]

@@ -33,7 +33,7 @@ from srnn.sparse import SparseMatrix
 log = logging.getLogger("srnn.kernels")
 
 DENSE = ("torch", "onednn", "int8")  # candidates that compute all zeros, too
-STEPS = 16  # of a sequence that is timed
+STEPS = {"cpu": 16, "cuda": 128}  # of a sequence that is timed; on a GPU a launch costs as much as many steps
 ROUNDS = 7
 SECONDS = 1.0  # after which no further round is begun
 # A sparse candidate has to be so much faster than the best dense one; less is noise.
@@ -139,7 +139,7 @@ class _Chooser(Kernel):
         device, dtype = where
         key = f"{hardware(device)}; {dtype}; {' '.join(calls)}"
         known = _remembered(key, what)
-        choice = known or measure(what, {name: make() for name, make in calls.items()}, device, left_out)
+        choice = known or measure(what, _that_run(calls, left_out), device, left_out)
         if known is None:
             _remember(key, choice)
         self.choices[what] = choice
@@ -191,12 +191,13 @@ class _Pick(Generic[P]):
         reasons = {
             name: kernel.supports(self.weights, self.device, self.dtype, batch)
             for name, kernel in self.chooser.candidates().items()
+            if kernel.device_types is None or self.device.type in kernel.device_types
         }
         able = [name for name, reason in reasons.items() if reason is None]
         left_out = {name: reason for name, reason in reasons.items() if reason is not None}
         if not able:
             raise RuntimeError(f"no kernel can run {self.what}: {left_out}")
-        steps = STEPS if sequence else 1
+        steps = STEPS.get(self.device.type, 16) if sequence else 1
         kind = f"{batch} at a time, {'sequences' if sequence else 'single steps'}, {threads} threads"
         what = f"{self.what}, {kind}"
 
@@ -265,6 +266,24 @@ def measure(what: str, calls: Mapping[str, Call], device: torch.device, left_out
     if dense is not None and seconds[winner] > MARGIN * seconds[dense]:
         winner = dense
     return Choice(what, winner, seconds, dict(left_out))
+
+
+def _that_run(calls: Mapping[str, Callable[[], Call]], left_out: dict[str, str]) -> dict[str, Call]:
+    """Candidates made ready and tried once: a sparse one that fails, for lack of memory say, is left out, and why."""
+    able: dict[str, Call] = {}
+    for name, make in calls.items():
+        try:
+            call = make()
+            with torch.inference_mode():
+                call()
+        except Exception as error:
+            if name in DENSE:
+                raise
+            left_out[name] = f"failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            log.warning("%s cannot be used: %s", name, left_out[name])
+        else:
+            able[name] = call
+    return able
 
 
 @functools.cache

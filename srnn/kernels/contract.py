@@ -143,10 +143,12 @@ class Kernel(ABC):
     Attributes:
         tolerance: how far outputs may be from float64's with the same weights, as a relative norm.
         unasked: whether ``auto`` and ``bench`` try it without being told to.
+        device_types: where ``auto`` tries it, such as ``("cuda",)``; None for everywhere.
     """
 
     tolerance: float = 1e-5
     unasked: bool = True
+    device_types: tuple[str, ...] | None = None
 
     @abstractmethod
     def supports(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -13,12 +15,43 @@ Call = Callable[[], object]
 def timed(call: Call, device: torch.device) -> float:
     """Seconds that a call takes, all of its work on the device included."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return _timed_on_gpu(call, device)
     began = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
     return time.perf_counter() - began
+
+
+def _timed_on_gpu(call: Call, device: torch.device) -> float:
+    """Between two events on the device's own clock; where the host is slower than the device, it is the host's time."""
+    torch.cuda.synchronize(device)
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before.record()
+    call()
+    after.record()
+    after.synchronize()
+    return 1e-3 * before.elapsed_time(after)
+
+
+def graphed(call: Call, device: torch.device) -> tuple[Call, Any]:
+    """The call as a CUDA graph's replay, and its result, which each replay writes anew.
+
+    Raises:
+        RuntimeError: what it does cannot be captured.
+    """
+    with torch.cuda.device(device), torch.inference_mode():
+        for _ in range(2):
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+    return partial(_replay, graph, call, result), result
+
+
+def _replay(graph: torch.cuda.CUDAGraph, reads: Call, result: Any) -> Any:
+    """A graph does not keep alive what it reads; the call that was captured does."""
+    graph.replay()
+    return result
 
 
 def interleaved(calls: Mapping[str, Call], device: torch.device, rounds: int, seconds: float) -> dict[str, list[float]]:

@@ -37,11 +37,11 @@ def test_a_bench_leaves_rows_and_a_plot(tmp_path, capsys):
             for backend in ("cpu", "csr") for structure in ("element", "16x1") for sparsity in ("0.5", "0.9")
         }  # fmt: skip
         for row in sparse:
-            assert float(row["over_fp32"]) == pytest.approx(best / float(row["median_us"]), rel=0.01)
+            assert float(row["over_dense"]) == pytest.approx(best / float(row["median_us"]), rel=0.01)
             assert float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"])
             assert float(row["error"]) < 1e-5
     assert "torch " in rows[0]["device"]
-    assert "over fp32 dense" in capsys.readouterr().out
+    assert "over dense" in capsys.readouterr().out
 
 
 class Liar(Cpu):
@@ -59,7 +59,7 @@ def test_a_wrong_result_gets_no_speed():
     plan = Plan((Shape("gru", 12, 12),), (0.5,), ("element",), steps=4)
     rows, left_out = measure(plan, {"liar": Liar()}, CPU, 10, lambda *_: None)
     (row,) = (row for row in rows if row.backend == "liar")
-    assert row.median_us is row.over_fp32 is row.over_int8 is None
+    assert row.median_us is row.over_dense is row.over_int8 is None
     assert any("liar" in line and "WRONG" in line for line in left_out)
 
 

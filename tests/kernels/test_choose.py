@@ -58,6 +58,24 @@ def test_a_backend_can_wait_to_be_asked(monkeypatch):
     assert "csr" not in Auto()._all
 
 
+def test_a_sparse_backend_that_fails_is_left_out(monkeypatch, caplog):
+    from srnn.kernels import Csr
+
+    def fail(*_):
+        raise MemoryError("out of shared memory\nat some line")
+
+    monkeypatch.setattr(Csr, "layer", fail)
+    auto = Auto()
+    run(auto, batch=3)
+    (choice,) = auto.choices.values()
+    assert choice.left_out["csr"] == "failed: out of shared memory"
+    assert "csr" not in choice.seconds
+    assert "csr cannot be used: failed: out of shared memory" in caplog.text
+    monkeypatch.setattr(Torch, "layer", fail)
+    with pytest.raises(MemoryError):
+        run(Auto(), batch=9)
+
+
 def test_auto_measures_once_and_remembers(monkeypatch, caplog):
     caplog.set_level("INFO", "srnn.kernels")
     first = Auto()

@@ -1,0 +1,1 @@
+"""Persistent sparse kernels for GPUs, in Triton."""

@@ -1,0 +1,294 @@
+"""``kernel=triton``: persistent kernels on a GPU."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from srnn.kernels.contract import Kernel, LayerWeights, Product, Recurrence, State
+from srnn.kernels.triton.plan import MOST_UNITS, Layout, lay_out
+from srnn.registry import register
+from srnn.sparse import SparseMatrix
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+# Rows up to which the matrix-vector form of a product is used; above, dot products or dense.
+FEW_ROWS = 4
+MOST_STREAMS = 64  # at a time; more go in slices
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton runs kernels in Python on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _missing() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+    return None
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors; for the interpreter, few."""
+    return 3 if interpreted() else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@register.kernel("triton")
+class Triton(Kernel):
+    """A whole sequence in one launch, the weights on the chip.
+
+    Values of fp16, bf16 or fp32, sums in fp32. ``precision`` is that of products of fp32 with many streams or rows.
+    """
+
+    device_types = ("cuda",)
+
+    def __init__(self, precision: Literal["ieee", "tf32"] = "ieee") -> None:
+        self.precision = precision
+
+    def supports(
+        self,
+        weights: LayerWeights | SparseMatrix | None,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        batch: int = 1,
+    ) -> str | None:
+        """A CUDA GPU of compute capability 7.0 and up, or Triton's interpreter."""
+        if (reason := _missing()) is not None:
+            return reason
+        if device.type == "cuda":
+            if torch.cuda.get_device_capability(device) < (7, 0):
+                return "needs a GPU of compute capability 7.0 or newer"
+        elif not (device.type == "cpu" and interpreted()):
+            return f"runs on CUDA GPUs, not on {device.type}"
+        if dtype not in FLOATS:
+            return f"computes in fp16, bf16 or fp32, not in {dtype}"
+        one = [] if weights is None or isinstance(weights, LayerWeights) else [weights]
+        for matrix in weights.matrices.values() if isinstance(weights, LayerWeights) else one:
+            if matrix.values_name == "int8":
+                return "takes fp16, bf16 or fp32 values, not int8"
+        if isinstance(weights, LayerWeights):
+            if weights.w_hr is not None:
+                return "has no projections of an LSTM's output"
+            if weights.hidden_size > MOST_UNITS:
+                return f"takes up to {MOST_UNITS} hidden units, not {weights.hidden_size}"
+        return None
+
+    def product(self, matrix: SparseMatrix, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> Product:
+        """Sparse for few rows, and for many of tall blocks; else dense."""
+        return _Product(matrix.to(device), None if bias is None else bias.to(device, torch.float32), self.precision)
+
+    def recurrence(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Recurrence:
+        """One launch a sequence."""
+        return _Recurrence(weights, device, dtype, self.precision)
+
+
+class _Product:
+    """``y_MO = x_MI W' + bias``."""
+
+    def __init__(self, matrix: SparseMatrix, bias: Tensor | None, precision: str) -> None:
+        self.matrix, self.bias, self.precision = matrix, bias, precision
+
+    @functools.cached_property
+    def dense(self) -> Tensor:
+        """[O, I], for many rows of short blocks, which lose against cuBLAS."""
+        return self.matrix.to_dense()
+
+    def __call__(self, x_MI: Tensor) -> Tensor:
+        matrix, rows = self.matrix, x_MI.shape[0]
+        many = rows > FEW_ROWS and matrix.height >= 16
+        if not many and (rows > FEW_ROWS or not rows):
+            bias = None if self.bias is None else self.bias.to(x_MI)
+            if x_MI.dtype not in self._cast:
+                self._cast[x_MI.dtype] = self.dense.to(x_MI.dtype)
+            return F.linear(x_MI, self._cast[x_MI.dtype], bias)
+        y_MO = x_MI.new_empty(rows, matrix.shape[0])
+        (self._many if many else self._few)(x_MI, y_MO)
+        return y_MO
+
+    @functools.cached_property
+    def _cast(self) -> dict[torch.dtype, Tensor]:
+        return {}
+
+    def _few(self, x_MI: Tensor, y_MO: Tensor) -> None:
+        from srnn.kernels.triton.products import multiply_few
+
+        m = self.matrix
+        each, kt = (4, 128) if m.height == 1 else (1, max(16, 2048 // m.height))
+        multiply_few[(-(-m.groups // each), x_MI.shape[0])](
+            x_MI.contiguous(), y_MO, m.values, m.columns, m.row_pointers, y_MO if self.bias is None else self.bias,
+            x_MI.shape[1], m.units, m.groups // m.gates, m.gates,
+            N=m.height, GROUPS=each, KT=kt, BIASED=self.bias is not None, num_warps=4,
+        )  # fmt: skip
+
+    def _many(self, x_MI: Tensor, y_MO: Tensor) -> None:
+        from srnn.kernels.triton.products import multiply_many
+
+        m, rows = self.matrix, x_MI.shape[0]
+        tall = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
+        multiply_many[(m.groups, -(-rows // tall))](
+            x_MI.T.contiguous(), y_MO, m.values, m.columns, m.row_pointers, y_MO if self.bias is None else self.bias,
+            rows, m.units, m.groups // m.gates, m.gates,
+            N=m.height, KT=64 if x_MI.dtype != torch.float32 else 32, MT=tall, BIASED=self.bias is not None,
+            PRECISION=self.precision, WIDEN=interpreted() or m.values.dtype != x_MI.dtype, num_warps=4,
+        )  # fmt: skip
+
+
+class _Recurrence(Recurrence):
+    """Chooses the form for the number of streams."""
+
+    def __init__(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype, precision: str) -> None:
+        self.weights, self.device, self.dtype, self.precision = weights, device, dtype, precision
+        self.matrix = weights.w_hh.to(device)
+        bias = weights.new_bias
+        self.new_bias = None if bias is None else bias.to(device, torch.float32)
+        self._failed: Tensor | None = None
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """For ``recur_vectors``."""
+        return lay_out(self.weights.w_hh.to("cpu"), processors(self.device)).to(self.device)
+
+    @property
+    def failed(self) -> Tensor:
+        """A flag that the device sets and the host reads without waiting."""
+        if self._failed is None:
+            self._failed = torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        return self._failed
+
+    def __call__(self, u_NG: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        if int(self.failed):
+            self.failed.zero_()
+            raise RuntimeError(
+                "a persistent kernel gave up waiting for its other programs in an earlier call, whose outputs are not "
+                "numbers; the GPU may be shared with work that keeps it from running. kernel=dense does not wait"
+            )
+        streams = state[0].shape[0]
+        if not u_NG.shape[0]:
+            return u_NG.new_empty(0, self.weights.output_size), state
+        u_NG = u_NG.contiguous()
+        sequence = _Sequence.of(batch_sizes, streams, u_NG.device)
+        few = self.matrix.groups // self.matrix.gates <= 2 * processors(self.device)
+        if self.matrix.height >= 16 and streams > 1 and (few or interpreted()):
+            return self._batch(u_NG, sequence, state)
+        return self._vectors(u_NG, sequence, state)
+
+    def _vectors(self, u_NG: Tensor, sequence: _Sequence, state: State) -> tuple[Tensor, State]:
+        from srnn.kernels.triton.recurrence import recur_vectors
+
+        weights, layout, plan = self.weights, self.layout, self.layout.plan
+        streams, hidden = state[0].shape
+        bits = torch.int32 if u_NG.dtype == torch.float32 else torch.int16
+        y_NH = torch.full((u_NG.shape[0], hidden), -1, dtype=bits, device=u_NG.device)
+        c_BH = _cell_state(state, y_NH)
+        at_once = max(1, processors(self.device) // plan.programs)
+        width = max(1 << (hidden - 1).bit_length(), 32 * plan.warps)
+        for stream in range(0, streams, at_once):
+            grid = (plan.programs, min(at_once, streams - stream))
+            for first, last in self._launches(sequence):
+                recur_vectors[grid](
+                    u_NG, y_NH, state[0].contiguous().view(bits), c_BH, layout.values, layout.columns, layout.groups,
+                    layout.chunks, c_BH if self.new_bias is None else self.new_bias, sequence.lengths,
+                    sequence.offsets, self.failed, stream, first, last, sequence.steps, streams, hidden,
+                    CELL=weights.cell, GATES=weights.w_hh.gates, N=self.matrix.height, SLOTS=plan.slots,
+                    MOST=plan.most, TILES=plan.tiles, CHUNKS=plan.chunks, K=plan.chunk, WIDTH=width,
+                    EQUAL=sequence.equal, REVERSE=weights.reverse, BIASED=self.new_bias is not None,
+                    NOT_A_NUMBER=0x7FFFFFFF if bits == torch.int32 else 0x7FFF,
+                    num_warps=plan.warps, launch_cooperative_grid=not interpreted(),
+                )  # fmt: skip
+        y = y_NH.view(u_NG.dtype)
+        h = sequence.ends(y, weights.reverse)
+        return y, (h, c_BH.to(state[1].dtype)) if len(state) > 1 else (h,)
+
+    def _batch(self, u_NG: Tensor, sequence: _Sequence, state: State) -> tuple[Tensor, State]:
+        from srnn.kernels.triton.recurrence import recur_batch
+
+        weights, m = self.weights, self.matrix
+        streams, hidden = state[0].shape
+        at_once = min(streams, MOST_STREAMS)
+        padded = max(16, 1 << (at_once - 1).bit_length())
+        groups = m.groups // m.gates
+        y_NH = u_NG.new_empty(u_NG.shape[0], hidden)
+        c_BH = _cell_state(state, y_NH)
+        # Measured with GRU 2560 32x1 90 % on an H200 (us a step): 16 streams 7.2 with 4 warps, 8.8 with 8; 64 streams
+        # 11.2 and 9.9. So many programs fit a multiprocessor whatever registers they take: two of 4 warps, one of 8.
+        warps = 8 if padded > 16 and groups <= processors(self.device) else 4
+        ends = []
+        for stream in range(0, streams, at_once):
+            here = slice(stream, min(streams, stream + at_once))
+            h = u_NG.new_empty(sequence.steps + 1, hidden, padded)
+            h[0, :, here.stop - stream :] = 0
+            h[0, :, : here.stop - stream] = state[0][here].T
+            flags = torch.zeros(groups, dtype=torch.int32, device=u_NG.device)
+            for first, last in self._launches(sequence):
+                recur_batch[(groups,)](
+                    u_NG, y_NH, h, c_BH, m.values, m.columns, m.row_pointers,
+                    c_BH if self.new_bias is None else self.new_bias, sequence.sizes, sequence.offsets, flags,
+                    self.failed, stream, first, last, sequence.steps, streams, hidden, groups,
+                    CELL=weights.cell, GATES=m.gates, UNITS=m.height, KT=64 if u_NG.dtype != torch.float32 else 32,
+                    BP=padded, WAITED=max(1 << (groups - 1).bit_length(), 32 * warps), EQUAL=sequence.equal,
+                    REVERSE=weights.reverse, BIASED=self.new_bias is not None, PRECISION=self.precision,
+                    WIDEN=interpreted() or m.values.dtype != u_NG.dtype,
+                    num_warps=warps, num_stages=4, launch_cooperative_grid=not interpreted(),
+                )  # fmt: skip
+            ends.append(h[sequence.steps, :, : here.stop - stream].T)
+        end = torch.cat(ends)
+        return y_NH, (end, c_BH.to(state[1].dtype)) if len(state) > 1 else (end,)
+
+    def _launches(self, sequence: _Sequence) -> list[tuple[int, int]]:
+        """First and last step of each: one launch, but where programs cannot wait for each other."""
+        if interpreted():
+            return [(k, k + 1) for k in range(sequence.steps)]
+        return [(0, sequence.steps)]
+
+
+def _cell_state(state: State, otherwise: Tensor) -> Tensor:
+    """A copy of an LSTM's c in fp32, which a kernel goes on with; for others, something to point to."""
+    return torch.clone(state[1].float(), memory_format=torch.contiguous_format) if len(state) > 1 else otherwise
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """``batch_sizes`` as the kernels take them. Tensors are there only where lengths differ."""
+
+    steps: int
+    streams: int
+    equal: bool
+    sizes: Tensor
+    offsets: Tensor
+    lengths: Tensor
+    lengths_on_host: Any
+
+    @classmethod
+    def of(cls, batch_sizes: Tensor, streams: int, device: torch.device) -> _Sequence:
+        steps = len(batch_sizes)
+        if int(batch_sizes[-1]) == streams:
+            nothing = _nothing(device)
+            return cls(steps, streams, True, nothing, nothing, nothing, None)
+        offsets = batch_sizes.cumsum(0) - batch_sizes
+        lengths = (batch_sizes[:, None] > torch.arange(streams)).sum(0)
+        sizes, rows, long = (part.to(device, torch.int32) for part in (batch_sizes, offsets, lengths))
+        return cls(steps, streams, False, sizes, rows, long, (lengths, offsets))
+
+    def ends(self, y_NH: Tensor, reverse: bool) -> Tensor:
+        """Each stream's output after the last step it takes: of its last row, or its first where reversed."""
+        if reverse or self.equal:
+            first = 0 if reverse else y_NH.shape[0] - self.streams
+            return y_NH[first : first + self.streams].clone()
+        lengths, offsets = self.lengths_on_host
+        rows = offsets[lengths - 1] + torch.arange(self.streams)
+        return y_NH[rows.to(y_NH.device)]
+
+
+@functools.cache
+def _nothing(device: torch.device) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)

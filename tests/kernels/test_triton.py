@@ -1,0 +1,317 @@
+"""The Triton kernels, in the interpreter on a CPU (in a process of its own) or on a GPU.
+
+The interpreter reads past an array with a crash, and is switched on before triton is imported.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from srnn.kernels import LayerWeights
+from srnn.kernels.contract import GATES, equal_lengths
+from srnn.kernels.reference import run_layer
+from srnn.sparse import SparseMatrix
+from tests.kernels.common import relative_error
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+here = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that run")
+def test_in_the_interpreter():
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
+
+
+def pruned(rows, columns, gates, height, density, values, generator):
+    groups = -(-(rows // gates) // height)
+    kept = torch.rand(gates, groups, columns, generator=generator) < density
+    kept = kept.repeat_interleave(height, dim=1)[:, : rows // gates].reshape(rows, columns)
+    scale = 0.8 / max(1.0, (columns * density) ** 0.5)
+    weight = torch.randn(rows, columns, generator=generator) * scale * kept
+    return SparseMatrix.from_dense(weight, "element" if height == 1 else f"{height}x1", values, gates)
+
+
+def layer(cell, inputs, hidden, height=1, density=0.2, values="fp32", bias=True, reverse=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    gates = GATES[cell]
+    w_ih = pruned(gates * hidden, inputs, gates, height, density, values, generator)
+    w_hh = pruned(gates * hidden, hidden, gates, height, density, values, generator)
+    b = torch.randn(2, gates * hidden, generator=generator) * 0.1
+    return LayerWeights(cell, w_ih, w_hh, b[0] if bias else None, b[1] if bias else None, reverse=reverse)
+
+
+def state_of(weights, streams, generator):
+    sizes = 2 if weights.cell == "lstm" else 1
+    return tuple(torch.randn(streams, weights.hidden_size, generator=generator) * 0.5 for _ in range(sizes))
+
+
+def check(weights, dtype, sizes, precision="ieee"):
+    from srnn.kernels.triton.backend import Triton
+
+    generator = torch.Generator().manual_seed(1)
+    streams = int(sizes[0])
+    x = torch.randn(int(sizes.sum()), weights.w_ih.shape[1], generator=generator).to(dtype)
+    state = tuple(part.to(dtype) for part in state_of(weights, streams, generator))
+    kernel = Triton(precision)
+    assert kernel.supports(weights, DEVICE, dtype, streams) is None
+    ready = kernel.layer(weights, DEVICE, dtype)
+    given = tuple(part.to(DEVICE) for part in state)
+    kept = [part.clone() for part in given]
+    y, after = ready.run(x.to(DEVICE), sizes, given)
+    truth, end = run_layer(weights, x.double(), sizes, tuple(part.double() for part in state))
+    tolerance = TOLERANCE[dtype] if precision == "ieee" else 1e-3
+    assert y.dtype == dtype
+    assert relative_error(y.cpu(), truth) < tolerance
+    for got, wanted in zip(after, end, strict=True):
+        assert got.shape == wanted.shape
+        assert relative_error(got.cpu(), wanted) < tolerance
+    for now, before in zip(given, kept, strict=True):
+        torch.testing.assert_close(now, before, rtol=0, atol=0)
+    return y, after
+
+
+@pytest.mark.gpu
+@here
+@pytest.mark.parametrize("cell", list(GATES))
+@pytest.mark.parametrize(("height", "streams"), [(1, 1), (4, 2), (16, 1), (16, 3), (32, 2)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_layer_is_the_reference(cell, height, streams, reverse):
+    weights = layer(cell, 19, 37, height, reverse=reverse)
+    check(weights, torch.float32, equal_lengths(3, streams))
+    if streams > 1:
+        check(weights, torch.float32, torch.tensor([streams, streams, 1]))
+
+
+@pytest.mark.gpu
+@here
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("values", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(("height", "streams"), [(1, 1), (16, 1), (16, 2)])
+def test_dtypes(dtype, values, height, streams):
+    check(layer("gru", 16, 33, height, values=values), dtype, equal_lengths(3, streams))
+
+
+@pytest.mark.gpu
+@here
+def test_tf32():
+    check(layer("gru", 16, 64, 16), torch.float32, equal_lengths(3, 8), precision="tf32")
+
+
+@pytest.mark.gpu
+@here
+@pytest.mark.parametrize("height", [1, 16])
+def test_weights_that_do_not_fit_one_tile(height, monkeypatch):
+    from srnn.kernels.triton import plan
+
+    monkeypatch.setattr(plan, "MOST_VALUES", 2048)
+    monkeypatch.setattr(plan, "LEAST_VALUES", 1 << 20)
+    weights = layer("gru", 8, 70, height, density=0.5)
+    if height == 1:
+        assert plan.lay_out(weights.w_hh, 3).plan.tiles > 1
+    check(weights, torch.float32, equal_lengths(2, 1))
+
+
+@pytest.mark.gpu
+@here
+@pytest.mark.parametrize("height", [1, 16])
+def test_rows_of_very_different_lengths(height):
+    """Rows with nothing and full ones, and a gate without weights."""
+    weights = layer("gru", 8, 96, height, density=1.0)
+    dense = weights.w_hh.to_dense()
+    dense[96:192] = 0
+    dense[16:80] = 0
+    dense[192:224] = 0
+    matrix = SparseMatrix.from_dense(dense, weights.w_hh.structure, "fp32", 3)
+    check(LayerWeights("gru", weights.w_ih, matrix, weights.b_ih, weights.b_hh), torch.float32, equal_lengths(3, 2))
+
+
+@pytest.mark.gpu
+@here
+def test_a_matrix_of_zeros():
+    weights = layer("lstm", 8, 20, density=0.0)
+    assert weights.w_hh.blocks == 0
+    check(weights, torch.float32, equal_lengths(2, 1))
+
+
+@pytest.mark.gpu
+@here
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("height", "streams"), [(1, 2), (16, 2)])
+@pytest.mark.parametrize("cell", ["gru", "lstm", "relu", "clipped_relu"])
+def test_what_is_not_a_number_reaches_the_output(cell, height, streams, bad):
+    """In the one stream that holds it, as through torch; and nobody waits for ever."""
+    from srnn.kernels.triton.backend import Triton
+
+    weights = layer(cell, 8, 40, height, density=1.0)
+    x = torch.randn(4 * streams, 8, generator=torch.Generator().manual_seed(2))
+    x[streams] = bad  # step 1, stream 0
+    state = state_of(weights, streams, torch.Generator().manual_seed(3))
+    sizes = equal_lengths(4, streams)
+    ready = Triton().layer(weights, DEVICE, torch.float32)
+    y, _ = ready.run(x.to(DEVICE), sizes, tuple(part.to(DEVICE) for part in state))
+    wanted, _ = run_layer(weights, x, sizes, state)
+    torch.testing.assert_close(y.cpu(), wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.gpu
+@here
+def test_a_state_that_looks_unwritten_is_a_nan():
+    """The bits that mark what is not written yet may come from outside."""
+    from srnn.kernels.triton.backend import Triton
+
+    weights = layer("gru", 8, 40)
+    strange = torch.full((1, 40), -1, dtype=torch.int32).view(torch.float32)
+    ready = Triton().layer(weights, DEVICE, torch.float32)
+    y, _ = ready.run(torch.randn(3, 8, device=DEVICE), equal_lengths(3, 1), (strange.to(DEVICE),))
+    assert y.isnan().all()
+
+
+@pytest.mark.gpu
+@here
+@pytest.mark.parametrize("structure", ["element", "8x1", "16x1", "32x1"])
+@pytest.mark.parametrize("rows", [1, 3, 5, 40])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products(structure, rows, bias):
+    from srnn.kernels.triton.backend import Triton
+
+    generator = torch.Generator().manual_seed(rows)
+    height = 1 if structure == "element" else int(structure[:-2])
+    matrix = pruned(3 * 37, 50, 3, height, 0.3, "fp32", generator)
+    x = torch.randn(rows, 50, generator=generator)
+    b = torch.randn(111, generator=generator) if bias else None
+    y = Triton().product(matrix, b, DEVICE, torch.float32)(x.to(DEVICE))
+    wanted = x.double() @ matrix.to_dense().double().T + (0 if b is None else b)
+    assert relative_error(y.cpu(), wanted) < 1e-5
+
+
+def test_reasons():
+    from srnn.kernels.triton.backend import Triton
+
+    kernel, cpu = Triton(), torch.device("cpu")
+    if not INTERPRETED:
+        assert "GPU" in kernel.supports(None, cpu) or "not installed" in kernel.supports(None, cpu)
+
+
+@pytest.mark.gpu
+@here
+def test_reasons_where_it_can_run():
+    from srnn.kernels.triton.backend import Triton
+
+    kernel = Triton()
+    assert kernel.supports(None, DEVICE) is None
+    assert "float64" in kernel.supports(None, DEVICE, torch.float64)
+    assert "int8" in kernel.supports(layer("gru", 4, 8, values="int8"), DEVICE)
+
+
+def test_programs_get_equal_shares():
+    """Rows of 0 to 60 blocks, in an order that would leave one program most of them."""
+    import numpy as np
+
+    from srnn.kernels.triton.plan import lay_out
+
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.sort((torch.rand(512, generator=generator) * 61).long()).values
+    dense = (torch.rand(512, 2048, generator=generator).argsort(dim=1) < counts[:, None]).float()
+    layout = lay_out(SparseMatrix.from_dense(dense), 16)
+    programs = layout.plan.programs
+    shares = (layout.columns.view(programs, -1) >= 0).sum(dim=1).numpy()
+    assert shares.sum() == counts.sum()
+    assert shares.max() <= 1.05 * np.mean(shares)
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize(("height", "streams"), [(1, 1), (16, 1), (16, 5)])
+def test_graphs_streams_and_two_models_at_once(height, streams):
+    from srnn.kernels.triton.backend import Triton
+
+    steps, models = 40, [layer("gru", 64, 500, height, density=0.1, seed=seed) for seed in range(2)]
+    sizes = equal_lengths(steps, streams)
+    x = torch.randn(steps * streams, 64, device=DEVICE)
+    state = (torch.zeros(streams, 500, device=DEVICE),)
+    ready = [Triton().layer(m, DEVICE, torch.float32) for m in models]
+    with torch.inference_mode():
+        wanted = [r.run(x, sizes, state)[0].clone() for r in ready]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, _ = ready[0].run(x, sizes, state)
+    for _ in range(20):
+        y.fill_(float("nan"))
+        graph.replay()
+        torch.testing.assert_close(y, wanted[0], rtol=1e-4, atol=1e-5)
+    queues = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    got = [[], []]
+    for _ in range(50):
+        for queue, r, outputs in zip(queues, ready, got, strict=True):
+            with torch.cuda.stream(queue):
+                outputs.append(r.run(x, sizes, state)[0])
+    torch.cuda.synchronize()
+    for outputs, truth in zip(got, wanted, strict=True):
+        for output in outputs:
+            torch.testing.assert_close(output, truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_kernel_that_waits_in_vain_gives_up_and_says_so():
+    from dataclasses import replace
+
+    from srnn.kernels.triton.backend import Triton
+
+    weights = layer("gru", 64, 500, density=0.1)
+    recurrence = Triton().recurrence(weights, DEVICE, torch.float32)
+    whole = recurrence.layout
+    assert whole.plan.programs > 2
+    recurrence.__dict__["layout"] = replace(whole, plan=replace(whole.plan, programs=whole.plan.programs - 1))
+    u, sizes = torch.randn(10, 1500, device=DEVICE), equal_lengths(10, 1)
+    state = (torch.zeros(1, 500, device=DEVICE),)
+    y, _ = recurrence(u, sizes, state)
+    torch.cuda.synchronize()
+    assert y.isnan().any()
+    recurrence.__dict__["layout"] = whole
+    with pytest.raises(RuntimeError, match="gave up waiting"):
+        recurrence(u, sizes, state)
+    assert recurrence(u, sizes, state)[0].isfinite().all()
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_many_configurations():
+    """Random ones over a bounded set of compiled shapes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pick(*several):
+        return several[int(torch.randint(len(several), (1,), generator=generator))]
+
+    cells = [("gru", False), ("lstm", True), ("tanh", False)]
+    floats = [(torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")]
+    several = []
+    for index, height in enumerate([1, 16, 32] * 3):
+        cell, reverse = cells[index // 3]
+        hidden, (dtype, values) = pick(333, 1024, 1760), floats[index % 3 if index < 6 else 1]
+        several.append((layer(cell, 32, hidden, height, pick(0.02, 0.1), values, True, reverse, index), dtype))
+    for _ in range(200):
+        weights, dtype = pick(*several)
+        streams, steps = pick(1, 2, 16), pick(1, 5, 12)
+        sizes = equal_lengths(steps, streams)
+        if pick(False, True):
+            sizes = torch.sort(torch.randint(1, streams + 1, (steps,), generator=generator), descending=True).values
+            sizes[0] = streams
+        check(weights, dtype, sizes)
