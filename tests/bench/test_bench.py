@@ -70,6 +70,13 @@ def test_what_the_limit_leaves_out_is_said(tmp_path, capsys):
     assert "the time was over (--limit=0.0001)" in out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("options", [["device=cuda"], ["bench=gpu"]])
+def test_without_a_gpu_it_says_so(options, tmp_path, capsys):
+    assert main(["bench", *options, f"output={tmp_path}"]) == 2
+    assert "torch finds no CUDA GPU" in capsys.readouterr().err
+
+
 def test_dense_zeros_are_counted_as_slower(tmp_path, capsys):
     """Sparse kernels lose on a full matrix, and the table says so."""
     main(["bench", "shapes=gru:128", "sparsity=0", "batch=64", "steps=2", "kernels=csr", "structure=element",

@@ -293,6 +293,32 @@ def test_a_kernel_that_waits_in_vain_gives_up_and_says_so():
 
 @pytest.mark.gpu
 @on_gpu
+def test_many_streams_that_wait_in_vain_give_up_too(monkeypatch):
+    """One program fewer than the others wait for."""
+    from srnn.kernels.triton import recurrence as kernels
+    from srnn.kernels.triton.backend import Triton
+
+    class OneShort:
+        def __getitem__(self, grid):
+            return whole[(grid[0] - 1,)]
+
+    whole = kernels.recur_batch
+    weights = layer("gru", 64, 500, 16, density=0.1)
+    recurrence = Triton().recurrence(weights, DEVICE, torch.float32)
+    u, sizes = torch.randn(20, 1500, device=DEVICE), equal_lengths(5, 4)
+    state = (torch.zeros(4, 500, device=DEVICE),)
+    monkeypatch.setattr(kernels, "recur_batch", OneShort())
+    y, _ = recurrence(u, sizes, state)
+    torch.cuda.synchronize()
+    assert y[4:].view(4, 4, 500)[..., :400].isnan().all()
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="gave up waiting"):
+        recurrence(u, sizes, state)
+    assert recurrence(u, sizes, state)[0].isfinite().all()
+
+
+@pytest.mark.gpu
+@on_gpu
 def test_many_configurations():
     """Random ones over a bounded set of compiled shapes."""
     generator = torch.Generator().manual_seed(0)

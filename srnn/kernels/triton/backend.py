@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +27,11 @@ MOST_STREAMS = 64  # at a time; more go in slices
 def interpreted() -> bool:
     """Whether Triton runs kernels in Python on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _current(device: torch.device) -> AbstractContextManager[None]:
+    """Triton launches on the current device, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @functools.cache
@@ -112,7 +118,8 @@ class _Product:
                 self._cast[x_MI.dtype] = self.dense.to(x_MI.dtype)
             return F.linear(x_MI, self._cast[x_MI.dtype], bias)
         y_MO = x_MI.new_empty(rows, matrix.shape[0])
-        (self._many if many else self._few)(x_MI, y_MO)
+        with _current(x_MI.device):
+            (self._many if many else self._few)(x_MI, y_MO)
         return y_MO
 
     @functools.cached_property
@@ -178,9 +185,9 @@ class _Recurrence(Recurrence):
         u_NG = u_NG.contiguous()
         sequence = _Sequence.of(batch_sizes, streams, u_NG.device)
         few = self.matrix.groups // self.matrix.gates <= 2 * processors(self.device)
-        if self.matrix.height >= 16 and streams > 1 and (few or interpreted()):
-            return self._batch(u_NG, sequence, state)
-        return self._vectors(u_NG, sequence, state)
+        as_batch = self.matrix.height >= 16 and streams > 1 and (few or interpreted())
+        with _current(u_NG.device):
+            return (self._batch if as_batch else self._vectors)(u_NG, sequence, state)
 
     def _vectors(self, u_NG: Tensor, sequence: _Sequence, state: State) -> tuple[Tensor, State]:
         from srnn.kernels.triton.recurrence import recur_vectors

@@ -143,7 +143,7 @@ def _sizes(matrix: SparseMatrix, counts: np.ndarray, owner: np.ndarray, programs
     warps = 8 if values > 12 << 10 else 4
     per_tile = 256 * warps // matrix.height
     chunk = 4
-    while chunks(chunk) > per_tile and 4 * chunk * per_tile * matrix.height <= 4 * most:
+    while chunks(chunk) > per_tile and chunk * per_tile * matrix.height <= most:
         chunk *= 2
     return chunk, per_tile, warps
 

@@ -354,6 +354,7 @@ def recur_batch(
             a_3 = _products(values, columns, pointers, fourth, now, batch, UNITS, KT, BP, PRECISION, WIDEN)
         if patience == 0:
             tl.store(failed, 1)
+            a_0 += float("nan")  # what stands in h is not what was waited for, and must not look like a result
         if CELL == "gru":
             z = tl.sigmoid(u_1 + a_1)
             n = _tanh(u_2 + tl.sigmoid(u_0 + a_0) * (a_2 + bias))
