@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from srnn.registry import register
 from srnn.sparse import SparseMatrix
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-# Rows up to which the matrix-vector form of a product is used; above, dot products or dense.
+# Rows up to which the matrix-vector form of a product is used; above, dot products or dense. Not measured yet.
 FEW_ROWS = 4
 MOST_STREAMS = 64  # at a time; more go in slices
 
@@ -36,11 +37,7 @@ def _current(device: torch.device) -> AbstractContextManager[None]:
 
 @functools.cache
 def _missing() -> str | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "triton is not installed"
-    return None
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 @functools.cache
@@ -91,40 +88,33 @@ class Triton(Kernel):
 
     def product(self, matrix: SparseMatrix, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> Product:
         """Sparse for few rows, and for many of tall blocks; else dense."""
-        return _Product(matrix.to(device), None if bias is None else bias.to(device, torch.float32), self.precision)
+        return _Product(matrix.to(device), None if bias is None else bias.to(device), dtype, self.precision)
 
     def recurrence(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Recurrence:
         """One launch a sequence."""
-        return _Recurrence(weights, device, dtype, self.precision)
+        return _Recurrence(weights, device, self.precision)
 
 
 class _Product:
     """``y_MO = x_MI W' + bias``."""
 
-    def __init__(self, matrix: SparseMatrix, bias: Tensor | None, precision: str) -> None:
-        self.matrix, self.bias, self.precision = matrix, bias, precision
+    def __init__(self, matrix: SparseMatrix, bias: Tensor | None, dtype: torch.dtype, precision: str) -> None:
+        self.matrix, self.bias, self.dtype, self.precision = matrix, bias, dtype, precision
 
     @functools.cached_property
-    def dense(self) -> Tensor:
-        """[O, I], for many rows of short blocks, which lose against cuBLAS."""
-        return self.matrix.to_dense()
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """[O, I] and the bias, for many rows of short blocks."""
+        return self.matrix.to_dense().to(self.dtype), None if self.bias is None else self.bias.to(self.dtype)
 
     def __call__(self, x_MI: Tensor) -> Tensor:
         matrix, rows = self.matrix, x_MI.shape[0]
         many = rows > FEW_ROWS and matrix.height >= 16
         if not many and (rows > FEW_ROWS or not rows):
-            bias = None if self.bias is None else self.bias.to(x_MI)
-            if x_MI.dtype not in self._cast:
-                self._cast[x_MI.dtype] = self.dense.to(x_MI.dtype)
-            return F.linear(x_MI, self._cast[x_MI.dtype], bias)
+            return F.linear(x_MI, *self.dense)
         y_MO = x_MI.new_empty(rows, matrix.shape[0])
         with _current(x_MI.device):
             (self._many if many else self._few)(x_MI, y_MO)
         return y_MO
-
-    @functools.cached_property
-    def _cast(self) -> dict[torch.dtype, Tensor]:
-        return {}
 
     def _few(self, x_MI: Tensor, y_MO: Tensor) -> None:
         from srnn.kernels.triton.products import multiply_few
@@ -153,24 +143,21 @@ class _Product:
 class _Recurrence(Recurrence):
     """Chooses the form for the number of streams."""
 
-    def __init__(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype, precision: str) -> None:
-        self.weights, self.device, self.dtype, self.precision = weights, device, dtype, precision
+    def __init__(self, weights: LayerWeights, device: torch.device, precision: str) -> None:
+        self.weights, self.device, self.precision = weights, device, precision
         self.matrix = weights.w_hh.to(device)
         bias = weights.new_bias
         self.new_bias = None if bias is None else bias.to(device, torch.float32)
-        self._failed: Tensor | None = None
 
     @functools.cached_property
     def layout(self) -> Layout:
         """For ``recur_vectors``."""
         return lay_out(self.weights.w_hh.to("cpu"), processors(self.device)).to(self.device)
 
-    @property
+    @functools.cached_property
     def failed(self) -> Tensor:
         """A flag that the device sets and the host reads without waiting."""
-        if self._failed is None:
-            self._failed = torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        return self._failed
+        return torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
 
     def __call__(self, u_NG: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         if int(self.failed):

@@ -14,7 +14,7 @@ from srnn.sparse import SparseMatrix
 MOST_UNITS = 1 << 13  # h of so many fits the shared memory that a gather goes through
 
 
-# Values a program has at least: with fewer, more programs only wait for each other.
+# Values a program has at least, so that small networks take few programs and more streams at once. Not measured yet.
 LEAST_VALUES = 2048
 # Values of a tile, which stays in registers: 64 a thread. Half as many of fp32; twice as many of blocks, which have one
 # index each.
