@@ -139,6 +139,14 @@ def test_rows_of_very_different_lengths(height):
 
 @pytest.mark.gpu
 @here
+@pytest.mark.parametrize(("height", "streams"), [(1, 1), (16, 2)])
+def test_one_unit_and_one_step(height, streams):
+    """Triton makes constants of arguments that are 1."""
+    check(layer("gru", 3, 1, height, density=1.0), torch.float32, equal_lengths(1, streams))
+
+
+@pytest.mark.gpu
+@here
 def test_a_matrix_of_zeros():
     weights = layer("lstm", 8, 20, density=0.0)
     assert weights.w_hh.blocks == 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# How often a program looks for its input before it gives up: within three seconds on an H200. A step takes microseconds.
+# How often a program looks for its input before it gives up: within three seconds on an H200.
 PATIENCE = tl.constexpr(1 << 20)
 CLIP = tl.constexpr(20.0)  # as in the contract; a kernel sees constexpr only
 
@@ -317,7 +317,7 @@ def recur_batch(
     stream = stream_of_first + batch[None, :]
     owned = (unit < H) & (stream < B)
     everyone = tl.arange(0, WAITED)
-    SIZE = H.to(tl.int64) * BP
+    SIZE = tl.cast(H, tl.int64) * BP  # H is a plain number where it is 1
     mine = tl.load(h + first * SIZE + unit * BP + batch[None, :], mask=owned, other=0.0).to(tl.float32)
     if CELL == "lstm":
         cell = tl.load(c + stream * H + unit, mask=owned, other=0.0)
