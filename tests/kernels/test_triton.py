@@ -85,7 +85,7 @@ def check(weights, dtype, sizes, precision="ieee"):
 @pytest.mark.gpu
 @here
 @pytest.mark.parametrize("cell", list(GATES))
-@pytest.mark.parametrize(("height", "streams"), [(1, 1), (4, 2), (16, 1), (16, 3), (32, 2)])
+@pytest.mark.parametrize(("height", "streams"), [(1, 1), (4, 2), (16, 1), (16, 3), (32, 20)])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_layer_is_the_reference(cell, height, streams, reverse):
     weights = layer(cell, 19, 37, height, reverse=reverse)
@@ -111,16 +111,44 @@ def test_tf32():
 
 @pytest.mark.gpu
 @here
-@pytest.mark.parametrize("height", [1, 16])
+@pytest.mark.parametrize("height", [1, 8])
 def test_weights_that_do_not_fit_one_tile(height, monkeypatch):
     from srnn.kernels.triton import plan
 
     monkeypatch.setattr(plan, "MOST_VALUES", 2048)
     monkeypatch.setattr(plan, "LEAST_VALUES", 1 << 20)
-    weights = layer("gru", 8, 70, height, density=0.5)
-    if height == 1:
-        assert plan.lay_out(weights.w_hh, 3).plan.tiles > 1
+    weights = layer("gru", 8, 130, height, density=0.5)
+    assert plan.lay_out(weights.w_hh, 1).plan.tiles > 1
     check(weights, torch.float32, equal_lengths(2, 1))
+
+
+@pytest.mark.gpu
+@here
+@pytest.mark.parametrize("cell", ["gru", "lstm", "tanh"])
+@pytest.mark.parametrize(("registers", "warps", "tiles"), [({4: 0, 8: 0, 16: 199}, 16, 1), ({4: 0, 8: 0, 16: 0}, 8, 2)])
+def test_blocks_in_more_warps_or_from_the_cache(cell, registers, warps, tiles, monkeypatch):
+    from srnn.kernels.triton import plan
+
+    monkeypatch.setattr(plan, "VALUE_REGISTERS", registers)
+    hidden = 300 if cell != "tanh" else 1100  # blocks of one gate fall into four times as many chunks
+    weights = layer(cell, 8, hidden, 32, density=1.0)
+    monkeypatch.setattr("srnn.kernels.triton.backend.processors", lambda device: 40)
+    made = plan.plan_blocks(weights.w_hh, 40, 2, 9)
+    assert (made.warps, made.tiles) == (warps, tiles)
+    check(weights, torch.float16, equal_lengths(2, 9))
+
+
+@pytest.mark.gpu
+@here
+@pytest.mark.parametrize("streams", [9, 40])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_slices_of_streams_of_different_lengths(cell, reverse, streams):
+    """Several slices a program, of which the last is not full."""
+    lengths = torch.arange(streams) % 4 + 1
+    lengths[0] = 4
+    sizes = torch.tensor([int((lengths > t).sum()) for t in range(4)])
+    check(layer(cell, 19, 40, 16, reverse=reverse), torch.float32, sizes)
 
 
 @pytest.mark.gpu
@@ -285,15 +313,16 @@ def test_a_kernel_that_waits_in_vain_gives_up_and_says_so():
 
     weights = layer("gru", 64, 500, density=0.1)
     recurrence = Triton().recurrence(weights, DEVICE, torch.float32)
-    whole = recurrence.layout
-    assert whole.plan.programs > 2
-    recurrence.__dict__["layout"] = replace(whole, plan=replace(whole.plan, programs=whole.plan.programs - 1))
+    whole = recurrence.layout(1)
+    programs = whole.plan.programs
+    assert programs > 2
+    recurrence.layouts[programs] = replace(whole, plan=replace(whole.plan, programs=programs - 1))
     u, sizes = torch.randn(10, 1500, device=DEVICE), equal_lengths(10, 1)
     state = (torch.zeros(1, 500, device=DEVICE),)
     y, _ = recurrence(u, sizes, state)
     torch.cuda.synchronize()
     assert y.isnan().any()
-    recurrence.__dict__["layout"] = whole
+    recurrence.layouts[programs] = whole
     with pytest.raises(RuntimeError, match="gave up waiting"):
         recurrence(u, sizes, state)
     assert recurrence(u, sizes, state)[0].isfinite().all()
@@ -308,14 +337,14 @@ def test_many_streams_that_wait_in_vain_give_up_too(monkeypatch):
 
     class OneShort:
         def __getitem__(self, grid):
-            return whole[(grid[0] - 1,)]
+            return whole[(grid[0] - 1, *grid[1:])]
 
-    whole = kernels.recur_batch
+    whole = kernels.recur_blocks
     weights = layer("gru", 64, 500, 16, density=0.1)
     recurrence = Triton().recurrence(weights, DEVICE, torch.float32)
     u, sizes = torch.randn(20, 1500, device=DEVICE), equal_lengths(5, 4)
     state = (torch.zeros(4, 500, device=DEVICE),)
-    monkeypatch.setattr(kernels, "recur_batch", OneShort())
+    monkeypatch.setattr(kernels, "recur_blocks", OneShort())
     y, _ = recurrence(u, sizes, state)
     torch.cuda.synchronize()
     assert y[4:].view(4, 4, 500)[..., :400].isnan().all()

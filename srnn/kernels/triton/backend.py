@@ -13,15 +13,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from srnn.kernels.contract import Kernel, LayerWeights, Product, Recurrence, State
-from srnn.kernels.triton.plan import MOST_UNITS, Layout, lay_out
+from srnn.kernels.contract import Kernel, Layer, LayerWeights, Recurrence, State
+from srnn.kernels.triton.plan import (
+    MOST_UNITS,
+    BlockLayout,
+    BlockPlan,
+    Layout,
+    lay_out,
+    lay_out_blocks,
+    padded,
+    plan_blocks,
+    programs_of,
+)
 from srnn.registry import register
 from srnn.sparse import SparseMatrix
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # Rows up to which the matrix-vector form of a product is used; above, dot products or dense. Not measured yet.
 FEW_ROWS = 4
-MOST_STREAMS = 64  # at a time; more go in slices
 
 
 @functools.cache
@@ -44,6 +53,12 @@ def _missing() -> str | None:
 def processors(device: torch.device) -> int:
     """Multiprocessors; for the interpreter, few."""
     return 3 if interpreted() else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that the programs of a multiprocessor share; for the interpreter, as on an H100."""
+    return 228 << 10 if interpreted() else torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
 @register.kernel("triton")
@@ -86,13 +101,28 @@ class Triton(Kernel):
                 return f"takes up to {MOST_UNITS} hidden units, not {weights.hidden_size}"
         return None
 
-    def product(self, matrix: SparseMatrix, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> Product:
+    def product(self, matrix: SparseMatrix, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> _Product:
         """Sparse for few rows, and for many of tall blocks; else dense."""
         return _Product(matrix.to(device), None if bias is None else bias.to(device), dtype, self.precision)
 
-    def recurrence(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Recurrence:
+    def recurrence(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> _Recurrence:
         """One launch a sequence."""
-        return _Recurrence(weights, device, self.precision)
+        return _Recurrence(weights, device, dtype, self.precision)
+
+    def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
+        """The product hands its outputs on in the order in which the recurrence reads them."""
+        product = self.product(weights.w_ih, weights.input_bias, device, dtype)
+        return _Layer(product, self.recurrence(weights, device, dtype))
+
+
+@dataclass(frozen=True)
+class _Layer(Layer):
+    product: _Product
+    recurrence: _Recurrence
+
+    def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        in_slices = self.recurrence.blocks(state[0].shape[0]) is not None
+        return self.recurrence(self.product(x_NI, streams_together=in_slices), batch_sizes, state)
 
 
 class _Product:
@@ -106,12 +136,18 @@ class _Product:
         """[O, I] and the bias, for many rows of short blocks."""
         return self.matrix.to_dense().to(self.dtype), None if self.bias is None else self.bias.to(self.dtype)
 
-    def __call__(self, x_MI: Tensor) -> Tensor:
+    def __call__(self, x_MI: Tensor, streams_together: bool = False) -> Tensor:
+        """y_MO, whose columns lie one after the other in memory if the M rows of an output are to lie together."""
         matrix, rows = self.matrix, x_MI.shape[0]
+        if not rows:
+            return x_MI.new_empty(0, matrix.shape[0])
         many = rows > FEW_ROWS and matrix.height >= 16
-        if not many and (rows > FEW_ROWS or not rows):
-            return F.linear(x_MI, *self.dense)
-        y_MO = x_MI.new_empty(rows, matrix.shape[0])
+        if rows > FEW_ROWS and not many:
+            weight, bias = self.dense
+            if not streams_together:
+                return F.linear(x_MI, weight, bias)
+            return (weight @ x_MI.T if bias is None else torch.addmm(bias[:, None], weight, x_MI.T)).T
+        y_MO = x_MI.new_empty(matrix.shape[0], rows).T if streams_together else x_MI.new_empty(rows, matrix.shape[0])
         with _current(x_MI.device):
             (self._many if many else self._few)(x_MI, y_MO)
         return y_MO
@@ -123,7 +159,7 @@ class _Product:
         each, kt = (4, 128) if m.height == 1 else (1, max(16, 2048 // m.height))
         multiply_few[(-(-m.groups // each), x_MI.shape[0])](
             x_MI.contiguous(), y_MO, m.values, m.columns, m.row_pointers, y_MO if self.bias is None else self.bias,
-            x_MI.shape[1], m.units, m.groups // m.gates, m.gates,
+            x_MI.shape[1], m.units, m.groups // m.gates, m.gates, *y_MO.stride(),
             N=m.height, GROUPS=each, KT=kt, BIASED=self.bias is not None, num_warps=4,
         )  # fmt: skip
 
@@ -134,7 +170,7 @@ class _Product:
         tall = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
         multiply_many[(m.groups, -(-rows // tall))](
             x_MI.T.contiguous(), y_MO, m.values, m.columns, m.row_pointers, y_MO if self.bias is None else self.bias,
-            rows, m.units, m.groups // m.gates, m.gates,
+            rows, m.units, m.groups // m.gates, m.gates, *y_MO.stride(),
             N=m.height, KT=64 if x_MI.dtype != torch.float32 else 32, MT=tall, BIASED=self.bias is not None,
             PRECISION=self.precision, WIDEN=interpreted() or m.values.dtype != x_MI.dtype, num_warps=4,
         )  # fmt: skip
@@ -143,21 +179,31 @@ class _Product:
 class _Recurrence(Recurrence):
     """Chooses the form for the number of streams."""
 
-    def __init__(self, weights: LayerWeights, device: torch.device, precision: str) -> None:
-        self.weights, self.device, self.precision = weights, device, precision
-        self.matrix = weights.w_hh.to(device)
+    def __init__(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype, precision: str) -> None:
+        self.weights, self.device, self.dtype, self.precision = weights, device, dtype, precision
+        self.matrix = weights.w_hh.to("cpu")
         bias = weights.new_bias
         self.new_bias = None if bias is None else bias.to(device, torch.float32)
-
-    @functools.cached_property
-    def layout(self) -> Layout:
-        """For ``recur_vectors``."""
-        return lay_out(self.weights.w_hh.to("cpu"), processors(self.device)).to(self.device)
+        self.layouts: dict[int, Layout] = {}  # by programs
+        self.block_layouts: dict[BlockPlan, BlockLayout | None] = {}
 
     @functools.cached_property
     def failed(self) -> Tensor:
         """A flag that the device sets and the host reads without waiting."""
         return torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+
+    def blocks(self, streams: int) -> BlockLayout | None:
+        """For ``recur_blocks`` with so many streams, where that can run and is the faster."""
+        if streams == 1 or self.matrix.height < 16:
+            return None
+        size, shared = self.dtype.itemsize, shared_memory(self.device)
+        plan = plan_blocks(self.matrix, processors(self.device), size, streams)
+        if plan not in self.block_layouts:
+            fits = plan.programs <= plan.resident * processors(self.device)
+            fits = fits and plan.resident * plan.shared_bytes(self.matrix.height, size) <= shared
+            layout = lay_out_blocks(self.matrix, plan, self.dtype).to(self.device) if fits else None
+            self.block_layouts[plan] = layout
+        return self.block_layouts[plan]
 
     def __call__(self, u_NG: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         if int(self.failed):
@@ -169,73 +215,87 @@ class _Recurrence(Recurrence):
         streams = state[0].shape[0]
         if not u_NG.shape[0]:
             return u_NG.new_empty(0, self.weights.output_size), state
-        u_NG = u_NG.contiguous()
+        if 1 not in u_NG.stride():
+            u_NG = u_NG.contiguous()
         sequence = _Sequence.of(batch_sizes, streams, u_NG.device)
-        few = self.matrix.groups // self.matrix.gates <= 2 * processors(self.device)
-        as_batch = self.matrix.height >= 16 and streams > 1 and (few or interpreted())
+        blocks = self.blocks(streams)
         with _current(u_NG.device):
-            return (self._batch if as_batch else self._vectors)(u_NG, sequence, state)
+            if blocks is not None:
+                return self._in_slices(blocks, u_NG, sequence, state)
+            return self._one_by_one(u_NG, sequence, state)
 
-    def _vectors(self, u_NG: Tensor, sequence: _Sequence, state: State) -> tuple[Tensor, State]:
+    def layout(self, streams: int) -> Layout:
+        """For ``recur_vectors``, with so many streams."""
+        programs = programs_of(self.matrix, processors(self.device), streams)
+        if programs not in self.layouts:
+            self.layouts[programs] = lay_out(self.matrix, programs).to(self.device)
+        return self.layouts[programs]
+
+    def _one_by_one(self, u_NG: Tensor, sequence: _Sequence, state: State) -> tuple[Tensor, State]:
         from srnn.kernels.triton.recurrence import recur_vectors
 
-        weights, layout, plan = self.weights, self.layout, self.layout.plan
-        streams, hidden = state[0].shape
+        weights, (streams, hidden) = self.weights, state[0].shape
+        layout = self.layout(streams)
+        plan = layout.plan
         bits = torch.int32 if u_NG.dtype == torch.float32 else torch.int16
-        y_NH = torch.full((u_NG.shape[0], hidden), -1, dtype=bits, device=u_NG.device)
-        c_BH = _cell_state(state, y_NH)
+        stride = padded(hidden)
+        h = torch.empty(streams + u_NG.shape[0], stride, dtype=bits, device=u_NG.device)
+        if sequence.steps > 1:
+            h[streams:].fill_(-1)
+        h[:streams, :hidden] = state[0].view(bits)
+        if stride > hidden:
+            h[:, hidden:] = 0
+        c_BH = _cell_state(state, u_NG)
         at_once = max(1, processors(self.device) // plan.programs)
-        width = max(1 << (hidden - 1).bit_length(), 32 * plan.warps)
+        per_vector = 16 // bits.itemsize
+        width = max(1 << stride.bit_length(), 32 * plan.warps * per_vector)  # over stride
         for stream in range(0, streams, at_once):
             grid = (plan.programs, min(at_once, streams - stream))
             for first, last in self._launches(sequence):
                 recur_vectors[grid](
-                    u_NG, y_NH, state[0].contiguous().view(bits), c_BH, layout.values, layout.columns, layout.groups,
-                    layout.chunks, c_BH if self.new_bias is None else self.new_bias, sequence.lengths,
+                    u_NG, h, c_BH, layout.values, layout.columns, layout.groups, layout.chunks,
+                    c_BH if self.new_bias is None else self.new_bias, sequence.lengths,
                     sequence.offsets, self.failed, stream, first, last, sequence.steps, streams, hidden,
+                    *u_NG.stride(), stride,
                     CELL=weights.cell, GATES=weights.w_hh.gates, N=self.matrix.height, SLOTS=plan.slots,
                     MOST=plan.most, TILES=plan.tiles, CHUNKS=plan.chunks, K=plan.chunk, WIDTH=width,
-                    EQUAL=sequence.equal, REVERSE=weights.reverse, BIASED=self.new_bias is not None,
-                    NOT_A_NUMBER=0x7FFFFFFF if bits == torch.int32 else 0x7FFF,
+                    VECTORS=width // (32 * plan.warps * per_vector), EQUAL=sequence.equal, REVERSE=weights.reverse,
+                    BIASED=self.new_bias is not None, ALONE=plan.programs == 1, WAITS=not interpreted(),
                     num_warps=plan.warps, launch_cooperative_grid=not interpreted(),
                 )  # fmt: skip
-        y = y_NH.view(u_NG.dtype)
-        h = sequence.ends(y, weights.reverse)
-        return y, (h, c_BH.to(state[1].dtype)) if len(state) > 1 else (h,)
+        y = h[streams:, :hidden].view(u_NG.dtype)
+        end = sequence.ends(y, weights.reverse)
+        return y.contiguous(), (end, c_BH.to(state[1].dtype)) if len(state) > 1 else (end,)
 
-    def _batch(self, u_NG: Tensor, sequence: _Sequence, state: State) -> tuple[Tensor, State]:
-        from srnn.kernels.triton.recurrence import recur_batch
+    def _in_slices(self, layout: BlockLayout, u_NG: Tensor, sequence: _Sequence, state: State) -> tuple[Tensor, State]:
+        from srnn.kernels.triton.recurrence import recur_blocks
 
-        weights, m = self.weights, self.matrix
-        streams, hidden = state[0].shape
-        at_once = min(streams, MOST_STREAMS)
-        padded = max(16, 1 << (at_once - 1).bit_length())
-        groups = m.groups // m.gates
+        weights, plan, (streams, hidden) = self.weights, layout.plan, state[0].shape
+        bits = torch.int32 if u_NG.dtype == torch.float32 else torch.int16
+        wide = plan.wide
+        slices = -(-streams // wide)
         y_NH = u_NG.new_empty(u_NG.shape[0], hidden)
+        h = torch.empty(slices, sequence.steps + 1, hidden, wide, dtype=bits, device=u_NG.device)
+        if sequence.steps > 1:
+            h[:, 1:].fill_(-1)
+        h0 = F.pad(state[0].contiguous().view(bits), (0, 0, 0, slices * wide - streams))
+        h[:, 0] = h0.view(slices, wide, hidden).transpose(1, 2)
         c_BH = _cell_state(state, y_NH)
-        # Measured with GRU 2560 32x1 90 % on an H200 (us a step): 16 streams 7.2 with 4 warps, 8.8 with 8; 64 streams
-        # 11.2 and 9.9. So many programs fit a multiprocessor whatever registers they take: two of 4 warps, one of 8.
-        warps = 8 if padded > 16 and groups <= processors(self.device) else 4
-        ends = []
-        for stream in range(0, streams, at_once):
-            here = slice(stream, min(streams, stream + at_once))
-            h = u_NG.new_empty(sequence.steps + 1, hidden, padded)
-            h[0, :, here.stop - stream :] = 0
-            h[0, :, : here.stop - stream] = state[0][here].T
-            flags = torch.zeros(groups, dtype=torch.int32, device=u_NG.device)
-            for first, last in self._launches(sequence):
-                recur_batch[(groups,)](
-                    u_NG, y_NH, h, c_BH, m.values, m.columns, m.row_pointers,
-                    c_BH if self.new_bias is None else self.new_bias, sequence.sizes, sequence.offsets, flags,
-                    self.failed, stream, first, last, sequence.steps, streams, hidden, groups,
-                    CELL=weights.cell, GATES=m.gates, UNITS=m.height, KT=64 if u_NG.dtype != torch.float32 else 32,
-                    BP=padded, WAITED=max(1 << (groups - 1).bit_length(), 32 * warps), EQUAL=sequence.equal,
-                    REVERSE=weights.reverse, BIASED=self.new_bias is not None, PRECISION=self.precision,
-                    WIDEN=interpreted() or m.values.dtype != u_NG.dtype,
-                    num_warps=warps, num_stages=4, launch_cooperative_grid=not interpreted(),
-                )  # fmt: skip
-            ends.append(h[sequence.steps, :, : here.stop - stream].T)
-        end = torch.cat(ends)
+        at_once = min(slices, max(1, plan.resident * processors(self.device) // plan.programs))
+        for first, last in self._launches(sequence):
+            recur_blocks[(plan.programs, at_once)](
+                u_NG, y_NH, h, c_BH, layout.values, layout.columns, layout.values_2, layout.columns_2, layout.units,
+                c_BH if self.new_bias is None else self.new_bias, sequence.sizes, sequence.offsets, self.failed,
+                slices, first, last, sequence.steps, streams, hidden, *u_NG.stride(),
+                CELL=weights.cell, GATES=weights.w_hh.gates, N=self.matrix.height, S=plan.chunks, K=plan.k,
+                K_2=plan.k_2, TILES=plan.tiles, WARPS=plan.warps, BP=wide,
+                VECTORS=plan.vectors(plan.k, bits.itemsize), VECTORS_2=plan.vectors(plan.k_2, bits.itemsize),
+                ONE_SLICE=slices == at_once, EQUAL=sequence.equal, REVERSE=weights.reverse,
+                BIASED=self.new_bias is not None, PRECISION=self.precision, WIDEN=interpreted(),
+                WAITS=not interpreted(),
+                num_warps=plan.warps, launch_cooperative_grid=not interpreted(),
+            )  # fmt: skip
+        end = h[:, sequence.steps].transpose(1, 2).reshape(slices * wide, hidden)[:streams].view(u_NG.dtype)
         return y_NH, (end, c_BH.to(state[1].dtype)) if len(state) > 1 else (end,)
 
     def _launches(self, sequence: _Sequence) -> list[tuple[int, int]]:

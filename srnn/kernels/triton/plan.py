@@ -19,6 +19,13 @@ LEAST_VALUES = 2048
 # Values of a tile, which stays in registers: 64 a thread. Half as many of fp32; twice as many of blocks, which have one
 # index each.
 MOST_VALUES = 1 << 14
+# Tiles up to which a program takes more values for the sake of more streams at once.
+MOST_TILES = 4
+# Chunks of a program of ``recur_blocks``: two a warp of eight.
+CHUNKS = 16
+# Registers that a thread's values may take, by warps of its program, beside as many for h, sums and addresses. GRU 2560
+# 32x1 80 %, 16 streams, on an H100: 5.1 us a step with 72 registers of values, 10.6 where they come from the cache.
+VALUE_REGISTERS = {4: 96, 8: 96, 16: 72}
 
 
 @dataclass(frozen=True)
@@ -60,17 +67,31 @@ class Layout:
         return Layout(self.plan, *moved)
 
 
-def lay_out(matrix: SparseMatrix, processors: int) -> Layout:
+def programs_of(matrix: SparseMatrix, processors: int, streams: int) -> int:
+    """Programs that share a stream, so that all streams that fit run at once; each processor takes one at most."""
+    most = min(processors, matrix.groups // matrix.gates, -(-matrix.entries // LEAST_VALUES))
+    least = -(-matrix.entries // (MOST_TILES * MOST_VALUES))
+    return max(1, min(most, max(least, processors // streams)))
+
+
+def padded(hidden: int) -> int:
+    """Units that h takes in memory, so that its rows begin at multiples of 32 bytes."""
+    return -(-hidden // 16) * 16
+
+
+def lay_out(matrix: SparseMatrix, programs: int) -> Layout:
     """Deal the groups of units out to programs, and cut each row group into chunks of blocks.
+
+    Columns of padding are ``padded(H)``, where a kernel has a zero.
 
     Args:
         matrix: [G, H], on the CPU.
-        processors: of the device; each takes one program at most.
+        programs: at most the groups of units.
     """
+    padding = padded(matrix.shape[1])
     pointers = matrix.row_pointers.numpy().astype(np.int64)
     per_gate = matrix.groups // matrix.gates
     counts = np.diff(pointers).reshape(matrix.gates, per_gate)
-    programs = max(1, min(processors, per_gate, -(-matrix.entries // LEAST_VALUES)))
     owner, slot = _deal(counts.sum(axis=0), programs)
     slots = int(np.bincount(owner, minlength=programs).max()) if per_gate else 1
     chunk, per_tile, warps = _sizes(matrix, counts, owner, programs)
@@ -90,6 +111,8 @@ def lay_out(matrix: SparseMatrix, processors: int) -> Layout:
 
     # Tables: which chunks of a tile belong to a slot's gate.
     slots_padded = _power(slots)
+    if programs == 1:  # has h to itself, in its slots, and there a zero at the place of padding
+        slots_padded = max(slots_padded, _power(padding // matrix.height + 1))
     row_slot, gate = slot[order].repeat(matrix.gates), np.tile(np.arange(matrix.gates), per_gate)
     in_tile = place // per_tile
     gates = 1 if matrix.gates == 1 else 4  # a power of two
@@ -111,15 +134,137 @@ def lay_out(matrix: SparseMatrix, processors: int) -> Layout:
     if matrix.height == 1:
         start += (place % per_tile) * (chunk - 1)
     target = start[:, None] + np.arange(chunk)[None, :] * (1 if matrix.height == 1 else per_tile)
-    source, target = torch.from_numpy(block[used]), torch.from_numpy(target[used])
-    columns = torch.full((programs * size,), -1, dtype=torch.int16)
-    columns[target] = matrix.columns.to(torch.int32)[source].to(torch.int16)
+    source = torch.full((programs * size,), -1)
+    source[torch.from_numpy(target[used])] = torch.from_numpy(block[used])
+    wide = matrix.columns.to(torch.int32)
+    if matrix.height == 1:
+        per_word = 2 if matrix.values.itemsize == 2 else 1
+        source = torch.from_numpy(_spread(source.numpy(), wide.numpy() // per_word, chunk))
+    target = (source >= 0).nonzero().flatten()
+    source = source[target]
+    columns = torch.full((programs * size,), padding, dtype=torch.int16)
+    columns[target] = wide[source].to(torch.int16)
     values = torch.zeros(programs * size, matrix.height, dtype=matrix.values.dtype)
     values[target] = matrix.values[source]
     groups = torch.full((programs, slots_padded), -1, dtype=torch.int32)
     groups[torch.from_numpy(owner), torch.from_numpy(slot)] = torch.arange(per_gate, dtype=torch.int32)
     plan = Plan(programs, chunk, tiles, per_tile, slots_padded, most, warps)
     return Layout(plan, values, columns, groups, torch.from_numpy(table))
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Sizes of ``recur_blocks``, which has a program for each group of units.
+
+    Attributes:
+        programs: of a slice of streams.
+        wide: streams of a slice.
+        chunks: that a program's blocks fall into, each of one gate.
+        k: blocks of a chunk, in a tile.
+        k_2: blocks that a chunk has beyond, in a smaller tile of its own; 0 for none.
+        tiles: that a chunk's blocks fall into; 1 keeps them in registers.
+        warps: of a program.
+    """
+
+    programs: int
+    wide: int
+    chunks: int
+    k: int
+    k_2: int
+    tiles: int
+    warps: int
+
+    @property
+    def resident(self) -> int:
+        """Programs that run on a multiprocessor at once, whatever registers they take."""
+        return 2 if self.warps == 4 else 1
+
+    def vectors(self, k: int, size: int) -> int:
+        """Of 16 bytes, that a thread loads of the rows of h for so many blocks a chunk."""
+        return max(1, self.chunks * k * self.wide * size // (16 * 32 * self.warps))
+
+    def shared_bytes(self, height: int, size: int) -> int:
+        """Of shared memory that a program takes at most, with values of so many bytes."""
+        values = self.chunks * height * (self.k + self.k_2) * size * (1 if self.tiles == 1 else 3)
+        return values + max(self.chunks * self.k * self.wide * size, self.chunks * height * self.wide * 4)
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """A plan, and the weights as it takes them; the second parts are empty where ``k_2`` is 0."""
+
+    plan: BlockPlan
+    values: Tensor
+    columns: Tensor
+    values_2: Tensor
+    columns_2: Tensor
+    units: Tensor
+
+    def to(self, device: torch.device) -> BlockLayout:
+        """On a device."""
+        parts = (self.values, self.columns, self.values_2, self.columns_2, self.units)
+        return BlockLayout(self.plan, *(part.to(device) for part in parts))
+
+
+def plan_blocks(matrix: SparseMatrix, processors: int, size: int, streams: int) -> BlockPlan:
+    """Sizes for a matrix of 16x1 or 32x1 blocks whose values take ``size`` bytes, and so many streams."""
+    groups = matrix.groups // matrix.gates
+    counts = matrix.row_pointers.diff()
+    chunks = CHUNKS if matrix.gates == 1 else CHUNKS // 4
+    needed = max(1, -(-int(counts.max()) // chunks)) if counts.numel() else 1
+    k, k_2 = _two_powers(needed)
+    wide = 8 if streams <= 8 or size == 4 else 16
+    for warps in (4,) if groups > processors else (8, 16):  # of 4 warps, two run on a multiprocessor
+        registers = CHUNKS * (k + k_2) * matrix.height * size // (128 * warps)
+        if registers <= VALUE_REGISTERS[warps]:
+            return BlockPlan(groups, 16 if warps == 16 else wide, CHUNKS, k, k_2, 1, warps)
+    k = 32 if size == 4 else 64
+    return BlockPlan(groups, wide, CHUNKS, k, 0, -(-needed // k), 4 if groups > processors else 8)
+
+
+def lay_out_blocks(matrix: SparseMatrix, plan: BlockPlan, dtype: torch.dtype) -> BlockLayout:
+    """Deal the blocks of each row group out to the chunks of its gate.
+
+    Args:
+        matrix: [G, H], on the CPU.
+        plan: of this matrix.
+        dtype: of the layers' inputs, which values are rounded to.
+    """
+    pointers = matrix.row_pointers.numpy().astype(np.int64)
+    counts = np.diff(pointers)
+    row = np.repeat(np.arange(len(counts)), counts)  # of each block
+    within = np.arange(len(row)) - pointers[row]
+    gate, program = row // plan.programs, row % plan.programs
+    if matrix.gates == 1:
+        chunk, k = within % plan.chunks, within // plan.chunks
+    else:  # a warp's chunks are of one gate: chunk s is warp s % warps's
+        share, each = plan.chunks // 4, max(1, plan.warps // 4)
+        number, k = within % share, within // share
+        chunk = number // each * plan.warps + gate * each + number % each
+    tile, first = np.where(k < plan.tiles * plan.k, k // plan.k, 0), k < plan.tiles * plan.k
+    place = (program * plan.tiles + tile) * plan.chunks + chunk
+    place_2 = program * plan.chunks + chunk
+    values, columns = matrix.values.to(dtype), matrix.columns.to(torch.int32).to(torch.int16)
+
+    def filled(chosen: np.ndarray, where: np.ndarray, k: np.ndarray, chunks: int, size: int) -> tuple[Tensor, Tensor]:
+        number, at = (torch.from_numpy(part[chosen]) for part in (where, k))
+        blocks = torch.zeros(chunks, matrix.height, size, dtype=dtype)
+        blocks[number, :, at] = values[torch.from_numpy(chosen)]
+        column = torch.full((chunks, size), -1, dtype=torch.int16)
+        column[number, at] = columns[torch.from_numpy(chosen)]
+        return blocks, column
+
+    chunks = plan.programs * plan.chunks
+    main = filled(first, place, k % plan.k, chunks * plan.tiles, plan.k)
+    rest = filled(~first, place_2, k - plan.k, chunks, plan.k_2)
+    return BlockLayout(plan, *main, *rest, torch.arange(plan.programs * matrix.height, dtype=torch.int32))
+
+
+def _two_powers(n: int) -> tuple[int, int]:
+    """Two powers of two of at least 16, or one and 0, of the least sum that holds n."""
+    whole = max(16, _power(n))
+    half, rest = whole // 2, max(16, _power(n - whole // 2))
+    return (half, rest) if half >= 16 and half + rest < whole else (whole, 0)
 
 
 def _sizes(matrix: SparseMatrix, counts: np.ndarray, owner: np.ndarray, programs: int) -> tuple[int, int, int]:
@@ -137,15 +282,50 @@ def _sizes(matrix: SparseMatrix, counts: np.ndarray, owner: np.ndarray, programs
     values = chunks(1) * matrix.height
     most = MOST_VALUES // (2 if matrix.values.dtype == torch.float32 else 1)
     if matrix.height == 1:
-        chunk = min(16, max(4, _power(values) // 1024))
+        chunk = 16 if values > 8 << 10 else 8
         per_tile = min(_power(chunks(chunk)), max(1, most // chunk))
-        return chunk, per_tile, 8 if per_tile * chunk > 4096 else 4
+        places = per_tile * chunk
+        return chunk, per_tile, 16 if places > 8 << 10 else 8 if places > 1 << 10 else 4
     warps = 8 if values > 12 << 10 else 4
     per_tile = 256 * warps // matrix.height
     chunk = 4
     while chunks(chunk) > per_tile and chunk * per_tile * matrix.height <= most:
         chunk *= 2
     return chunk, per_tile, warps
+
+
+def _spread(source: np.ndarray, words: np.ndarray, chunk: int) -> np.ndarray:
+    """Order the elements of each chunk so that the threads of a warp find theirs in different banks of shared memory.
+
+    A thread holds 8 elements in a row, and the 32 threads of a warp look up their n-th ones together: in one go if
+    their words of h lie in different banks of the 32, else in as many as the fullest bank has words. For random columns
+    that is 3.5; here each place takes, of what is left of its chunk, an element of an emptier bank.
+
+    Args:
+        source: number of the element at each place, or -1.
+        words: the word of h that each element is multiplied with.
+        chunk: places of a chunk.
+    """
+    if len(source) % 256:
+        return source
+    rows = source.reshape(-1, 256)
+    number = np.arange(len(rows))
+    left = rows.reshape(len(rows), 256 // chunk, chunk).copy()
+    bank = np.where(left >= 0, words[np.maximum(left, 0)] % 32, 32)
+    taken = np.zeros_like(left, dtype=bool)
+    ordered = np.empty_like(rows)
+    for place in range(8):
+        load = np.zeros((len(rows), 33), np.int8)
+        for lane in range(32):
+            at = lane * 8 + place
+            own = at // chunk
+            cost = np.take_along_axis(load, bank[:, own], axis=1) * 2 + (bank[:, own] == 32)
+            best = np.where(taken[:, own], 127, cost).argmin(axis=1)
+            taken[number, own, best] = True
+            ordered[:, at] = left[number, own, best]
+            load[number, bank[number, own, best]] += 1
+            load[:, 32] = 0  # padding asks for nothing
+    return ordered.ravel()
 
 
 def _deal(cost: np.ndarray, programs: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,8 @@ def multiply_many(
     UNITS,  # of a gate
     per_gate,  # row groups of a gate
     gates,
+    y_row,  # strides of y
+    y_output,
     N: tl.constexpr,
     KT: tl.constexpr,
     MT: tl.constexpr,
@@ -51,9 +53,8 @@ def multiply_many(
     if BIASED:
         sums += tl.load(bias + output, mask=unit < UNITS, other=0.0)[:, None]
     inside = (unit < UNITS)[:, None] & (row < M)[None, :]
-    tl.store(
-        y + row[None, :].to(tl.int64) * (UNITS * gates) + output[:, None], sums.to(y.dtype.element_ty), mask=inside
-    )
+    where = row[None, :].to(tl.int64) * y_row + output[:, None].to(tl.int64) * y_output
+    tl.store(y + where, sums.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -68,6 +69,8 @@ def multiply_few(
     UNITS,
     per_gate,
     gates,
+    y_row,  # strides of y
+    y_output,
     N: tl.constexpr,
     GROUPS: tl.constexpr,
     KT: tl.constexpr,
@@ -96,4 +99,4 @@ def multiply_few(
     inside = real[:, None] & (unit < UNITS)
     if BIASED:
         out += tl.load(bias + output, mask=inside, other=0.0)
-    tl.store(y + m * (UNITS * gates) + output, out.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + m * y_row + output.to(tl.int64) * y_output, out.to(y.dtype.element_ty), mask=inside)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# How often a program looks for its input before it gives up: within three seconds on an H200.
-PATIENCE = tl.constexpr(1 << 20)
+from srnn.kernels.triton.wait import written
+
 CLIP = tl.constexpr(20.0)  # as in the contract; a kernel sees constexpr only
 
 
@@ -46,48 +46,59 @@ def _lstm(i, f, g, o, c):
 
 
 @triton.jit
-def _inputs(u, row, H, unit, mask, GATES: tl.constexpr, GATE: tl.constexpr):
-    return tl.load(u + row * (GATES * H) + GATE * H + unit, mask=mask, other=0.0).to(tl.float32)
+def _inputs(u, u_row, u_unit, row, unit, mask, H, GATES: tl.constexpr):
+    """Of each gate; the first again for those that a cell does not have."""
+    where = u + row * u_row + unit * u_unit
+    step = tl.cast(H, tl.int64) * u_unit
+    u_0 = tl.load(where, mask=mask, other=0.0)
+    u_1, u_2, u_3 = u_0, u_0, u_0
+    if GATES > 1:
+        u_1 = tl.load(where + step, mask=mask, other=0.0)
+        u_2 = tl.load(where + 2 * step, mask=mask, other=0.0)
+    if GATES > 3:
+        u_3 = tl.load(where + 3 * step, mask=mask, other=0.0)
+    return u_0, u_1, u_2, u_3
 
 
 @triton.jit
-def _of_chunks(parts, table, GATES: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, N: tl.constexpr):
-    """[GATES, SLOTS, N], GATES 1 or 4: the sums of each slot's chunks, of which it has at most MOST; -1 fills up."""
-    chunk = tl.load(table + tl.arange(0, GATES * SLOTS * MOST)).to(tl.int32)
-    wanted = chunk[:, None] + tl.zeros((1, N), tl.int32)
-    found = tl.gather(parts, tl.maximum(wanted, 0), 0)
-    found = tl.where(wanted >= 0, found, 0.0)
-    return tl.sum(tl.reshape(found, (GATES, SLOTS, MOST, N)), axis=2)
+def _bits(x, BITS: tl.constexpr):
+    """A float as it is handed on: the bits of its rounding, of one NaN for all that are not numbers."""
+    NOT_A_NUMBER: tl.constexpr = 0x7FFFFFFF if BITS.primitive_bitwidth == 32 else 0x7FFF
+    return tl.where(x != x, NOT_A_NUMBER, x.to(BITS, bitcast=True)).to(BITS)
 
 
 @triton.jit
-def _of_chunks_of_elements(parts, table, SLOTS: tl.constexpr, MOST: tl.constexpr):
-    """[SLOTS, 1] of one gate, for blocks of one row."""
-    chunk = tl.load(table + tl.arange(0, SLOTS * MOST)).to(tl.int32)
-    found = tl.gather(parts, tl.maximum(chunk, 0), 0)
-    found = tl.where(chunk >= 0, found, 0.0)
-    return tl.sum(tl.reshape(found, (SLOTS, MOST)), axis=1)[:, None]
-
-
-@triton.jit
-def _gates(sums, SLOTS: tl.constexpr, N: tl.constexpr):
-    """The four parts of [4, SLOTS, N]."""
-    last = tl.permute(tl.reshape(sums, (2, 2, SLOTS, N)), (2, 3, 0, 1))
-    even, odd = tl.split(last)
+def _quarters(a):
+    """The four parts of [..., 2, 2]."""
+    even, odd = tl.split(a)
     a_0, a_2 = tl.split(even)
     a_1, a_3 = tl.split(odd)
     return a_0, a_1, a_2, a_3
 
 
 @triton.jit
+def _of_chunks(parts, table, GATES: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, N: tl.constexpr):
+    """[GATES, SLOTS, N], GATES 1 or 4: the sums of each slot's chunks, of which it has at most MOST; -1 fills up."""
+    chunk = tl.load(table + tl.arange(0, GATES * SLOTS * MOST)).to(tl.int32)
+    if N == 1:
+        found = tl.gather(parts, tl.maximum(chunk, 0), 0)
+        found = tl.where(chunk >= 0, found, 0.0)
+        return tl.sum(tl.reshape(found, (GATES, SLOTS, MOST)), axis=2)[:, :, None]
+    else:
+        wanted = chunk[:, None] + tl.zeros((1, N), tl.int32)
+        found = tl.gather(parts, tl.maximum(wanted, 0), 0)
+        found = tl.where(wanted >= 0, found, 0.0)
+        return tl.sum(tl.reshape(found, (GATES, SLOTS, MOST, N)), axis=2)
+
+
+@triton.jit
 def _chunk_sums(h, column, value, CHUNKS: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
-    """[CHUNKS] or [CHUNKS, N]: each chunk's blocks times h. A column of -1 is padding, which multiplies nothing.
+    """[CHUNKS] or [CHUNKS, N]: each chunk's blocks times h. Padding has the column of a zero.
 
     Single elements of a chunk are neighbours; taller blocks of a chunk lie CHUNKS apart. Either way a thread, which
     loads 16 bytes at a time, adds up its own.
     """
-    x = tl.gather(h, tl.maximum(column, 0).to(tl.int32), 0).to(tl.float32)
-    x = tl.where(column >= 0, x, 0.0)
+    x = tl.gather(h, column.to(tl.int32), 0).to(tl.float32)
     if N == 1:
         return tl.sum(tl.reshape(x * value.to(tl.float32), (CHUNKS, K)), axis=1)
     else:
@@ -97,8 +108,7 @@ def _chunk_sums(h, column, value, CHUNKS: tl.constexpr, K: tl.constexpr, N: tl.c
 @triton.jit
 def recur_vectors(
     u,  # [rows, G]
-    y,  # [rows, H], the bits of floats as integers; -1, a NaN no arithmetic makes, where nothing is written yet
-    h0,  # [B, H], bits
+    h,  # [B + rows, STRIDE], bits of floats: the initial state, then the outputs, all ones where not written yet
     c,  # [B, H], fp32, of an LSTM; read and written
     values,  # [programs, TILES * CHUNKS * K, N]
     columns,  # [programs, TILES * CHUNKS * K]
@@ -114,6 +124,9 @@ def recur_vectors(
     steps,
     B,
     H,
+    u_row,  # strides of u, of which one is 1
+    u_unit,
+    STRIDE,  # a multiple of 16
     CELL: tl.constexpr,
     GATES: tl.constexpr,
     N: tl.constexpr,
@@ -122,25 +135,24 @@ def recur_vectors(
     TILES: tl.constexpr,
     CHUNKS: tl.constexpr,
     K: tl.constexpr,
-    WIDTH: tl.constexpr,  # of the tile that holds h: at least H and the number of threads
+    WIDTH: tl.constexpr,  # of the tile that holds h: over STRIDE, and a vector of 16 bytes a thread
+    VECTORS: tl.constexpr,  # of that tile, a thread
     EQUAL: tl.constexpr,
     REVERSE: tl.constexpr,
     BIASED: tl.constexpr,
-    NOT_A_NUMBER: tl.constexpr,
+    ALONE: tl.constexpr,  # one program a stream, which keeps h to itself
+    WAITS: tl.constexpr,
 ):
-    """One stream a row of programs: each multiplies its units' weights with h, which it waits for at every step.
-
-    The data is its own flag: y starts as a bit pattern that no result has, and a program looks at the h it needs until
-    none of it is there. Arithmetic that is not a number is written as another NaN, so that it does not look unwritten.
-    """
+    """One stream a row of programs: each multiplies its units' weights with h, which it waits for at every step."""
     program = tl.program_id(0)
     stream = (stream_of_first + tl.program_id(1)).to(tl.int64)
     FLOAT = u.dtype.element_ty
+    BITS = h.dtype.element_ty
     group = tl.load(groups + program * SLOTS + tl.arange(0, SLOTS)).to(tl.int32)
-    unit = group[:, None] * N + tl.arange(0, N)[None, :]
+    unit = group[:, None].to(tl.int64) * N + tl.arange(0, N)[None, :]
     owned = (group[:, None] >= 0) & (unit < H)
     everyone = tl.arange(0, WIDTH)
-    there = everyone < H
+    PER_VECTOR: tl.constexpr = 128 // BITS.primitive_bitwidth
     length = steps
     if not EQUAL:
         length = tl.load(lengths + stream)
@@ -159,20 +171,15 @@ def recur_vectors(
         else:
             value = tl.load(values + block[:, None] * N + tl.arange(0, N)[None, :])
 
-    t = first
-    if REVERSE:
-        t = length - 1 - first
-    before = t.to(tl.int64)  # row of the step before; of none at the first
+    source = h + stream * STRIDE
     if first > 0:
-        earlier = t - 1
+        earlier = first - 1
         if REVERSE:
-            earlier = t + 1
+            earlier = length - first
         before = earlier.to(tl.int64) * B
         if not EQUAL:
-            before = tl.load(offsets + earlier).to(tl.int64)
-    source = h0 + stream * H
-    if first > 0:
-        source = y + (before + stream) * H
+            before = tl.load(offsets + earlier, mask=first < end, other=0).to(tl.int64)
+        source = h + (B + before + stream) * STRIDE
     mine = tl.load(source + unit, mask=owned & (first < end), other=0).to(FLOAT, bitcast=True).to(tl.float32)
     if CELL == "lstm":
         cell = tl.load(c + stream * H + unit, mask=owned, other=0.0)
@@ -180,7 +187,6 @@ def recur_vectors(
     if BIASED:
         bias = tl.load(new_bias + unit, mask=owned, other=0.0)
 
-    patience = PATIENCE
     for k in range(first, end):
         t = k
         if REVERSE:
@@ -189,25 +195,17 @@ def recur_vectors(
         if not EQUAL:
             row = tl.load(offsets + t).to(tl.int64)
         row += stream
-        u_0 = _inputs(u, row, H, unit, owned, GATES, 0)  # before waiting: nobody has to write them first
-        if GATES > 1:
-            u_1 = _inputs(u, row, H, unit, owned, GATES, 1)
-            u_2 = _inputs(u, row, H, unit, owned, GATES, 2)
-        if GATES > 3:
-            u_3 = _inputs(u, row, H, unit, owned, GATES, 3)
+        # Before waiting: nobody has to write them first.
+        u_0, u_1, u_2, u_3 = _inputs(u, u_row, u_unit, row, unit, owned, H, GATES)
 
-        bits = tl.load(source + everyone, mask=there, other=0, volatile=True)
-        if k > first:
-            tries = 0
-            missing = tl.max((bits == -1).to(tl.int32), axis=0)
-            while (missing > 0) & (tries < patience):
-                bits = tl.load(source + everyone, mask=there, other=0, volatile=True)
-                missing = tl.max((bits == -1).to(tl.int32), axis=0)
-                tries += 1
-            if missing > 0:
-                patience = 0  # the rest will not come either
-                tl.store(failed, 1)
-        h = bits.to(FLOAT, bitcast=True)
+        if ALONE:
+            whole = tl.reshape(mine.to(FLOAT), (SLOTS * N,))
+        else:
+            bits = tl.load(source + everyone, mask=everyone < STRIDE, other=0, volatile=True)
+            if WAITS:
+                wait = (k > first).to(tl.int32)
+                bits = written(bits, everyone & -PER_VECTOR, source, failed, wait, VECTORS)
+            whole = bits.to(FLOAT, bitcast=True)
 
         a_0 = tl.zeros((SLOTS, N), tl.float32)
         a_1, a_2, a_3 = a_0, a_0, a_0
@@ -218,164 +216,241 @@ def recur_vectors(
                     value = tl.load(values + tile * TILE + block)
                 else:
                     value = tl.load(values + (tile * TILE + block)[:, None] * N + tl.arange(0, N)[None, :])
-            parts = _chunk_sums(h, column, value, CHUNKS, K, N)
+            parts = _chunk_sums(whole, column, value, CHUNKS, K, N)
             table = chunks + tile * (ALL_GATES * SLOTS * MOST)
-            if N == 1:
-                a_0 += _of_chunks_of_elements(parts, table, SLOTS, MOST)
-                if GATES > 1:
-                    a_1 += _of_chunks_of_elements(parts, table + SLOTS * MOST, SLOTS, MOST)
-                    a_2 += _of_chunks_of_elements(parts, table + 2 * SLOTS * MOST, SLOTS, MOST)
-                if GATES > 3:
-                    a_3 += _of_chunks_of_elements(parts, table + 3 * SLOTS * MOST, SLOTS, MOST)
+            sums = _of_chunks(parts, table, ALL_GATES, SLOTS, MOST, N)
+            if GATES == 1:
+                a_0 += tl.reshape(sums, (SLOTS, N))
             else:
-                sums = _of_chunks(parts, table, ALL_GATES, SLOTS, MOST, N)
-                if GATES == 1:
-                    a_0 += tl.reshape(sums, (SLOTS, N))
-                else:
-                    b_0, b_1, b_2, b_3 = _gates(sums, SLOTS, N)
-                    a_0 += b_0
-                    a_1 += b_1
-                    a_2 += b_2
-                    a_3 += b_3
+                b_0, b_1, b_2, b_3 = _quarters(tl.permute(tl.reshape(sums, (2, 2, SLOTS, N)), (2, 3, 0, 1)))
+                a_0 += b_0
+                a_1 += b_1
+                a_2 += b_2
+                a_3 += b_3
 
+        a_0 += u_0.to(tl.float32)
+        if GATES > 1:
+            a_1 += u_1.to(tl.float32)
         if CELL == "gru":
-            mine = _gru(u_0 + a_0, u_1 + a_1, u_2, a_2 + bias, mine)
+            mine = _gru(a_0, a_1, u_2.to(tl.float32), a_2 + bias, mine)
         elif CELL == "lstm":
-            mine, cell = _lstm(u_0 + a_0, u_1 + a_1, u_2 + a_2, u_3 + a_3, cell)
+            mine, cell = _lstm(a_0, a_1, a_2 + u_2.to(tl.float32), a_3 + u_3.to(tl.float32), cell)
         else:
-            mine = _activated(u_0 + a_0, CELL)
+            mine = _activated(a_0, CELL)
         rounded = mine.to(FLOAT)
-        out = tl.where(mine != mine, NOT_A_NUMBER, rounded.to(y.dtype.element_ty, bitcast=True)).to(y.dtype.element_ty)
-        source = y + row * H
-        tl.store(source + unit, out, mask=owned)
+        source = h + (B + row) * STRIDE
+        tl.store(source + unit, _bits(rounded, BITS), mask=owned)
         mine = rounded.to(tl.float32)
     if CELL == "lstm":
         tl.store(c + stream * H + unit, cell, mask=owned)
 
 
 @triton.jit
-def _products(values, columns, pointers, row, h, batch, UNITS: tl.constexpr, KT: tl.constexpr, BP: tl.constexpr,
-              PRECISION: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
-    """[UNITS, BP]: a row group's blocks times h, which is complete."""
-    begin = tl.load(pointers + row)
-    end = tl.load(pointers + row + 1)
-    sums = tl.zeros((UNITS, BP), tl.float32)
-    lane = tl.arange(0, UNITS)
-    for start in range(begin, end, KT):
-        block = start + tl.arange(0, KT)
-        used = block < end
-        column = tl.load(columns + block, mask=used, other=0).to(tl.int32)
-        value = tl.load(values + block[:, None].to(tl.int64) * UNITS + lane[None, :], mask=used[:, None], other=0.0)
-        x = tl.load(h + column[:, None] * BP + batch[None, :], mask=used[:, None], other=0.0)
-        if WIDEN:
-            value, x = value.to(tl.float32), x.to(tl.float32)
-        sums = tl.dot(tl.trans(value.to(x.dtype)), x, sums, input_precision=PRECISION)
-    return sums
+def _blocks_of(values, columns, program, tile, TILES: tl.constexpr, K: tl.constexpr, S: tl.constexpr, N: tl.constexpr):
+    """Values [S, N, K] and columns [S, K / 4, 4] of a tile of a program's chunks."""
+    chunk, k = tl.arange(0, S), tl.arange(0, K)
+    place = program * TILES + tile
+    column = tl.load(columns + place * (S * K) + chunk[:, None] * K + k[None, :]).to(tl.int32)
+    within = (chunk[:, None, None] * N + tl.arange(0, N)[None, :, None]) * K + k[None, None, :]
+    return tl.load(values + place.to(tl.int64) * (S * N * K) + within), tl.reshape(column, (S, K // 4, 4))
 
 
 @triton.jit
-def recur_batch(
+def _rows_of(now, column, BP: tl.constexpr):
+    """[S, K / 4, 4, BP]: the bits of the rows ``column`` of now [H, BP], whether or not they are written yet."""
+    batch = tl.arange(0, BP)[None, None, None, :]
+    used = (column >= 0)[:, :, :, None] & (batch < BP)
+    # The hint, which promises nothing that is used, makes four columns of a chunk neighbours among the threads and the
+    # others of a thread. In shared memory they so lie as products read them, and are written without bank conflicts.
+    where = tl.max_contiguous(now + (column * BP)[:, :, :, None] + batch, [1, 1, 2, BP])
+    return tl.load(where, mask=used, other=0, volatile=True)
+
+
+@triton.jit
+def _times(value, bits, column, now, failed, wait, acc, FLOAT: tl.constexpr, BP: tl.constexpr, VECTORS: tl.constexpr,
+           PRECISION: tl.constexpr, WIDEN: tl.constexpr, WAITS: tl.constexpr):  # fmt: skip
+    """acc and value [S, N, K] times what ``_rows_of`` loaded, once all of it is written."""
+    if WAITS:
+        PER_VECTOR: tl.constexpr = 128 // now.dtype.element_ty.primitive_bitwidth
+        vector = (column * BP)[:, :, :, None] + (tl.arange(0, BP) & -PER_VECTOR)[None, None, None, :]
+        bits = written(bits, vector, now, failed, wait, VECTORS)
+    x = tl.reshape(bits.to(FLOAT, bitcast=True), (value.shape[0], value.shape[2], BP))
+    if WIDEN:
+        value, x = value.to(tl.float32), x.to(tl.float32)
+    return tl.dot(value, x, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _of_warps(acc, GATES: tl.constexpr, S: tl.constexpr, WARPS: tl.constexpr, N: tl.constexpr, BP: tl.constexpr):
+    """The sums of a gate's chunks, [BP, N] a gate. Chunk s lies in warp s % WARPS, as a batch of dot products does.
+
+    Each warp first adds up its own; what is left goes through shared memory once.
+    """
+    a = tl.sum(tl.reshape(acc, (S // WARPS, WARPS, N, BP)), axis=0)
+    a = tl.permute(a, (2, 1, 0))
+    if WARPS == 16:
+        even, odd = tl.split(tl.reshape(a, (BP, N, 8, 2)))
+        a = even + odd
+    if WARPS >= 8:
+        even, odd = tl.split(tl.reshape(a, (BP, N, 4, 2)))
+        a = even + odd
+    a_0, a_1, a_2, a_3 = _quarters(tl.reshape(a, (BP, N, 2, 2)))
+    if GATES == 1:
+        a_0 = (a_0 + a_1) + (a_2 + a_3)
+    return a_0, a_1, a_2, a_3
+
+
+@triton.jit
+def _place(sizes, offsets, k, stream, unit, steps, B, H, EQUAL: tl.constexpr, REVERSE: tl.constexpr):
+    """Rows of u and y at the k-th step, and which of [streams, units] take part in it."""
+    t = k
+    if REVERSE:
+        t = steps - 1 - k
+    size = B
+    row = t.to(tl.int64) * B
+    if not EQUAL:
+        there = (t >= 0) & (t < steps)
+        size = tl.load(sizes + t, mask=there, other=0)
+        row = tl.load(offsets + t, mask=there, other=0).to(tl.int64)
+    return row + stream, (unit < H) & (stream < size)
+
+
+@triton.jit
+def recur_blocks(
     u,  # [rows, G]
     y,  # [rows, H]
-    h,  # [T + 1, H, BP], the state before and after each step
+    h,  # [slices, T + 1, H, BP], bits of the state before and after each step, all ones where not written yet
     c,  # [B, H], fp32, of an LSTM; read and written
-    values,  # [blocks, N]
-    columns,  # [blocks]
-    pointers,  # [G / N + 1]
+    values,  # [programs, TILES, S, N, K]
+    columns,  # [programs, TILES, S, K], -1 for none
+    values_2,  # [programs, S, N, K_2]
+    columns_2,  # [programs, S, K_2]
+    units,  # [programs * N], 0, 1, 2, ...
     new_bias,  # [H]
     sizes,  # [T], streams of a step
     offsets,  # [T], first row of a step
-    flags,  # [programs], steps done
     failed,  # [1], set where a program gave up
-    stream_of_first,
+    slices,
     first,
     last,
     steps,
     B,
     H,
-    groups,
+    u_row,  # strides of u, of which one is 1
+    u_unit,
     CELL: tl.constexpr,
     GATES: tl.constexpr,
-    UNITS: tl.constexpr,
-    KT: tl.constexpr,
+    N: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    K_2: tl.constexpr,
+    TILES: tl.constexpr,
+    WARPS: tl.constexpr,
     BP: tl.constexpr,
-    WAITED: tl.constexpr,  # of the tile of flags: at least the programs and the threads
+    VECTORS: tl.constexpr,  # of 16 bytes that a thread loads of a tile's rows of h
+    VECTORS_2: tl.constexpr,
+    ONE_SLICE: tl.constexpr,  # for each program, which then keeps its state
     EQUAL: tl.constexpr,
     REVERSE: tl.constexpr,
     BIASED: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
-    """All streams at once, N units a program. A program says when it has done a step, and waits until all others have.
+    """BP streams at a time on tensor cores, one group of N units a program, its weights in registers.
 
-    What it then reads of h is new memory at each step, so that no L1 holds an older copy of it.
+    A program waits for those rows of h that its blocks multiply. Slices of streams are dealt out to the rows of the
+    grid; a row that has several goes through all of them at each step, so that each is computed while others wait.
+    Loops are ``while`` loops because out of those the compiler keeps what does not change in registers.
     """
     program = tl.program_id(0)
-    FLOAT = h.dtype.element_ty
-    unit = (program * UNITS + tl.arange(0, UNITS))[:, None]
-    batch = tl.arange(0, BP)
-    stream = stream_of_first + batch[None, :]
-    owned = (unit < H) & (stream < B)
-    everyone = tl.arange(0, WAITED)
-    SIZE = tl.cast(H, tl.int64) * BP  # H is a plain number where it is 1
-    mine = tl.load(h + first * SIZE + unit * BP + batch[None, :], mask=owned, other=0.0).to(tl.float32)
-    if CELL == "lstm":
-        cell = tl.load(c + stream * H + unit, mask=owned, other=0.0)
-    bias = tl.zeros((UNITS, BP), tl.float32)
+    FLOAT = u.dtype.element_ty
+    BITS = h.dtype.element_ty
+    # Loaded, so that the compiler sees no order in them, and lays out all that is [BP, N] alike.
+    unit = tl.load(units + program * N + tl.arange(0, N)).to(tl.int64)[None, :]
+    batch = tl.load(units + tl.arange(0, BP))[:, None]
+    place = unit * BP + batch
+    if TILES == 1:
+        value, column = _blocks_of(values, columns, program, 0, 1, K, S, N)
+        if K_2:
+            value_2, column_2 = _blocks_of(values_2, columns_2, program, 0, 1, K_2, S, N)
+    bias = tl.zeros((BP, N), tl.float32)
     if BIASED:
-        bias = tl.load(new_bias + unit + stream * 0, mask=owned, other=0.0)
-    patience = PATIENCE
-    for k in range(first, last):
-        t = k
-        if REVERSE:
-            t = steps - 1 - k
-        size = B
-        row = t.to(tl.int64) * B
-        if not EQUAL:
-            size = tl.load(sizes + t)
-            row = tl.load(offsets + t).to(tl.int64)
-        active = owned & (stream < size)
-        row = row + stream
-        u_0 = _inputs(u, row, H, unit, active, GATES, 0)
-        if GATES > 1:
-            u_1 = _inputs(u, row, H, unit, active, GATES, 1)
-            u_2 = _inputs(u, row, H, unit, active, GATES, 2)
-        if GATES > 3:
-            u_3 = _inputs(u, row, H, unit, active, GATES, 3)
-        if k > first:
-            done = tl.load(flags + everyone, mask=everyone < groups, other=1 << 30, volatile=True)
-            slowest = tl.min(done, axis=0)
-            tries = 0
-            while (slowest < k) & (tries < patience):
-                done = tl.load(flags + everyone, mask=everyone < groups, other=1 << 30, volatile=True)
-                slowest = tl.min(done, axis=0)
-                tries += 1
-            if slowest < k:
-                patience = 0
-        now = h + k * SIZE
-        a_0 = _products(values, columns, pointers, program, now, batch, UNITS, KT, BP, PRECISION, WIDEN)
-        if GATES > 1:
-            second, third = groups + program, 2 * groups + program
-            a_1 = _products(values, columns, pointers, second, now, batch, UNITS, KT, BP, PRECISION, WIDEN)
-            a_2 = _products(values, columns, pointers, third, now, batch, UNITS, KT, BP, PRECISION, WIDEN)
-        if GATES > 3:
-            fourth = 3 * groups + program
-            a_3 = _products(values, columns, pointers, fourth, now, batch, UNITS, KT, BP, PRECISION, WIDEN)
-        if patience == 0:
-            tl.store(failed, 1)
-            a_0 += float("nan")  # what stands in h is not what was waited for, and must not look like a result
-        if CELL == "gru":
-            new = _gru(u_0 + a_0, u_1 + a_1, u_2, a_2 + bias, mine)
-        elif CELL == "lstm":
-            new, after = _lstm(u_0 + a_0, u_1 + a_1, u_2 + a_2, u_3 + a_3, cell)
-            cell = tl.where(active, after, cell)
-        else:
-            new = _activated(u_0 + a_0, CELL)
-        rounded = new.to(FLOAT)
-        mine = tl.where(active, rounded.to(tl.float32), mine)
-        tl.store(h + (k + 1) * SIZE + unit * BP + batch[None, :], mine.to(FLOAT), mask=unit < H)
-        tl.debug_barrier()
-        tl.atomic_xchg(flags + program, k + 1, sem="release", scope="gpu")
-        tl.store(y + row * H + unit, rounded, mask=active)
+        bias = tl.load(new_bias + unit + batch * 0, mask=unit < H, other=0.0)
+    SIZE = tl.cast(H, tl.int64) * BP  # H is a plain number where it is 1
+
+    k = first
+    part = tl.program_id(1)
+    now = h + (part.to(tl.int64) * (steps + 1) + k) * SIZE
+    row, active = _place(sizes, offsets, k, part * BP + batch, unit, steps, B, H, EQUAL, REVERSE)
+    u_0, u_1, u_2, u_3 = _inputs(u, u_row, u_unit, row, unit, active, H, GATES)
+    mine = tl.load(now + place, mask=unit < H, other=0, volatile=True)
+    cell = bias
     if CELL == "lstm":
-        tl.store(c + stream * H + unit, cell, mask=owned)
+        cell = tl.load(c + (part * BP + batch) * H + unit, mask=(unit < H) & (part * BP + batch < B), other=0.0)
+    if TILES == 1 and not ONE_SLICE:
+        x = _rows_of(now, column, BP)
+        if K_2:
+            x_2 = _rows_of(now, column_2, BP)
+    while k < last:
+        wait = (k > first).to(tl.int32)
+        k_next, part_next = k, part + tl.num_programs(1)
+        if part_next >= slices:
+            k_next, part_next = k + 1, tl.program_id(1)
+        there = tl.minimum(k_next, last)  # after the last step something to point to
+        next = h + (part_next.to(tl.int64) * (steps + 1) + there) * SIZE
+        acc = tl.zeros((S, N, BP), tl.float32)
+        if TILES == 1:
+            if ONE_SLICE:
+                x = _rows_of(now, column, BP)
+                if K_2:
+                    x_2 = _rows_of(now, column_2, BP)
+            acc = _times(value, x, column, now, failed, wait, acc, FLOAT, BP, VECTORS, PRECISION, WIDEN, WAITS)
+            if K_2:
+                acc = _times(
+                    value_2, x_2, column_2, now, failed, wait, acc, FLOAT, BP, VECTORS_2, PRECISION, WIDEN, WAITS
+                )
+            if not ONE_SLICE:  # of another slice, so probably written by now
+                x = _rows_of(next, column, BP)
+                if K_2:
+                    x_2 = _rows_of(next, column_2, BP)
+        else:
+            for tile in range(TILES):
+                value, column = _blocks_of(values, columns, program, tile, TILES, K, S, N)
+                x = _rows_of(now, column, BP)
+                acc = _times(value, x, column, now, failed, wait, acc, FLOAT, BP, VECTORS, PRECISION, WIDEN, WAITS)
+        a_0, a_1, a_2, a_3 = _of_warps(acc, GATES, S, WARPS, N, BP)
+
+        stream = part * BP + batch
+        row, active = _place(sizes, offsets, k, stream, unit, steps, B, H, EQUAL, REVERSE)
+        old = mine.to(FLOAT, bitcast=True)
+        a_0 += u_0.to(tl.float32)
+        if GATES > 1:
+            a_1 += u_1.to(tl.float32)
+        if CELL == "gru":
+            new = _gru(a_0, a_1, u_2.to(tl.float32), a_2 + bias, old.to(tl.float32))
+        elif CELL == "lstm":
+            new, after = _lstm(a_0, a_1, a_2 + u_2.to(tl.float32), a_3 + u_3.to(tl.float32), cell)
+            cell = tl.where(active, after, cell)
+            if not ONE_SLICE or k + 1 == last:
+                tl.store(c + stream * H + unit, cell, mask=(unit < H) & (stream < B))
+        else:
+            new = _activated(a_0, CELL)
+        rounded = new.to(FLOAT)
+        kept = rounded
+        if not EQUAL:
+            kept = tl.where(active, rounded, old)
+        mine = _bits(kept, BITS)
+        tl.store(now + SIZE + place, mine, mask=unit < H)
+        tl.store(y + row * H + unit, rounded, mask=active)
+
+        # Inputs of what comes next, which so have a step's time to arrive. Not earlier: a second set of registers would
+        # be copied into this one, which waits for the loads.
+        k, part, now = k_next, part_next, next
+        stream = part * BP + batch
+        row, active = _place(sizes, offsets, k, stream, unit, steps, B, H, EQUAL, REVERSE)
+        u_0, u_1, u_2, u_3 = _inputs(u, u_row, u_unit, row, unit, active & (k < last), H, GATES)
+        if not ONE_SLICE:
+            mine = tl.load(now + place, mask=unit < H, other=0, volatile=True)
+            if CELL == "lstm":
+                cell = tl.load(c + stream * H + unit, mask=(unit < H) & (stream < B), other=0.0)
