@@ -247,17 +247,14 @@ class SparseRecurrent(SparseModule):
         y, ends = x_NI, []
         with _no_grad():
             for first in range(0, len(self.suffixes), directions):
-                outputs = []
-                for index in range(first, first + directions):
-                    begin = tuple(part[index] for part in state)
-                    out, end = self._layer(index, y, begin[0].shape[0]).run(y, sizes, begin)
-                    if self.recorder is not None:
-                        self._record(index, y, sizes, begin[0], out)
-                    outputs.append(out)
-                    ends.append(end)
-                y = outputs[0] if directions == 1 else torch.cat(outputs, dim=1)
-            after = ends[0] if len(ends) == 1 else tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
-            after = tuple(part[None] for part in after) if len(ends) == 1 else after
+                begin = tuple(part[first : first + 2] if self.bidirectional else part[first] for part in state)
+                out, end = self._layer(first, y, begin[0].shape[-2]).run(y, sizes, begin)
+                if self.recorder is not None:
+                    for d, y_NP in enumerate(out.chunk(directions, dim=1)):
+                        self._record(first + d, y, sizes, state[0][first + d], y_NP)
+                ends.append(end if self.bidirectional else tuple(part[None] for part in end))
+                y = out
+            after = ends[0] if len(ends) == 1 else tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
         return _without_gradient(y, x_NI, *state), tuple(_without_gradient(part, x_NI, *state) for part in after)
 
     def _layer(self, index: int, x: Tensor, streams: int) -> Layer:
@@ -266,7 +263,11 @@ class SparseRecurrent(SparseModule):
         if ready is None:
             weights = self.layer_weights(index)
             self._check(weights, x, streams)
-            ready = self._ready[key] = self.kernel.layer(weights, x.device, x.dtype)
+            if self.bidirectional:
+                ready = self.kernel.both(weights, self.layer_weights(index + 1), x.device, x.dtype)
+            else:
+                ready = self.kernel.layer(weights, x.device, x.dtype)
+            self._ready[key] = ready
         return ready
 
     def _record(self, index: int, x_NI: Tensor, sizes: Tensor, h_BP: Tensor, y_NP: Tensor) -> None:

@@ -131,6 +131,21 @@ class _Chooser(Kernel):
         what = f"{weights.cell}{direction} {' '.join(_describe(m) for m in weights.matrices.values())}"
         return _ChosenLayer(_Pick[Layer](self, what, weights, device, dtype, prepare, call))
 
+    def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
+        """Measured at the first call with so many streams, for both directions together."""
+        forward, backward = forward.to(device), backward.to(device)
+
+        def prepare(kernel: Kernel) -> Layer:
+            return kernel.both(forward, backward, device, dtype)
+
+        def call(ready: Layer, batch: int, steps: int) -> Call:
+            x_NI = torch.randn(steps * batch, forward.w_ih.shape[1], device=device, dtype=dtype)
+            state = tuple(torch.stack([part, part]) for part in zero_state(forward, batch, device, dtype))
+            return lambda: ready.run(x_NI, equal_lengths(steps, batch), state)
+
+        what = f"{forward.cell} both ways {' '.join(_describe(m) for m in forward.matrices.values())}"
+        return _ChosenLayer(_Pick[Layer](self, what, forward, device, dtype, prepare, call))
+
     def choose(
         self, what: str, where: tuple[torch.device, torch.dtype], calls: Mapping[str, Callable[[], Call]],
         left_out: dict[str, str],
@@ -221,7 +236,7 @@ class _ChosenLayer(Layer):
     pick: _Pick[Layer]
 
     def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
-        return self.pick(state[0].shape[0], len(batch_sizes)).run(x_NI, batch_sizes, state)
+        return self.pick(state[0].shape[-2], len(batch_sizes)).run(x_NI, batch_sizes, state)
 
 
 @register.kernel("dense")

@@ -137,6 +137,21 @@ class ComposedLayer(Layer):
         return self.recurrence(self.product(x_NI), batch_sizes, state)
 
 
+@dataclass(frozen=True)
+class OneAfterTheOther(Layer):
+    """Both directions of a bidirectional layer. Parts of the state are [2, B, ...], outputs [N, 2 P]."""
+
+    forward: Layer
+    backward: Layer
+
+    def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        """The forward direction, then the other."""
+        both = (self.forward, self.backward)
+        done = [one.run(x_NI, batch_sizes, tuple(part[d] for part in state)) for d, one in enumerate(both)]
+        ends = zip(*(end for _, end in done), strict=True)
+        return torch.cat([y for y, _ in done], dim=1), tuple(torch.stack(parts) for parts in ends)
+
+
 class Kernel(ABC):
     """A way to run sparse weights. Registered as ``@register.kernel("name")``, selected as ``kernel=name``.
 
@@ -179,3 +194,7 @@ class Kernel(ABC):
         """Make a whole layer ready to run."""
         product = self.product(weights.w_ih, weights.input_bias, device, dtype)
         return ComposedLayer(product, self.recurrence(weights, device, dtype))
+
+    def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
+        """Make both directions of a bidirectional layer ready to run, as ``OneAfterTheOther`` does."""
+        return OneAfterTheOther(self.layer(forward, device, dtype), self.layer(backward, device, dtype))

@@ -57,25 +57,39 @@ class Torch(StepLoopKernel):
     def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """A one-layer module; the loop of steps for what it cannot do."""
         loop = super().layer(weights, device, dtype)
-        # With projections torch leaves oneDNN, and says so at each first call.
-        own = weights.cell != "clipped_relu" and weights.w_hr is None
-        return _TorchLayer(weights, device, dtype, loop) if own else loop
+        return _TorchLayer((weights,), device, dtype, loop) if _is_torchs(weights) else loop
+
+    def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
+        """A bidirectional module."""
+        loop = super().both(forward, backward, device, dtype)
+        return _TorchLayer((forward, backward), device, dtype, loop) if _is_torchs(forward) else loop
+
+
+def _is_torchs(weights: LayerWeights) -> bool:
+    """Whether torch's own module is used. With projections it leaves oneDNN, and says so at each first call."""
+    return weights.cell != "clipped_relu" and weights.w_hr is None
 
 
 class _TorchLayer(Layer):
-    """One direction as a module of torch, which runs it forward; so a reversed one gets its steps reversed."""
+    """A module of torch of one direction, which runs forward, so a reversed one gets its steps reversed; or of both."""
 
-    def __init__(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype, loop: Layer) -> None:
-        self.reverse, self.lstm, self.loop = weights.reverse, weights.cell == "lstm", loop
+    def __init__(
+        self, directions: tuple[LayerWeights, ...], device: torch.device, dtype: torch.dtype, loop: Layer
+    ) -> None:
+        weights = directions[0]
+        self.both, self.loop = len(directions) == 2, loop
+        self.reverse, self.lstm = weights.reverse and not self.both, weights.cell == "lstm"
         kinds = {"gru": nn.GRU, "lstm": nn.LSTM}
         cell = kinds.get(weights.cell, nn.RNN)
         options: dict[str, Any] = {} if weights.cell in kinds else {"nonlinearity": weights.cell}
         bias = weights.b_ih is not None and weights.b_hh is not None
         with without_memory():
-            module = cell(weights.w_ih.shape[1], weights.hidden_size, bias=bias, **options)
-        tensors = {f"weight_{name[2:]}_l0": matrix.to_dense() for name, matrix in weights.matrices.items()}
-        if weights.b_ih is not None and weights.b_hh is not None:
-            tensors |= {"bias_ih_l0": weights.b_ih, "bias_hh_l0": weights.b_hh}
+            module = cell(weights.w_ih.shape[1], weights.hidden_size, bias=bias, bidirectional=self.both, **options)
+        tensors: dict[str, Tensor] = {}
+        for suffix, part in zip(("_l0", "_l0_reverse"), directions, strict=False):
+            tensors |= {f"weight_{name[2:]}{suffix}": matrix.to_dense() for name, matrix in part.matrices.items()}
+            if part.b_ih is not None and part.b_hh is not None:
+                tensors |= {f"bias_ih{suffix}": part.b_ih, f"bias_hh{suffix}": part.b_hh}
         # Flat memory on a GPU and, for torch's oneDNN LSTM, on a CPU.
         module.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
         module.requires_grad_(False).flatten_parameters()
@@ -83,13 +97,14 @@ class _TorchLayer(Layer):
 
     def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         steps, streams = len(batch_sizes), int(batch_sizes[0]) if len(batch_sizes) else 0
-        if streams * steps != x_NI.shape[0] or state[0].shape[0] != streams or not x_NI.shape[0]:
+        if streams * steps != x_NI.shape[0] or state[0].shape[-2] != streams or not x_NI.shape[0]:
             return self.loop.run(x_NI, batch_sizes, state)
         x_TBI = x_NI.view(steps, streams, -1)
-        wide = tuple(part[None] for part in state)
+        wide = tuple(part if self.both else part[None] for part in state)
         y_TBP, after = self.module(x_TBI.flip(0) if self.reverse else x_TBI, wide if self.lstm else wide[0])
         y_TBP = y_TBP.flip(0) if self.reverse else y_TBP
-        return y_TBP.reshape(x_NI.shape[0], -1), tuple(part[0] for part in (after if self.lstm else (after,)))
+        end = after if self.lstm else (after,)
+        return y_TBP.reshape(x_NI.shape[0], -1), tuple(part if self.both else part[0] for part in end)
 
 
 class OneDnn(StepLoopKernel):

@@ -9,6 +9,7 @@ from srnn.sparse.matrix import (
     cheapest_structure,
     has_structure,
     packed_nbytes,
+    stacked,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "cheapest_structure",
     "has_structure",
     "packed_nbytes",
+    "stacked",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -262,6 +263,22 @@ class SparseMatrix:
             last = (self._groups_of_blocks() + 1) % (self.groups // self.gates) == 0
             if bool((self.values[last, beyond:] != 0).any()):
                 raise ValueError("a value past the end of a gate is not zero")
+
+
+def stacked(matrices: Sequence[SparseMatrix]) -> SparseMatrix:
+    """Matrices of the same shape, structure and values below each other; each keeps its gates."""
+    first = matrices[0]
+    pointers = [first.row_pointers]
+    for matrix in matrices[1:]:
+        pointers.append(matrix.row_pointers[1:] + pointers[-1][-1])
+    return SparseMatrix(
+        (sum(matrix.shape[0] for matrix in matrices), first.shape[1]),
+        sum(matrix.gates for matrix in matrices),
+        torch.cat([matrix.values for matrix in matrices]),
+        torch.cat([matrix.columns.to(torch.int32) for matrix in matrices]).to(first.columns.dtype),
+        torch.cat(pointers),
+        None if first.scales is None else torch.cat([m.scales for m in matrices if m.scales is not None]),
+    )
 
 
 def cheapest_structure(weight: Tensor, values: Values = "fp32", gates: int = 1) -> Structure:

@@ -96,6 +96,31 @@ def test_a_layer_is_the_reference(cell, height, streams, reverse):
 
 @pytest.mark.gpu
 @here
+@pytest.mark.parametrize("cell", ["gru", "lstm", "tanh"])
+@pytest.mark.parametrize(("height", "streams"), [(1, 1), (1, 3), (16, 1), (16, 3), (16, 20)])
+@pytest.mark.parametrize("equal", [True, False])
+def test_both_directions_in_one_launch(cell, height, streams, equal, monkeypatch):
+    from srnn.kernels.triton import backend
+
+    monkeypatch.setattr(backend, "processors", lambda device: 8)
+    forward, backward = (layer(cell, 19, 37, height, reverse=reverse, seed=int(reverse)) for reverse in (False, True))
+    sizes = equal_lengths(3, streams) if equal else torch.tensor([streams, -(-streams // 2), 1])
+    x = torch.randn(int(sizes.sum()), 19)
+    state = tuple(
+        torch.stack(parts) for parts in zip(*(state_of(forward, streams, None) for _ in range(2)), strict=True)
+    )
+    ready = backend.Triton().both(forward, backward, DEVICE, torch.float32)
+    assert isinstance(ready, backend._Both)
+    y, end = ready.run(x.to(DEVICE), sizes, tuple(part.to(DEVICE) for part in state))
+    for d, weights in enumerate((forward, backward)):
+        wanted, after = run_layer(weights, x.double(), sizes, tuple(part[d].double() for part in state))
+        assert relative_error(y.cpu().chunk(2, dim=1)[d], wanted) < 1e-5
+        for got, part in zip(end, after, strict=True):
+            assert relative_error(got[d].cpu(), part) < 1e-5
+
+
+@pytest.mark.gpu
+@here
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("values", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(("height", "streams"), [(1, 1), (16, 1), (16, 2)])
@@ -118,7 +143,7 @@ def test_weights_that_do_not_fit_one_tile(height, monkeypatch):
     monkeypatch.setattr(plan, "MOST_VALUES", 2048)
     monkeypatch.setattr(plan, "LEAST_VALUES", 1 << 20)
     weights = layer("gru", 8, 130, height, density=0.5)
-    assert plan.lay_out(weights.w_hh, 1).plan.tiles > 1
+    assert plan.lay_out([weights.w_hh], 1).plan.tiles > 1
     check(weights, torch.float32, equal_lengths(2, 1))
 
 
@@ -133,7 +158,7 @@ def test_blocks_in_more_warps_or_from_the_cache(cell, registers, warps, tiles, m
     hidden = 300 if cell != "tanh" else 1100  # blocks of one gate fall into four times as many chunks
     weights = layer(cell, 8, hidden, 32, density=1.0)
     monkeypatch.setattr("srnn.kernels.triton.backend.processors", lambda device: 40)
-    made = plan.plan_blocks(weights.w_hh, 40, 2, 9)
+    made = plan.plan_blocks([weights.w_hh], 40, 2, 9)
     assert (made.warps, made.tiles) == (warps, tiles)
     check(weights, torch.float16, equal_lengths(2, 9))
 
@@ -261,7 +286,7 @@ def test_programs_get_equal_shares():
     generator = torch.Generator().manual_seed(0)
     counts = torch.sort((torch.rand(512, generator=generator) * 61).long()).values
     dense = (torch.rand(512, 2048, generator=generator).argsort(dim=1) < counts[:, None]).float()
-    layout = lay_out(SparseMatrix.from_dense(dense), 16)
+    layout = lay_out([SparseMatrix.from_dense(dense)], 16)
     programs = layout.plan.programs
     shares = (layout.columns.view(programs, -1) >= 0).sum(dim=1).numpy()
     assert shares.sum() == counts.sum()

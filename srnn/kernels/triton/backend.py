@@ -26,7 +26,7 @@ from srnn.kernels.triton.plan import (
     programs_of,
 )
 from srnn.registry import register
-from srnn.sparse import SparseMatrix
+from srnn.sparse import SparseMatrix, stacked
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # Rows up to which the matrix-vector form of a product is used; above, dot products or dense. Not measured yet.
@@ -107,12 +107,23 @@ class Triton(Kernel):
 
     def recurrence(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> _Recurrence:
         """One launch a sequence."""
-        return _Recurrence(weights, device, dtype, self.precision)
+        return _Recurrence((weights,), device, dtype, self.precision)
 
     def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """The product hands its outputs on in the order in which the recurrence reads them."""
         product = self.product(weights.w_ih, weights.input_bias, device, dtype)
         return _Layer(product, self.recurrence(weights, device, dtype))
+
+    def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
+        """In one launch, where weights are stored alike and both directions fit the device."""
+        alike = forward.w_hh.height == backward.w_hh.height and forward.w_ih.height == backward.w_ih.height
+        fit = 2 * forward.w_hh.groups // forward.w_hh.gates <= 2 * processors(device) or forward.w_hh.height == 1
+        if not (alike and fit):
+            return super().both(forward, backward, device, dtype)
+        biases = forward.input_bias, backward.input_bias
+        bias = None if biases[0] is None or biases[1] is None else torch.cat([biases[0], biases[1]])
+        product = self.product(stacked([forward.w_ih, backward.w_ih]), bias, device, dtype)
+        return _Both(product, _Recurrence((forward, backward), device, dtype, self.precision))
 
 
 @dataclass(frozen=True)
@@ -121,8 +132,18 @@ class _Layer(Layer):
     recurrence: _Recurrence
 
     def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
-        in_slices = self.recurrence.blocks(state[0].shape[0]) is not None
-        return self.recurrence(self.product(x_NI, streams_together=in_slices), batch_sizes, state)
+        u_NG = self.product(x_NI, streams_together=self.recurrence.blocks(state[0].shape[0]) is not None)
+        return self.recurrence(u_NG, batch_sizes, state)
+
+
+@dataclass(frozen=True)
+class _Both(Layer):
+    product: _Product
+    recurrence: _Recurrence
+
+    def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        u_NG = self.product(x_NI, streams_together=self.recurrence.blocks(state[0].shape[1]) is not None)
+        return self.recurrence.directions(u_NG, batch_sizes, state)
 
 
 class _Product:
@@ -177,13 +198,17 @@ class _Product:
 
 
 class _Recurrence(Recurrence):
-    """Chooses the form for the number of streams."""
+    """One direction, or both of a bidirectional layer. Chooses the form for the number of streams."""
 
-    def __init__(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype, precision: str) -> None:
-        self.weights, self.device, self.dtype, self.precision = weights, device, dtype, precision
-        self.matrix = weights.w_hh.to("cpu")
-        bias = weights.new_bias
-        self.new_bias = None if bias is None else bias.to(device, torch.float32)
+    def __init__(
+        self, weights: tuple[LayerWeights, ...], device: torch.device, dtype: torch.dtype, precision: str
+    ) -> None:
+        self.weights, self.device, self.dtype, self.precision = weights[0], device, dtype, precision
+        self.count = len(weights)  # of directions
+        self.matrices = [direction.w_hh.to("cpu") for direction in weights]
+        self.height, self.gates = self.matrices[0].height, self.matrices[0].gates
+        biases = [bias.to(device, torch.float32) for part in weights if (bias := part.new_bias) is not None]
+        self.new_bias = torch.stack(biases) if len(biases) == self.count else None
         self.layouts: dict[int, Layout] = {}  # by programs
         self.block_layouts: dict[BlockPlan, BlockLayout | None] = {}
 
@@ -194,29 +219,40 @@ class _Recurrence(Recurrence):
 
     def blocks(self, streams: int) -> BlockLayout | None:
         """For ``recur_blocks`` with so many streams, where that can run and is the faster."""
-        if streams == 1 or self.matrix.height < 16:
+        if streams == 1 or self.height < 16:
             return None
         size, shared = self.dtype.itemsize, shared_memory(self.device)
-        plan = plan_blocks(self.matrix, processors(self.device), size, streams)
+        plan = plan_blocks(self.matrices, processors(self.device), size, streams)
         if plan not in self.block_layouts:
-            fits = plan.programs <= plan.resident * processors(self.device)
-            fits = fits and plan.resident * plan.shared_bytes(self.matrix.height, size) <= shared
-            layout = lay_out_blocks(self.matrix, plan, self.dtype).to(self.device) if fits else None
-            self.block_layouts[plan] = layout
+            fits = self.count * plan.programs <= plan.resident * processors(self.device)
+            fits = fits and plan.resident * plan.shared_bytes(self.height, size) <= shared
+            self.block_layouts[plan] = lay_out_blocks(self.matrices, plan, self.dtype).to(self.device) if fits else None
         return self.block_layouts[plan]
 
+    def layout(self, streams: int) -> Layout:
+        """For ``recur_vectors``, with so many streams."""
+        programs = programs_of(self.matrices, processors(self.device), streams)
+        if programs not in self.layouts:
+            self.layouts[programs] = lay_out(self.matrices, programs).to(self.device)
+        return self.layouts[programs]
+
     def __call__(self, u_NG: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        y_NH, end = self.directions(u_NG, batch_sizes, tuple(part[None] for part in state))
+        return y_NH, tuple(part[0] for part in end)
+
+    def directions(self, u_NG: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        """As a recurrence, of D directions: u [N, D * G], parts of the state [D, B, H]; y is [N, D * H]."""
         if int(self.failed):
             self.failed.zero_()
             raise RuntimeError(
                 "a persistent kernel gave up waiting for its other programs in an earlier call, whose outputs are not "
                 "numbers; the GPU may be shared with work that keeps it from running. kernel=dense does not wait"
             )
-        streams = state[0].shape[0]
         if not u_NG.shape[0]:
-            return u_NG.new_empty(0, self.weights.output_size), state
+            return u_NG.new_empty(0, self.count * self.weights.output_size), state
         if 1 not in u_NG.stride():
             u_NG = u_NG.contiguous()
+        streams = state[0].shape[1]
         sequence = _Sequence.of(batch_sizes, streams, u_NG.device)
         blocks = self.blocks(streams)
         with _current(u_NG.device):
@@ -224,79 +260,72 @@ class _Recurrence(Recurrence):
                 return self._in_slices(blocks, u_NG, sequence, state)
             return self._one_by_one(u_NG, sequence, state)
 
-    def layout(self, streams: int) -> Layout:
-        """For ``recur_vectors``, with so many streams."""
-        programs = programs_of(self.matrix, processors(self.device), streams)
-        if programs not in self.layouts:
-            self.layouts[programs] = lay_out(self.matrix, programs).to(self.device)
-        return self.layouts[programs]
-
     def _one_by_one(self, u_NG: Tensor, sequence: _Sequence, state: State) -> tuple[Tensor, State]:
         from srnn.kernels.triton.recurrence import recur_vectors
 
-        weights, (streams, hidden) = self.weights, state[0].shape
+        weights, (_, streams, hidden) = self.weights, state[0].shape
         layout = self.layout(streams)
-        plan = layout.plan
+        plan, programs = layout.plan, self.count * layout.plan.programs
         bits = torch.int32 if u_NG.dtype == torch.float32 else torch.int16
         stride = padded(hidden)
-        h = torch.empty(streams + u_NG.shape[0], stride, dtype=bits, device=u_NG.device)
+        h = torch.empty(streams + u_NG.shape[0], self.count, stride, dtype=bits, device=u_NG.device)
         if sequence.steps > 1:
             h[streams:].fill_(-1)
-        h[:streams, :hidden] = state[0].view(bits)
+        h[:streams, :, :hidden] = state[0].view(bits).transpose(0, 1)
         if stride > hidden:
-            h[:, hidden:] = 0
-        c_BH = _cell_state(state, u_NG)
-        at_once = max(1, processors(self.device) // plan.programs)
+            h[:, :, hidden:] = 0
+        c_DBH = _cell_state(state, u_NG)
+        at_once = max(1, processors(self.device) // programs)
         per_vector = 16 // bits.itemsize
         width = max(1 << stride.bit_length(), 32 * plan.warps * per_vector)  # over stride
         for stream in range(0, streams, at_once):
-            grid = (plan.programs, min(at_once, streams - stream))
             for first, last in self._launches(sequence):
-                recur_vectors[grid](
-                    u_NG, h, c_BH, layout.values, layout.columns, layout.groups, layout.chunks,
-                    c_BH if self.new_bias is None else self.new_bias, sequence.lengths,
+                recur_vectors[(programs, min(at_once, streams - stream))](
+                    u_NG, h, c_DBH, layout.values, layout.columns, layout.groups, layout.chunks,
+                    c_DBH if self.new_bias is None else self.new_bias, sequence.lengths,
                     sequence.offsets, self.failed, stream, first, last, sequence.steps, streams, hidden,
                     *u_NG.stride(), stride,
-                    CELL=weights.cell, GATES=weights.w_hh.gates, N=self.matrix.height, SLOTS=plan.slots,
+                    CELL=weights.cell, GATES=self.gates, N=self.height, SLOTS=plan.slots,
                     MOST=plan.most, TILES=plan.tiles, CHUNKS=plan.chunks, K=plan.chunk, WIDTH=width,
                     VECTORS=width // (32 * plan.warps * per_vector), EQUAL=sequence.equal, REVERSE=weights.reverse,
-                    BIASED=self.new_bias is not None, ALONE=plan.programs == 1, WAITS=not interpreted(),
-                    num_warps=plan.warps, launch_cooperative_grid=not interpreted(),
+                    BOTH=self.count == 2, BIASED=self.new_bias is not None, ALONE=plan.programs == 1,
+                    WAITS=not interpreted(), num_warps=plan.warps, launch_cooperative_grid=not interpreted(),
                 )  # fmt: skip
-        y = h[streams:, :hidden].view(u_NG.dtype)
-        end = sequence.ends(y, weights.reverse)
-        return y.contiguous(), (end, c_BH.to(state[1].dtype)) if len(state) > 1 else (end,)
+        y = h[streams:, :, :hidden].view(u_NG.dtype)
+        end = torch.stack([sequence.ends(y[:, d], d == 1 or weights.reverse) for d in range(self.count)])
+        y_NH = y.reshape(u_NG.shape[0], self.count * hidden)
+        return y_NH, (end, c_DBH.to(state[1].dtype)) if len(state) > 1 else (end,)
 
     def _in_slices(self, layout: BlockLayout, u_NG: Tensor, sequence: _Sequence, state: State) -> tuple[Tensor, State]:
         from srnn.kernels.triton.recurrence import recur_blocks
 
-        weights, plan, (streams, hidden) = self.weights, layout.plan, state[0].shape
+        weights, plan, (_, streams, hidden) = self.weights, layout.plan, state[0].shape
         bits = torch.int32 if u_NG.dtype == torch.float32 else torch.int16
-        wide = plan.wide
+        wide, programs = plan.wide, self.count * plan.programs
         slices = -(-streams // wide)
-        y_NH = u_NG.new_empty(u_NG.shape[0], hidden)
-        h = torch.empty(slices, sequence.steps + 1, hidden, wide, dtype=bits, device=u_NG.device)
+        y_NH = u_NG.new_empty(u_NG.shape[0], self.count * hidden)
+        h = torch.empty(self.count, slices, sequence.steps + 1, hidden, wide, dtype=bits, device=u_NG.device)
         if sequence.steps > 1:
-            h[:, 1:].fill_(-1)
+            h[:, :, 1:].fill_(-1)
         h0 = F.pad(state[0].contiguous().view(bits), (0, 0, 0, slices * wide - streams))
-        h[:, 0] = h0.view(slices, wide, hidden).transpose(1, 2)
-        c_BH = _cell_state(state, y_NH)
-        at_once = min(slices, max(1, plan.resident * processors(self.device) // plan.programs))
+        h[:, :, 0] = h0.view(self.count, slices, wide, hidden).transpose(2, 3)
+        c_DBH = _cell_state(state, y_NH)
+        at_once = min(slices, max(1, plan.resident * processors(self.device) // programs))
         for first, last in self._launches(sequence):
-            recur_blocks[(plan.programs, at_once)](
-                u_NG, y_NH, h, c_BH, layout.values, layout.columns, layout.values_2, layout.columns_2, layout.units,
-                c_BH if self.new_bias is None else self.new_bias, sequence.sizes, sequence.offsets, self.failed,
+            recur_blocks[(programs, at_once)](
+                u_NG, y_NH, h, c_DBH, layout.values, layout.columns, layout.values_2, layout.columns_2, layout.units,
+                c_DBH if self.new_bias is None else self.new_bias, sequence.sizes, sequence.offsets, self.failed,
                 slices, first, last, sequence.steps, streams, hidden, *u_NG.stride(),
-                CELL=weights.cell, GATES=weights.w_hh.gates, N=self.matrix.height, S=plan.chunks, K=plan.k,
+                CELL=weights.cell, GATES=self.gates, N=self.height, S=plan.chunks, K=plan.k,
                 K_2=plan.k_2, TILES=plan.tiles, WARPS=plan.warps, BP=wide,
                 VECTORS=plan.vectors(plan.k, bits.itemsize), VECTORS_2=plan.vectors(plan.k_2, bits.itemsize),
-                ONE_SLICE=slices == at_once, EQUAL=sequence.equal, REVERSE=weights.reverse,
+                ONE_SLICE=slices == at_once, EQUAL=sequence.equal, REVERSE=weights.reverse, BOTH=self.count == 2,
                 BIASED=self.new_bias is not None, PRECISION=self.precision, WIDEN=interpreted(),
-                WAITS=not interpreted(),
-                num_warps=plan.warps, launch_cooperative_grid=not interpreted(),
+                WAITS=not interpreted(), num_warps=plan.warps, launch_cooperative_grid=not interpreted(),
             )  # fmt: skip
-        end = h[:, sequence.steps].transpose(1, 2).reshape(slices * wide, hidden)[:streams].view(u_NG.dtype)
-        return y_NH, (end, c_BH.to(state[1].dtype)) if len(state) > 1 else (end,)
+        end = h[:, :, sequence.steps].transpose(2, 3).reshape(self.count, slices * wide, hidden)[:, :streams]
+        end = end.view(u_NG.dtype)
+        return y_NH, (end, c_DBH.to(state[1].dtype)) if len(state) > 1 else (end,)
 
     def _launches(self, sequence: _Sequence) -> list[tuple[int, int]]:
         """First and last step of each: one launch, but where programs cannot wait for each other."""

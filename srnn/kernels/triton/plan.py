@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from srnn.sparse import SparseMatrix
+from srnn.sparse import SparseMatrix, stacked
 
 MOST_UNITS = 1 << 13  # h of so many fits the shared memory that a gather goes through
 
@@ -33,7 +34,7 @@ class Plan:
     """Sizes of ``recur_vectors``.
 
     Attributes:
-        programs: of a stream.
+        programs: of a stream and direction.
         chunk: blocks whose products are added up first, K.
         tiles: parts that a program's weights are gone through in; 1 keeps them in registers.
         chunks: of a tile.
@@ -67,11 +68,12 @@ class Layout:
         return Layout(self.plan, *moved)
 
 
-def programs_of(matrix: SparseMatrix, processors: int, streams: int) -> int:
-    """Programs that share a stream, so that all streams that fit run at once; each processor takes one at most."""
-    most = min(processors, matrix.groups // matrix.gates, -(-matrix.entries // LEAST_VALUES))
-    least = -(-matrix.entries // (MOST_TILES * MOST_VALUES))
-    return max(1, min(most, max(least, processors // streams)))
+def programs_of(matrices: Sequence[SparseMatrix], processors: int, streams: int) -> int:
+    """Programs of a direction that share a stream, so that all streams that fit run at once, one a processor."""
+    entries = max(matrix.entries for matrix in matrices)
+    most = min(processors // len(matrices), matrices[0].groups // matrices[0].gates, -(-entries // LEAST_VALUES))
+    least = -(-entries // (MOST_TILES * MOST_VALUES))
+    return max(1, min(most, max(least, processors // (len(matrices) * streams))))
 
 
 def padded(hidden: int) -> int:
@@ -79,20 +81,24 @@ def padded(hidden: int) -> int:
     return -(-hidden // 16) * 16
 
 
-def lay_out(matrix: SparseMatrix, programs: int) -> Layout:
+def lay_out(matrices: Sequence[SparseMatrix], programs: int) -> Layout:
     """Deal the groups of units out to programs, and cut each row group into chunks of blocks.
 
     Columns of padding are ``padded(H)``, where a kernel has a zero.
 
     Args:
-        matrix: [G, H], on the CPU.
-        programs: at most the groups of units.
+        matrices: [G, H] of each direction, on the CPU, of the same shape and structure.
+        programs: of a direction; at most the groups of units.
     """
+    matrix = _joined(matrices)
     padding = padded(matrix.shape[1])
     pointers = matrix.row_pointers.numpy().astype(np.int64)
-    per_gate = matrix.groups // matrix.gates
+    directions, each = len(matrices), programs
+    programs, per_gate = directions * each, matrix.groups // matrix.gates
     counts = np.diff(pointers).reshape(matrix.gates, per_gate)
-    owner, slot = _deal(counts.sum(axis=0), programs)
+    dealt = [_deal(part.sum(axis=0), each) for part in np.split(counts, directions, axis=1)]
+    owner = np.concatenate([number + each * d for d, (number, _) in enumerate(dealt)])
+    slot = np.concatenate([places for _, places in dealt])
     slots = int(np.bincount(owner, minlength=programs).max()) if per_gate else 1
     chunk, per_tile, warps = _sizes(matrix, counts, owner, programs)
     needed = -(-counts // chunk)  # chunks
@@ -111,7 +117,7 @@ def lay_out(matrix: SparseMatrix, programs: int) -> Layout:
 
     # Tables: which chunks of a tile belong to a slot's gate.
     slots_padded = _power(slots)
-    if programs == 1:  # has h to itself, in its slots, and there a zero at the place of padding
+    if each == 1:  # has h to itself, in its slots, and there a zero at the place of padding
         slots_padded = max(slots_padded, _power(padding // matrix.height + 1))
     row_slot, gate = slot[order].repeat(matrix.gates), np.tile(np.arange(matrix.gates), per_gate)
     in_tile = place // per_tile
@@ -147,8 +153,10 @@ def lay_out(matrix: SparseMatrix, programs: int) -> Layout:
     values = torch.zeros(programs * size, matrix.height, dtype=matrix.values.dtype)
     values[target] = matrix.values[source]
     groups = torch.full((programs, slots_padded), -1, dtype=torch.int32)
-    groups[torch.from_numpy(owner), torch.from_numpy(slot)] = torch.arange(per_gate, dtype=torch.int32)
-    plan = Plan(programs, chunk, tiles, per_tile, slots_padded, most, warps)
+    groups[torch.from_numpy(owner), torch.from_numpy(slot)] = torch.arange(per_gate, dtype=torch.int32) % max(
+        1, per_gate // directions
+    )
+    plan = Plan(each, chunk, tiles, per_tile, slots_padded, most, warps)
     return Layout(plan, values, columns, groups, torch.from_numpy(table))
 
 
@@ -157,7 +165,7 @@ class BlockPlan:
     """Sizes of ``recur_blocks``, which has a program for each group of units.
 
     Attributes:
-        programs: of a slice of streams.
+        programs: of a slice of streams and a direction.
         wide: streams of a slice.
         chunks: that a program's blocks fall into, each of one gate.
         k: blocks of a chunk, in a tile.
@@ -206,35 +214,38 @@ class BlockLayout:
         return BlockLayout(self.plan, *(part.to(device) for part in parts))
 
 
-def plan_blocks(matrix: SparseMatrix, processors: int, size: int, streams: int) -> BlockPlan:
-    """Sizes for a matrix of 16x1 or 32x1 blocks whose values take ``size`` bytes, and so many streams."""
+def plan_blocks(matrices: Sequence[SparseMatrix], processors: int, size: int, streams: int) -> BlockPlan:
+    """Sizes for matrices, one a direction, of 16x1 or 32x1 blocks whose values take ``size`` bytes."""
+    matrix, directions = matrices[0], len(matrices)
     groups = matrix.groups // matrix.gates
-    counts = matrix.row_pointers.diff()
     chunks = CHUNKS if matrix.gates == 1 else CHUNKS // 4
-    needed = max(1, -(-int(counts.max()) // chunks)) if counts.numel() else 1
+    most = max(int(m.row_pointers.diff().max()) for m in matrices)
+    needed = max(1, -(-most // chunks))
     k, k_2 = _two_powers(needed)
     wide = 8 if streams <= 8 or size == 4 else 16
-    for warps in (4,) if groups > processors else (8, 16):  # of 4 warps, two run on a multiprocessor
+    crowded = directions * groups > processors
+    for warps in (4,) if crowded else (8, 16):  # of 4 warps, two run on a multiprocessor
         registers = CHUNKS * (k + k_2) * matrix.height * size // (128 * warps)
         if registers <= VALUE_REGISTERS[warps]:
             return BlockPlan(groups, 16 if warps == 16 else wide, CHUNKS, k, k_2, 1, warps)
     k = 32 if size == 4 else 64
-    return BlockPlan(groups, wide, CHUNKS, k, 0, -(-needed // k), 4 if groups > processors else 8)
+    return BlockPlan(groups, wide, CHUNKS, k, 0, -(-needed // k), 4 if crowded else 8)
 
 
-def lay_out_blocks(matrix: SparseMatrix, plan: BlockPlan, dtype: torch.dtype) -> BlockLayout:
+def lay_out_blocks(matrices: Sequence[SparseMatrix], plan: BlockPlan, dtype: torch.dtype) -> BlockLayout:
     """Deal the blocks of each row group out to the chunks of its gate.
 
     Args:
-        matrix: [G, H], on the CPU.
-        plan: of this matrix.
+        matrices: [G, H] of each direction, on the CPU.
+        plan: of these matrices.
         dtype: of the layers' inputs, which values are rounded to.
     """
+    matrix, programs = _joined(matrices), plan.programs * len(matrices)
     pointers = matrix.row_pointers.numpy().astype(np.int64)
     counts = np.diff(pointers)
     row = np.repeat(np.arange(len(counts)), counts)  # of each block
     within = np.arange(len(row)) - pointers[row]
-    gate, program = row // plan.programs, row % plan.programs
+    gate, program = row // programs, row % programs
     if matrix.gates == 1:
         chunk, k = within % plan.chunks, within // plan.chunks
     else:  # a warp's chunks are of one gate: chunk s is warp s % warps's
@@ -254,10 +265,11 @@ def lay_out_blocks(matrix: SparseMatrix, plan: BlockPlan, dtype: torch.dtype) ->
         column[number, at] = columns[torch.from_numpy(chosen)]
         return blocks, column
 
-    chunks = plan.programs * plan.chunks
+    chunks = programs * plan.chunks
     main = filled(first, place, k % plan.k, chunks * plan.tiles, plan.k)
     rest = filled(~first, place_2, k - plan.k, chunks, plan.k_2)
-    return BlockLayout(plan, *main, *rest, torch.arange(plan.programs * matrix.height, dtype=torch.int32))
+    units = torch.arange(plan.programs * matrix.height, dtype=torch.int32).repeat(len(matrices))
+    return BlockLayout(plan, *main, *rest, units)
 
 
 def _two_powers(n: int) -> tuple[int, int]:
@@ -292,6 +304,15 @@ def _sizes(matrix: SparseMatrix, counts: np.ndarray, owner: np.ndarray, programs
     while chunks(chunk) > per_tile and chunk * per_tile * matrix.height <= most:
         chunk *= 2
     return chunk, per_tile, warps
+
+
+def _joined(matrices: Sequence[SparseMatrix]) -> SparseMatrix:
+    """One matrix whose gates hold the row groups of all directions, one after the other."""
+    if len(matrices) == 1:
+        return matrices[0]
+    parts = [matrix.gate(gate) for gate in range(matrices[0].gates) for matrix in matrices]
+    rows = sum(part.groups * part.height for part in parts)
+    return replace(stacked(parts), gates=matrices[0].gates, shape=(rows, parts[0].shape[1]))
 
 
 def _spread(source: np.ndarray, words: np.ndarray, chunk: int) -> np.ndarray:

@@ -107,14 +107,14 @@ def _chunk_sums(h, column, value, CHUNKS: tl.constexpr, K: tl.constexpr, N: tl.c
 
 @triton.jit
 def recur_vectors(
-    u,  # [rows, G]
-    h,  # [B + rows, STRIDE], bits of floats: the initial state, then the outputs, all ones where not written yet
-    c,  # [B, H], fp32, of an LSTM; read and written
-    values,  # [programs, TILES * CHUNKS * K, N]
-    columns,  # [programs, TILES * CHUNKS * K]
-    groups,  # [programs, SLOTS], -1 for none
-    chunks,  # [programs, TILES, 1 or 4 gates, SLOTS, MOST], numbers within a tile
-    new_bias,  # [H]
+    u,  # [rows, D, G], D directions
+    h,  # [B + rows, D, STRIDE], bits of floats: the initial state, then the outputs, all ones where not written yet
+    c,  # [D, B, H], fp32, of an LSTM; read and written
+    values,  # [D * programs, TILES * CHUNKS * K, N]
+    columns,  # [D * programs, TILES * CHUNKS * K]
+    groups,  # [D * programs, SLOTS], -1 for none
+    chunks,  # [D * programs, TILES, 1 or 4 gates, SLOTS, MOST], numbers within a tile
+    new_bias,  # [D, H]
     lengths,  # [B]
     offsets,  # [T], first row of a step
     failed,  # [1], set where a program gave up
@@ -139,12 +139,23 @@ def recur_vectors(
     VECTORS: tl.constexpr,  # of that tile, a thread
     EQUAL: tl.constexpr,
     REVERSE: tl.constexpr,
+    BOTH: tl.constexpr,  # directions, of which the second is reversed
     BIASED: tl.constexpr,
     ALONE: tl.constexpr,  # one program a stream, which keeps h to itself
     WAITS: tl.constexpr,
 ):
     """One stream a row of programs: each multiplies its units' weights with h, which it waits for at every step."""
     program = tl.program_id(0)
+    ROW = STRIDE  # of h
+    reverse = REVERSE
+    if BOTH:
+        ROW = 2 * STRIDE
+        direction = program // (tl.num_programs(0) // 2)
+        reverse = direction == 1
+        u += direction * (GATES * H) * tl.cast(u_unit, tl.int64)
+        h += direction * STRIDE
+        c += direction * B * H
+        new_bias += direction * H
     stream = (stream_of_first + tl.program_id(1)).to(tl.int64)
     FLOAT = u.dtype.element_ty
     BITS = h.dtype.element_ty
@@ -171,15 +182,15 @@ def recur_vectors(
         else:
             value = tl.load(values + block[:, None] * N + tl.arange(0, N)[None, :])
 
-    source = h + stream * STRIDE
+    source = h + stream * ROW
     if first > 0:
         earlier = first - 1
-        if REVERSE:
+        if reverse:
             earlier = length - first
         before = earlier.to(tl.int64) * B
         if not EQUAL:
             before = tl.load(offsets + earlier, mask=first < end, other=0).to(tl.int64)
-        source = h + (B + before + stream) * STRIDE
+        source = h + (B + before + stream) * ROW
     mine = tl.load(source + unit, mask=owned & (first < end), other=0).to(FLOAT, bitcast=True).to(tl.float32)
     if CELL == "lstm":
         cell = tl.load(c + stream * H + unit, mask=owned, other=0.0)
@@ -189,7 +200,7 @@ def recur_vectors(
 
     for k in range(first, end):
         t = k
-        if REVERSE:
+        if reverse:
             t = length - 1 - k
         row = t.to(tl.int64) * B
         if not EQUAL:
@@ -238,7 +249,7 @@ def recur_vectors(
         else:
             mine = _activated(a_0, CELL)
         rounded = mine.to(FLOAT)
-        source = h + (B + row) * STRIDE
+        source = h + (B + row) * ROW
         tl.store(source + unit, _bits(rounded, BITS), mask=owned)
         mine = rounded.to(tl.float32)
     if CELL == "lstm":
@@ -301,10 +312,10 @@ def _of_warps(acc, GATES: tl.constexpr, S: tl.constexpr, WARPS: tl.constexpr, N:
 
 
 @triton.jit
-def _place(sizes, offsets, k, stream, unit, steps, B, H, EQUAL: tl.constexpr, REVERSE: tl.constexpr):
-    """Rows of u and y at the k-th step, and which of [streams, units] take part in it."""
+def _place(sizes, offsets, k, stream, reverse, steps, B, EQUAL: tl.constexpr):
+    """Rows of u and y of these streams at the k-th step, and which of them take part in it."""
     t = k
-    if REVERSE:
+    if reverse:
         t = steps - 1 - k
     size = B
     row = t.to(tl.int64) * B
@@ -312,21 +323,21 @@ def _place(sizes, offsets, k, stream, unit, steps, B, H, EQUAL: tl.constexpr, RE
         there = (t >= 0) & (t < steps)
         size = tl.load(sizes + t, mask=there, other=0)
         row = tl.load(offsets + t, mask=there, other=0).to(tl.int64)
-    return row + stream, (unit < H) & (stream < size)
+    return row + stream, stream < size
 
 
 @triton.jit
 def recur_blocks(
-    u,  # [rows, G]
-    y,  # [rows, H]
-    h,  # [slices, T + 1, H, BP], bits of the state before and after each step, all ones where not written yet
-    c,  # [B, H], fp32, of an LSTM; read and written
-    values,  # [programs, TILES, S, N, K]
-    columns,  # [programs, TILES, S, K], -1 for none
-    values_2,  # [programs, S, N, K_2]
-    columns_2,  # [programs, S, K_2]
-    units,  # [programs * N], 0, 1, 2, ...
-    new_bias,  # [H]
+    u,  # [rows, D, G], D directions
+    y,  # [rows, D, H]
+    h,  # [D, slices, T + 1, H, BP], bits of the state before and after each step, all ones where not written yet
+    c,  # [D, B, H], fp32, of an LSTM; read and written
+    values,  # [D * programs, TILES, S, N, K]
+    columns,  # [D * programs, TILES, S, K], -1 for none
+    values_2,  # [D * programs, S, N, K_2]
+    columns_2,  # [D * programs, S, K_2]
+    units,  # [D * programs * N], 0, 1, 2, ... for each direction
+    new_bias,  # [D, H]
     sizes,  # [T], streams of a step
     offsets,  # [T], first row of a step
     failed,  # [1], set where a program gave up
@@ -352,6 +363,7 @@ def recur_blocks(
     ONE_SLICE: tl.constexpr,  # for each program, which then keeps its state
     EQUAL: tl.constexpr,
     REVERSE: tl.constexpr,
+    BOTH: tl.constexpr,  # directions, of which the second is reversed
     BIASED: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -366,6 +378,18 @@ def recur_blocks(
     program = tl.program_id(0)
     FLOAT = u.dtype.element_ty
     BITS = h.dtype.element_ty
+    SIZE = tl.cast(H, tl.int64) * BP  # H is a plain number where it is 1
+    y_row = H
+    reverse = REVERSE
+    if BOTH:
+        y_row = 2 * H
+        direction = program // (tl.num_programs(0) // 2)
+        reverse = direction == 1
+        u += direction * (GATES * H) * tl.cast(u_unit, tl.int64)
+        y += direction * H
+        h += direction * slices * (steps + 1) * SIZE
+        c += direction * B * H
+        new_bias += direction * H
     # Loaded, so that the compiler sees no order in them, and lays out all that is [BP, N] alike.
     unit = tl.load(units + program * N + tl.arange(0, N)).to(tl.int64)[None, :]
     batch = tl.load(units + tl.arange(0, BP))[:, None]
@@ -377,12 +401,11 @@ def recur_blocks(
     bias = tl.zeros((BP, N), tl.float32)
     if BIASED:
         bias = tl.load(new_bias + unit + batch * 0, mask=unit < H, other=0.0)
-    SIZE = tl.cast(H, tl.int64) * BP  # H is a plain number where it is 1
-
     k = first
     part = tl.program_id(1)
     now = h + (part.to(tl.int64) * (steps + 1) + k) * SIZE
-    row, active = _place(sizes, offsets, k, part * BP + batch, unit, steps, B, H, EQUAL, REVERSE)
+    row, taking_part = _place(sizes, offsets, k, part * BP + batch, reverse, steps, B, EQUAL)
+    active = taking_part & (unit < H)
     u_0, u_1, u_2, u_3 = _inputs(u, u_row, u_unit, row, unit, active, H, GATES)
     mine = tl.load(now + place, mask=unit < H, other=0, volatile=True)
     cell = bias
@@ -422,7 +445,8 @@ def recur_blocks(
         a_0, a_1, a_2, a_3 = _of_warps(acc, GATES, S, WARPS, N, BP)
 
         stream = part * BP + batch
-        row, active = _place(sizes, offsets, k, stream, unit, steps, B, H, EQUAL, REVERSE)
+        row, taking_part = _place(sizes, offsets, k, stream, reverse, steps, B, EQUAL)
+        active = taking_part & (unit < H)
         old = mine.to(FLOAT, bitcast=True)
         a_0 += u_0.to(tl.float32)
         if GATES > 1:
@@ -442,13 +466,14 @@ def recur_blocks(
             kept = tl.where(active, rounded, old)
         mine = _bits(kept, BITS)
         tl.store(now + SIZE + place, mine, mask=unit < H)
-        tl.store(y + row * H + unit, rounded, mask=active)
+        tl.store(y + row * y_row + unit, rounded, mask=active)
 
         # Inputs of what comes next, which so have a step's time to arrive. Not earlier: a second set of registers would
         # be copied into this one, which waits for the loads.
         k, part, now = k_next, part_next, next
         stream = part * BP + batch
-        row, active = _place(sizes, offsets, k, stream, unit, steps, B, H, EQUAL, REVERSE)
+        row, taking_part = _place(sizes, offsets, k, stream, reverse, steps, B, EQUAL)
+        active = taking_part & (unit < H)
         u_0, u_1, u_2, u_3 = _inputs(u, u_row, u_unit, row, unit, active & (k < last), H, GATES)
         if not ONE_SLICE:
             mine = tl.load(now + place, mask=unit < H, other=0, volatile=True)
