@@ -7,7 +7,9 @@ directions.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import itertools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -67,11 +69,28 @@ class PackedWeight(nn.Module):
         return f"{rows}x{columns}, {matrix.structure}, {matrix.values_name}, density={density:.3f}"
 
 
+# Modules by number, which an operator of a compiled graph knows them by.
+_modules: weakref.WeakValueDictionary[int, SparseModule] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.library.custom_op("srnn::sparse_module", mutates_args=())
+def _call(inputs: list[Tensor], number: int) -> list[Tensor]:
+    """A sparse module as one operator, so that ``torch.compile`` keeps a network around it in one graph."""
+    return [part.clone() for part in _modules[number].compute(inputs)]  # an operator's outputs share no memory
+
+
+@_call.register_fake
+def _shapes(inputs: list[Tensor], number: int) -> list[Tensor]:
+    return _modules[number].shapes(inputs)
+
+
 class SparseModule(nn.Module):
     """What the sparse modules share: packed weights, a kernel, and no gradients."""
 
     def __init__(self, kernel: Kernel, weights: Mapping[str, SparseMatrix | Tensor | None]) -> None:
         super().__init__()
+        self._number()
         self.kernel = kernel
         self.recorder: Recorder | None = None
         self._ready: dict[Any, Any] = {}
@@ -121,6 +140,27 @@ class SparseModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_ready": {}, "recorder": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number()
+
+    def _number(self) -> None:
+        self.number = next(_numbers)
+        _modules[self.number] = self
+
+    def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """Outputs, of plain tensors: what is one operator in a compiled graph."""
+        raise NotImplementedError
+
+    def shapes(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Empty tensors like the outputs."""
+        raise NotImplementedError
+
+    def _outputs(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        if torch.compiler.is_compiling():
+            return _call(inputs, self.number)
+        return self.compute(inputs)
 
 
 def _no_grad() -> AbstractContextManager[None]:
@@ -208,9 +248,8 @@ class SparseRecurrent(SparseModule):
         steps, streams, _ = x_TBI.shape
         if steps == 0 or streams == 0:
             raise RuntimeError(f"sequences of {steps} steps and {streams} streams hold nothing to run over")
-        sizes = equal_lengths(steps, streams)
-        y_NP, state = self._run(x_TBI.reshape(steps * streams, -1), sizes, self._state(hx, streams, input))
-        y_TBP = y_NP.view(steps, streams, -1)
+        y_TBP, *after = self._outputs([x_TBI, *self._state(hx, streams, input)])
+        state = tuple(after)
         if not batched:
             return y_TBP[:, 0], self._as_torch(tuple(part[:, 0] for part in state))
         return (y_TBP.transpose(0, 1) if self.batch_first else y_TBP), self._as_torch(state)
@@ -224,6 +263,20 @@ class SparseRecurrent(SparseModule):
             raise RuntimeError("a bidirectional network sees the end of a sequence first: it cannot run step by step")
         y_BP, state = self._run(x_BI, equal_lengths(1, x_BI.shape[0]), self._state(hx, x_BI.shape[0], x_BI))
         return y_BP, self._as_torch(state)
+
+    def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """y_TBP and the state of x_TBI and the state before."""
+        x_TBI, *state = inputs
+        steps, streams, _ = x_TBI.shape
+        rows = x_TBI.reshape(steps * streams, -1)
+        y_NP, after = self._run(rows, equal_lengths(steps, streams), tuple(state))
+        return y_NP.view(steps, streams, -1), *after
+
+    def shapes(self, inputs: list[Tensor]) -> list[Tensor]:
+        """y_TBP and the state."""
+        x_TBI, *state = inputs
+        outputs = (self.proj_size or self.hidden_size) * (2 if self.bidirectional else 1)
+        return [x_TBI.new_empty(*x_TBI.shape[:2], outputs), *(torch.empty_like(part) for part in state)]
 
     def _as_torch(self, state: State) -> Any:
         return state if self.cell == "lstm" else state[0]
@@ -308,13 +361,22 @@ class SparseLinear(SparseModule):
         """``input W' + bias``, over the last dimension."""
         if input.shape[-1] != self.in_features:
             raise RuntimeError(f"input must have {self.in_features} features, not {input.shape[-1]}")
+        return self._outputs([input])[0]
+
+    def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """The same as ``forward``."""
+        (input,) = inputs
         with _no_grad():
             x_NI = input if input.dim() == 2 else input.reshape(-1, self.in_features)
             if self.recorder is not None:
                 self.recorder("weight", x_NI)
             y = self._product(x_NI)(x_NI)
             y = y if input.dim() == 2 else y.view(*input.shape[:-1], self.out_features)
-        return _without_gradient(y, input)
+        return (_without_gradient(y, input),)
+
+    def shapes(self, inputs: list[Tensor]) -> list[Tensor]:
+        """One output."""
+        return [inputs[0].new_empty(*inputs[0].shape[:-1], self.out_features)]
 
     def _product(self, x_NI: Tensor) -> Product:
         key = (x_NI.device, x_NI.dtype)
@@ -344,13 +406,23 @@ class SparseEmbedding(SparseModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows of these numbers."""
+        return self._outputs([input])[0]
+
+    def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """The same as ``forward``."""
+        (input,) = inputs
         if self.num_embeddings * self.embedding_dim <= SMALL_TABLE:
             if "table" not in self._ready:
                 self._ready["table"] = self._matrix("weight").to_dense()
-            return nn.functional.embedding(input, self._ready["table"])
+            return (nn.functional.embedding(input, self._ready["table"]),)
         if input.numel() and not 0 <= int(input.min()) <= int(input.max()) < self.num_embeddings:
             raise IndexError(f"numbers must lie between 0 and {self.num_embeddings - 1}")
-        return self._matrix("weight").rows(input.reshape(-1)).view(*input.shape, self.embedding_dim)
+        rows = self._matrix("weight").rows(input.reshape(-1))
+        return (rows.view(*input.shape, self.embedding_dim),)
+
+    def shapes(self, inputs: list[Tensor]) -> list[Tensor]:
+        """One output."""
+        return [inputs[0].new_empty(*inputs[0].shape, self.embedding_dim, dtype=torch.float32)]
 
     def original(self) -> nn.Module:
         """Torch's module with these weights, trainable."""

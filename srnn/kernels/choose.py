@@ -26,13 +26,15 @@ from torch import Tensor
 from srnn.files import cache_folder, write_atomically
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, Product, Recurrence, State, equal_lengths
 from srnn.kernels.dense import Int8, OneDnn, Torch
+from srnn.kernels.graph import Graphed
 from srnn.kernels.timing import Call, interleaved
+from srnn.kernels.triton.backend import Triton
 from srnn.registry import register
 from srnn.sparse import SparseMatrix
 
 log = logging.getLogger("srnn.kernels")
 
-DENSE = ("torch", "onednn", "int8")  # candidates that compute all zeros, too
+DENSE = ("torch", "torch+graph", "onednn", "int8")  # candidates that compute all zeros, too
 STEPS = {"cpu": 16, "cuda": 128}  # of a sequence that is timed; on a GPU a launch costs as much as many steps
 ROUNDS = 7
 SECONDS = 1.0  # after which no further round is begun
@@ -257,7 +259,11 @@ class Dense(_Chooser):
 
 @register.kernel("auto")
 class Auto(_Chooser):
-    """Whatever is fastest here: measures every backend once and never takes one slower than dense."""
+    """Whatever is fastest here: measures every backend once and never takes one slower than dense.
+
+    On a GPU also torch's modules and ``triton`` as CUDA graphs, and ``triton`` with dense blocks where those fit the
+    chip, because a persistent kernel can beat torch without any sparsity.
+    """
 
     def candidates(self) -> dict[str, Kernel]:
         """Dense in fp32, and every registered sparse backend."""
@@ -267,7 +273,11 @@ class Auto(_Chooser):
     def _all(self) -> dict[str, Kernel]:
         names = [name for name in register.names("kernel") if name not in ("dense", "auto")]
         sparse: dict[str, Kernel] = {name: register.rebuild("kernel", {"name": name}) for name in names}
-        return Dense().candidates() | {name: kernel for name, kernel in sparse.items() if kernel.unasked}
+        unasked = {name: kernel for name, kernel in sparse.items() if kernel.unasked}
+        on_gpu: dict[str, Kernel] = {"torch+graph": Graphed(Torch())}
+        if "triton" in unasked:
+            on_gpu |= {"triton+graph": Graphed(Triton()), "triton+dense": Triton(structure="16x1")}
+        return Dense().candidates() | unasked | on_gpu
 
 
 def measure(what: str, calls: Mapping[str, Call], device: torch.device, left_out: Mapping[str, str]) -> Choice:

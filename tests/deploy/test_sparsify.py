@@ -8,6 +8,7 @@ from torch import nn
 import srnn
 from srnn.deploy.sparsify import SparseEmbedding, SparseLinear, SparseRecurrent, desparsify, record_inputs, sparsify
 from srnn.errors import UserError
+from tests.kernels.common import prune
 
 
 def pruned(module, density=0.2, height=1):
@@ -220,3 +221,31 @@ def test_calibration_sees_what_each_matrix_multiplies():
     recurrent = {f"rnn.weight_{kind}_l{layer}" for kind in ("ih", "hh") for layer in (0, 1)}
     assert set(energies) == {"head.weight"} | recurrent
     assert sparsify(network, values="int8", energies=energies)(tokens)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("module", [lambda: nn.GRU(12, 24, 2, bidirectional=True), lambda: nn.LSTM(12, 24)])
+def test_a_compiled_network_is_one_graph(module):
+    """Its sparse modules are operators of their own."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.recurrent = nn.Embedding(50, 12), module()
+            self.linear = nn.Linear(48 if self.recurrent.bidirectional else 24, 50)
+
+        def forward(self, tokens_TB):
+            y, state = self.recurrent(self.embedding(tokens_TB).tanh())
+            return self.linear(y) * 2, state
+
+    sparse = sparsify(prune(Network(), 0.1), kernel="cpu")
+    tokens = torch.randint(50, (7, 3))
+    for model in (sparse, copy.deepcopy(sparse)):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(tokens), sparse(tokens))
+    operator = torch.ops.srnn.sparse_module.default
+    inputs = [torch.randn(5, 2, 12), torch.zeros(4, 2, 24)]
+    if sparse.recurrent.cell == "gru":
+        torch.library.opcheck(
+            operator, (inputs, sparse.recurrent.number), test_utils=("test_schema", "test_faketensor")
+        )

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,10 @@ from srnn.sparse import SparseMatrix, stacked
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # Rows up to which the matrix-vector form of a product is used; above, dot products or dense. Not measured yet.
 FEW_ROWS = 4
+
+
+# Of a whole recurrent matrix, a multiprocessor: half of its registers.
+DENSE_BYTES = 128 << 10
 
 
 @functools.cache
@@ -66,12 +70,18 @@ class Triton(Kernel):
     """A whole sequence in one launch, the weights on the chip.
 
     Values of fp16, bf16 or fp32, sums in fp32. ``precision`` is that of products of fp32 with many streams or rows.
+    ``structure`` lays recurrent weights out in these blocks, zeros and all, instead of as they are stored: for weights
+    with few zeros, of layers that fit the chip.
     """
 
     device_types = ("cuda",)
 
-    def __init__(self, precision: Literal["ieee", "tf32"] = "ieee") -> None:
-        self.precision = precision
+    def __init__(
+        self,
+        precision: Literal["ieee", "tf32"] = "ieee",
+        structure: Literal["stored", "8x1", "16x1", "32x1"] = "stored",
+    ) -> None:
+        self.precision, self.structure = precision, structure
 
     def supports(
         self,
@@ -99,6 +109,9 @@ class Triton(Kernel):
                 return "has no projections of an LSTM's output"
             if weights.hidden_size > MOST_UNITS:
                 return f"takes up to {MOST_UNITS} hidden units, not {weights.hidden_size}"
+            rows, columns = weights.w_hh.shape
+            if self.structure != "stored" and rows * columns * dtype.itemsize > processors(device) * DENSE_BYTES:
+                return f"in {self.structure} blocks its recurrent weights may not fit the chip"
         return None
 
     def product(self, matrix: SparseMatrix, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> _Product:
@@ -107,7 +120,15 @@ class Triton(Kernel):
 
     def recurrence(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> _Recurrence:
         """One launch a sequence."""
-        return _Recurrence((weights,), device, dtype, self.precision)
+        return _Recurrence((self._laid_out(weights),), device, dtype, self.precision)
+
+    def _laid_out(self, weights: LayerWeights) -> LayerWeights:
+        matrix = weights.w_hh
+        if self.structure in ("stored", matrix.structure):
+            return weights
+        dense, structure = matrix.to_dense(), self.structure
+        blocks = SparseMatrix.from_dense(dense, structure, matrix.values_name, matrix.gates)  # type: ignore[arg-type]
+        return replace(weights, w_hh=blocks)
 
     def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """The product hands its outputs on in the order in which the recurrence reads them."""
@@ -116,6 +137,7 @@ class Triton(Kernel):
 
     def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """In one launch, where weights are stored alike and both directions fit the device."""
+        forward, backward = self._laid_out(forward), self._laid_out(backward)
         alike = forward.w_hh.height == backward.w_hh.height and forward.w_ih.height == backward.w_ih.height
         fit = 2 * forward.w_hh.groups // forward.w_hh.gates <= 2 * processors(device) or forward.w_hh.height == 1
         if not (alike and fit):
