@@ -25,14 +25,18 @@ def main(argv: Sequence[str]) -> int:
         return _bench_stream(options)
     if options.bench == "training":
         return _bench_training(options)
+    if options.bench == "network":
+        return _bench_network(options)
     return _bench_layers(options)
 
 
 def _parse(argv: Sequence[str]) -> Namespace:
     parser = Parser(prog="srnn bench", description="Time dense layers against every backend that can run here.")
-    parser.add_argument("--bench", default="paper", choices=["paper", "deepbench", "gpu", "stream", "training"],
-                        help="named shapes: those of the paper, DeepBench's products, the paper's on a GPU, a "
-                             "stream of single steps, or training, against a bare loop (%(default)s)")  # fmt: skip
+    named = ["paper", "deepbench", "gpu", "network", "stream", "training"]
+    parser.add_argument("--bench", default="paper", choices=named,
+                        help="named shapes: those of the paper, DeepBench's products, the paper's on a GPU, a whole "
+                             "network there, a stream of single steps, or training, against a bare loop "
+                             "(%(default)s)")  # fmt: skip
     parser.add_argument("--run", metavar="FOLDER", help="a run's packed network instead, or a packed file")
     parser.add_argument("--shapes", help="such as gru:1024,lstm:512,product:7680x2560 instead of the named ones")
     parser.add_argument("--sparsity", help="such as 0.8,0.9,0.95")
@@ -85,6 +89,10 @@ def _bench_layers(options: Namespace) -> int:
         write_csv(folder / "bench.csv", done)  # each time, so that Ctrl-C loses nothing
         console.print(table(str(case), found))
 
+    if device.type == "cuda" and "triton" in kernels:
+        from srnn.bench.gpu import barrier_us
+
+        console.print(f"A barrier over all multiprocessors takes {barrier_us(device):.2f} us.")
     rows, left_out = measure(plan, kernels, device, options.limit, report)
     write_csv(folder / "bench.csv", rows)
     drawn = plot(folder / "bench.png", rows)
@@ -216,6 +224,35 @@ def _bench_stream(options: Namespace) -> int:
 
     write_atomically(folder / "stream.csv", "\n".join([*lines, ""]).encode())
     console.print(f"Rows in {folder / 'stream.csv'}", soft_wrap=True)
+    return 0
+
+
+def _bench_network(options: Namespace) -> int:
+    """Tokens a second of a whole network on a GPU, dense and sparse, in turns."""
+    import torch
+
+    from srnn.bench.gpu import LAYERS, SIZE, STEPS, VOCABULARY, network_calls
+    from srnn.files import write_atomically
+    from srnn.kernels.choose import hardware
+    from srnn.kernels.timing import interleaved
+    from srnn.terminal import console
+
+    device = torch.device("cuda")
+    if not torch.cuda.is_available():
+        raise UserError("bench: bench=network: torch finds no CUDA GPU here.")
+    folder = _folder(options)
+    calls = network_calls(device, torch.float16)
+    times = interleaved({"; ".join(key): call for key, call in calls.items()}, device, 50, options.limit)
+    console.print(f"Embedding, {LAYERS} x GRU {SIZE}, {VOCABULARY} logits; fp16, batch 1, sequences of {STEPS}")
+    lines = ["device,network,what,rounds,median_us,p20_us,p80_us,tokens_per_second"]
+    for (network, what), seconds in zip(calls, times.values(), strict=True):
+        low, middle, high = torch.tensor(seconds).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        tokens = (STEPS if what.startswith("sequence") else 1) / middle
+        figures = ",".join(f"{1e6 * x:.1f}" for x in (middle, low, high))
+        lines.append(f'"{hardware(device)}",{network},"{what}",{len(seconds)},{figures},{tokens:.0f}')
+        console.print(f"{network}, {what}: {1e6 * middle:,.1f} us, {tokens:,.0f} tokens a second", markup=False)
+    write_atomically(folder / "network.csv", "\n".join([*lines, ""]).encode())
+    console.print(f"Rows in {folder / 'network.csv'}", soft_wrap=True)
     return 0
 
 

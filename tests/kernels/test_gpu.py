@@ -43,3 +43,115 @@ def test_linear_and_embedding_move_with_their_network():
     torch.testing.assert_close(sparse(tokens.cuda()).cpu(), wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sparse(tokens[:1, :1].cuda()).cpu(), wanted[:1, :1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sparse.cpu()(tokens), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["triton", "auto"])
+@pytest.mark.parametrize("cell", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_sparse_layer_on_persistent_kernels_is_torchs(cell, kernel, monkeypatch, tmp_path):
+    monkeypatch.setenv("SRNN_CACHE", str(tmp_path))
+    torch.manual_seed(0)
+    sparse = sparsify(prune(cell(40, 160, 2, bidirectional=True), 0.1, 16).cuda(), "16x1", "fp16", kernel)
+    truth = copy.deepcopy(desparsify(sparse)).double().cpu()
+    for streams in (1, 5):
+        x = torch.randn(12, streams, 40).half()
+        wanted, _ = truth(x.double())
+        for _ in range(2):  # the second time auto knows what to take
+            got, _ = sparse(x.cuda())
+            assert relative_error(got.cpu(), wanted) < 1e-3
+
+
+def recurrence_of(dense, structure, values="fp16", cell="gru"):
+    from srnn.kernels import LayerWeights
+    from srnn.kernels.triton.backend import Triton
+    from srnn.sparse import SparseMatrix
+
+    matrix = SparseMatrix.from_dense(dense, structure, values, {"gru": 3, "tanh": 1}[cell])
+    return Triton().recurrence(LayerWeights(cell, matrix, matrix), torch.device("cuda"), torch.float16)
+
+
+def microseconds(recurrence, streams, steps=256):
+    """A step of a sequence, replayed as a CUDA graph."""
+    from srnn.kernels.contract import equal_lengths
+    from srnn.kernels.timing import graphed, timed
+
+    weights, device = recurrence.weights, torch.device("cuda")
+    u = torch.randn(weights.w_hh.shape[0], steps * streams, device=device, dtype=torch.float16).T
+    state = (torch.zeros(streams, weights.hidden_size, device=device, dtype=torch.float16),)
+    replay, (y, _) = graphed(lambda: recurrence(u, equal_lengths(steps, streams), state), device)
+    seconds = sorted(timed(replay, device) for _ in range(20))[10]
+    assert y.isfinite().all()
+    return 1e6 * seconds / steps
+
+
+def test_rows_of_very_different_lengths_take_little_longer():
+    """The same number of non-zeros, dealt out evenly or not: at most half as long again."""
+    torch.manual_seed(0)
+    hidden, total = 1024, 300
+    even = (torch.rand(3 * hidden, hidden).argsort(dim=1) < total // 3).float()
+    rows = torch.zeros(3 * hidden, hidden)
+    full = torch.randperm(3 * hidden)[: 3 * hidden * (total // 3) // 1000]
+    rows[full] = (torch.rand(len(full), hidden).argsort(dim=1) < 1000).float()
+    gate = torch.cat([even[:hidden] * 0, *[(torch.rand(hidden, hidden).argsort(dim=1) < total // 2).float()] * 2])
+    balanced = microseconds(recurrence_of(even * 0.05, "element"), 1)
+    for uneven in (rows, gate):
+        assert uneven.sum() == pytest.approx(float(even.sum()), rel=0.01)
+        assert microseconds(recurrence_of(uneven * 0.05, "element"), 1) < 1.5 * balanced
+
+
+@pytest.mark.parametrize("streams", [1, 16])
+def test_groups_with_very_different_numbers_of_blocks_take_little_longer(streams):
+    """0 to 60 blocks a group, 12 in the median, against as many everywhere."""
+    torch.manual_seed(0)
+    groups, hidden = 3 * 64, 1024
+    counts = (60 * torch.rand(groups).pow(2.32)).round().long()
+    assert 10 <= int(counts.median()) <= 14
+    mean = int(counts.float().mean().round())
+
+    def blocks(counts):
+        kept = torch.rand(groups, hidden).argsort(dim=1) < counts[:, None]
+        return kept.float().repeat_interleave(16, dim=0) * 0.05
+
+    even = microseconds(recurrence_of(blocks(torch.full((groups,), mean)), "16x1"), streams)
+    assert microseconds(recurrence_of(blocks(counts), "16x1"), streams) < 1.5 * even
+
+
+def test_both_directions_take_little_longer_than_one():
+    from srnn.kernels.contract import equal_lengths
+    from srnn.kernels.timing import graphed, timed
+    from srnn.kernels.triton.backend import Triton
+
+    torch.manual_seed(0)
+    sparse = sparsify(prune(nn.GRU(64, 1024, bidirectional=True), 0.1, 16).cuda(), "16x1", "fp16", "triton")
+    weights, device = [sparse.layer_weights(d) for d in range(2)], torch.device("cuda")
+    x = torch.randn(256, 64, device=device, dtype=torch.float16)
+    state = torch.zeros(2, 1, 1024, device=device, dtype=torch.float16)
+    one, both = Triton().layer(weights[0], device, x.dtype), Triton().both(*weights, device, x.dtype)
+    calls = {
+        "one": graphed(lambda: one.run(x, equal_lengths(256, 1), (state[0],)), device)[0],
+        "both": graphed(lambda: both.run(x, equal_lengths(256, 1), (state,)), device)[0],
+    }
+    seconds = {name: sorted(timed(call, device) for _ in range(20))[10] for name, call in calls.items()}
+    assert seconds["both"] < 1.4 * seconds["one"], seconds
+
+
+@pytest.mark.parametrize(("structure", "streams"), [("element", 1), ("16x1", 1), ("16x1", 16)])
+def test_a_hundred_thousand_launches(structure, streams):
+    """None of which waits for ever, or in vain."""
+    from srnn.kernels.contract import equal_lengths
+
+    torch.manual_seed(0)
+    height = 1 if structure == "element" else 16
+    kept = (torch.rand(3 * 512 // height, 512) < 0.1).float().repeat_interleave(height, dim=0)
+    recurrence = recurrence_of(kept * torch.randn(3 * 512, 512) * 0.1, structure)
+    u = torch.randn(4 * streams, 1536, device="cuda", dtype=torch.float16)
+    state, sizes = (torch.zeros(streams, 512, device="cuda", dtype=torch.float16),), equal_lengths(4, streams)
+    first, _ = recurrence(u, sizes, state)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(100):
+            y, _ = recurrence(u, sizes, state)
+    for _ in range(334):
+        graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(y, first, rtol=1e-2, atol=1e-3)
+    assert not int(recurrence.failed)

@@ -150,11 +150,11 @@ def test_weights_that_do_not_fit_one_tile(height, monkeypatch):
 @pytest.mark.gpu
 @here
 @pytest.mark.parametrize("cell", ["gru", "lstm", "tanh"])
-@pytest.mark.parametrize(("registers", "warps", "tiles"), [({4: 0, 8: 0, 16: 199}, 16, 1), ({4: 0, 8: 0, 16: 0}, 8, 2)])
+@pytest.mark.parametrize(("registers", "warps", "tiles"), [({4: 0, 8: 0, 16: 999}, 16, 1), ({4: 0, 8: 0, 16: 0}, 8, 2)])
 def test_blocks_in_more_warps_or_from_the_cache(cell, registers, warps, tiles, monkeypatch):
     from srnn.kernels.triton import plan
 
-    monkeypatch.setattr(plan, "VALUE_REGISTERS", registers)
+    monkeypatch.setattr(plan, "OPERAND_REGISTERS", registers)
     hidden = 300 if cell != "tanh" else 1100  # blocks of one gate fall into four times as many chunks
     weights = layer(cell, 8, hidden, 32, density=1.0)
     monkeypatch.setattr("srnn.kernels.triton.backend.processors", lambda device: 40)

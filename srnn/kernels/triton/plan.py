@@ -22,11 +22,14 @@ LEAST_VALUES = 2048
 MOST_VALUES = 1 << 14
 # Tiles up to which a program takes more values for the sake of more streams at once.
 MOST_TILES = 4
+# Chunks of 8 or 16 elements that a row may have.
+LONGEST = 64
 # Chunks of a program of ``recur_blocks``: two a warp of eight.
 CHUNKS = 16
-# Registers that a thread's values may take, by warps of its program, beside as many for h, sums and addresses. GRU 2560
-# 32x1 80 %, 16 streams, on an H100: 5.1 us a step with 72 registers of values, 10.6 where they come from the cache.
-VALUE_REGISTERS = {4: 96, 8: 96, 16: 72}
+# Registers that a thread's values and rows of h may take, by warps of its program, beside those for sums and addresses.
+# On an H100, 16 streams: GRU 2560 32x1 80 % takes 4.8 us a step with 108 registers in 16 warps, 10.6 with values from
+# the cache; GRU 1024 16x1 without zeros, which would need 128, takes 52 because they don't fit.
+OPERAND_REGISTERS = {4: 144, 8: 144, 16: 108}
 
 
 @dataclass(frozen=True)
@@ -225,9 +228,9 @@ def plan_blocks(matrices: Sequence[SparseMatrix], processors: int, size: int, st
     wide = 8 if streams <= 8 or size == 4 else 16
     crowded = directions * groups > processors
     for warps in (4,) if crowded else (8, 16):  # of 4 warps, two run on a multiprocessor
-        registers = CHUNKS * (k + k_2) * matrix.height * size // (128 * warps)
-        if registers <= VALUE_REGISTERS[warps]:
-            return BlockPlan(groups, 16 if warps == 16 else wide, CHUNKS, k, k_2, 1, warps)
+        wide = 16 if warps == 16 else wide
+        if CHUNKS * (k + k_2) * (matrix.height + wide) * size <= OPERAND_REGISTERS[warps] * 128 * warps:
+            return BlockPlan(groups, wide, CHUNKS, k, k_2, 1, warps)
     k = 32 if size == 4 else 64
     return BlockPlan(groups, wide, CHUNKS, k, 0, -(-needed // k), 4 if crowded else 8)
 
@@ -282,9 +285,11 @@ def _two_powers(n: int) -> tuple[int, int]:
 def _sizes(matrix: SparseMatrix, counts: np.ndarray, owner: np.ndarray, programs: int) -> tuple[int, int, int]:
     """Blocks a chunk, chunks a tile, and warps, for the program with most to do.
 
-    Measured on an H200 with layers of 1024 to 2560 units at 90 and 95 %, batch 1, fp16. Single elements: about 1024
-    chunks of up to 16. Taller blocks: so many chunks that each thread holds 8 values of one, 16 bytes, because it then
-    adds up a chunk by itself (32x1, 90 %, GRU 2560: 2.1 us a step; with twice or half as many chunks 3.0).
+    Measured with layers of 1024 to 2560 units at 90 and 95 %, batch 1, fp16. Single elements, on an H100: chunks of 8
+    or 16, so that a thread or two add one up; 8 warps, and 16 for more than 8192 places (GRU 2560, 90 %: 2.25 us a
+    step, with 8 warps 2.6). A row so long that adding up its chunks would take over wants longer ones. Taller blocks, on an
+    H200: so many chunks that each thread holds 8 values of one, 16 bytes, because it then adds up a chunk by itself
+    (32x1, 90 %, GRU 2560: 2.1 us a step; with twice or half as many chunks 3.0).
     """
 
     def chunks(chunk: int) -> int:
@@ -294,7 +299,9 @@ def _sizes(matrix: SparseMatrix, counts: np.ndarray, owner: np.ndarray, programs
     values = chunks(1) * matrix.height
     most = MOST_VALUES // (2 if matrix.values.dtype == torch.float32 else 1)
     if matrix.height == 1:
-        chunk = 16 if values > 8 << 10 else 8
+        chunk = 8 if chunks(1) <= 8 << 10 else 16
+        if counts.max(initial=0) > LONGEST * chunk:
+            chunk = 64
         per_tile = min(_power(chunks(chunk)), max(1, most // chunk))
         places = per_tile * chunk
         return chunk, per_tile, 16 if places > 8 << 10 else 8 if places > 1 << 10 else 4
