@@ -29,7 +29,7 @@ CHUNKS = 16
 # Registers that a thread's values and rows of h may take, by warps of its program, beside those for sums and addresses.
 # On an H100, 16 streams: GRU 2560 32x1 80 % takes 4.8 us a step with 108 registers in 16 warps, 10.6 with values from
 # the cache; GRU 1024 16x1 without zeros, which would need 128, takes 52 because they don't fit.
-OPERAND_REGISTERS = {4: 144, 8: 144, 16: 108}
+OPERAND_REGISTERS = {4: 160, 8: 144, 16: 108}
 
 
 @dataclass(frozen=True)
@@ -287,9 +287,9 @@ def _sizes(matrix: SparseMatrix, counts: np.ndarray, owner: np.ndarray, programs
 
     Measured with layers of 1024 to 2560 units at 90 and 95 %, batch 1, fp16. Single elements, on an H100: chunks of 8
     or 16, so that a thread or two add one up; 8 warps, and 16 for more than 8192 places (GRU 2560, 90 %: 2.25 us a
-    step, with 8 warps 2.6). A row so long that adding up its chunks would take over wants longer ones. Taller blocks, on an
-    H200: so many chunks that each thread holds 8 values of one, 16 bytes, because it then adds up a chunk by itself
-    (32x1, 90 %, GRU 2560: 2.1 us a step; with twice or half as many chunks 3.0).
+    step, with 8 warps 2.6). A row so long that adding up its chunks would take over wants longer ones. Taller blocks,
+    on an H200: so many chunks that each thread holds 8 values of one, 16 bytes, because it then adds up a chunk by
+    itself (32x1, 90 %, GRU 2560: 2.1 us a step; with twice or half as many chunks 3.0).
     """
 
     def chunks(chunk: int) -> int:
