@@ -17,7 +17,6 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -39,11 +38,12 @@ from srnn.pruning.schedules import RunLength
 from srnn.registry import register
 from srnn.terminal import console
 from srnn.tracking.console import RunProgress, print_report
-from srnn.tracking.metrics import MetricsFile
+from srnn.tracking.metrics import MetricsFile, WandbCurves
 from srnn.tracking.plots import plot_run
 from srnn.tracking.record import BestWhile, Recorder
-from srnn.tracking.report import build_report, milestones, recurrent_matrix, wandb_summary
-from srnn.tracking.wandb import log_results, sync_command, wandb_logger
+from srnn.tracking.report import build_report, milestones, recurrent_matrix
+from srnn.tracking.runs import summary_of
+from srnn.tracking.wandb import carefully, define_scores, log_results, sync_command, wandb_run
 from srnn.training.checkpoints import LAST, AtomicCheckpoints, LastCheckpoint, stop_requests
 from srnn.training.initial import Initial, load_weights, read_initial
 from srnn.training.objectives import OBJECTIVES, Objective
@@ -122,7 +122,11 @@ def _run(settings: Settings, folder: Path, checkpoint: Path | None) -> dict[str,
     module = objective(model, settings.optimizer, data, settings.trainer.cuda_graph)
     pruning = PruningCallback(method, model, reference)
     recorder = Recorder(pruning, max(1, steps * settings.trainer.epochs // LOGGED_POINTS))
-    with wandb_logger(settings.tracking, folder, settings.as_dict()) as wandb:
+    tags = [part["name"] for part in (settings.model, settings.dataset, settings.pruning)]
+    with wandb_run(settings.tracking, folder, settings.as_dict(), "train", tags) as wandb:
+        if wandb is not None:
+            with carefully("which scores count"):
+                define_scores(wandb, data.objective)
         try:
             _fit(settings, folder, module, pruning, recorder, wandb, checkpoint)
         except KeyboardInterrupt:
@@ -142,7 +146,7 @@ def _run(settings: Settings, folder: Path, checkpoint: Path | None) -> dict[str,
         # Last of the run's own files: it says that the run is finished.
         write_atomically(folder / "report.json", json.dumps(report, indent=2).encode())
         if wandb is not None:
-            log_results(wandb, wandb_summary(report), report["layers"], plots, folder / "model.safetensors")
+            log_results(wandb, folder, summary_of(report), report["layers"], plots)
     print_report(report)
     _print_ways_on(folder, data)
     return report
@@ -240,7 +244,7 @@ def _fit(
     module: Objective,
     pruning: PruningCallback,
     recorder: Recorder,
-    wandb: Logger | None,
+    wandb: Any,
     checkpoint: Path | None,
 ) -> None:
     checkpoints = str(folder / "checkpoints")
@@ -257,7 +261,7 @@ def _fit(
         trainer = trainer_for(
             settings,
             callbacks,
-            logger=[metrics, *([wandb] if wandb is not None else [])],
+            logger=[metrics, *([WandbCurves(wandb)] if wandb is not None else [])],
             enable_checkpointing=True,
             enable_progress_bar=True,
             plugins=[AtomicCheckpoints()],
