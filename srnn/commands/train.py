@@ -92,7 +92,9 @@ def _sweep_job(settings: config.Settings, folder: Path, sweep: str) -> dict[str,
     try:
         if (folder / "report.json").is_file():
             return dict(json.loads((folder / "report.json").read_text()))
-        return resume(folder) if (folder / "config.yaml").is_file() else train(settings, folder, group=sweep)
+        if (folder / "config.yaml").is_file():
+            return resume(folder)
+        return train(settings, folder, sweep, command=["srnn", *HydraConfig.get().overrides.task])
     except Exception as error:
         print(f"srnn: {folder}: {error}", file=sys.stderr)
         write_atomically(folder / ERROR, traceback.format_exc().encode())

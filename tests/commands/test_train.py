@@ -46,8 +46,8 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path, srnn_command):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "checkpoints",
-        "command.txt",
         "config.yaml",
+        "environment.json",
         "metrics.csv",
         "model.safetensors",
         "plots",
