@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -180,37 +183,56 @@ def parse_override(text: str) -> Override:
 
 def compose_settings(overrides: Sequence[str]) -> Settings:
     """The checked config of one job. Raises UserError."""
-    for error in unknown_options(overrides, compose_config).values():
+    compose = functools.cache(compose_config)
+    for error in unknown_options(overrides, compose).values():
         raise error
-    return Settings.check(_plain(compose_config(overrides)))
+    return settings_of(with_options(overrides, compose))
 
 
-def unknown_options(
-    overrides: Sequence[str], composed: Callable[[tuple[str, ...]], DictConfig]
-) -> dict[str, UserError]:
-    """The overrides that set an option which the chosen components don't have, and what to say about each.
+# Composes a config of choices among the groups; of many jobs with the same choices it need do so only once.
+Compose = Callable[[tuple[str, ...]], DictConfig]
 
-    Args:
-        overrides: of one job.
-        composed: gives the config of the choices among them; a sweep's caller keeps what it gave.
+
+def unknown_options(overrides: Sequence[str], compose: Compose) -> dict[str, UserError]:
+    """The overrides of one job that set an option which its choices don't have, and what to say about each.
 
     Raises:
         UserError: a choice that is not there.
     """
-    parsed = [parse_override(text) for text in overrides]
-    chosen = [o for o in parsed if o.key_or_group in GROUPS]
+    chosen, options = _split(overrides)
     for override in chosen:
         check_choice(override)
-    base = composed(tuple(str(o.input_line) for o in chosen))
+    base = compose(_lines(chosen))
     unknown = {}
-    for override in parsed:
-        key = str(override.key_or_group)
-        if override not in chosen and not override.is_hydra_override() and not override.is_add():
+    for override in options:
+        if not override.is_hydra_override() and not override.is_add():
             try:
-                _check_key(key, base)
+                _check_key(str(override.key_or_group), base)
             except UserError as error:
                 unknown[str(override.input_line)] = error
     return unknown
+
+
+def with_options(overrides: Sequence[str], compose: Compose) -> DictConfig:
+    """The config of one job: its choices composed, then its options set, as Hydra does. Raises UserError."""
+    chosen, options = _split(overrides)
+    config = copy.deepcopy(compose(_lines(chosen)))
+    try:
+        # Hydra applies options to a whole `hydra` node, too, which the config of a job has no more.
+        ConfigLoaderImpl._apply_overrides_to_config([o for o in options if not o.is_hydra_override()], config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_first_line(error)) from None
+    return config
+
+
+def _split(overrides: Sequence[str]) -> tuple[list[Override], list[Override]]:
+    """Choices among groups, and options."""
+    parsed = [parse_override(text) for text in overrides]
+    return [o for o in parsed if o.key_or_group in GROUPS], [o for o in parsed if o.key_or_group not in GROUPS]
+
+
+def _lines(overrides: Sequence[Override]) -> tuple[str, ...]:
+    return tuple(str(override.input_line) for override in overrides)
 
 
 def check_choice(override: Override) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 from collections import Counter
@@ -14,29 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.types import Override
-from hydra.types import RunMode
-from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
 from srnn.config import (
     GROUPS,
     Settings,
-    check_choice,
     compose_config,
-    compose_hydra,
-    compose_settings,
     parse_override,
+    settings_of,
     slug,
     unknown_options,
+    with_options,
 )
 from srnn.errors import UserError
 from srnn.terminal import console
 from srnn.tracking.scores import TELLING
 
-OURS = "hydra_plugins.srnn_sweeper.SrnnSweeper"
 ERROR = "error.txt"  # in a job's folder: why it failed
 
 
@@ -72,14 +65,16 @@ def expand(
         UserError: the first mistake in any job.
     """
     before = [f"{key}={value}" for key, value in (params or {}).items()]
-    combined = [list(job) for row in rows for job in itertools.product(*_choices([*before, *row, *arguments]).values())]
-    composed = functools.cache(lambda chosen: compose_config(chosen))
-    unknown = [unknown_options(job, composed) for job in combined]
-    jobs: dict[str, tuple[Settings, tuple[str, ...]]] = {}
+    combined = [
+        list(job) for row in rows for job in itertools.product(*choices_of([*before, *row, *arguments]).values())
+    ]
+    compose = functools.cache(compose_config)
+    unknown = [unknown_options(job, compose) for job in combined]
     _check_known(combined, unknown)
+    jobs: dict[str, tuple[Settings, tuple[str, ...]]] = {}
     for job, wrong in zip(combined, unknown, strict=True):
         kept = tuple(text for text in job if text not in wrong)
-        settings = compose_settings(kept)
+        settings = settings_of(with_options(kept, compose))
         jobs.setdefault(identity(settings.as_dict()), (settings, kept))
     names = _names(list(jobs.values()))
     return [Job(kept, name, key) for (key, (_, kept)), name in zip(jobs.items(), names, strict=True)]
@@ -93,7 +88,7 @@ def _check_known(jobs: Sequence[Sequence[str]], unknown: Sequence[Mapping[str, U
         raise next((error for error in errors if "Did you mean" in str(error)), errors[0])
 
 
-def _choices(texts: Sequence[str]) -> dict[str, list[str]]:
+def choices_of(texts: Sequence[str]) -> dict[str, list[str]]:
     """Key -> an override for each of its values; what comes later wins."""
     choices: dict[str, list[str]] = {}
     for text in texts:
@@ -104,7 +99,7 @@ def _choices(texts: Sequence[str]) -> dict[str, list[str]]:
         elif override.is_discrete_sweep():
             choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
         else:
-            raise UserError(f"{text}: a sweep takes values, such as {key}=1,2; an interval needs hydra/sweeper=optuna.")
+            raise UserError(f"{text}: a sweep takes values, such as {key}=1,2; an interval needs hydra/sweeper=search.")
     return choices
 
 
@@ -139,7 +134,7 @@ class Sweep:
     def __init__(self, folder: Path, jobs: Sequence[Job]) -> None:
         self.folder = folder
         self.jobs = list(jobs)
-        there = {key: path for path in sorted(folder.glob("*/config.yaml")) if (key := _identity_of(path)) is not None}
+        there = {key: path for path in sorted(folder.glob("*/config.yaml")) if (key := identity_of(path)) is not None}
         self.folders = {job: there[job.identity].parent for job in jobs if job.identity in there}
         taken = Counter(job.name for job in jobs if job not in self.folders)
         for job in jobs:
@@ -200,7 +195,7 @@ class Sweep:
         ]
 
 
-def _identity_of(path: Path) -> str | None:
+def identity_of(path: Path) -> str | None:
     """Of a run's ``config.yaml``; None if it is damaged."""
     try:
         config = yaml.safe_load(path.read_text())
@@ -215,112 +210,3 @@ def _error(folder: Path) -> str:
         return (folder / ERROR).read_text().strip().splitlines()[-1].removeprefix("srnn.errors.UserError: ")
     except (OSError, IndexError):
         return "it was stopped or killed, and left no error"
-
-
-@dataclass(frozen=True)
-class CommandLine:
-    """A checked command line of ``train``.
-
-    Attributes:
-        argv: what Hydra has to be given for it.
-        sweep: the folder of its jobs; None for a single run.
-    """
-
-    argv: list[str]
-    sweep: Path | None
-
-
-def check_command_line(argv: Sequence[str]) -> CommandLine:
-    """Compose and check every job a command line asks for, before Hydra starts the first.
-
-    Raises:
-        UserError: the first mistake in any of them.
-    """
-    arguments = get_args_parser().parse_args(list(argv))
-    overrides = [parse_override(text) for text in arguments.overrides]
-    for override in overrides:
-        if override.key_or_group == "experiment" and not override.is_sweep_override():
-            check_choice(override)
-    hydra = compose_hydra([text for text, o in zip(arguments.overrides, overrides, strict=True) if _is_hydras(o)])
-    _check_installed(hydra)
-    sweep = arguments.multirun or (hydra.mode == RunMode.MULTIRUN and not arguments.cfg)
-    if not sweep:
-        for override in overrides:
-            if override.is_sweep_override():
-                raise UserError(
-                    f"{override.input_line}: several values make a sweep; add -m, or quote the value to mean one."
-                )
-        compose_settings(arguments.overrides)
-        return CommandLine(list(argv), sweep=None)
-    if arguments.cfg:
-        raise UserError(f"--cfg {arguments.cfg} prints the config of one job: leave out -m and name one value each.")
-    ours = hydra.sweeper._target_ == OURS
-    texts = [str(o.input_line) for o in overrides if not o.is_hydra_override()]
-    if ours:
-        expand(texts, hydra.sweeper.params, hydra.sweeper.rows or ((),))
-    else:
-        _check_space(texts)
-    to_hydra = {text: _as_values(o) if ours else text for text, o in zip(arguments.overrides, overrides, strict=True)}
-    words = [to_hydra.get(word, word) for word in argv]
-    folder = hydra.sweep.dir
-    if folder == "auto":
-        folder = f"outputs/{_folder_name(overrides)}"
-        words.append(f"hydra.sweep.dir={folder}")
-    return CommandLine(words, sweep=Path(folder))
-
-
-def _is_hydras(override: Override) -> bool:
-    """Whether it says how jobs run: an option of Hydra's, or a preset, which may bring some."""
-    preset = override.key_or_group == "experiment" and not override.is_sweep_override()
-    return preset or override.is_hydra_override()
-
-
-def _as_values(override: Override) -> str:
-    """An override as a sweep over its one value.
-
-    Hydra composes the config of the sweep itself with what is not swept, and would refuse options that only some
-    of the jobs have.
-    """
-    text = str(override.input_line)
-    value = override.get_value_element_as_str() if not override.is_sweep_override() else ""
-    return text if _is_hydras(override) or not value else f"{override.get_key_element()}=choice({value})"
-
-
-def _check_space(texts: Sequence[str]) -> None:
-    """Check every value once, where a sweeper chooses which of them it combines; of an interval the ends."""
-    parsed = [parse_override(text) for text in texts]
-    values: list[list[str]] = []
-    for override in parsed:
-        key = override.get_key_element()
-        if override.is_interval_sweep():
-            interval: Any = override.value()
-            values.append([f"{key}={interval.start}", f"{key}={interval.end}"])
-        else:
-            values.append(_choices([str(override.input_line)])[key])
-    for index in range(max(map(len, values), default=1)):
-        compose_settings([choices[min(index, len(choices) - 1)] for choices in values])
-
-
-def _folder_name(overrides: Sequence[Override]) -> str:
-    """The same for the same sweep: what is swept, readable, and a fingerprint of all of it."""
-    ours = sorted(((str(o.input_line), o) for o in overrides if not o.is_hydra_override()), key=lambda pair: pair[0])
-    shown = []
-    for text, override in ours:
-        key, _, value = text.partition("=")
-        if key == "experiment":
-            shown.append(value)
-        elif override.is_sweep_override():
-            shown.append(f"{key.rpartition('.')[2]}-{value.removeprefix('choice').strip('()')}")
-    readable = slug("_".join(shown))[:60].strip("-._")
-    return f"sweep_{readable}_{hashlib.sha256(' '.join(text for text, _ in ours).encode()).hexdigest()[:6]}"
-
-
-def _check_installed(hydra: DictConfig) -> None:
-    """Name the extra that brings a launcher or sweeper. Raises UserError."""
-    for kind in ("launcher", "sweeper"):
-        package = ".".join(str(hydra[kind]._target_).split(".")[:2])
-        if importlib.util.find_spec(package) is None:
-            name = hydra.runtime.choices.get(f"hydra/{kind}")
-            raise UserError(
-                f"hydra/{kind}={name} needs a package that is not installed: pip install 'srnn[launchers]'."
-            )

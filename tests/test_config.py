@@ -2,10 +2,10 @@ import pytest
 import yaml
 
 from srnn import config
+from srnn.command_line import check_command_line
 from srnn.config import TrackingConfig, TrainerConfig, compose_settings, conf_folder, presets, slug
 from srnn.errors import UserError
 from srnn.registry import KINDS, register
-from srnn.sweeps import check_command_line
 
 
 def test_the_main_job_composes():

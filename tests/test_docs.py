@@ -7,9 +7,9 @@ import shutil
 import pytest
 
 from srnn.__main__ import COMMANDS, main
+from srnn.command_line import check_command_line
 from srnn.config import conf_folder, presets
 from srnn.datasets import PennTreebank
-from srnn.sweeps import check_command_line
 from tests.conftest import ROOT, SMALL
 
 FILES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]

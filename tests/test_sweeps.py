@@ -1,8 +1,10 @@
 """Sweeps: which jobs there are, what becomes of them, and going on with the same command."""
 
+import itertools
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -10,9 +12,11 @@ import time
 import pytest
 
 from srnn.__main__ import main
+from srnn.command_line import check_command_line
 from srnn.errors import UserError
-from srnn.sweeps import Sweep, check_command_line, expand
+from srnn.sweeps import Sweep, expand
 from tests.conftest import SMALL
+from tests.long_sweep import sample_sweep
 
 QUIET = [*SMALL, "tracking.mode=disabled", "kernel=dense"]
 
@@ -56,8 +60,8 @@ def test_params_and_rows():
         (["pruning=none,hard", "pruning.sparcity=0.8"], r"pruning\.sparcity: .* of pruning=hard\. Did you mean 'spars"),
         (["pruning=none", "pruning.sparsity=0.8,0.9"], r"pruning\.sparsity: unknown option of pruning=none"),
         (["pruning=none,hard", "pruning.sparsity=0.8,7"], r"pruning\.sparsity=7 must be above 0 and below 1"),
-        (["pruning.sparsity=interval(0.1,0.9)"], r"an interval needs hydra/sweeper=optuna"),
-        (["--cfg", "job", "seed=0,1"], r"--cfg job prints the config of one job"),
+        (["pruning.sparsity=interval(0.1,0.9)"], r"an interval needs hydra/sweeper=search"),
+        (["--cfg", "job", "seed=0,1"], r"--cfg job prints one job's config"),
         (["hydra/launcher=here"], r"hydra/launcher/here"),
     ],
 )
@@ -133,7 +137,7 @@ def test_an_option_of_a_choice_that_is_not_the_default(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_sweep_goes_on_and_ends_as_if_never_stopped(tmp_path, how, srnn_command):
-    longer = ["trainer.max_epochs=60", "trainer.limit_epochs=60"]
+    longer = ["trainer.max_epochs=24", "trainer.limit_epochs=24"]
     command = ["-m", *QUIET, *longer, "pruning=none,gradual", "pruning.sparsity=0.8,0.9", "hydra.sweep.dir=two"]
     process = subprocess.Popen(
         [sys.executable, "-m", "srnn", *command], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=os.environ
@@ -156,3 +160,66 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_never_stopped(tmp_path, how, srnn
     assert whole.returncode == 0
     for job in (tmp_path / "one").glob("*/metrics.csv"):
         assert job.read_bytes() == (tmp_path / "two" / job.parent.name / "metrics.csv").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "plugin"),
+    [
+        ("joblib", "hydra_joblib_launcher"),
+        ("submitit_local", "hydra_submitit_launcher"),
+        ("ray", "hydra_ray_launcher"),
+    ],
+)
+def test_launchers_run_two_jobs_side_by_side(launcher, plugin, srnn_command, tmp_path):
+    """With a plug-in's data set, which every worker has to know, and a job that fails."""
+    pytest.importorskip(f"hydra_plugins.{plugin}")
+    jobs = ["dataset=brackets", "dataset.train_characters=5000", "model.hidden_size=24,1000000"]
+    options = [o for o in QUIET if not o.startswith("model.hidden")]
+    many = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    command = ["-m", *options, *jobs, f"hydra/launcher={launcher}", *many, "hydra.sweep.dir=sweep"]
+    done = srnn_command(*command)
+    assert done.returncode == 1, done.stderr
+    assert "2 jobs: 2 new" in done.stdout
+    assert "failed: sweep/gru_gradual_hidden_size-1000000_s0: model=gru does not fit into memory" in done.stdout
+    assert "Warning" not in done.stderr
+    assert json.loads((tmp_path / "sweep/gru_gradual_hidden_size-24_s0/report.json").read_text())["seed"] == 0
+
+
+@pytest.mark.slow
+def test_a_search_finds_a_value(srnn_command, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    space = ["optimizer.lr=interval(0.0001,0.1)", "pruning=none", "hydra.sweeper.n_trials=2"]
+    done = srnn_command("-m", *QUIET, "hydra/sweeper=search", *space, "hydra.sweep.dir=search")
+    assert done.returncode == 0, done.stderr
+    losses = [json.loads(p.read_text())["scores"]["best"]["loss"] for p in tmp_path.glob("search/trial_*/report.json")]
+    assert len(losses) == 2
+    assert str(min(losses))[:8] in (tmp_path / "search/optimization_results.yaml").read_text()
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("srnn.command_line.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"hydra/launcher=slurm needs .*: pip install 'srnn\[launchers\]'"):
+        check_command_line(["-m", "hydra/launcher=slurm", "seed=0,1"])
+    with pytest.raises(UserError, match=r"hydra/sweeper=search needs"):
+        check_command_line(["-m", "hydra/sweeper=search", "seed=0,1"])
+
+
+def test_the_slurm_preset_composes():
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    assert check_command_line(["-m", "hydra/launcher=slurm", "hydra.launcher.partition=gpu", "seed=0,1"]).sweep
+    assert check_command_line(["-m", "hydra/sweeper=search", "optimizer.lr=interval(0.001,0.1)"]).sweep
+    with pytest.raises(UserError, match=r"optimizer\.lr=-1\.0 must be above 0"):
+        check_command_line(["-m", "hydra/sweeper=search", "optimizer.lr=interval(-1,0.1)"])
+
+
+@pytest.mark.slow
+def test_a_long_sweep_stays_as_it_is(tmp_path):
+    """Memory, open files and time a job, of the last quarter of the jobs against those before it."""
+    samples = sample_sweep(tmp_path / "sweep", 24)
+    times = [after.cpu_seconds - before.cpu_seconds for before, after in itertools.pairwise(samples)]
+    middle, last = samples[6:18], samples[18:]
+    assert len({sample.files for sample in last} | {sample.files for sample in middle}) <= 3
+    assert max(s.memory_mb for s in last) < 1.1 * statistics.fmean(s.memory_mb for s in middle)
+    assert statistics.median(times[18:]) < 1.3 * statistics.median(times[6:18])
+    assert {sample.children for sample in last} <= {0, 1}, "W&B's process is not started again and again"

@@ -17,10 +17,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from srnn import config
+from srnn.command_line import check_command_line
 from srnn.errors import JobFailed, UserError
 from srnn.files import write_atomically
 from srnn.registry import register
-from srnn.sweeps import ERROR, check_command_line
+from srnn.sweeps import ERROR, identity, identity_of
 
 HELP = """usage: srnn [train] [GROUP=NAME] [GROUP.OPTION=VALUE] ...
 
@@ -90,9 +91,9 @@ def _sweep_job(settings: config.Settings, folder: Path, sweep: str) -> dict[str,
 
     (folder / ERROR).unlink(missing_ok=True)
     try:
-        if (folder / "report.json").is_file():
-            return dict(json.loads((folder / "report.json").read_text()))
-        if (folder / "config.yaml").is_file():
+        if identity_of(folder / "config.yaml") == identity(settings.as_dict()):
+            if (folder / "report.json").is_file():
+                return dict(json.loads((folder / "report.json").read_text()))
             return resume(folder)
         return train(settings, folder, sweep, command=["srnn", *HydraConfig.get().overrides.task])
     except Exception as error:

@@ -85,9 +85,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two environments, a line each."""
+    """What differs between two environments, a line each, as far as the earlier one was recorded."""
     lines = []
-    for kind in ("python", "git", "packages", "hardware", "data"):
+    for kind in (kind for kind in ("python", "git", "packages", "hardware", "data") if kind in before):
         one, two = before.get(kind), now.get(kind)
         if not isinstance(one, Mapping) or not isinstance(two, Mapping):
             one, two = {kind: one}, {kind: two}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from srnn.errors import UserError
 from srnn.tracking.scores import HIGHER_IS_BETTER, TELLING
 
 ONLINE_TIMEOUT = 20.0  # seconds a dead network may cost before the run goes on offline
-FINISH_TIMEOUT = 60.0  # seconds the end of an online run may take to send the rest; `wandb sync` sends it later
 STEP = "trainer/global_step"  # what curves go over
 
 
@@ -55,10 +54,8 @@ def wandb_run(
         yield run
         failed = False
     finally:
-        try:
-            run.finish(exit_code=int(failed))
-        except Exception as error:
-            print(f"srnn: W&B could not finish: {error}", file=sys.stderr)
+        with carefully("the end of the run"):
+            _finish(run, int(failed))
 
 
 def define_scores(run: Any, objective: str) -> None:
@@ -99,6 +96,18 @@ def _start(
         except Exception as error:
             print(f"srnn: W&B does not start {mode}: {error}", file=sys.stderr)
     return None
+
+
+def _finish(run: Any, exit_code: int) -> None:
+    """Finish it; where W&B's own process is gone, let the next run of this one start another."""
+    import wandb
+
+    try:
+        run.finish(exit_code=exit_code)
+    except Exception:
+        with suppress(Exception):
+            wandb.teardown(exit_code)
+        raise
 
 
 def has_key() -> bool:

@@ -92,6 +92,8 @@ def resume(folder: Path) -> dict[str, Any]:
             f"resume={folder}: this run is finished. To train its network further, start a run with init_from={folder}."
         )
     settings = read_settings(folder)
+    if not environment.read(folder):
+        environment.note(folder, environment.environment(["srnn", f"resume={folder}"]))
     if not (folder / LAST).exists():
         console.print("It was stopped before its first checkpoint: it starts from the beginning.")
         return _run(settings, folder, None)
