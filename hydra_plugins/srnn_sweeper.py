@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+if TYPE_CHECKING:
+    from srnn.sweeps import Sweep
 
 
 class SrnnSweeper(Sweeper):
@@ -37,12 +40,24 @@ class SrnnSweeper(Sweeper):
         """Run what is left of the sweep.
 
         Raises:
-            UserError: an option is wrong in one of the jobs; none has been started.
+            UserError: an option is wrong in one of the jobs, and none has been started; or the sweep runs already.
             SystemExit: with 1, after all jobs, if some of them failed.
         """
+        from filelock import FileLock, Timeout
+
+        from srnn.errors import UserError
         from srnn.sweeps import Sweep, expand
 
-        sweep = Sweep(self.folder, expand(arguments, self.params, self.rows))
+        jobs = expand(arguments, self.params, self.rows)
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                self._run(Sweep(self.folder, jobs))
+        except Timeout:
+            raise UserError(
+                f"{self.folder}: this sweep is running already; wait for it, or name another hydra.sweep.dir."
+            ) from None
+
+    def _run(self, sweep: Sweep) -> None:
         left = sweep.left()
         sweep.announce()
         if left:

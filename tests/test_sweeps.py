@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from filelock import FileLock
 
 from srnn.__main__ import main
 from srnn.command_line import check_command_line
@@ -120,6 +121,13 @@ def test_a_failed_job_stops_no_other_and_the_same_command_goes_on(tmp_path, caps
     assert "4 jobs: 4 finished already" in capsys.readouterr().out
     assert finished.stat().st_mtime_ns == first
     assert (tmp_path / "sweep/command.txt").read_text().startswith("srnn -m trainer=fast")
+
+
+def test_a_sweep_runs_once_at_a_time(tmp_path, capsys):
+    with FileLock(tmp_path / ".lock"):
+        assert main(["-m", *QUIET, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]) == 2
+    assert "this sweep is running already" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/config.yaml"))
 
 
 def test_an_option_of_a_choice_that_is_not_the_default(tmp_path):

@@ -203,7 +203,8 @@ def setting_rows(comparison: Comparison) -> list[Row]:
         spread = {"mean": setting.mean(comparison.key), "std": setting.deviation(comparison.key)}
         spread |= {"min": min(values), "max": max(values)}
         scores = {f"{comparison.metric}_{name}": value for name, value in spread.items()}
-        return {**setting.options, "seeds": len(values), **scores} | {key: setting.mean(key) for key in measured}
+        options = {name: setting.options.get(name) for name in comparison.options}
+        return {**options, "seeds": len(values), **scores} | {key: setting.mean(key) for key in measured}
 
     return [row(setting) for setting in comparison.settings]
 
@@ -211,7 +212,9 @@ def setting_rows(comparison: Comparison) -> list[Row]:
 def run_rows(comparison: Comparison) -> list[Row]:
     """A row a run, with all numbers of its summary."""
     return [
-        {"run": run.name, **setting.options, "seed": run.config["seed"], **run.summary}
+        {"run": run.name}
+        | {name: setting.options.get(name) for name in comparison.options}
+        | {"seed": run.config["seed"], **run.summary}
         for setting in comparison.settings
         for run in setting.runs
     ]
