@@ -129,7 +129,7 @@ def _folder_name(overrides: Sequence[Override]) -> str:
         if key == "experiment":
             shown.append(value)
         elif override.is_sweep_override():
-            shown.append(f"{key.rpartition('.')[2]}-{value.removeprefix('choice').strip('()')}")
+            shown.append(f"{key.rpartition('.')[2]}-{slug(value.removeprefix('choice'))}")
     readable = slug("_".join(shown))[:60].strip("-._")
     return f"sweep_{readable}_{hashlib.sha256(' '.join(text for text, _ in ours).encode()).hexdigest()[:6]}"
 

@@ -115,12 +115,10 @@ def _names(jobs: Sequence[tuple[Settings, tuple[str, ...]]]) -> list[str]:
     keys = [key for key in keys if len({given[key] for given in options if key in given}) > 1]
     names = []
     for (settings, _), given in zip(jobs, options, strict=True):
-        differing = [
-            given[key] if key in GROUPS else f"{key.rpartition('.')[2]}-{given[key]}" for key in keys if key in given
-        ]
-        names.append(
-            slug("_".join([settings.model["name"], settings.pruning["name"], *differing, f"s{settings.seed}"]))
-        )
+        words = {key: slug(given[key]) for key in keys if key in given}
+        differing = [word if key in GROUPS else f"{key.rpartition('.')[2]}-{word}" for key, word in words.items()]
+        parts = [settings.model["name"], settings.pruning["name"], *differing, f"s{settings.seed}"]
+        names.append(slug("_".join(parts)))
     return names
 
 

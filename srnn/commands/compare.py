@@ -80,7 +80,8 @@ def _track(options: Namespace, comparison: Comparison, folder: Path, plots: Sequ
     from srnn.tracking.comparison import run_rows, setting_rows
     from srnn.tracking.wandb import carefully, log_tables, sync_command, wandb_run
 
-    tracking = TrackingConfig(mode=options.mode, project=options.project)
+    group = Path(options.folders[0]).resolve().name if len(options.folders) == 1 else None  # a sweep's own
+    tracking = TrackingConfig(mode=options.mode, project=options.project, group=group)
     what = {"compared": list(map(str, options.folders)) or [options.wandb], "metric": comparison.metric}
     with wandb_run(tracking, folder, what, "compare") as run:
         if run is not None:

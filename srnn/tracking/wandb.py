@@ -126,12 +126,13 @@ def sync_command(folder: Path) -> str | None:
 
 def _runs(folder: Path) -> list[Path]:
     """The W&B runs in a run's folder, oldest first: a resumed run has several, of one id."""
-    runs = [path for path in (folder / "wandb").glob("*run-*-*") if path.is_dir()]
+    runs = {file.parent for file in (folder / "wandb").glob("*run-*-*/run-*.wandb")}
     return sorted(runs, key=lambda path: path.name.partition("run-")[2])
 
 
 def _id_of(run: Path) -> str:
-    return run.name.rpartition("-")[2]
+    """By the file's name: the folder's ends in a number where two were made within a second."""
+    return next(run.glob("run-*.wandb")).stem.removeprefix("run-")
 
 
 def log_results(

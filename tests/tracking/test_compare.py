@@ -90,7 +90,7 @@ def test_compare(sweep, tmp_path, capsys):
     plots = {path.stem for path in output.glob("*.png") if path.read_bytes().startswith(PNG)}
     assert plots == {"over_sparsity", "over_weights", "curves"}
     kept = read_offline(output)
-    assert kept.job_type == "compare"
+    assert (kept.job_type, kept.group) == ("compare", "sweep")
     assert kept.config["compared"] == [str(sweep)]
     assert {"settings", "runs", "over_sparsity"} <= {name.partition(".")[0] for row in kept.history for name in row}
 

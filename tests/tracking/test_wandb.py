@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import wandb
 import yaml
 from wandb.sdk.launch.sweeps import utils as sweeps
 
@@ -79,9 +80,11 @@ def test_the_agents_sweep(tmp_path, monkeypatch):
         assert check_command_line(words).sweep is None
     monkeypatch.setenv("WANDB_RUN_ID", "agents1")
     monkeypatch.setenv("WANDB_SWEEP_ID", "abcdefgh")
+    wandb.teardown()  # the agent starts a process for each run, which reads these anew
     small = [option for option in SMALL if not option.startswith("model.hidden")]
     ours = ["tracking.mode=offline", "kernel=dense", "model.hidden_size=24"]  # what comes last wins
     assert main([*words, *small, *ours, f"hydra.run.dir={tmp_path}/run"]) == 0
+    wandb.teardown()
     run = read_offline(tmp_path / "run")
     assert run.id == "agents1"
     assert run.summary[config["metric"]["name"]] > 0
