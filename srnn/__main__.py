@@ -11,7 +11,9 @@ from srnn.errors import JobFailed, UserError, did_you_mean
 
 COMMANDS = {
     "train": "train, prune, pack, measure, report (the default)",
+    "rerun": "repeat a finished run, and say whether its numbers come out again",
     "evaluate": "score a run's packed file on its validation and test text",
+    "compare": "tables and plots of several runs, or of a sweep",
     "export": "write a run's network as another packed file, and say what that costs",
     "bench": "time dense layers against every sparse backend that can run here",
     "generate": "write text with a run's packed file",
@@ -31,6 +33,8 @@ examples:
   srnn -m pruning=none,gradual,hard seed=0,1            a sweep
   srnn resume=outputs/RUN                               go on with a run that was stopped
   srnn init_from=outputs/RUN pruning=fixed              fine-tune a pruned network
+  srnn compare outputs/SWEEP
+  srnn rerun outputs/RUN
   srnn evaluate run=outputs/RUN
   srnn export run=outputs/RUN values=int8
   srnn bench run=outputs/RUN

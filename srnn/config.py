@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
+import functools
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -57,6 +58,7 @@ class TrackingConfig:
     project: str = "srnn"
     group: str | None = None
     name: str | None = None
+    tags: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -171,59 +173,76 @@ def connect_hydra() -> None:
                 store.store(group=kind, name=name, node=register.get(kind, name).defaults())
 
 
-def check_command_line(argv: Sequence[str]) -> None:
-    """Compose and check every job a command line asks for, before Hydra starts the first.
-
-    Raises:
-        UserError: the first mistake in any of them.
-    """
-    arguments = get_args_parser().parse_args(list(argv))
-    overrides = [_parse(text) for text in arguments.overrides]
-    for override in overrides:
-        if override.is_sweep_override() and not arguments.multirun:
-            raise UserError(
-                f"{override.input_line}: several values make a sweep; add -m, or quote the value to mean one."
-            )
-    for job in _jobs(overrides):
-        compose_settings(job)
-
-
-def _parse(text: str) -> Override:
+def parse_override(text: str) -> Override:
+    """One ``key=value`` of a command line. Raises UserError."""
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
         raise UserError(f"{text}: not an override such as model.hidden_size=256: {_first_line(error)}") from None
 
 
-def _jobs(overrides: Sequence[Override]) -> list[list[str]]:
-    """The override lists of all jobs of a sweep; a single one where nothing is swept."""
-    choices = []
-    for override in overrides:
-        if override.is_sweep_override():
-            key = override.get_key_element()
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            choices.append([str(override.input_line)])
-    return [list(job) for job in itertools.product(*choices)]
-
-
 def compose_settings(overrides: Sequence[str]) -> Settings:
     """The checked config of one job. Raises UserError."""
-    parsed = [_parse(text) for text in overrides]
-    chosen = [o for o in parsed if o.key_or_group in GROUPS]
+    compose = functools.cache(compose_config)
+    for error in unknown_options(overrides, compose).values():
+        raise error
+    return settings_of(with_options(overrides, compose))
+
+
+# Composes a config of choices among the groups; of many jobs with the same choices it need do so only once.
+Compose = Callable[[tuple[str, ...]], DictConfig]
+
+
+def unknown_options(overrides: Sequence[str], compose: Compose) -> dict[str, UserError]:
+    """The overrides of one job that set an option which its choices don't have, and what to say about each.
+
+    Raises:
+        UserError: a choice that is not there.
+    """
+    chosen, options = _split(overrides)
     for override in chosen:
-        value, names = str(override.value()), presets(override.key_or_group)
-        if value not in names:
-            group = override.key_or_group
-            raise UserError(
-                f"{group}={value}: no {group} has that name.{did_you_mean(value, names)} There are: {', '.join(names)}."
-            )
-    base = _compose([str(o.input_line) for o in chosen])
-    for override in parsed:
-        key = str(override.key_or_group)
-        if override not in chosen and not key.startswith("hydra.") and not override.is_add():
-            _check_key(key, base)
-    return Settings.check(_plain(_compose(overrides)))
+        check_choice(override)
+    base = compose(_lines(chosen))
+    unknown = {}
+    for override in options:
+        if not override.is_hydra_override() and not override.is_add():
+            try:
+                _check_key(str(override.key_or_group), base)
+            except UserError as error:
+                unknown[str(override.input_line)] = error
+    return unknown
+
+
+def with_options(overrides: Sequence[str], compose: Compose) -> DictConfig:
+    """The config of one job: its choices composed, then its options set, as Hydra does. Raises UserError."""
+    chosen, options = _split(overrides)
+    config = copy.deepcopy(compose(_lines(chosen)))
+    try:
+        # Hydra applies options to a whole `hydra` node, too, which the config of a job has no more.
+        ConfigLoaderImpl._apply_overrides_to_config([o for o in options if not o.is_hydra_override()], config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_first_line(error)) from None
+    return config
+
+
+def _split(overrides: Sequence[str]) -> tuple[list[Override], list[Override]]:
+    """Choices among groups, and options."""
+    parsed = [parse_override(text) for text in overrides]
+    return [o for o in parsed if o.key_or_group in GROUPS], [o for o in parsed if o.key_or_group not in GROUPS]
+
+
+def _lines(overrides: Sequence[Override]) -> tuple[str, ...]:
+    return tuple(str(override.input_line) for override in overrides)
+
+
+def check_choice(override: Override) -> None:
+    """Refuse ``group=name`` where there is no such name, with the nearest one."""
+    group, value = override.key_or_group, str(override.value())
+    names = presets(group)
+    if value not in names:
+        raise UserError(
+            f"{group}={value}: no {group} has that name.{did_you_mean(value, names)} There are: {', '.join(names)}."
+        )
 
 
 def _check_key(key: str, base: DictConfig) -> None:
@@ -245,12 +264,18 @@ def _check_key(key: str, base: DictConfig) -> None:
             return
 
 
-def _compose(overrides: Sequence[str]) -> DictConfig:
+def compose_hydra(overrides: Sequence[str]) -> DictConfig:
+    """Hydra's own part of a config: how and where jobs run. Raises UserError."""
+    return compose_config(overrides, return_hydra_config=True).hydra
+
+
+def compose_config(overrides: Sequence[str], return_hydra_config: bool = False) -> DictConfig:
+    """A config as Hydra composes it, not checked yet. Raises UserError."""
     connect_hydra()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_folder().resolve()), version_base="1.3"):
-            return compose("config", list(overrides))
+            return compose("config", list(overrides), return_hydra_config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_first_line(error)) from None
 

@@ -2,6 +2,7 @@ import pytest
 import yaml
 
 from srnn import config
+from srnn.command_line import check_command_line
 from srnn.config import TrackingConfig, TrainerConfig, compose_settings, conf_folder, presets, slug
 from srnn.errors import UserError
 from srnn.registry import KINDS, register
@@ -95,16 +96,12 @@ def test_every_choice_composes():
 )
 def test_mistakes_are_found_before_anything_runs(overrides, message):
     with pytest.raises(UserError, match=message):
-        config.check_command_line(overrides)
+        check_command_line(overrides)
 
 
 @pytest.mark.parametrize("q", ["0.3", "{recurrent: 0.1, linear: 0.2, embedding: 1.0}", "some/dense.ckpt"])
 def test_q_takes_a_number_a_mapping_or_a_path(q):
     assert compose_settings([f"pruning.q={q}"]).pruning["q"] == yaml.safe_load(q)
-
-
-def test_sweeps_check_every_job():
-    config.check_command_line(["-m", "pruning=none,gradual,hard", "seed=0,1"])
 
 
 def test_slugs_are_plain():

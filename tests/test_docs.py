@@ -2,11 +2,13 @@
 
 import re
 import shlex
+import shutil
 
 import pytest
 
 from srnn.__main__ import COMMANDS, main
-from srnn.config import check_command_line, conf_folder, presets
+from srnn.command_line import check_command_line
+from srnn.config import conf_folder, presets
 from srnn.datasets import PennTreebank
 from tests.conftest import ROOT, SMALL
 
@@ -41,6 +43,7 @@ def folder(tmp_path_factory):
     for source in PennTreebank.sources.values():
         (folder / "ptb" / source.name).write_text(text)
     assert main([*QUICK, f"hydra.run.dir={folder}/outputs/RUN"]) == 0
+    shutil.copytree(folder / "outputs/RUN", folder / "outputs/SWEEP/gru_gradual_s0")
     (folder / "theirs.pt").write_bytes((folder / "outputs/RUN/checkpoints/best.ckpt").read_bytes())
     return folder
 
@@ -68,7 +71,7 @@ def test_commands_run(command, folder, monkeypatch, tmp_path, capsys):
     words = shlex.split(command)
     monkeypatch.chdir(folder)
     if is_train(words):
-        if "trainer=gpu" in words or "-m" in words:
+        if "trainer=gpu" in words or check_command_line(words).sweep:
             pytest.skip("needs a GPU, or is tried elsewhere")
         ours = [o for o in QUICK if "init_from" not in command or not o.startswith("model")]
         if "dataset=adding" in words or "dataset=digits" in words:
@@ -93,8 +96,10 @@ def test_commands_run(command, folder, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("name", presets("experiment"))
 def test_every_preset_runs_fast(name, folder, tmp_path):
     small = ["model.hidden_size=20", "model.embedding_size=20", "tracking.mode=disabled", "kernel=dense"]
-    chosen = [f"experiment={name}", "trainer=fast", f"dataset.folder={folder}/ptb", *small]
-    assert main([*chosen, f"hydra.run.dir={tmp_path}/run"]) == 0
+    data = [f"dataset.folder={folder}/ptb"] if name.startswith("ptb") else ["dataset.batch_size=8", "seed=0"]
+    chosen = [f"experiment={name}", "trainer=fast", *data, *small]
+    assert main([*chosen, f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}"]) == 0
+    assert list(tmp_path.glob("*/report.json"))
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if "```python" in (ROOT / f).read_text()])

@@ -23,7 +23,7 @@ def wheel(tmp_path_factory):
 def test_conf_and_plugins_travel_inside_the_package(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"srnn"}
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"srnn", "hydra_plugins"}
     assert "srnn/conf/config.yaml" in names
     assert "srnn/conf/experiment/ptb_small.yaml" in names
     assert "srnn/plugins/brackets.py" in names

@@ -15,7 +15,13 @@ from srnn.commands.options import Parser
 
 PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "omegaconf", "pydantic", "numba", "numpy", "safetensors",
             "torchmetrics", "wandb")  # fmt: skip
-EXTRAS = {"scikit-learn": "dataset=digits"}
+EXTRAS = {
+    "scikit-learn": "dataset=digits",
+    "hydra-joblib-launcher": "hydra/launcher=joblib",
+    "hydra-submitit-launcher": "hydra/launcher=slurm",
+    "hydra-ray-launcher": "hydra/launcher=ray",
+    "hydra-optuna-sweeper": "hydra/sweeper=search",
+}
 
 
 def main(argv: Sequence[str]) -> int:

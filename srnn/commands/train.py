@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -13,7 +17,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from srnn import config
+from srnn.command_line import check_command_line
 from srnn.errors import JobFailed, UserError
+from srnn.files import write_atomically
+from srnn.registry import register
+from srnn.sweeps import ERROR, identity, identity_of
 
 HELP = """usage: srnn [train] [GROUP=NAME] [GROUP.OPTION=VALUE] ...
 
@@ -26,9 +34,10 @@ Train, prune, pack, measure, report. Everything lands in a folder of its own und
   seed=0                        fixes all that is random        init_from=FILE   start from an existing network
   resume=FOLDER                 go on with a stopped run, as it was configured; takes no other option
 
-  -m, --multirun                every combination of options with several values: pruning=none,gradual seed=0,1,2
+  -m, --multirun                every combination of options with several values: pruning=none,gradual seed=0,1,2;
+                                the same command again goes on with what is not finished
   --cfg job                     print the config instead of running it
-  hydra.run.dir=FOLDER          where the run lands
+  hydra.run.dir=FOLDER          where the run lands; of a sweep hydra.sweep.dir=FOLDER
 
 `srnn list` shows every name, with its options, their defaults and what is allowed."""
 
@@ -40,12 +49,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if any(word.startswith("resume=") for word in argv):
         return _resume(argv)
-    config.check_command_line(argv)
+    line = check_command_line(argv)
+    if line.sweep is not None:
+        write_atomically(line.sweep / "command.txt", f"{shlex.join(['srnn', *argv])}\n".encode())
     config.connect_hydra()
     # Without it Hydra reports an error of its own work, such as a folder it cannot make, and exits by itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra reads the arguments from there; it must not see the command's name.
-    sys.argv = ["srnn", *argv]
+    sys.argv = ["srnn", *line.argv]
     job = hydra.main(version_base="1.3", config_path=str(config.conf_folder().resolve()), config_name="config")(_job)
     job()
     return 0
@@ -53,17 +64,42 @@ def main(argv: Sequence[str]) -> int:
 
 def _job(composed: DictConfig) -> float:
     """One job; returns what a sweeper can optimise: the best loss on the validation part."""
-    from srnn.training.run import train
-
+    if composed.srnn.plugins == "on":  # a worker of a launcher has not loaded them
+        register.load_plugins(config.plugin_folders())
     settings = config.settings_of(composed)
     of_hydra = HydraConfig.get()
     folder = Path(of_hydra.runtime.output_dir)
-    sweep = Path(of_hydra.sweep.dir).name if of_hydra.mode == RunMode.MULTIRUN else None
+    if of_hydra.mode == RunMode.MULTIRUN:
+        report = _sweep_job(settings, folder, Path(of_hydra.sweep.dir).name)
+    else:
+        report = _single_job(settings, folder)
+    return float(report["scores"]["best"]["loss"])
+
+
+def _single_job(settings: config.Settings, folder: Path) -> dict[str, Any]:
+    from srnn.training.run import train
+
     try:
-        report = train(settings, folder, group=sweep)
+        return train(settings, folder)
     except Exception as error:
         raise JobFailed(error) from error
-    return float(report["scores"]["best"]["loss"])
+
+
+def _sweep_job(settings: config.Settings, folder: Path, sweep: str) -> dict[str, Any]:
+    """A job that may have been started before. Its error stays in its folder, wherever the job runs."""
+    from srnn.training.run import resume, train
+
+    (folder / ERROR).unlink(missing_ok=True)
+    try:
+        if identity_of(folder / "config.yaml") == identity(settings.as_dict()):
+            if (folder / "report.json").is_file():
+                return dict(json.loads((folder / "report.json").read_text()))
+            return resume(folder)
+        return train(settings, folder, sweep, command=["srnn", *HydraConfig.get().overrides.task])
+    except Exception as error:
+        print(f"srnn: {folder}: {error}", file=sys.stderr)
+        write_atomically(folder / ERROR, traceback.format_exc().encode())
+        raise
 
 
 def _resume(argv: Sequence[str]) -> int:

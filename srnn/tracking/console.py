@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,6 +13,7 @@ from rich.table import Table
 from srnn.pruning.callback import PruningCallback
 from srnn.pruning.pruner import Pruner
 from srnn.terminal import console
+from srnn.tracking.scores import SHORT, score_words
 
 
 def print_plan(pruner: Pruner) -> None:
@@ -193,17 +193,3 @@ MILESTONES = {
     "test": "test, the same checkpoint",
     "test_packed": "test, packed file read back",
 }
-
-
-SHORT = {"bits_per_character": "bpc", "perplexity": "ppl"}
-# Objective -> its scores, the telling one first.
-SCORES = {
-    "next_token": "{bits_per_character:.4f} bits/char, perplexity {perplexity:.3f}",
-    "classification": "accuracy {accuracy:.4f}, F1 {f1:.4f}, loss {loss:.4f}",
-    "regression": "mean squared error {loss:.6f}, mean absolute error {mae:.5f}",
-}
-
-
-def score_words(objective: str, scores: Mapping[str, float]) -> str:
-    """The scores of an objective, as they are written in tables."""
-    return SCORES[objective].format(**scores)

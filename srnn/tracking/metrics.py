@@ -1,4 +1,4 @@
-"""``metrics.csv``: every number a run logged."""
+"""What a run logs, step by step: ``metrics.csv``, and the curves of its W&B run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from srnn.files import write_atomically
+from srnn.tracking.wandb import carefully
 
 SECONDS = 5.0  # between two writes while a run goes on
 
@@ -75,3 +76,28 @@ class MetricsFile(Logger):
         with self.path.open(newline="") as file:
             rows = [{name: cell for name, cell in row.items() if cell} for row in csv.DictReader(file)]
         self.rows = rows[:count]
+
+
+class WandbCurves(WandbLogger):
+    """Lightning's logger for a W&B run that has been started. When W&B fails, training goes on without it."""
+
+    def __init__(self, run: Any) -> None:
+        super().__init__(experiment=run)
+        self._failed = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Send a row, until one could not be sent: each further one might wait again."""
+        if not self._failed:
+            self._failed = True
+            with carefully("a row, and will get no more"):
+                super().log_metrics(metrics, step)
+                self._failed = False
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """They were given at its start."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """The run is finished by whoever started it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,12 @@ from typing import Any
 import matplotlib as mpl
 from torch import Tensor
 
+from srnn.tracking.runs import Points, read_metrics
+
 mpl.use("Agg")
 import matplotlib.pyplot as plt  # after the backend that needs no display
 
 GATES = {3: "rzn", 4: "ifgo"}  # torch's order of a GRU's and an LSTM's gates
-Points = tuple[list[int], list[float]]
-
-
-def read_metrics(path: Path) -> dict[str, Points]:
-    """Column -> (steps, values) of a ``metrics.csv``; empty cells are left out."""
-    columns: dict[str, Points] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name, cell in row.items():
-                if cell and name != "step":
-                    steps, values = columns.setdefault(name, ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(float(cell))
-    return columns
 
 
 def plot_run(

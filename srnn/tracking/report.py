@@ -136,18 +136,3 @@ def recurrent_matrix(model: nn.Module, method: PruningMethod) -> tuple[str, Tens
     matrices = {name: w for name, w in model.state_dict().items() if w.ndim == 2 and method.layer_types}
     names = sorted(matrices, key=lambda name: "weight_hh" not in name)
     return (names[0], matrices[names[0]]) if names else None
-
-
-def wandb_summary(report: dict[str, Any]) -> dict[str, Any]:
-    """The few numbers by which runs are sorted and compared."""
-    test = report["scores"]["test_packed"]
-    best = report["scores"]["best"]
-    return {
-        **{f"best/{name}": value for name, value in best.items() if name != "step"},
-        **{f"test/{name}": value for name, value in test.items()},
-        "final/sparsity": report["sparsity"]["reached"],
-        "final/nonzeros": report["size"]["nonzeros"],
-        "final/packed_bytes": report["size"]["packed_bytes"],
-        "final/sequence_speedup": report["latency"]["sequence"]["dense"] / report["latency"]["sequence"]["sparse"],
-        "time/pruning_share": report["seconds"]["pruning"] / report["seconds"]["training_loop"],
-    }

@@ -1,30 +1,37 @@
-"""Weights & Biases: offline unless asked otherwise, everything inside the run's folder."""
+"""Weights & Biases: offline unless asked otherwise, everything inside the run's folder.
+
+Whatever W&B does, a run goes on: its results are in its own folder, and W&B only gets a copy.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import WandbLogger
-
 from srnn.config import TrackingConfig
 from srnn.errors import UserError
+from srnn.tracking.scores import HIGHER_IS_BETTER, TELLING
 
 ONLINE_TIMEOUT = 20.0  # seconds a dead network may cost before the run goes on offline
+STEP = "trainer/global_step"  # what curves go over
 
 
 @contextmanager
-def wandb_logger(tracking: TrackingConfig, folder: Path, config: dict[str, Any]) -> Iterator[WandbLogger | None]:
-    """A Lightning logger for one run, finished at the end whatever happens; None when disabled.
+def wandb_run(
+    tracking: TrackingConfig, folder: Path, config: Mapping[str, Any], job_type: str, tags: Sequence[str] = ()
+) -> Iterator[Any]:
+    """A W&B run, finished at the end whatever happens; None when disabled or when it cannot start.
 
     Args:
         tracking: mode and names.
         folder: the run's folder; W&B keeps its files in ``wandb/`` there.
         config: the resolved config, plain data.
+        job_type: ``train`` or ``compare``.
+        tags: beside those of ``tracking``.
 
     A run whose folder holds a W&B run already goes on as the same one.
 
@@ -38,27 +45,31 @@ def wandb_logger(tracking: TrackingConfig, folder: Path, config: dict[str, Any])
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR"):
         os.environ[name] = str(folder / "wandb" / "staging")
     os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
-    run = _start(tracking, folder, config)
+    run = _start(tracking, folder, config, job_type, [*tags, *tracking.tags])
     if run is None:
         yield None
         return
     failed = True
     try:
-        # Lightning's logger does this only for a run it starts itself: curves go over training steps.
-        run.define_metric("trainer/global_step")
-        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-        yield WandbLogger(experiment=run)
+        yield run
         failed = False
     finally:
-        try:
-            wandb.finish(exit_code=int(failed))
-        except Exception as error:
-            print(f"srnn: W&B could not finish: {error}", file=sys.stderr)
+        with carefully("the end of the run"):
+            _finish(run, int(failed))
 
 
-def _start(tracking: TrackingConfig, folder: Path, config: dict[str, Any]) -> Any:
+def define_scores(run: Any, objective: str) -> None:
+    """Curves go over training steps, and a run's summary keeps the best validation, by which runs are sorted."""
+    run.define_metric(STEP)
+    run.define_metric("*", step_metric=STEP, step_sync=True)
+    for score in dict.fromkeys([TELLING[objective], "loss"]):
+        best = "max" if score in HIGHER_IS_BETTER else "min"
+        run.define_metric(f"valid_{score}", step_metric=STEP, step_sync=True, summary=f"{best},last")
+
+
+def _start(
+    tracking: TrackingConfig, folder: Path, config: Mapping[str, Any], job_type: str, tags: Sequence[str]
+) -> Any:
     import wandb
 
     if tracking.mode == "online" and not has_key():
@@ -70,12 +81,14 @@ def _start(tracking: TrackingConfig, folder: Path, config: dict[str, Any]) -> An
         "project": tracking.project,
         "group": tracking.group,
         "name": tracking.name or folder.name,
+        "job_type": job_type,
+        "tags": list(dict.fromkeys(tags)),
         "dir": str(folder),
-        "config": config,
+        "config": dict(config),
         "settings": wandb.Settings(init_timeout=ONLINE_TIMEOUT, silent=True),
     }
     if earlier := _runs(folder):
-        options |= {"id": earlier[-1].name.rpartition("-")[2], "resume": "allow"}
+        options |= {"id": _id_of(earlier[-1]), "resume": "allow"}
     # Whatever W&B raises, it must not cost the run: offline where online fails, and without it where that fails.
     for mode in dict.fromkeys([tracking.mode, "offline"]):
         try:
@@ -83,6 +96,18 @@ def _start(tracking: TrackingConfig, folder: Path, config: dict[str, Any]) -> An
         except Exception as error:
             print(f"srnn: W&B does not start {mode}: {error}", file=sys.stderr)
     return None
+
+
+def _finish(run: Any, exit_code: int) -> None:
+    """Finish it; where W&B's own process is gone, let the next run of this one start another."""
+    import wandb
+
+    try:
+        run.finish(exit_code=exit_code)
+    except Exception:
+        with suppress(Exception):
+            wandb.teardown(exit_code)
+        raise
 
 
 def has_key() -> bool:
@@ -101,35 +126,76 @@ def sync_command(folder: Path) -> str | None:
 
 def _runs(folder: Path) -> list[Path]:
     """The W&B runs in a run's folder, oldest first: a resumed run has several, of one id."""
-    runs = [path for path in (folder / "wandb").glob("*run-*-*") if path.is_dir()]
+    runs = {file.parent for file in (folder / "wandb").glob("*run-*-*/run-*.wandb")}
     return sorted(runs, key=lambda path: path.name.partition("run-")[2])
 
 
+def _id_of(run: Path) -> str:
+    """By the file's name: the folder's ends in a number where two were made within a second."""
+    return next(run.glob("run-*.wandb")).stem.removeprefix("run-")
+
+
 def log_results(
-    logger: WandbLogger,
-    summary: dict[str, Any],
-    layers: list[dict[str, Any]],
-    plots: list[Path],
-    packed: Path,
+    run: Any, folder: Path, summary: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], plots: Sequence[Path]
 ) -> None:
-    """Send the end of a run: summary, a table of layers, the plots, the packed file as an artifact."""
-    try:
-        _log_results(logger.experiment, summary, layers, plots, packed)
-    except Exception as error:  # everything is in the run's folder already
-        print(f"srnn: W&B did not take the results: {error}", file=sys.stderr)
+    """Send the end of a training run: summary, a table of layers, the plots, and the networks as artifacts."""
+    with carefully("the results"):
+        run.summary.update(dict(summary))
+        log_tables(run, {"layers": layers} if layers else {}, plots)
+    with carefully("the artifacts"):
+        _log_networks(run, folder)
 
 
-def _log_results(
-    run: Any, summary: dict[str, Any], layers: list[dict[str, Any]], plots: list[Path], packed: Path
-) -> None:
+def log_tables(run: Any, tables: Mapping[str, Sequence[Mapping[str, Any]]], plots: Sequence[Path]) -> None:
+    """Rows as tables, and pictures."""
     import wandb
 
-    run.summary.update(summary)
-    if layers:
-        columns: list[str | int] = list(layers[0])
-        table = wandb.Table(columns=columns, data=[list(row.values()) for row in layers])
-        run.log({"layers": table})
+    for name, rows in tables.items():
+        columns: list[str | int] = list(dict.fromkeys(key for row in rows for key in row))
+        run.log({name: wandb.Table(columns=columns, data=[[row.get(str(key)) for key in columns] for row in rows])})
     run.log({path.stem: wandb.Image(str(path)) for path in plots})
-    artifact = wandb.Artifact(f"{run.id}-packed", type="model")
-    artifact.add_file(str(packed), policy="immutable")
-    run.log_artifact(artifact)
+
+
+def _log_networks(run: Any, folder: Path) -> None:
+    """The networks of a run, named as its files; each says what it was made from: dense, pruned, packed.
+
+    W&B draws lineage of what a run used, which it takes only online; ``made_from`` is there in any case.
+    """
+    import wandb
+
+    dense = run.config["pruning"]["name"] == "none"
+    files = {
+        "best-dense": "checkpoints/best-dense.ckpt",
+        "best": "checkpoints/best.ckpt",
+        "packed": "model.safetensors",
+    }
+    made_from = _initial_artifact(run)
+    for name, file in files.items():
+        if (folder / file).is_file() and not (dense and name == "best-dense"):
+            artifact = wandb.Artifact(f"{run.id}-{name}", type="model", metadata={"made_from": made_from})
+            artifact.add_file(str(folder / file), policy="immutable")
+            run.log_artifact(artifact)
+            made_from = artifact.name
+
+
+def _initial_artifact(run: Any) -> str | None:
+    """The artifact that ``init_from`` names, if it is of a run with a W&B run."""
+    source = run.config.get("init_from")
+    folders = [] if source is None else [path for path in (Path(source), *Path(source).parents) if _runs(path)]
+    if not folders:
+        return None
+    stem = Path(source).stem if Path(source).suffix == ".ckpt" else "best"
+    name = f"{_id_of(_runs(folders[0])[-1])}-{'packed' if Path(source).suffix == '.safetensors' else stem}"
+    if not run.offline:
+        with carefully(f"the use of {name}"):
+            run.use_artifact(f"{name}:latest")
+    return name
+
+
+@contextmanager
+def carefully(what: str) -> Iterator[None]:
+    """Whatever W&B raises inside is said and costs nothing more."""
+    try:
+        yield
+    except Exception as error:
+        print(f"srnn: W&B did not take {what}: {error}", file=sys.stderr)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,6 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -38,12 +37,14 @@ from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import RunLength
 from srnn.registry import register
 from srnn.terminal import console
+from srnn.tracking import environment
 from srnn.tracking.console import RunProgress, print_report
-from srnn.tracking.metrics import MetricsFile
+from srnn.tracking.metrics import MetricsFile, WandbCurves
 from srnn.tracking.plots import plot_run
 from srnn.tracking.record import BestWhile, Recorder
-from srnn.tracking.report import build_report, milestones, recurrent_matrix, wandb_summary
-from srnn.tracking.wandb import log_results, sync_command, wandb_logger
+from srnn.tracking.report import build_report, milestones, recurrent_matrix
+from srnn.tracking.runs import summary_of
+from srnn.tracking.wandb import carefully, define_scores, log_results, sync_command, wandb_run
 from srnn.training.checkpoints import LAST, AtomicCheckpoints, LastCheckpoint, stop_requests
 from srnn.training.initial import Initial, load_weights, read_initial
 from srnn.training.objectives import OBJECTIVES, Objective
@@ -57,13 +58,16 @@ CALIBRATION_BATCHES = 20  # of validation data, for int8
 READ_BACK_TOLERANCE = 1e-4
 
 
-def train(settings: Settings, folder: Path, group: str | None = None) -> dict[str, Any]:
+def train(
+    settings: Settings, folder: Path, group: str | None = None, command: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Do a whole run and return its report.
 
     Args:
         settings: the checked config.
         folder: the run's folder; made if needed.
         group: the sweep the run belongs to.
+        command: what to record as the command that started it; None takes that of this process.
 
     Raises:
         UserError: the data or the schedule cannot be used, or the folder cannot be written.
@@ -71,7 +75,7 @@ def train(settings: Settings, folder: Path, group: str | None = None) -> dict[st
     """
     tracking = replace(settings.tracking, group=settings.tracking.group or group)
     settings = replace(settings, tracking=tracking)
-    _open_folder(folder, settings)
+    _open_folder(folder, settings, command or ["srnn", *sys.argv[1:]])
     return _run(settings, folder, None)
 
 
@@ -87,17 +91,25 @@ def resume(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"resume={folder}: this run is finished. To train its network further, start a run with init_from={folder}."
         )
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"resume={folder}: its config.yaml is damaged: {type(error).__name__}.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"resume={folder}: its config.yaml is damaged: it holds no options.")
-    settings = Settings.check({str(key): value for key, value in config.items()})
+    settings = read_settings(folder)
+    if not environment.read(folder):
+        environment.note(folder, environment.environment(["srnn", f"resume={folder}"]))
     if not (folder / LAST).exists():
         console.print("It was stopped before its first checkpoint: it starts from the beginning.")
         return _run(settings, folder, None)
     return _run(settings, folder, folder / LAST)
+
+
+def read_settings(folder: Path) -> Settings:
+    """The config of a run's folder. Raises UserError if it is damaged."""
+    path = folder / "config.yaml"
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged: it holds no options.")
+    return Settings.check({str(key): value for key, value in config.items()})
 
 
 def _run(settings: Settings, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
@@ -110,6 +122,7 @@ def _run(settings: Settings, folder: Path, checkpoint: Path | None) -> dict[str,
     kernel = _build_kernel(settings)
     initial = read_initial(settings.init_from) if settings.init_from and checkpoint is None else None
     data = _build_data(settings, initial, checkpoint)
+    environment.note_data(folder, data)
     model = _build_model(settings, data.sizes)
     match = _start_from(model, initial) if initial else None
     if checkpoint is not None:  # for methods that look at the weights
@@ -122,7 +135,11 @@ def _run(settings: Settings, folder: Path, checkpoint: Path | None) -> dict[str,
     module = objective(model, settings.optimizer, data, settings.trainer.cuda_graph)
     pruning = PruningCallback(method, model, reference)
     recorder = Recorder(pruning, max(1, steps * settings.trainer.epochs // LOGGED_POINTS))
-    with wandb_logger(settings.tracking, folder, settings.as_dict()) as wandb:
+    tags = [part["name"] for part in (settings.model, settings.dataset, settings.pruning)]
+    with wandb_run(settings.tracking, folder, settings.as_dict(), "train", tags) as wandb:
+        if wandb is not None:
+            with carefully("which scores count"):
+                define_scores(wandb, data.objective)
         try:
             _fit(settings, folder, module, pruning, recorder, wandb, checkpoint)
         except KeyboardInterrupt:
@@ -142,7 +159,7 @@ def _run(settings: Settings, folder: Path, checkpoint: Path | None) -> dict[str,
         # Last of the run's own files: it says that the run is finished.
         write_atomically(folder / "report.json", json.dumps(report, indent=2).encode())
         if wandb is not None:
-            log_results(wandb, wandb_summary(report), report["layers"], plots, folder / "model.safetensors")
+            log_results(wandb, folder, summary_of(report), report["layers"], plots)
     print_report(report)
     _print_ways_on(folder, data)
     return report
@@ -198,13 +215,13 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def _open_folder(folder: Path, settings: Settings) -> None:
+def _open_folder(folder: Path, settings: Settings, command: Sequence[str]) -> None:
     if (folder / "checkpoints").exists():
         raise UserError(f"{folder} holds a run already, which would be mixed with this one; set another hydra.run.dir.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.yaml", OmegaConf.to_yaml(settings.as_dict()).encode())
-        write_atomically(folder / "command.txt", f"{shlex.join(['srnn', *sys.argv[1:]])}\n".encode())
+        environment.note(folder, environment.environment(command))
     except OSError as error:
         raise UserError(
             f"the run's folder {folder} cannot be written: {error.strerror}; set hydra.run.dir=FOLDER."
@@ -240,7 +257,7 @@ def _fit(
     module: Objective,
     pruning: PruningCallback,
     recorder: Recorder,
-    wandb: Logger | None,
+    wandb: Any,
     checkpoint: Path | None,
 ) -> None:
     checkpoints = str(folder / "checkpoints")
@@ -257,7 +274,7 @@ def _fit(
         trainer = trainer_for(
             settings,
             callbacks,
-            logger=[metrics, *([wandb] if wandb is not None else [])],
+            logger=[metrics, *([WandbCurves(wandb)] if wandb is not None else [])],
             enable_checkpointing=True,
             enable_progress_bar=True,
             plugins=[AtomicCheckpoints()],

@@ -181,5 +181,5 @@ def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch, capsys):
     assert main([f"resume={tmp_path}/run"]) == 0
     parts = sorted((tmp_path / "run/wandb").glob("offline-run-*"))
     assert len(parts) == 2
-    assert len({part.name.rpartition("-")[2] for part in parts}) == 1
+    assert len({file.name for part in parts for file in part.glob("run-*.wandb")}) == 1
     assert f"wandb sync {parts[0]} {parts[1]}" in capsys.readouterr().out

@@ -1,0 +1,79 @@
+"""``python -m srnn rerun FOLDER``: repeat a run, and say whether its numbers come out again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from srnn.commands.options import Parser
+from srnn.errors import UserError
+
+TOLERANCE = 0.001  # relative: what other hardware or versions may round to
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the recorded config again; 0 if the numbers agree, 1 if not."""
+    parser = Parser(prog="srnn rerun", description="Repeat a finished run; say whether its numbers come out again.")
+    parser.add_argument("folder", metavar="FOLDER", help="a finished run's folder")
+    parser.add_argument("--output", metavar="FOLDER", help="where it is repeated (outputs/DATE_rerun_NAME)")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE,
+                        help="relative difference that still counts as the same (%(default)g)")  # fmt: skip
+    options = parser.parse(argv)
+    source = Path(options.folder).expanduser()
+    if not (source / "report.json").is_file():
+        raise UserError(f"rerun {source}: no finished run is there: it has no report.json.")
+
+    from srnn.terminal import console
+    from srnn.tracking import environment
+    from srnn.training.run import read_settings, train
+
+    before, settings = environment.read(source), read_settings(source)
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_rerun_{source.resolve().name}"
+    folder = Path(options.output).expanduser() if options.output else Path("outputs") / name
+    report = train(settings, folder, command=["srnn", "rerun", str(source)])
+    then = json.loads((source / "report.json").read_text())
+    verdict, agree = compare(then, report, options.tolerance)
+    console.print(verdict, markup=False, soft_wrap=True)
+    changed = environment.differences(before, environment.read(folder)) if before else ["nothing was recorded then"]
+    for line in changed:
+        console.print(f"differs: {line}", markup=False, soft_wrap=True)
+    if not changed:
+        console.print("Code, packages, hardware and data are the same.")
+    return 0 if agree else 1
+
+
+def compare(then: Mapping[str, Any], now: Mapping[str, Any], tolerance: float) -> tuple[str, bool]:
+    """What came out again: every score, each validation, sparsities and sizes. Times are not numbers of a run."""
+    one, two = dict(_numbers(then)), dict(_numbers(now))
+    missing = sorted(one.keys() ^ two.keys())
+    if missing:
+        return f"The numbers differ: only one of the runs has {', '.join(missing)}.", False
+    off = {name: _relative(value, two[name]) for name, value in one.items() if value != two[name]}
+    if not off:
+        return f"All {len(one)} numbers are the same, bit for bit.", True
+    worst = max(off, key=lambda name: off[name])
+    words = f"{len(off)} of {len(one)} numbers, most of all {worst}: {one[worst]:g} then, {two[worst]:g} now"
+    if off[worst] <= tolerance:
+        return f"The numbers agree within {100 * tolerance:g} %; not the same are {words}.", True
+    return f"The numbers differ by more than {100 * tolerance:g} %: {words}.", False
+
+
+def _relative(one: float, two: float) -> float:
+    return abs(one - two) / max(abs(one), abs(two))
+
+
+def _numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    chosen = {key: report[key] for key in ("scores", "validations", "layers", "sparsity", "size", "steps")}
+    yield from _flat(chosen, "")
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping | list):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in items:
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, int | float):
+        yield name, float(value)

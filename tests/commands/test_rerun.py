@@ -1,0 +1,107 @@
+"""A run anyone can rebuild."""
+
+import importlib.metadata
+import json
+import shlex
+import subprocess
+
+import pytest
+import torch
+
+from srnn.__main__ import main
+from srnn.commands.rerun import compare
+from srnn.config import compose_settings
+from srnn.registry import register
+from srnn.tracking.environment import FILE, data_checksums, differences, environment, read
+from tests.conftest import ROOT, SMALL
+
+QUIET = [*SMALL, "tracking.mode=disabled", "kernel=dense"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rerun") / "run"
+    assert main([*QUIET, "seed=3", f"hydra.run.dir={folder}"]) == 0
+    return folder
+
+
+def test_a_folder_says_what_it_was_made_in(run):
+    made_in = json.loads((run / FILE).read_text())
+    assert made_in["command"] == shlex.join(["srnn", *QUIET, "seed=3", f"hydra.run.dir={run}"])
+    assert made_in["packages"]["torch"] == importlib.metadata.version("torch")
+    assert made_in["hardware"]["threads"] == torch.get_num_threads()
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode == 0:
+        assert made_in["git"][str(ROOT)]["commit"] == head.stdout.strip()
+    data = register.build("dataset", compose_settings(QUIET).dataset)
+    data.setup()
+    assert made_in["data"] == data_checksums(data)
+    assert len(set(made_in["data"].values())) == 3
+
+
+def test_rerun_gives_the_same_numbers(run, tmp_path, capsys):
+    assert main(["rerun", str(run), "--output", str(tmp_path / "again")]) == 0
+    shown = capsys.readouterr().out
+    assert "numbers are the same, bit for bit." in shown
+    assert "Code, packages, hardware and data are the same." in shown
+    assert read(tmp_path / "again")["command"] == f"srnn rerun {run}"
+
+
+def test_rerun_tells_what_differs(run, tmp_path, capsys):
+    changed = tmp_path / "run"
+    changed.mkdir()
+    for name in ("config.yaml", "report.json", FILE):
+        (changed / name).write_text((run / name).read_text())
+    made_in = read(changed)
+    made_in["packages"]["torch"], made_in["data"]["test"] = "1.0", "0" * 64
+    (changed / FILE).write_text(json.dumps(made_in))
+    report = json.loads((changed / "report.json").read_text())
+    report["scores"]["test"]["loss"] *= 1.01
+    (changed / "report.json").write_text(json.dumps(report))
+    assert main(["rerun", f"{changed}", "--output", f"{tmp_path}/again"]) == 1
+    shown = capsys.readouterr().out
+    assert "differ by more than 0.1 %: 1 of" in shown
+    assert "most of all scores.test.loss" in shown
+    assert "differs: packages: torch: 1.0 -> " in shown
+    assert "differs: data: test: 000" in shown
+
+
+def test_mistakes(run, tmp_path, capsys):
+    for arguments, words in (
+        ([], "FOLDER"),
+        ([tmp_path], "no finished run is there"),
+        ([run, "--output", run], "holds a run already"),
+        ([run, "--tolerance", "much"], "--tolerance"),
+    ):
+        assert main(["rerun", *map(str, arguments)]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_agreement():
+    report = {
+        "scores": {"test": {"loss": 2.0}},
+        "validations": [],
+        "layers": [],
+        "sparsity": {},
+        "size": {},
+        "steps": 4,
+    }
+    near = report | {"scores": {"test": {"loss": 2.001}}}
+    assert compare(report, report, 0.0) == ("All 2 numbers are the same, bit for bit.", True)
+    assert compare(report, near, 0.001)[1]
+    assert not compare(report, near, 0.0001)[1]
+    assert not compare(report, report | {"scores": {}}, 1.0)[1]
+    assert differences(environment(["srnn"]), environment(["other"])) == []
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "text"
+    text.write_text("It was the best of times, it was the worst of times.\n" * 200)
+    with monkeypatch.context() as patch:
+        patch.setattr("srnn.training.run._pack", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main([*QUIET, "dataset=text", "dataset.path=text", "hydra.run.dir=run"])
+    text.write_text("It was the best of times, it was the age of wisdom.\n" * 200)
+    assert main(["resume=run"]) == 2
+    assert "its data have changed since it was started (train and valid and test)" in capsys.readouterr().err
