@@ -10,10 +10,11 @@ from typing import Any
 import matplotlib as mpl
 from torch import Tensor
 
+from srnn.pruning.parts import GATE_LETTERS
+
 mpl.use("Agg")
 import matplotlib.pyplot as plt  # after the backend that needs no display
 
-GATES = {3: "rzn", 4: "ifgo"}  # torch's order of a GRU's and an LSTM's gates
 Points = tuple[list[int], list[float]]
 
 
@@ -123,7 +124,7 @@ def _mask(name: str, weight: Tensor, path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(6, max(2.0, min(12.0, 6 * rows / columns))))
     axes.imshow((weight != 0).numpy(), cmap="Greys", interpolation="nearest", aspect="auto")
     axes.set(xlabel="input unit", ylabel="output unit", title=f"Weights left in {name}")
-    gates = GATES.get(rows // columns, "") if "weight_hh" in name else ""
+    gates = GATE_LETTERS.get(rows // columns, "") if "weight_hh" in name else ""
     for index, gate in enumerate(gates):
         axes.axhline((index + 1) * columns - 0.5, color="tab:red", linewidth=1)
         axes.annotate(gate, (1.02, (index + 0.5) * columns), xycoords=("axes fraction", "data"), color="tab:red")
