@@ -127,12 +127,14 @@ class Pruner:
 
     @torch.no_grad()
     def _start(self) -> None:
-        """Apply what masks a method starts with. The weights they take are kept until it is known that no
-        ``load_state_dict`` brings other masks for them."""
-        if self.itr > self.method.dense_until:
-            starting = {name: p for name, p in self._parameters.items() if not bool(self._masks[name].all())}
-            self._before = {name: parameter.detach().clone() for name, parameter in starting.items()}
-            self._apply()
+        """Apply the masks that a method starts with, to weights alone: whoever goes on from a checkpoint may have loaded
+        weights and optimiser already. Until the first step the weights are kept that ``load_state_dict`` gives back."""
+        if self.itr <= self.method.dense_until:
+            return
+        for name, parameter in self._parameters.items():
+            if not bool(self._masks[name].all()):
+                self._before[name] = parameter.detach().clone()
+                parameter.mul_(self._masks[name])
 
     @property
     def parts(self) -> list[Part]:

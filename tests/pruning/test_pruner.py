@@ -86,32 +86,6 @@ def test_none_leaves_everything_alone():
     assert all((p != 0).any() for p in model.parameters())
 
 
-def test_state_goes_on_bitwise():
-    def run(stop):
-        torch.manual_seed(5)
-        model, optimizer, pruner = make(Gradual(sparsity=0.85), "nesterov")
-        torch.manual_seed(6)
-        steps(model, optimizer, pruner, stop)
-        state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), pruner.state_dict()))
-        again, optimizer, pruner = make(Gradual(sparsity=0.85), "nesterov", model=copy.deepcopy(model))
-        again.load_state_dict(state[0])
-        optimizer.load_state_dict(state[1])
-        pruner.load_state_dict(state[2])
-        steps(again, optimizer, pruner, 60 - stop)
-        return {**again.state_dict(), **pruner.masks()}
-
-    whole = run(0)
-    for stop in (5, 20, 29, 45):  # before, during, after pruning
-        stopped = run(stop)
-        assert all(torch.equal(stopped[name], whole[name]) for name in whole), stop
-
-
-def test_checkpointed_masks_take_one_bit_a_weight():
-    *_, pruner = make(Gradual())
-    bits = sum(mask.numel() for mask in pruner.state_dict()["masks"].values()) * 8
-    assert bits <= sum(mask.numel() for mask in pruner.masks().values()) + 8 * len(pruner.masks())
-
-
 def test_state_of_another_model_is_refused():
     *_, pruner = make(Gradual())
     *_, other = make(Gradual(), model=nn.Sequential(nn.Linear(3, 3)))
