@@ -11,6 +11,7 @@ from srnn.errors import JobFailed, UserError, did_you_mean
 
 COMMANDS = {
     "train": "train, prune, pack, measure, report (the default)",
+    "plan": "what a config will prune, and when, without training",
     "evaluate": "score a run's packed file on its validation and test text",
     "export": "write a run's network as another packed file, and say what that costs",
     "bench": "time dense layers against every sparse backend that can run here",
@@ -29,6 +30,7 @@ examples:
   srnn model=lstm model.hidden_size=512 seed=1          options are group.option=value
   srnn dataset=text dataset.path=book.txt               your own text
   srnn -m pruning=none,gradual,hard seed=0,1            a sweep
+  srnn plan pruning=cubic pruning.sparsity=0.95         what that would prune, and when
   srnn resume=outputs/RUN                               go on with a run that was stopped
   srnn init_from=outputs/RUN pruning=fixed              fine-tune a pruned network
   srnn evaluate run=outputs/RUN

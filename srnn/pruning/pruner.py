@@ -127,8 +127,9 @@ class Pruner:
 
     @torch.no_grad()
     def _start(self) -> None:
-        """Apply the masks that a method starts with, to weights alone: whoever goes on from a checkpoint may have loaded
-        weights and optimiser already. Until the first step the weights are kept that ``load_state_dict`` gives back."""
+        """Apply the masks that a method starts with, to weights alone: whoever goes on from a checkpoint may have
+        loaded weights and optimiser already. ``load_state_dict`` gives back the weights they take, until the first
+        step."""
         if self.itr <= self.method.dense_until:
             return
         for name, parameter in self._parameters.items():

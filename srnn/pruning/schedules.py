@@ -14,6 +14,7 @@ from statistics import NormalDist
 from typing import Annotated, Literal
 
 from srnn.errors import UserError
+from srnn.pruning.scores import Score
 from srnn.registry import Range
 
 When = int | float | str  # steps, a fraction of the whole run, "3 epochs", or "auto": the paper's heuristic
@@ -252,7 +253,23 @@ def _resolve_freq(freq: Freq, start_itr: int, end_itr: int, run: RunLength) -> i
     return chosen
 
 
-def expected_sparsity(epsilon_over_q: float, sparsity: float) -> float:
-    """Share of weights under the threshold if they are normally distributed with ``sparsity`` of them under q."""
-    q_in_deviations = NormalDist().inv_cdf((1 + sparsity) / 2)
-    return math.erf(max(0.0, epsilon_over_q) * q_in_deviations / math.sqrt(2))
+def expected_sparsity(epsilon_over_q: float, sparsity: float, block: int = 1, score: Score = "max") -> float:
+    """Share of units under the threshold if weights are normal and ``sparsity`` of the units lie under q.
+
+    Args:
+        epsilon_over_q: the threshold.
+        sparsity: the share under q.
+        block: weights of a unit.
+        score: what stands for a block.
+    """
+    unit = NormalDist()
+    if block == 1 or score == "max":  # P(all of a block's |w| < x) = erf(x / sqrt 2)^block
+        q = unit.inv_cdf((1 + sparsity ** (1 / block)) / 2)
+        return float(math.erf(max(0.0, epsilon_over_q) * q / math.sqrt(2)) ** block)
+    if score == "mean":
+        mean = math.sqrt(2 / math.pi)
+        blocks = NormalDist(mean, math.sqrt((1 - mean**2) / block))
+        return blocks.cdf(epsilon_over_q * blocks.inv_cdf(sparsity))
+    variance = 2 / (9 * block)  # Wilson and Hilferty: the cube root of a mean square is nearly normal
+    roots = NormalDist(1 - variance, math.sqrt(variance))
+    return roots.cdf(max(0.0, epsilon_over_q) ** (2 / 3) * roots.inv_cdf(sparsity))

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,6 +66,16 @@ def test_expected_sparsity():
     assert expected_sparsity(0.0, 0.9) == 0
     assert expected_sparsity(1.0, 0.9) == pytest.approx(0.9)
     assert expected_sparsity(0.5, 0.9) == pytest.approx(math.erf(0.5 * 1.6448536 / math.sqrt(2)))
+
+
+@pytest.mark.parametrize("score", ["max", "mean", "energy"])
+def test_expected_sparsity_of_blocks(score):
+    weights = torch.randn(40_000, 16).abs()
+    of = {"max": weights.amax(1), "mean": weights.mean(1), "energy": weights.square().mean(1).sqrt()}[score]
+    q = float(of.quantile(0.9))
+    for share in (0.6, 0.8, 0.9, 1.0):
+        seen = float((of < share * q).float().mean())
+        assert expected_sparsity(share, 0.9, 16, score) == pytest.approx(seen, abs=0.03)
 
 
 @pytest.mark.parametrize(

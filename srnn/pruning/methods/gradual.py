@@ -142,7 +142,8 @@ class Gradual(Shared):
         sparsity = group.target / group.size
         if itr < self.updates[0]:
             return 0.0
-        share = expected_sparsity(self.schedule.epsilon(min(itr, self.updates[-1]), 1.0), sparsity)
+        epsilon = self.schedule.epsilon(min(itr, self.updates[-1]), 1.0)
+        share = expected_sparsity(epsilon, sparsity, group.structure.block, group.score)
         if self.fixed_q is not None:
             return share
         return sparsity if itr >= self.updates[-1] else min(share, sparsity)
