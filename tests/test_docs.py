@@ -79,6 +79,8 @@ def test_commands_run(command, folder, monkeypatch, tmp_path, capsys):
         words = [w for w in words if w != "model=lstm" or "theirs.pt" not in command]
     elif "bench=training" in words:
         words = ["bench", "bench=training", f"output={tmp_path}", f"config={' '.join(SMALL)}"]
+    elif "bench=pruning" in words:
+        words = ["bench", "bench=pruning", "shapes=gru:16", f"output={tmp_path}"]
     elif "bench=stream" in words:
         words += ["steps=20", f"output={tmp_path}"]
     elif words[0] == "bench":  # its options, on a small layer

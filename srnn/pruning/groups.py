@@ -36,7 +36,7 @@ class Group:
         epsilon: the threshold of the last update.
         target: how many weights have to be zero in the end.
         importance: what a method ranks weights by.
-        soft: whether pruned weights compete with their live values.
+        soft: whether pruned weights are ranked by their values, and not always last.
     """
 
     name: str

@@ -114,7 +114,9 @@ class Pruner:
                 f"prune."
             )
         for group in self.groups:
-            group.importance, group.soft = self.method.importance, self.method.soft
+            group.importance = self.method.importance
+            # What a delayed method ranks is masked already: pruned weights are zeros.
+            group.soft = self.method.soft or self.method.delayed
         self.itr = 0
         self.seconds = 0.0  # spent in here; on a GPU, masking between updates is launched and not awaited
         self._masks = masks_of(self.groups)

@@ -49,9 +49,8 @@ class Ranking:
         if self._held is None:
             return _kth_by_bits((scores for _, scores in self), (scores for _, scores in self), k)
         scores = torch.cat(self._held)
-        if scores.device.type == "cpu":  # 8x faster than kthvalue there (246 k values: 0.46 ms against 3.7 ms)
-            array = (scores.float() if scores.dtype == torch.bfloat16 else scores).numpy()
-            return float(np.partition(array, k - 1)[k - 1])
+        if scores.device.type == "cpu":
+            return _kth_by_partition((scores.float() if scores.dtype == torch.bfloat16 else scores).numpy(), k)
         # A single block of threads looks for kthvalue: sorting is 20 times faster than that.
         return float(scores.sort().values[k - 1])
 
@@ -111,6 +110,17 @@ class Ranking:
 
     def _set(self, piece: Piece, keep_U: Tensor) -> None:
         piece.mask.copy_(self.structure.spread(keep_U, piece.shape))
+
+
+def _kth_by_partition(scores: np.ndarray, k: int) -> float:
+    """The ``k``-th smallest. 8x faster than kthvalue (246 k values: 0.46 ms against 3.7 ms), but 25x slower where a value
+    is there many times, as those of pruned and of kept weights are: these are set aside."""
+    least = scores.min()
+    between = scores[(scores > least) & (scores < np.inf)]
+    place = k - 1 - int((scores == least).sum())
+    if place < 0:
+        return float(least)
+    return float(np.partition(between, place)[place]) if place < len(between) else np.inf
 
 
 def _kth_by_bits(first: Iterator[Tensor], second: Iterator[Tensor], k: int) -> float:

@@ -145,6 +145,14 @@ def test_the_kth_smallest_by_bits_is_that_of_sorting(values, data):
     assert ranking._kth_by_bits(iter(halves), iter(halves), k) == sorted(torch.tensor(values).tolist())[k - 1]
 
 
+@given(st.lists(numbers, min_size=1, max_size=60), st.data())
+@settings(deadline=None)
+def test_the_kth_smallest_by_partition_is_that_of_sorting(values, data):
+    k = data.draw(st.integers(1, len(values)))
+    scores = torch.tensor(values)
+    assert ranking._kth_by_partition(scores.numpy(), k) == sorted(scores.tolist())[k - 1]
+
+
 @pytest.mark.parametrize("structure", ["element", "4x1", "4x4", "2:4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_weights_are_ranked_in_pieces_alike(monkeypatch, structure, dtype):
