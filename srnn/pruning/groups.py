@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class Group:
     def zeros_for(self, sparsity: float) -> int:
         """How many weights have to be zero for a sparsity, to the nearest; those that must stay are left out."""
         wanted = min(self.size - 1, math.floor(sparsity * self.size + 0.5))
-        return min(wanted, self._prunable()) if self.structure.of else wanted
+        return min(wanted, self._prunable) if self.structure.of else wanted
 
     def ranking(self, scorer: Scorer | None = None) -> Ranking:
         """Its units by score, as the weights are now; or by other scores, at least 0. What must stay, stays."""
@@ -117,6 +118,7 @@ class Group:
         best = self.structure.protected(scores, piece.shape)
         return scores if best is None else scores.masked_fill(best, torch.inf)
 
+    @cached_property
     def _prunable(self) -> int:
         """How many weights may be zero: all but those that N:M and the diagonal keep."""
         free = 0
@@ -132,7 +134,7 @@ class Group:
                 f"structure={share} leaves {share.keep} of {share.of} weights, a sparsity of {left:g}, and "
                 f"sparsity={sparsity:g} is asked for: set pruning.sparsity={left:g} with it."
             )
-        if self.keep_diagonal and self.target > (most := self._prunable()):
+        if self.keep_diagonal and self.target > (most := self._prunable):
             raise UserError(
                 f"pruning.keep_diagonal=true keeps so much of {self.name} in blocks of {share} that at most "
                 f"{most / self.size:.4g} can be pruned, and sparsity={sparsity:g} is asked for: choose smaller "

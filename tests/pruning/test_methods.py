@@ -232,6 +232,16 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_gradients():
     assert torch.equal(model.weight[after & before], weight[after & before])
 
 
+def test_rigl_keeps_its_number_where_gradients_overflowed():
+    model = nn.Linear(20, 10, bias=False)
+    pruner = Pruner(model, RigL(sparsity=0.5, freq=1, end_itr=100), 200)
+    for bad in (float("nan"), float("inf")):
+        model.weight.grad = torch.randn(10, 20)
+        model.weight.grad[3:6] = bad
+        pruner.step()
+        assert int(pruner.masks()["weight"].sum()) == 100
+
+
 def test_rigl_needs_gradients_and_says_what_to_do():
     with pytest.raises(UserError, match=r"before optimizer\.zero_grad\(\), or choose pruning\.grow=random"):
         walk(RigL())

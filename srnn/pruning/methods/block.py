@@ -9,7 +9,7 @@ import torch
 
 from srnn.errors import UserError
 from srnn.pruning.groups import Group
-from srnn.pruning.methods.gradual import Gradual, _ranking
+from srnn.pruning.methods.gradual import Gradual, rank_pieces
 from srnn.pruning.parts import Piece
 from srnn.pruning.structures import Structure
 from srnn.registry import Range, register
@@ -44,7 +44,7 @@ class Block(Gradual):
 
     def reference_q(self, pieces: list[Piece], group: Group) -> float:
         """From the single weights of a dense model, scaled."""
-        q = _ranking(pieces, Structure(), group).quantile(group.sparsity or self.sparsity)
+        q = rank_pieces(pieces, Structure(), group).quantile(group.sparsity or self.sparsity)
         return self.of_units(q, group)
 
     def after_masks(self, pruner: Pruner) -> None:

@@ -83,7 +83,7 @@ class Gradual(Shared):
 
     def _q_of_reference(self, pieces: list[Piece], group: Group) -> float:
         q = self.reference_q(pieces, group)
-        largest = _ranking(pieces, group.structure, group).largest()
+        largest = rank_pieces(pieces, group.structure, group).largest()
         if not 0 < q < math.inf:
             raise UserError(
                 f"pruning.q={self.q} gives q={q:g} for the {group.name} weights: take it from a dense, trained model."
@@ -102,7 +102,7 @@ class Gradual(Shared):
 
     def reference_q(self, pieces: list[Piece], group: Group) -> float:
         """The ``q`` of a dense model's weights: of the scores of its units."""
-        return _ranking(pieces, group.structure, group).quantile(group.sparsity or self.sparsity)
+        return rank_pieces(pieces, group.structure, group).quantile(group.sparsity or self.sparsity)
 
     def update(self, itr: int, group: Group) -> None:
         """One update of Algorithm 1, open-loop or with ``q`` estimated."""
@@ -163,5 +163,6 @@ def _like(group: Group, reference: Mapping[str, Tensor] | None, path: str) -> li
     return [piece for part in parts for piece in part.pieces(group.structure.rows)]
 
 
-def _ranking(pieces: list[Piece], structure: Structure, group: Group) -> Ranking:
+def rank_pieces(pieces: list[Piece], structure: Structure, group: Group) -> Ranking:
+    """Weights of a reference, scored as a group's."""
     return Ranking(pieces, structure, lambda piece: unit_scores(magnitude(piece), structure, group.score))

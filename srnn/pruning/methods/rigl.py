@@ -83,7 +83,9 @@ class RigL(Structured):
         group.set_epsilon(group.ranking().keep_largest(alive - drop))
         grown = self._lots(group, itr) if self.grow == "random" else self._gradients(group)
 
-        survivors_first = lambda piece: grown(piece).masked_fill(group.kept_units(piece), torch.inf)  # noqa: E731
+        def survivors_first(piece: Piece) -> Tensor:
+            return grown(piece).masked_fill(group.kept_units(piece), torch.inf)
+
         group.ranking(survivors_first).prune(group.target)
 
     def _lots(self, group: Group, itr: int) -> Scorer:
@@ -101,7 +103,9 @@ class RigL(Structured):
                     f"pruning=rigl grows where gradients are large, and {piece.part.name} has none: call pruner.step() "
                     f"before optimizer.zero_grad(), or choose pruning.grow=random."
                 )
-            return unit_scores(piece.of(gradient.detach()).abs(), group.structure, group.score)
+            # What overflowed in a step that mixed precision skips tells nothing.
+            finite = piece.of(gradient.detach()).abs().nan_to_num(0.0, 0.0, 0.0)
+            return unit_scores(finite, group.structure, group.score)
 
         return scorer
 
