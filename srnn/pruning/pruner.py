@@ -157,6 +157,8 @@ class Pruner:
             # An update waits for the device anyway; the waiting for what was queued before is not pruning's.
             torch.cuda.synchronize()
         began = time.perf_counter()
+        if update or self.itr % COMPARE_EVERY == 0:
+            ranks.compare(self._compared(), self.itr)
         if update and not self.method.delayed:
             self._update()
             self._apply()
@@ -165,8 +167,6 @@ class Pruner:
             if update:
                 self._update()
         self.method.after_masks(self)
-        if update or self.itr % COMPARE_EVERY == 0:
-            ranks.compare(self._compared(), self.itr)
         self.seconds += time.perf_counter() - began
         return update
 
@@ -174,6 +174,7 @@ class Pruner:
     def finalize(self) -> None:
         """Apply the masks once more, for a loop that ends on an update; warn if the sparsity asked for was missed."""
         self._apply()
+        ranks.compare(self._compared(), self.itr)
         for group in self.groups:
             want, have = self.method.wanted(group), group.pruned
             if want is not None and abs(have - want) > group.tolerance:
@@ -266,7 +267,9 @@ class Pruner:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a ``state_dict``. Raises UserError when it belongs to another model or other settings."""
+        """Take over a ``state_dict``. Raises UserError when it belongs to another model, settings or version."""
+        if missing := {"itr", "masks", "thresholds", "revived", "method"} - state.keys():
+            raise UserError(f"the pruning state is of another version of srnn: it has no {', '.join(sorted(missing))}.")
         if state["masks"].keys() != self._masks.keys():
             raise UserError("the pruning state belongs to another model: its masks are named differently.")
         if state["thresholds"].keys() != self.thresholds.keys():

@@ -79,6 +79,9 @@ def prunable(model: nn.Module) -> list[Weight]:
     Recurrent: every ``weight_*`` matrix of ``nn.RNN/GRU/LSTM`` and their cells: input, recurrent, projection, all
     layers and directions; linear, embedding and convolution (1-D and 2-D): the weight. Other matrices are ``other``:
     they are pruned only where a pattern names them. Biases and normalisation cannot be.
+
+    Raises:
+        UserError: a weight is sharded over devices.
     """
     found: dict[int, Weight] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -88,6 +91,11 @@ def prunable(model: nn.Module) -> list[Weight]:
             if id(parameter) in found:
                 found[id(parameter)].names.append(name)
                 continue
+            if hasattr(parameter, "device_mesh"):
+                raise UserError(
+                    f"{name} is sharded over devices (FSDP or tensor parallelism), and pruning needs whole weights: "
+                    f"use DistributedDataParallel (trainer strategy ddp)."
+                )
             own = name.rpartition(".")[2]
             layer_type = _layer_type(module) if own.startswith("weight") else "other"
             found[id(parameter)] = Weight([name], parameter, layer_type, _gates(module, own))

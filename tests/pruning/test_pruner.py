@@ -93,6 +93,16 @@ def test_state_of_another_model_is_refused():
         other.load_state_dict(pruner.state_dict())
 
 
+def test_state_of_other_settings_or_versions_is_refused():
+    *_, pruner = make(Gradual())
+    state = pruner.state_dict()
+    with pytest.raises(UserError, match="its thresholds are of all, and these of recurrent, linear, embedding"):
+        pruner.load_state_dict(make(Gradual(share="global"))[2].state_dict())
+    del state["revived"]
+    with pytest.raises(UserError, match="another version of srnn: it has no revived"):
+        pruner.load_state_dict(state)
+
+
 def test_a_schedule_that_would_prune_everything_is_refused_with_the_number():
     model, optimizer, pruner = make(Gradual(q=1000.0))
     with pytest.raises(UserError, match=r"step \d+ the recurrent threshold reaches [\d.]+ \(q=1000.*largest is [\d.]+"):

@@ -157,6 +157,13 @@ def test_wrapped_models_are_looked_into():
         Pruner(model, "cubic", 100, average=torch.optim.swa_utils.AveragedModel(nn.Linear(2, 2)))
 
 
+def test_sharded_weights_are_refused():
+    model = nn.Linear(4, 4)
+    model.weight.device_mesh = object()  # as torch's DTensor has one
+    with pytest.raises(UserError, match=r"weight is sharded over devices .* use DistributedDataParallel"):
+        Pruner(model, "cubic", 100)
+
+
 def test_options_are_checked_like_a_config():
     with pytest.raises(UserError, match=r"pruning\.sparcity: unknown option of pruning.* 'sparsity'"):
         pruner_of(sparcity=0.5)
