@@ -142,7 +142,7 @@ def build_groups(
         sparsity, structure, score, keep_diagonal: the settings of what no pattern names.
 
     Raises:
-        UserError: nothing is left to prune; a pattern matches nothing; two disagree about a weight.
+        UserError: a pattern matches nothing; two disagree about a weight; a diagonal is to be kept and there is none.
     """
     weights = sorted(prunable(model), key=lambda weight: _ORDER.index(weight.layer_type))
     rules = _Rules(scope or {}, weights)
@@ -159,7 +159,14 @@ def build_groups(
             if selected and settings["sparsity"] != 0:
                 key = {"layer_type": weight.layer_type, "matrix": part.name, "global": "all"}[share]
                 members.setdefault((key, *settings.values()), []).append(part)
-    return [_group(key, general, parts) for key, parts in members.items()]
+    groups = [_group(key, general, parts) for key, parts in members.items()]
+    keeping = [part for group in groups if group.keep_diagonal for part in group.parts]
+    if keeping and not any(part.is_square for part in keeping):
+        raise UserError(
+            f"pruning.keep_diagonal=true: of {', '.join(part.name for part in keeping)} none is a recurrent matrix "
+            f"(weight_hh) with a diagonal."
+        )
+    return groups
 
 
 def _group(key: tuple[Any, ...], general: dict[str, Any], parts: list[Part]) -> Group:

@@ -114,6 +114,7 @@ def test_settings_by_pattern_and_gate():
         ({"gru.*": {"sparsity": 1.0}}, ["sparsity=1.0", "below 1"]),
         ({"gru.*": {"structure": "4"}}, [r'pruning\.scope\."gru\.\*"\.structure=.4. must be element']),
         ({"gru.*": {}}, ["sets nothing"]),
+        ({"*_ih*": {"keep_diagonal": True}}, ["none is a recurrent matrix"]),
         ({"*": {"sparsity": 0.0}}, ["no weights of these types"]),
     ],
 )
