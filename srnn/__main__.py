@@ -11,6 +11,7 @@ from srnn.errors import JobFailed, UserError, did_you_mean
 
 COMMANDS = {
     "train": "train, prune, pack, measure, report (the default)",
+    "plan": "what a config will prune, and when, without training",
     "rerun": "repeat a finished run, and say whether its numbers come out again",
     "evaluate": "score a run's packed file on its validation and test text",
     "compare": "tables and plots of several runs, or of a sweep",
@@ -31,6 +32,7 @@ examples:
   srnn model=lstm model.hidden_size=512 seed=1          options are group.option=value
   srnn dataset=text dataset.path=book.txt               your own text
   srnn -m pruning=none,gradual,hard seed=0,1            a sweep
+  srnn plan pruning=cubic pruning.sparsity=0.95         what that would prune, and when
   srnn resume=outputs/RUN                               go on with a run that was stopped
   srnn init_from=outputs/RUN pruning=fixed              fine-tune a pruned network
   srnn compare outputs/SWEEP

@@ -106,8 +106,9 @@ class Component:
 
     @cached_property
     def _arguments(self) -> list[tuple[inspect.Parameter, Any]]:
-        target = self.factory.__init__ if inspect.isclass(self.factory) else self.factory
-        hints = typing.get_type_hints(target, include_extras=True)
+        # A dataclass may inherit options: their types are names of the module of the class that has them.
+        whole = is_dataclass(self.factory) or not inspect.isclass(self.factory)
+        hints = typing.get_type_hints(self.factory if whole else self.factory.__init__, include_extras=True)
         parameters = inspect.signature(self.factory).parameters.values()
         return [(p, hints.get(p.name, Any)) for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 

@@ -82,6 +82,8 @@ def test_commands_run(command, folder, monkeypatch, tmp_path, capsys):
         words = [w for w in words if w != "model=lstm" or "theirs.pt" not in command]
     elif "bench=training" in words:
         words = ["bench", "bench=training", f"output={tmp_path}", f"config={' '.join(SMALL)}"]
+    elif "bench=pruning" in words:
+        words = ["bench", "bench=pruning", "shapes=gru:16", f"output={tmp_path}"]
     elif "bench=stream" in words:
         words += ["steps=20", f"output={tmp_path}"]
     elif words[0] == "bench":  # its options, on a small layer
@@ -104,8 +106,9 @@ def test_every_preset_runs_fast(name, folder, tmp_path):
 
 @pytest.mark.parametrize("file", [f for f in FILES if "```python" in (ROOT / f).read_text()])
 def test_python_runs(file, capsys):
-    from srnn.registry import register
+    from srnn.registry import KINDS, register
 
+    assert all(register.names(kind) for kind in KINDS)  # all of srnn's own are in what is restored
     before = dict(register.components)
     try:
         for block in re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), flags=re.DOTALL):

@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from srnn.bench.measure import Row
+from srnn.bench.pruning import PruningRow
 from srnn.files import write_atomically
 
 
@@ -41,10 +42,11 @@ def _speed(ratio: float | None, dense: bool) -> str:
     return f"{ratio:.2f}x" + ("  SLOWER" if ratio < 1 and not dense else "")
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
+def write_csv(path: Path, rows: Sequence[Row] | Sequence[PruningRow]) -> None:
     """All rows, with every field."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    names = [field.name for field in fields(rows[0])] if rows else [field.name for field in fields(Row)]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     write_atomically(path, text.getvalue().encode())

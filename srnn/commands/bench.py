@@ -27,15 +27,17 @@ def main(argv: Sequence[str]) -> int:
         return _bench_training(options)
     if options.bench == "network":
         return _bench_network(options)
+    if options.bench == "pruning":
+        return _bench_pruning(options)
     return _bench_layers(options)
 
 
 def _parse(argv: Sequence[str]) -> Namespace:
     parser = Parser(prog="srnn bench", description="Time dense layers against every backend that can run here.")
-    named = ["paper", "deepbench", "gpu", "network", "stream", "training"]
-    parser.add_argument("--bench", default="paper", choices=named,
-                        help="named shapes: those of the paper, DeepBench's products, the paper's on a GPU, a whole "
-                             "network there, a stream of single steps, or training, against a bare loop "
+    benches = ["paper", "deepbench", "gpu", "network", "stream", "training", "pruning"]
+    parser.add_argument("--bench", default="paper", choices=benches,
+                        help="named shapes: those of the paper, DeepBench's products, the paper's on a GPU; a whole "
+                             "network there; a stream of single steps; training, against a bare loop; pruning "
                              "(%(default)s)")  # fmt: skip
     parser.add_argument("--run", metavar="FOLDER", help="a run's packed network instead, or a packed file")
     parser.add_argument("--shapes", help="such as gru:1024,lstm:512,product:7680x2560 instead of the named ones")
@@ -281,4 +283,33 @@ def _bench_training(options: Namespace) -> int:
         console.print(f"{row.loop}: {step:.3f} ms a step, {ratio:.2f}x of the bare loop")
     write_atomically(folder / "training.csv", "\n".join([*lines, ""]).encode())
     console.print(f"Rows in {folder / 'training.csv'}", soft_wrap=True)
+    return 0
+
+
+def _bench_pruning(options: Namespace) -> int:
+    """What updates and masking cost, and the memory they take."""
+    import torch
+
+    from srnn.bench.cases import Shape
+    from srnn.bench.pruning import rows
+    from srnn.bench.show import write_csv
+    from srnn.terminal import console
+
+    device = torch.device(options.device or "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("bench: device=cuda: torch finds no CUDA GPU here.")
+    # On a GPU also 100 million weights, of which an update must not make a copy.
+    usual = "gru:2560,product:20000x5000" if device.type == "cuda" else "gru:256,gru:1024"
+    shapes = _split(options.shapes or usual, Shape.parse)
+    assert shapes is not None
+    folder, done = _folder(options), []
+    for row in rows(shapes, device):
+        done.append(row)
+        memory = "" if row.extra_bytes is None else f", {row.extra_bytes / (4 * row.weights):.2f}x the weights' memory"
+        console.print(
+            f"{row.shape} {row.method}: {row.weights:,} weights, update {row.update_ms:.2f} ms{memory}, "
+            f"other steps {row.step_ms:.3f} ms", markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        write_csv(folder / "pruning.csv", done)
+    console.print(f"Rows in {folder / 'pruning.csv'}", soft_wrap=True)
     return 0

@@ -27,7 +27,7 @@ HELP = """usage: srnn [train] [GROUP=NAME] [GROUP.OPTION=VALUE] ...
 
 Train, prune, pack, measure, report. Everything lands in a folder of its own under outputs/.
 
-  model=gru|lstm|rnn            the network                     pruning=gradual|hard|fixed|none   the method
+  model=gru|lstm|rnn            the network                     pruning=gradual|cubic|block|...    the method
   dataset=NAME                  the data                        kernel=auto|cpu|csr|dense         runs the packed file
   optimizer=adam|adamw|sgd      the optimiser                   trainer=default|cpu|gpu|fast      the loop
   experiment=NAME               a preset of all of these        tracking.mode=offline|online|disabled

@@ -1,8 +1,23 @@
 """Pruning while training. Knows torch; only ``callback`` knows Lightning."""
 
-from srnn.pruning.groups import Group, prunable
-from srnn.pruning.methods import Fixed, Gradual, Hard, NoPruning, PruningMethod
-from srnn.pruning.pruner import Pruner
+from srnn.pruning.groups import Group
+from srnn.pruning.methods import (
+    Block,
+    Cubic,
+    Fixed,
+    Gradual,
+    Hard,
+    NoPruning,
+    PruningMethod,
+    Random,
+    RigL,
+    Shared,
+    Structured,
+)
+from srnn.pruning.pruner import Pruner, Row
 from srnn.pruning.schedules import RunLength
+from srnn.pruning.scope import prunable
+from srnn.pruning.structures import Structure
 
-__all__ = ["Fixed", "Gradual", "Group", "Hard", "NoPruning", "Pruner", "PruningMethod", "RunLength", "prunable"]
+__all__ = ["Block", "Cubic", "Fixed", "Gradual", "Group", "Hard", "NoPruning", "Pruner", "PruningMethod", "Random",
+           "RigL", "Row", "RunLength", "Shared", "Structure", "Structured", "prunable"]  # fmt: skip

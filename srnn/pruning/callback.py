@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor, nn
 
 from srnn.errors import UserError
 from srnn.pruning.methods.base import PruningMethod
-from srnn.pruning.pruner import Pruner
+from srnn.pruning.pruner import Pruner, build_method
 from srnn.pruning.schedules import RunLength
 
 
@@ -19,23 +20,26 @@ class PruningCallback(pl.Callback):
 
     Example::
 
-        trainer = pl.Trainer(max_epochs=20, callbacks=[PruningCallback(Gradual(sparsity=0.9))])
+        trainer = pl.Trainer(max_epochs=20, callbacks=[PruningCallback("gradual", sparsity=0.9)])
 
     Args:
-        method: the pruning method.
+        method: the name of a method, its config as a mapping with ``name``, or a method.
         model: the module to prune; None prunes the whole LightningModule.
         reference: a dense model's weights by name, for a method that wants one.
+        options: of the method, where it is given by name.
 
-    Its state (masks, thresholds, iteration) goes into the Trainer's checkpoints.
+    Its state (masks, thresholds, iteration) goes into the Trainer's checkpoints. With Lightning's ``WeightAveraging``,
+    which has to stand before it, the average is masked too.
     """
 
     def __init__(
         self,
-        method: PruningMethod,
+        method: str | Mapping[str, Any] | PruningMethod,
         model: nn.Module | None = None,
         reference: Mapping[str, Tensor] | None = None,
+        **options: Any,
     ) -> None:
-        self.method = method
+        self.method = build_method(method, options)
         self.model = model
         self.reference = reference
         self.pruner: Pruner | None = None
@@ -50,9 +54,25 @@ class PruningCallback(pl.Callback):
         per_epoch = max(1, -(-batches // trainer.accumulate_grad_batches))
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         run = RunLength(int(total), per_epoch)
-        self.pruner = Pruner(self.model or pl_module, self.method, run, optimizer, self.reference)
+        average = self._average(trainer, pl_module)
+        self.pruner = Pruner(self.model or pl_module, self.method, run, optimizer, self.reference, average)
         if self._restored is not None:
             self.pruner.load_state_dict(self._restored)
+
+    def _average(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> nn.Module | None:
+        """The average of what is pruned, where the Trainer keeps one."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for place, callback in enumerate(callbacks):
+            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+                if place > callbacks.index(self):
+                    raise UserError(
+                        f"callbacks: {type(callback).__name__} must stand before PruningCallback, which masks the "
+                        f"average after it is updated."
+                    )
+                average: nn.Module = callback._average_model.module
+                names = [name for name, module in pl_module.named_modules() if module is self.model]
+                return average.get_submodule(names[0]) if names else average
+        return None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """One pruning step for each optimiser step; gradient accumulation has batches without one."""

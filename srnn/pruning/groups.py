@@ -1,124 +1,142 @@
-"""What is pruned: weights grouped by layer type, each group under one threshold."""
+"""A group: the weights that share a threshold."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from srnn.errors import UserError
+from srnn.pruning.parts import Part, Piece
+from srnn.pruning.ranking import Ranking, Scorer
+from srnn.pruning.scores import Score, unit_scores
+from srnn.pruning.structures import Structure
 
-LayerType = Literal["recurrent", "linear", "embedding"]
-LAYER_TYPES: tuple[LayerType, ...] = ("recurrent", "linear", "embedding")
+
+def magnitude(piece: Piece) -> Tensor:
+    """``|w|`` of each weight, [G, R, C]."""
+    return piece.weight.abs()
 
 
 @dataclass
 class Group:
-    """The prunable weights of one layer type, which share a threshold, with their masks.
+    """Weights that are ranked together, under one threshold.
 
     Attributes:
-        layer_type: ``"recurrent"``, ``"linear"`` or ``"embedding"``.
-        parameters: name -> parameter, in the model's order.
-        masks: name -> bool tensor of the parameter's shape; True keeps the weight.
+        name: the layer type, the parameter's name or ``all``, and the settings that are its own.
+        layer_type: ``recurrent``, ``linear``, ``embedding``, ``convolution``, ``other``; ``all`` if it mixes them.
+        parts: the parameters and gates.
+        sparsity: the share of zeros asked for; None where it is not asked for.
+        structure: what is kept or zeroed as a whole.
+        score: what stands for a block.
+        keep_diagonal: the recurrent diagonal stays.
         epsilon: the threshold of the last update.
+        target: how many weights have to be zero in the end.
+        importance: what a method ranks weights by.
+        soft: whether pruned weights are ranked by their values, and not always last.
     """
 
+    name: str
     layer_type: str
-    parameters: dict[str, nn.Parameter]
-    masks: dict[str, Tensor] = field(default_factory=dict)
+    parts: list[Part]
+    sparsity: float | None
+    structure: Structure
+    score: Score = "max"
+    keep_diagonal: bool = False
     epsilon: float = 0.0
+    target: int = 0
+    importance: Callable[[Piece], Tensor] = magnitude
+    soft: bool = False
 
     def __post_init__(self) -> None:
-        for name, parameter in self.parameters.items():
-            self.masks.setdefault(name, torch.ones_like(parameter, dtype=torch.bool))
+        self.pieces = [piece for part in self.parts for piece in part.pieces(self.structure.rows)]
+        if self.sparsity is not None:
+            self.target = self.zeros_for(self.sparsity)
+            self._check_target()
 
     @property
     def size(self) -> int:
         """Number of weights."""
-        return sum(p.numel() for p in self.parameters.values())
+        return sum(part.size for part in self.parts)
 
     @property
     def pruned(self) -> int:
         """Number of weights whose mask is zero."""
-        return self.size - sum(int(mask.sum()) for mask in self.masks.values())
+        return self.size - sum(int(part.of(part.mask).sum()) for part in self.parts)
 
-    def magnitudes(self) -> Tensor:
-        """Absolute values of all the group's weights, one after the other, as one 1-D tensor.
+    @property
+    def tolerance(self) -> int:
+        """How many weights a whole block may miss the target by."""
+        return self.structure.block // 2
 
-        Raises:
-            UserError: a weight is not finite: the training has diverged.
-        """
-        magnitudes = torch.cat([p.detach().abs().flatten() for p in self.parameters.values()])
-        if not math.isfinite(magnitudes.max()):
+    def zeros_for(self, sparsity: float) -> int:
+        """How many weights have to be zero for a sparsity, to the nearest; those that must stay are left out."""
+        wanted = min(self.size - 1, math.floor(sparsity * self.size + 0.5))
+        return min(wanted, self._prunable) if self.structure.of else wanted
+
+    def ranking(self, scorer: Scorer | None = None) -> Ranking:
+        """Its units by score, as the weights are now; or by other scores, at least 0. What must stay, stays."""
+        if scorer is None:
+            return Ranking(self.pieces, self.structure, self._scores)
+        return Ranking(self.pieces, self.structure, lambda piece: self._protect(piece, scorer(piece)))
+
+    def prune_to(self, zeros: int) -> None:
+        """Prune the smallest units until ``zeros`` weights are pruned, to the nearest unit; sets the threshold."""
+        self.set_epsilon(self.ranking().prune(zeros))
+
+    def set_epsilon(self, smallest_kept: float) -> None:
+        """Take the smallest score kept for the threshold, unless all that is kept had to be."""
+        if math.isfinite(smallest_kept):
+            self.epsilon = max(0.0, smallest_kept)
+
+    def _scores(self, piece: Piece) -> Tensor:
+        scores = unit_scores(self.importance(piece), self.structure, self.score)
+        if not math.isfinite(scores.max()):
             raise UserError(
-                f"the training has diverged: {self.layer_type} weights are not finite; lower optimizer.lr, or clip "
+                f"the training has diverged: {self.name} weights are not finite; lower optimizer.lr, or clip "
                 f"gradients with trainer.gradient_clip_val."
             )
-        return magnitudes
+        if not self.soft:
+            kept = self.kept_units(piece).to(scores.dtype)
+            scores = torch.addcmul(kept - 1, scores, kept)  # -1 where pruned; on a CPU 7x faster than masked_fill
+        return self._protect(piece, scores)
 
-    def set_masks(self, keep: Tensor) -> None:
-        """Take the masks from one flat bool tensor in the order of ``magnitudes``."""
-        sizes = [p.numel() for p in self.parameters.values()]
-        for (name, parameter), part in zip(self.parameters.items(), keep.split(sizes), strict=True):
-            self.masks[name] = part.view_as(parameter)
+    def kept_units(self, piece: Piece) -> Tensor:
+        """Which units the masks keep, bool [U]."""
+        if self.structure.block == 1:
+            return piece.mask.flatten()
+        return self.structure.maxima(piece.mask.byte()) > 0
 
+    def _protect(self, piece: Piece, scores: Tensor) -> Tensor:
+        """Infinite scores for what must stay: the diagonal, and the best N of each M."""
+        if self.keep_diagonal and piece.part.is_square:
+            scores = scores.masked_fill(self.structure.maxima(piece.diagonal()) > 0, torch.inf)
+        best = self.structure.protected(scores, piece.shape)
+        return scores if best is None else scores.masked_fill(best, torch.inf)
 
-def kth_smallest(values: Tensor, k: int) -> float:
-    """The ``k``-th smallest of a 1-D tensor, counted from 1."""
-    if values.device.type == "cpu":  # 8x faster than kthvalue there (246 k values: 0.46 ms against 3.7 ms)
-        return float(np.partition(values.numpy(), k - 1)[k - 1])
-    # A single block of threads looks for kthvalue: sorting 7 M weights is 20 times faster than that.
-    return float(values.sort().values[k - 1])
+    @cached_property
+    def _prunable(self) -> int:
+        """How many weights may be zero: all but those that N:M and the diagonal keep."""
+        free = 0
+        for piece in self.pieces:
+            sizes = self.structure.sizes(piece.shape, piece.mask.device)
+            free += int(sizes[self._protect(piece, torch.zeros(len(sizes), device=sizes.device)).isfinite()].sum())
+        return free
 
-
-def quantile(values: Tensor, share: float) -> float:
-    """The value that ``share`` of all values lie at or under: the paper's ``q`` for magnitudes and share 0.9."""
-    return kth_smallest(values, max(1, min(values.numel(), round(share * values.numel()))))
-
-
-def keep_largest(magnitudes: Tensor, count: int) -> Tensor:
-    """Mask of exactly ``count`` largest values; among equals the earlier ones are kept."""
-    if count <= 0:
-        return torch.zeros_like(magnitudes, dtype=torch.bool)
-    boundary = -kth_smallest(-magnitudes, count)
-    keep = magnitudes > boundary
-    equal = (magnitudes == boundary).nonzero().flatten()
-    keep[equal[: count - int(keep.sum())]] = True
-    return keep
-
-
-def prunable(model: nn.Module, layer_types: Sequence[str] = LAYER_TYPES) -> list[Group]:
-    """Group a model's prunable weights by layer type.
-
-    Recurrent: every ``weight_*`` matrix of ``nn.RNN/GRU/LSTM`` and their cells, input and recurrent, all gates;
-    linear and embedding: the weight. Biases, normalisation and convolutions are left alone, as in the paper. A
-    weight shared by two layers belongs to the first.
-    """
-    found: dict[str, dict[str, nn.Parameter]] = {layer_type: {} for layer_type in LAYER_TYPES}
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        layer_type = _layer_type(module)
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            is_weight = name.removeprefix(f"{prefix}.").startswith("weight")
-            if layer_type and is_weight and id(parameter) not in seen:
-                seen.add(id(parameter))
-                found[layer_type][name] = parameter
-    return [Group(kind, found[kind]) for kind in LAYER_TYPES if kind in layer_types and found[kind]]
-
-
-def _layer_type(module: nn.Module) -> str | None:
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return "recurrent"
-    if isinstance(module, nn.Linear):
-        return "linear"
-    return "embedding" if isinstance(module, nn.Embedding) else None
-
-
-def target_count(size: int, sparsity: float) -> int:
-    """How many of ``size`` weights have to be zero for ``sparsity``."""
-    return min(size - 1, math.floor(sparsity * size + 0.5))
+    def _check_target(self) -> None:
+        share, sparsity = self.structure, self.sparsity or 0.0
+        if share.of and not math.isclose(sparsity, left := 1 - share.keep / share.of):
+            raise UserError(
+                f"structure={share} leaves {share.keep} of {share.of} weights, a sparsity of {left:g}, and "
+                f"sparsity={sparsity:g} is asked for: set pruning.sparsity={left:g} with it."
+            )
+        if self.keep_diagonal and self.target > (most := self._prunable):
+            raise UserError(
+                f"pruning.keep_diagonal=true keeps so much of {self.name} in blocks of {share} that at most "
+                f"{most / self.size:.4g} can be pruned, and sparsity={sparsity:g} is asked for: choose smaller "
+                f"blocks, or less sparsity."
+            )

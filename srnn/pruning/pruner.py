@@ -3,17 +3,61 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from srnn.errors import UserError
-from srnn.pruning.groups import prunable
+from srnn.pruning import ranks
+from srnn.pruning.groups import Group
 from srnn.pruning.methods.base import PruningMethod
+from srnn.pruning.parts import Part
 from srnn.pruning.schedules import RunLength
+from srnn.pruning.scope import masks_of
+from srnn.registry import register
+
+COMPARE_EVERY = 100  # steps between two comparisons of the ranks, beside those at updates
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a parameter, or of a gate of one.
+
+    Attributes:
+        parameter: its name.
+        gate: ``r``, ``z``, ``n`` or ``i``, ``f``, ``g``, ``o``; empty for what has none.
+        layer_type: of its layer.
+        weights: how many there are.
+        zeros: how many of them are pruned.
+        threshold: of its group, at the last update.
+        revived: how many weights came back, over all updates.
+        structure: what is kept or zeroed as a whole.
+        blocks: how many units it falls into.
+        blocks_left: how many of them are kept.
+    """
+
+    parameter: str
+    gate: str
+    layer_type: str
+    weights: int
+    zeros: int
+    threshold: float
+    revived: int
+    structure: str
+    blocks: int
+    blocks_left: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return self.zeros / self.weights
 
 
 class Pruner:
@@ -26,104 +70,163 @@ class Pruner:
 
         model = nn.GRU(64, 256)
         optimizer = torch.optim.Adam(model.parameters())
-        pruner = Pruner(model, Gradual(sparsity=0.9), RunLength(1000, 100), optimizer)
+        pruner = Pruner(model, "cubic", 1000, optimizer, sparsity=0.9, structure="16x1")
         for batch in data:
             loss(model(batch)).backward()
             optimizer.step()
-            optimizer.zero_grad()
             pruner.step()
+            optimizer.zero_grad()
+        pruner.finalize()
 
     Args:
-        model: any module with recurrent layers, ``nn.Linear`` or ``nn.Embedding``.
-        method: what to do; it belongs to this pruner from now on.
-        run: how long the training is.
+        model: any module with recurrent layers and their cells, ``nn.Linear``, ``nn.Embedding``, ``nn.Conv1d/2d``. One
+            that is wrapped for data parallelism, or compiled, is looked into.
+        method: what to do: the name of a method, its config as a mapping with ``name``, or a method, which belongs to
+            this pruner from now on.
+        run: how long the training is: optimiser steps, or a ``RunLength``, which also knows epochs.
         optimizer: whose state to zero along with the weights; None leaves states alone.
         reference: a dense model's weights by name, for a method that wants one.
+        average: a running average of the model, such as ``torch.optim.swa_utils.AveragedModel``: its weights are masked
+            too. Update it before ``step()``.
+        options: of the method, where it is given by name.
 
     Raises:
-        UserError: nothing in the model can be pruned, or the schedule cannot run.
+        UserError: nothing in the model can be pruned, an option is wrong, or the schedule cannot run.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        method: PruningMethod,
-        run: RunLength,
+        method: str | Mapping[str, Any] | PruningMethod,
+        run: int | RunLength,
         optimizer: torch.optim.Optimizer | None = None,
         reference: Mapping[str, Tensor] | None = None,
+        average: nn.Module | None = None,
+        **options: Any,
     ) -> None:
-        self.method = method
-        self.run = run
+        self.method = build_method(method, options)
+        self.run = run if isinstance(run, RunLength) else RunLength(run)
         self.optimizer = optimizer
-        self.groups = prunable(model, method.layer_types)
-        if method.layer_types and not self.groups:
+        self.groups = self.method.groups(unwrapped(model))
+        if self.method.layer_types and not self.groups:
             raise UserError(
-                f"pruning.layer_types={list(method.layer_types)}: the model has no weights of these types to prune."
+                f"pruning.layer_types={list(self.method.layer_types)}: the model has no weights of these types to "
+                f"prune."
             )
-        method.prepare(run, self.groups, reference)
+        for group in self.groups:
+            group.importance = self.method.importance
+            # What a delayed method ranks is masked already: pruned weights are zeros.
+            group.soft = self.method.soft or self.method.delayed
         self.itr = 0
         self.seconds = 0.0  # spent in here; on a GPU, masking between updates is launched and not awaited
+        self._masks = masks_of(self.groups)
+        self._parameters = {part.parameter_name: part.parameter for part in self.parts}
+        self._averaged = _averaged(average, self._parameters)
         self._factors: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
+        self.method.prepare(self.run, self.groups, reference)
+        self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Apply the masks that a method starts with, to weights alone: whoever goes on from a checkpoint may have
+        loaded weights and optimiser already. ``load_state_dict`` gives back the weights they take, until the first
+        step."""
+        if self.itr <= self.method.dense_until:
+            return
+        for name, parameter in self._parameters.items():
+            if not bool(self._masks[name].all()):
+                self._before[name] = parameter.detach().clone()
+                parameter.mul_(self._masks[name])
+
+    @property
+    def parts(self) -> list[Part]:
+        """All that is pruned: parameters, or gates of parameters."""
+        return [part for group in self.groups for part in group.parts]
 
     @torch.no_grad()
     def step(self) -> bool:
         """One iteration: mask, and at an update find new masks. Returns whether this was an update.
 
-        The order is Algorithm 1's: masks found here act from the next step on.
+        With a method that is ``delayed`` the order is Algorithm 1's: masks found here act from the next step on.
         """
         self.itr += 1
+        self._before.clear()
         update = self.method.is_update(self.itr)
         if update and torch.cuda.is_available():
             # An update waits for the device anyway; the waiting for what was queued before is not pruning's.
             torch.cuda.synchronize()
         began = time.perf_counter()
-        if self.method.soft and update:
+        if update or self.itr % COMPARE_EVERY == 0:
+            ranks.compare(self._compared(), self.itr)
+        if update and not self.method.delayed:
             self._update()
             self._apply()
         else:
             self._apply()
             if update:
                 self._update()
+        self.method.after_masks(self)
         self.seconds += time.perf_counter() - began
         return update
 
     @torch.no_grad()
     def finalize(self) -> None:
-        """Apply the masks once more: for a loop that ends on an update."""
+        """Apply the masks once more, for a loop that ends on an update; warn if the sparsity asked for was missed."""
         self._apply()
+        ranks.compare(self._compared(), self.itr)
+        for group in self.groups:
+            want, have = self.method.wanted(group), group.pruned
+            if want is not None and abs(have - want) > group.tolerance:
+                ended = "" if self.itr >= self.method.done_from else f" before step {self.method.done_from}"
+                warnings.warn(
+                    f"pruning ended{ended} with {100 * have / group.size:.2f} % of the {group.name} weights at zero, "
+                    f"and {100 * want / group.size:.2f} % were asked for.",
+                    stacklevel=2,
+                )
 
     def _update(self) -> None:
+        comes_back = self.method.soft or self.method.regrows
         for group in self.groups:
+            before = [part.of(part.mask).clone() for part in group.parts] if comes_back else []
             self.method.update(self.itr, group)
+            for part, mask in zip(group.parts, before, strict=False):
+                part.revived += (part.of(part.mask) & ~mask).sum((1, 2))
         self._factors.clear()
 
     def _apply(self) -> None:
         if self.itr <= self.method.dense_until:
             return
-        with_state = self.optimizer is not None and (not self.method.soft or self.itr >= self.method.done_from)
+        # Momentum is what lets a soft method's weights come back.
+        with_state = self.method.zero_state and (not self.method.soft or self.itr >= self.method.done_from)
         tensors: list[Tensor] = []
         factors: list[Tensor] = []
-        for group in self.groups:
-            for name, parameter in group.parameters.items():
-                masked = [parameter, *(self._state_of(parameter) if with_state else ())]
-                tensors += masked
-                factors += [self._factor(name, parameter, group.masks[name])] * len(masked)
+        for name, parameter in self._parameters.items():
+            masked = [parameter, *(self.state_of(parameter) if with_state else ()), *self._averaged.get(name, ())]
+            tensors += masked
+            factors += [self._factor(name, parameter)] * len(masked)
         torch._foreach_mul_(tensors, factors)
 
-    def _state_of(self, parameter: nn.Parameter) -> list[Tensor]:
+    def state_of(self, parameter: nn.Parameter) -> list[Tensor]:
         """The optimiser's tensors that go with a parameter, element for element."""
-        assert self.optimizer is not None
+        if self.optimizer is None:
+            return []
         state = self.optimizer.state.get(parameter, {}).values()
         return [value for value in state if isinstance(value, Tensor) and value.shape == parameter.shape]
 
-    def _factor(self, name: str, parameter: nn.Parameter, mask: Tensor) -> Tensor:
+    def _factor(self, name: str, parameter: nn.Parameter) -> Tensor:
         """What to multiply by. On a CPU the mask in the weight's own type, kept until the next update: 0.21 ms a step
         for the weights and Adam state of a GRU 256, against 0.40 ms with the bytes of the mask itself."""
+        mask = self._masks[name]
         if mask.device.type != "cpu":
             return mask.view(torch.uint8)
         if name not in self._factors:
             self._factors[name] = mask.to(parameter.dtype)
         return self._factors[name]
+
+    def _compared(self) -> dict[str, Tensor]:
+        """What has to be equal on all ranks."""
+        return self._parameters | {f"the mask of {name}": mask for name, mask in self._masks.items()}
 
     @property
     def sparsity(self) -> float:
@@ -133,35 +236,111 @@ class Pruner:
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """Layer type -> epsilon of the last update."""
-        return {group.layer_type: group.epsilon for group in self.groups}
+        """Group (a layer type, as a rule) -> epsilon of the last update."""
+        return {group.name: group.epsilon for group in self.groups}
 
     def masks(self) -> dict[str, Tensor]:
         """Parameter name -> bool mask; True keeps the weight."""
-        return {name: mask for group in self.groups for name, mask in group.masks.items()}
+        return dict(self._masks)
 
     def sparsities(self) -> dict[str, float]:
         """Parameter name -> share of zeros in its mask."""
-        return {name: 1 - float(mask.sum()) / mask.numel() for name, mask in self.masks().items()}
+        return {name: 1 - float(mask.sum()) / mask.numel() for name, mask in self._masks.items()}
+
+    def report(self) -> list[Row]:
+        """A row for each parameter, and for each gate of a recurrent one."""
+        return [row for group in self.groups for part in group.parts for row in _rows(group, part)]
 
     def reached(self) -> bool:
-        """Whether pruning is over and every group has at least the zeros it was asked for."""
-        wanted = [(group.pruned, self.method.wanted(group)) for group in self.groups]
+        """Whether pruning is over and every group has the zeros it was asked for, to half a block."""
+        wanted = [(group.pruned + group.tolerance, self.method.wanted(group)) for group in self.groups]
         return self.itr >= self.method.done_from and all(want is None or have >= want for have, want in wanted)
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on: iteration, seconds, thresholds, and the masks at one bit a weight."""
-        packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in self.masks().items()}
-        return {"itr": self.itr, "seconds": self.seconds, "thresholds": self.thresholds, "masks": packed}
+        packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in self._masks.items()}
+        revived = {part.name: part.revived.tolist() for part in self.parts}
+        return {
+            "itr": self.itr, "seconds": self.seconds, "thresholds": self.thresholds, "masks": packed,
+            "revived": revived, "method": self.method.state_dict(),
+        }  # fmt: skip
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a ``state_dict``. Raises UserError when it belongs to another model."""
-        if state["masks"].keys() != self.masks().keys():
+        """Take over a ``state_dict``. Raises UserError when it belongs to another model, settings or version."""
+        if missing := {"itr", "masks", "thresholds", "revived", "method"} - state.keys():
+            raise UserError(f"the pruning state is of another version of srnn: it has no {', '.join(sorted(missing))}.")
+        if state["masks"].keys() != self._masks.keys():
             raise UserError("the pruning state belongs to another model: its masks are named differently.")
+        if state["thresholds"].keys() != self.thresholds.keys():
+            raise UserError(
+                f"the pruning state belongs to other settings: its thresholds are of {', '.join(state['thresholds'])}, "
+                f"and these of {', '.join(self.thresholds)}."
+            )
         self.itr, self.seconds = state["itr"], state["seconds"]
+        for name, mask in self._masks.items():
+            bits = np.unpackbits(state["masks"][name].numpy(), count=mask.numel())
+            mask.copy_(torch.from_numpy(bits).view(mask.shape))
         for group in self.groups:
-            group.epsilon = state["thresholds"][group.layer_type]
-            for name, mask in group.masks.items():
-                bits = np.unpackbits(state["masks"][name].numpy(), count=mask.numel())
-                group.masks[name] = torch.from_numpy(bits).view(mask.shape).to(mask.device, torch.bool)
+            group.epsilon = state["thresholds"][group.name]
+        for part in self.parts:
+            part.revived.copy_(torch.tensor(state["revived"][part.name]))
+        self.method.load_state_dict(state["method"])
+        for name, weight in self._before.items():
+            self._parameters[name].copy_(weight)
+        self._before.clear()
         self._factors.clear()
+
+
+def build_method(method: str | Mapping[str, Any] | PruningMethod, options: Mapping[str, Any]) -> PruningMethod:
+    """A method from its name and options, from its config, or as it is. Raises UserError."""
+    if isinstance(method, PruningMethod):
+        if options:
+            raise UserError(f"{', '.join(options)}: give options with a method's name, or to the method itself.")
+        return method
+    config = {"name": method} if isinstance(method, str) else dict(method)
+    built: PruningMethod = register.build("pruning", config | dict(options))
+    return built
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module itself, of one that is compiled, averaged or wrapped for data parallelism."""
+    while True:
+        if "_orig_mod" in model._modules:  # torch.compile's; naming its class would import the compiler
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, DistributedDataParallel | nn.DataParallel | AveragedModel):
+            model = model.module
+        else:
+            return model
+
+
+def _averaged(average: nn.Module | None, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[Tensor]]:
+    """The weights of a running average, by the name of what they average."""
+    if average is None:
+        return {}
+    named = dict(unwrapped(average).named_parameters())
+    missing = [name for name, p in parameters.items() if name not in named or named[name].shape != p.shape]
+    if missing:
+        raise UserError(f"the average has no {', '.join(missing)}: give an average of the model that is pruned.")
+    return {name: [named[name].detach()] for name in parameters}
+
+
+def _rows(group: Group, part: Part) -> list[Row]:
+    masks_GRC, shape = part.of(part.mask), (1, *part.shape[1:])
+    rows = []
+    for index, gate in enumerate(part.letters):
+        mask = masks_GRC[index : index + 1]
+        row = Row(
+            parameter=part.parameter_name,
+            gate=gate,
+            layer_type=part.layer_type,
+            weights=mask.numel(),
+            zeros=mask.numel() - int(mask.sum()),
+            threshold=group.epsilon,
+            revived=int(part.revived[index]),
+            structure=str(group.structure),
+            blocks=group.structure.units(shape),
+            blocks_left=int((group.structure.maxima(mask.byte()) > 0).sum()),
+        )
+        rows.append(row)
+    return rows

@@ -1,29 +1,46 @@
-"""When to prune and how far: the iterations of a schedule and Algorithm 1's threshold.
+"""When to prune and how far: the iterations of a schedule, and its threshold, sparsity or share to replace.
 
-Narang et al., *Exploring Sparsity in Recurrent Neural Networks*, ICLR 2017. Names are the paper's. An
-iteration (``itr``) is the number of optimiser steps done so far.
+``GradualSchedule`` is Narang et al., *Exploring Sparsity in Recurrent Neural Networks*, ICLR 2017, whose names are
+used; ``CubicSchedule`` Zhu and Gupta, *To prune, or not to prune*, 2017; ``CosineSchedule`` Evci et al., *Rigging the
+lottery*, ICML 2020. An iteration (``itr``) is the number of optimiser steps done so far.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
+from typing import Annotated, Literal
 
 from srnn.errors import UserError
+from srnn.pruning.scores import Score
+from srnn.registry import Range
 
-When = int | float | Literal["auto"]  # steps, a fraction of the whole run, or the paper's heuristic
+When = int | float | str  # steps, a fraction of the whole run, "3 epochs", or "auto": the paper's heuristic
+Freq = Annotated[int, Range(ge=1)] | Literal["auto"]
+PAPER_EPOCHS = 20  # where a run does not say how long an epoch is
 MIN_EPOCHS = 5  # below this, "second epoch", "25 %" and "50 %" crowd each other out
 UPDATES = 50  # thresholds move at least this often between start_itr and end_itr
 
 
 @dataclass(frozen=True)
 class RunLength:
-    """How long the training is, in optimiser steps."""
+    """How long the training is.
+
+    Attributes:
+        total_steps: optimiser steps.
+        steps_per_epoch: optimiser steps of a pass over the data; left out, the run counts as 20 epochs, the paper's.
+    """
 
     total_steps: int
-    steps_per_epoch: int
+    steps_per_epoch: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 1 or self.steps_per_epoch < 0:
+            raise UserError(f"pruning needs the number of optimiser steps of the run, at least 1; got {self}.")
+        if not self.steps_per_epoch:
+            object.__setattr__(self, "steps_per_epoch", self.total_steps / PAPER_EPOCHS)
 
     @property
     def epochs(self) -> float:
@@ -36,12 +53,13 @@ def iteration(key: str, when: When, heuristic: float, run: RunLength) -> int:
 
     Args:
         key: the config key, for messages.
-        when: an int is a step, a float between 0 and 1 a fraction of the run, ``"auto"`` the heuristic.
+        when: an int is a step, a float between 0 and 1 a fraction of the run, ``"3 epochs"`` counts epochs, ``"auto"``
+            is the heuristic.
         heuristic: the paper's choice, in steps.
         run: the length of the training.
 
     Raises:
-        UserError: a fraction outside 0..1, a negative step, or ``auto`` in a run of fewer than 5 epochs.
+        UserError: a fraction outside 0..1, a negative step, other words, or ``auto`` in a run of fewer than 5 epochs.
     """
     if when == "auto":
         if run.epochs < MIN_EPOCHS:
@@ -51,6 +69,14 @@ def iteration(key: str, when: When, heuristic: float, run: RunLength) -> int:
                 f"and 0.5."
             )
         return round(heuristic)
+    if isinstance(when, str):
+        epochs = re.fullmatch(r"(\d+(?:\.\d+)?) ?epochs?", when)
+        if not epochs:
+            raise UserError(
+                f"{key}={when!r} must be a whole number of steps, a fraction of the run between 0.0 and 1.0, epochs "
+                f"such as '3 epochs', or auto."
+            )
+        return round(float(epochs[1]) * run.steps_per_epoch)
     if isinstance(when, float):
         if not 0 <= when <= 1:
             raise UserError(
@@ -103,39 +129,147 @@ class GradualSchedule:
         return (theta * (self.ramp_itr - self.start_itr + 1) + phi * (itr - self.ramp_itr + 1)) / self.freq
 
 
+@dataclass(frozen=True)
+class CubicSchedule:
+    """Zhu and Gupta's: sparsity rises fast at first, then ever slower, by a cubic, every ``freq`` iterations.
+
+    Attributes:
+        start_itr: the first update, at the initial sparsity.
+        end_itr: the last update, at the final sparsity: a whole number of ``freq`` after the first.
+        freq: iterations between two updates.
+        initial: the sparsity to start from.
+    """
+
+    start_itr: int
+    end_itr: int
+    freq: int
+    initial: float = 0.0
+
+    @property
+    def updates(self) -> range:
+        """All the iterations that update."""
+        return range(self.start_itr, self.end_itr + 1, self.freq)
+
+    def sparsity(self, itr: int, final: float) -> float:
+        """s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3."""
+        left = 1 - (min(max(itr, self.start_itr), self.end_itr) - self.start_itr) / (self.end_itr - self.start_itr)
+        return final + (self.initial - final) * left**3
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """RigL's: the share of weights to replace falls to zero by half a cosine.
+
+    Attributes:
+        end_itr: from here on nothing is replaced.
+        freq: iterations between two updates.
+        drop_fraction: the share at the start (alpha).
+    """
+
+    end_itr: int
+    freq: int
+    drop_fraction: float
+
+    @property
+    def updates(self) -> range:
+        """All the iterations that update."""
+        return range(self.freq, self.end_itr, self.freq)
+
+    def drop(self, itr: int) -> float:
+        """f_t = alpha / 2 (1 + cos(t pi / T_end))."""
+        return self.drop_fraction / 2 * (1 + math.cos(itr * math.pi / self.end_itr))
+
+
 def resolve_gradual(
-    start: When, ramp: When, end: When, freq: int | Literal["auto"], phi_ratio: float, run: RunLength
-) -> GradualSchedule:
+    start: When, ramp: When, end: When, freq: Freq, phi_ratio: float, run: RunLength,
+    heuristics: tuple[float, float] = (0.25, 0.5),
+) -> GradualSchedule:  # fmt: skip
     """Table 1's heuristics where a setting is ``auto``, then every check that needs the run's length.
 
-    The heuristics: start with the second epoch, ramp at 25 % and end at 50 % of all epochs, freq 100 but at
-    most 1/50 of end - start.
+    Start with the second epoch; ``heuristics`` are the shares of all epochs at which to ramp and to end; freq 100 but
+    at most 1/50 of end - start.
 
     Raises:
         UserError: iterations out of order or beyond the run, ``freq`` too coarse, no update at all.
     """
     start_itr = iteration("pruning.start_itr", start, run.steps_per_epoch, run)
-    ramp_itr = iteration("pruning.ramp_itr", ramp, 0.25 * run.total_steps, run)
-    end_itr = iteration("pruning.end_itr", end, 0.5 * run.total_steps, run)
+    ramp_itr = iteration("pruning.ramp_itr", ramp, heuristics[0] * run.total_steps, run)
+    end_itr = iteration("pruning.end_itr", end, heuristics[1] * run.total_steps, run)
     got = f"start_itr={start_itr}, ramp_itr={ramp_itr}, end_itr={end_itr} of {run.total_steps} steps"
     if not start_itr <= ramp_itr <= end_itr or start_itr == end_itr:
         raise UserError(f"pruning: {got} are out of order; they must rise: start_itr <= ramp_itr <= end_itr.")
-    if end_itr > run.total_steps:
-        raise UserError(f"pruning.end_itr: {got} end after the run; lower end_itr or raise trainer.max_epochs.")
-    coarsest = max(1, (end_itr - start_itr) // UPDATES)
-    chosen = min(100, coarsest) if freq == "auto" else freq
-    if chosen > coarsest:
-        raise UserError(
-            f"pruning.freq={chosen} is too coarse: at most 1/{UPDATES} of end_itr - start_itr = "
-            f"{end_itr - start_itr}, so at most {coarsest}; or leave it at auto."
-        )
+    chosen = _resolve_freq(freq, start_itr, end_itr, run)
     schedule = GradualSchedule(start_itr, ramp_itr, end_itr, chosen, phi_ratio)
     if not schedule.updates:
         raise UserError(f"pruning: {got} leave no step for an update; move end_itr further from start_itr.")
     return schedule
 
 
-def expected_sparsity(epsilon_over_q: float, sparsity: float) -> float:
-    """Share of weights under the threshold if they are normally distributed with ``sparsity`` of them under q."""
-    q_in_deviations = NormalDist().inv_cdf((1 + sparsity) / 2)
-    return math.erf(max(0.0, epsilon_over_q) * q_in_deviations / math.sqrt(2))
+def resolve_cubic(start: When, end: When, freq: Freq, initial: float, run: RunLength) -> CubicSchedule:
+    """Start with the second epoch and end at 50 % of the run where a setting is ``auto``; freq as for ``gradual``.
+
+    Raises:
+        UserError: iterations out of order or beyond the run, ``freq`` too coarse.
+    """
+    start_itr = max(1, iteration("pruning.start_itr", start, run.steps_per_epoch, run))
+    end_itr = iteration("pruning.end_itr", end, 0.5 * run.total_steps, run)
+    if start_itr >= end_itr:
+        raise UserError(
+            f"pruning: start_itr={start_itr}, end_itr={end_itr} of {run.total_steps} steps are out of order; they must "
+            f"rise: start_itr < end_itr."
+        )
+    chosen = _resolve_freq(freq, start_itr, end_itr, run)
+    return CubicSchedule(start_itr, start_itr + (end_itr - start_itr) // chosen * chosen, chosen, initial)
+
+
+def resolve_cosine(end: When, freq: Freq, drop_fraction: float, run: RunLength) -> CosineSchedule:
+    """End at 75 % of the run where ``end`` is ``auto``, as RigL's authors do; freq as for ``gradual``.
+
+    Raises:
+        UserError: ``end`` beyond the run, ``freq`` too coarse, no update at all.
+    """
+    heuristic = 0.75 * run.total_steps
+    end_itr = round(heuristic) if end == "auto" else iteration("pruning.end_itr", end, heuristic, run)
+    schedule = CosineSchedule(end_itr, _resolve_freq(freq, 0, end_itr, run), drop_fraction)
+    if not schedule.updates:
+        raise UserError(f"pruning.end_itr={end_itr} leaves no step for an update, every {schedule.freq} steps.")
+    return schedule
+
+
+def _resolve_freq(freq: Freq, start_itr: int, end_itr: int, run: RunLength) -> int:
+    """100, but at most 1/50 of end - start, which is what else may be asked for."""
+    if end_itr > run.total_steps:
+        raise UserError(
+            f"pruning.end_itr={end_itr} is after the run of {run.total_steps} steps; lower end_itr or raise "
+            f"trainer.max_epochs."
+        )
+    coarsest = max(1, (end_itr - start_itr) // UPDATES)
+    chosen = min(100, coarsest) if freq == "auto" else int(freq)
+    if chosen > coarsest:
+        raise UserError(
+            f"pruning.freq={chosen} is too coarse: at most 1/{UPDATES} of end_itr - start_itr = "
+            f"{end_itr - start_itr}, so at most {coarsest}; or leave it at auto."
+        )
+    return chosen
+
+
+def expected_sparsity(epsilon_over_q: float, sparsity: float, block: int = 1, score: Score = "max") -> float:
+    """Share of units under the threshold if weights are normal and ``sparsity`` of the units lie under q.
+
+    Args:
+        epsilon_over_q: the threshold.
+        sparsity: the share under q.
+        block: weights of a unit.
+        score: what stands for a block.
+    """
+    unit = NormalDist()
+    if block == 1 or score == "max":  # P(all of a block's |w| < x) = erf(x / sqrt 2)^block
+        q = unit.inv_cdf((1 + sparsity ** (1 / block)) / 2)
+        return float(math.erf(max(0.0, epsilon_over_q) * q / math.sqrt(2)) ** block)
+    if score == "mean":
+        mean = math.sqrt(2 / math.pi)
+        blocks = NormalDist(mean, math.sqrt((1 - mean**2) / block))
+        return blocks.cdf(epsilon_over_q * blocks.inv_cdf(sparsity))
+    variance = 2 / (9 * block)  # Wilson and Hilferty: the cube root of a mean square is nearly normal
+    roots = NormalDist(1 - variance, math.sqrt(variance))
+    return roots.cdf(max(0.0, epsilon_over_q) ** (2 / 3) * roots.inv_cdf(sparsity))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from srnn.pruning.callback import PruningCallback
 from srnn.pruning.pruner import Pruner
+from srnn.pruning.schedules import GradualSchedule
 from srnn.terminal import console
 from srnn.tracking.scores import SHORT, score_words
+
+FORECAST_ROWS = 7  # of a schedule's updates in the table
 
 
 def print_plan(pruner: Pruner) -> None:
@@ -22,41 +27,59 @@ def print_plan(pruner: Pruner) -> None:
         console.print("Nothing is pruned: this is a dense run.")
         return
     table = Table(title="What will be pruned")
-    for column in ("parameter", "layer type", "shape", "weights"):
-        table.add_column(column, justify="right" if column == "weights" else "left", overflow="fold")
+    for column in ("parameter", "shape", "weights", "structure", "sparsity", "threshold of"):
+        right = column in ("weights", "sparsity")
+        table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=column == "parameter")
     for group in pruner.groups:
-        for name, parameter in group.parameters.items():
-            shape = " x ".join(map(str, parameter.shape))
-            table.add_row(name, group.layer_type, shape, f"{parameter.numel():,}")
+        for part in group.parts:
+            gates, *sizes = part.shape
+            shape = " x ".join(map(str, (gates * sizes[0], sizes[1])))
+            wanted = "as it is" if group.sparsity is None else f"{100 * group.target / group.size:.1f} %"
+            row = (part.name, shape, f"{part.size:,}", str(group.structure), wanted, group.name)
+            table.add_row(*map(escape, row))
     table.add_section()
     table.add_row("total", "", "", f"{sum(g.size for g in pruner.groups):,}")
     console.print(table)
-    _print_forecast(pruner)
+    if pruner.method.updates:
+        _print_forecast(pruner)
 
 
 def _print_forecast(pruner: Pruner) -> None:
+    """Some updates of the schedule: steps, sparsities, and for Algorithm 1 thresholds."""
     run, method = pruner.run, pruner.method
+    schedule = getattr(method, "schedule", None)
+    over_q = schedule if isinstance(schedule, GradualSchedule) else None
     q = getattr(method, "fixed_q", None)
     table = Table(title=f"Forecast: {run.total_steps:,} steps, {run.epochs:.3g} epochs")
-    kinds = [group.layer_type for group in pruner.groups] if q else []
-    for column in (
-        "",
-        "step",
-        "epoch",
-        "threshold / q",
-        *(f"threshold {k}" for k in kinds),
-        "expected sparsity",
-    ):
-        table.add_column(column, justify="left" if not column else "right")
-    for row in method.forecast():
-        over_q = row.epsilon_over_q
-        thresholds = [f"{over_q * q[kind]:.4f}" for kind in kinds] if q and over_q is not None else []
-        share = "by rank" if over_q is None else f"{over_q:.3f}"
-        epoch = f"{row.itr / run.steps_per_epoch:.2f}"
-        table.add_row(row.event, str(row.itr), epoch, share, *thresholds, f"{100 * row.sparsity:.1f} %")
-    note = "q is estimated at each update" if q is None else "q is fixed"
-    table.caption = f"expected if weights are normally distributed; {note}"
+    columns = ["step", "epoch", *(["threshold / q"] if over_q else [])]
+    columns += [f"threshold {name}" for name in q or ()]
+    columns += [f"sparsity {group.name}" for group in pruner.groups[:4]]
+    for column in columns:
+        table.add_column(escape(column), justify="right", overflow="fold")
+    for itr in shown_updates(method.updates):
+        row = [str(itr), f"{itr / run.steps_per_epoch:.2f}"]
+        if over_q:
+            share = over_q.epsilon(itr, 1.0)
+            row += [f"{share:.3f}", *(f"{share * value:.4f}" for value in (q or {}).values())]
+        expected = [method.expected(itr, group) for group in pruner.groups[:4]]
+        row += ["" if share is None else f"{100 * share:.1f} %" for share in expected]
+        table.add_row(*row)
+    notes = [f"{len(method.updates)} updates"]
+    if over_q:
+        told = "q is estimated at each update" if q is None else "q is fixed"
+        notes.append(f"sparsities if weights are normally distributed; {told}")
+    if len(pruner.groups) > 4:
+        notes.append(f"the first 4 of {len(pruner.groups)} groups")
+    table.caption = "; ".join(notes)
     console.print(table)
+
+
+def shown_updates(updates: Sequence[int]) -> list[int]:
+    """The first, the last, and some between."""
+    if len(updates) <= FORECAST_ROWS:
+        return list(updates)
+    places = [round(i * (len(updates) - 1) / (FORECAST_ROWS - 1)) for i in range(FORECAST_ROWS)]
+    return [updates[place] for place in places]
 
 
 class RunProgress(ProgressBar):
@@ -178,9 +201,10 @@ def print_report(report: dict[str, Any]) -> None:
     for line in latency["choices"]:
         console.print(f"kernel: {line}", markup=False, highlight=False)
     if sparsity["wanted"] is not None and abs(sparsity["reached"] - sparsity["wanted"]) > MISSED:
+        fixed = report["config"]["pruning"].get("q", "auto") != "auto"
+        reason = ": with a fixed q it results from the schedule; pruning.q=auto meets it exactly" if fixed else ""
         console.print(
-            f"The sparsity is {100 * sparsity['reached']:.2f} %, not {100 * sparsity['wanted']:g} %: with a fixed q it "
-            f"results from the schedule; pruning.q=auto meets it exactly.",
+            f"The sparsity is {100 * sparsity['reached']:.2f} %, not {100 * sparsity['wanted']:.4g} %{reason}.",
         )
 
 

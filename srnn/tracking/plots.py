@@ -9,12 +9,15 @@ from typing import Any
 import matplotlib as mpl
 from torch import Tensor
 
+from srnn.pruning.parts import GATE_LETTERS
+from srnn.pruning.pruner import Pruner
+from srnn.pruning.schedules import GradualSchedule
 from srnn.tracking.runs import Points, read_metrics
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt  # after the backend that needs no display
 
-GATES = {3: "rzn", 4: "ifgo"}  # torch's order of a GRU's and an LSTM's gates
+LEGEND_ROWS = 12  # more would hide the curves
 
 
 def plot_run(
@@ -44,6 +47,34 @@ def plot_run(
         drawn.append(_layers(layers, target / "sparsity_per_layer.png"))
         drawn.append(_mask(*mask, target / "mask.png"))
     return drawn
+
+
+def plot_plan(pruner: Pruner, path: Path) -> Path:
+    """Draw a schedule's forecast: the sparsity of each group over the run, and Algorithm 1's threshold over q.
+
+    Args:
+        pruner: before its first step.
+        path: the PNG file.
+    """
+    method, total = pruner.method, pruner.run.total_steps
+    steps = sorted({0, max(0, method.dense_until), *method.updates, total})
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for group in pruner.groups:
+        shares = [method.expected(itr, group) for itr in steps]
+        if None not in shares:
+            axes.step(steps, [100 * (share or 0.0) for share in shares], where="post", label=group.name)
+    schedule = getattr(method, "schedule", None)
+    if isinstance(schedule, GradualSchedule):
+        right = axes.twinx()
+        updates = list(schedule.updates)
+        right.plot(updates, [schedule.epsilon(itr, 1.0) for itr in updates], color="0.5", linestyle=":")
+        right.set(ylabel="threshold / q (dotted)", ylim=(0, None))
+        _mark_phases(axes, {"ramp_itr": schedule.ramp_itr})
+    _mark_phases(axes, {"start_itr": max(0, method.dense_until), "end_itr": method.done_from})
+    axes.set(xlabel="step", ylabel="expected sparsity, %", xlim=(0, total), ylim=(0, 100), title="Forecast")
+    if len(pruner.groups) <= LEGEND_ROWS:
+        axes.legend(loc="lower right", fontsize=8)
+    return _save(figure, path)
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -110,7 +141,7 @@ def _mask(name: str, weight: Tensor, path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(6, max(2.0, min(12.0, 6 * rows / columns))))
     axes.imshow((weight != 0).numpy(), cmap="Greys", interpolation="nearest", aspect="auto")
     axes.set(xlabel="input unit", ylabel="output unit", title=f"Weights left in {name}")
-    gates = GATES.get(rows // columns, "") if "weight_hh" in name else ""
+    gates = GATE_LETTERS.get(rows // columns, "") if "weight_hh" in name else ""
     for index, gate in enumerate(gates):
         axes.axhline((index + 1) * columns - 0.5, color="tab:red", linewidth=1)
         axes.annotate(gate, (1.02, (index + 0.5) * columns), xycoords=("axes fraction", "data"), color="tab:red")

@@ -95,33 +95,39 @@ def _phases(method: PruningMethod) -> dict[str, int] | None:
     """The steps where the schedule changes; None for a dense run."""
     if not method.layer_types:
         return None
-    schedule = getattr(method, "schedule", None)
-    ramp = {"ramp_itr": schedule.ramp_itr} if schedule is not None else {}
-    return {"start_itr": method.dense_until} | ramp | {"end_itr": method.done_from}
+    ramp = getattr(getattr(method, "schedule", None), "ramp_itr", None)
+    start = {"start_itr": max(0, method.dense_until)}
+    return start | ({"ramp_itr": ramp} if ramp is not None else {}) | {"end_itr": method.done_from}
 
 
 def _layers(pruner: Pruner, weights: dict[str, Tensor]) -> list[dict[str, Any]]:
     rows = []
     for group in pruner.groups:
-        for name, parameter in group.parameters.items():
-            nonzeros = int((weights[name] != 0).sum())
-            size = parameter.numel()
-            row = {"parameter": name, "layer_type": group.layer_type, "weights": size, "nonzeros": nonzeros}
-            rows.append(row | {"sparsity": 1 - nonzeros / size, "threshold": group.epsilon})
+        for part in group.parts:
+            nonzeros = int((part.of(weights[part.parameter_name]) != 0).sum())
+            row = {"parameter": part.name, "layer_type": part.layer_type, "weights": part.size, "nonzeros": nonzeros}
+            row |= {"sparsity": 1 - nonzeros / part.size, "threshold": group.epsilon, "structure": str(group.structure)}
+            rows.append(row | {"revived": int(part.revived.sum())})
     return rows
 
 
 def _sparsities(pruner: Pruner, weights: dict[str, Tensor]) -> dict[str, Any]:
     """Reached and wanted, for each layer type and in all, counted in the weights themselves."""
-    nothing = None if pruner.groups else 0.0
-    sparsities: dict[str, Any] = {"wanted": getattr(pruner.method, "sparsity", nothing), "by_layer_type": {}}
-    zeros = total = 0
-    for group in pruner.groups:
-        group_zeros = sum(int((weights[name] == 0).sum()) for name in group.parameters)
-        sparsities["by_layer_type"][group.layer_type] = group_zeros / group.size
-        zeros, total = zeros + group_zeros, total + group.size
-    sparsities["reached"] = zeros / total if total else 0.0
-    return sparsities
+    zeros: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for part in pruner.parts:
+        there = int((part.of(weights[part.parameter_name]) == 0).sum())
+        zeros[part.layer_type] = zeros.get(part.layer_type, 0) + there
+        sizes[part.layer_type] = sizes.get(part.layer_type, 0) + part.size
+    total = sum(sizes.values())
+    asked = [None if group.sparsity is None else group.target for group in pruner.groups]
+    known = [count for count in asked if count is not None]
+    wanted = (sum(known) / total if total else 0.0) if len(known) == len(asked) else None
+    return {
+        "wanted": wanted,
+        "by_layer_type": {kind: zeros[kind] / size for kind, size in sizes.items()},
+        "reached": sum(zeros.values()) / total if total else 0.0,
+    }
 
 
 def _bytes_per_nonzero(packed: PackedModel) -> float | None:

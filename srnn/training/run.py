@@ -112,6 +112,28 @@ def read_settings(folder: Path) -> Settings:
     return Settings.check({str(key): value for key, value in config.items()})
 
 
+def plan(settings: Settings) -> Pruner:
+    """The pruner that a run of this config would start with, without training.
+
+    Raises:
+        UserError: the data or the schedule cannot be used.
+    """
+    method: PruningMethod = register.build("pruning", settings.pruning)
+    reference = read_weights(Path(method.reference_path)) if method.reference_path else None
+    initial = read_initial(settings.init_from) if settings.init_from else None
+    data = _build_data(settings, initial, None)
+    model = _build_model(settings, data.sizes)
+    if initial:
+        _start_from(model, initial)
+    return Pruner(model, method, run_length(settings, data), reference=reference)
+
+
+def run_length(settings: Settings, data: DataModule) -> RunLength:
+    """Optimiser steps of a run."""
+    steps = -(-len(data.train_dataloader()) // settings.trainer.accumulate_grad_batches)
+    return RunLength(steps * settings.trainer.epochs, steps)
+
+
 def _run(settings: Settings, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
     """A run from the beginning, or from a checkpoint of its own."""
     began = time.perf_counter()
@@ -128,13 +150,12 @@ def _run(settings: Settings, folder: Path, checkpoint: Path | None) -> dict[str,
     if checkpoint is not None:  # for methods that look at the weights
         model.load_state_dict(read_weights(checkpoint))
     # A first look at the schedule, before anything is started; the callback makes the pruner that counts.
-    batches, accumulated = len(data.train_dataloader()), settings.trainer.accumulate_grad_batches
-    steps = -(-batches // accumulated)
-    Pruner(model, method, RunLength(steps * settings.trainer.epochs, steps), reference=reference)
+    length = run_length(settings, data)
+    Pruner(model, method, length, reference=reference)
     objective = OBJECTIVES[data.objective]
     module = objective(model, settings.optimizer, data, settings.trainer.cuda_graph)
     pruning = PruningCallback(method, model, reference)
-    recorder = Recorder(pruning, max(1, steps * settings.trainer.epochs // LOGGED_POINTS))
+    recorder = Recorder(pruning, max(1, length.total_steps // LOGGED_POINTS))
     tags = [part["name"] for part in (settings.model, settings.dataset, settings.pruning)]
     with wandb_run(settings.tracking, folder, settings.as_dict(), "train", tags) as wandb:
         if wandb is not None:

@@ -6,6 +6,7 @@ import torch
 from srnn.__main__ import main
 from srnn.bench.cases import NAMED, Case, Format, Plan, Problem, Shape, pruned
 from srnn.bench.measure import measure
+from srnn.bench.pruning import METHODS
 from srnn.errors import UserError
 from srnn.kernels import Cpu
 
@@ -133,3 +134,13 @@ def test_a_stream_is_timed(tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "stream.csv").read_text().splitlines()))
     assert {row["network"] for row in rows} >= {"nn.GRU", "best dense", "cpu 16x1 fp32", "cpu 16x1 int8"}
     assert all(float(row["p50_us"]) <= float(row["p99_us"]) for row in rows)
+
+
+def test_pruning_is_timed_for_each_method(tmp_path, capsys):
+    assert main(["bench", "bench=pruning", "shapes=gru:24,product:40x20", f"output={tmp_path}"]) == 0
+    rows = list(csv.DictReader((tmp_path / "pruning.csv").read_text().splitlines()))
+    assert {row["shape"] for row in rows} == {"gru:24", "product:40x20"}
+    assert {row["method"] for row in rows} == set(METHODS)
+    assert all(float(row["update_ms"]) > 0 and float(row["step_ms"]) > 0 for row in rows)
+    assert {int(row["weights"]) for row in rows} == {6 * 24 * 24, 800}
+    assert "update" in capsys.readouterr().out

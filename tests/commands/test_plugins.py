@@ -42,7 +42,7 @@ class Alphabet(TextStreams):
     [
         ["model=skip_gru", "model.num_layers=2"],
         ["dataset=brackets", "dataset.train_characters=5000"],
-        ["pruning=cuts", "pruning.sparsity=0.8", "pruning.at=[0.2,0.4]"],
+        ["pruning=lottery", "pruning.sparsity=0.8", "pruning.at=[0.2,0.4]"],
         ["kernel=double"],
         ["optimizer=rmsprop"],
     ],
@@ -52,7 +52,7 @@ def test_the_examples_train(tmp_path, chosen):
     small = [o for o in SMALL if not ("model=skip_gru" in chosen and "embedding_size" in o)]
     assert main([*small, *chosen, "tracking.mode=disabled", f"hydra.run.dir={tmp_path}/run"]) == 0
     report = json.loads((tmp_path / "run/report.json").read_text())
-    assert report["sparsity"]["reached"] == pytest.approx(0.8 if "pruning=cuts" in chosen else 0.9, abs=0.002)
+    assert report["sparsity"]["reached"] == pytest.approx(0.8 if "pruning=lottery" in chosen else 0.9, abs=0.002)
     assert main(["evaluate", f"run={tmp_path}/run"]) == 0
     assert main(["bench", f"run={tmp_path}/run", "limit=2"]) == 0
 

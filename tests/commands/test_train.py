@@ -155,6 +155,29 @@ def test_models_data_and_optimisers(tmp_path, overrides, monkeypatch):
     assert main(["evaluate", f"run={tmp_path}/run"]) == 0
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["pruning=cubic", "pruning.structure=4x1", "pruning.score=mean", "pruning.start_itr=1 epoch"],
+        ["pruning=cubic", "pruning.structure=2:4", "pruning.sparsity=0.5"],
+        ["pruning=block", "pruning.group_lasso=0.01"],
+        ["pruning=rigl", "pruning.density=er"],
+        ["pruning=random", "pruning.share=global"],
+        [r"pruning.scope={*.weight_hh_l0\[z\]:{sparsity:0.95},decoder.*:{sparsity:0}}"],
+    ],
+    ids=lambda overrides: overrides[0][:20],
+)
+def test_every_method_trains(tmp_path, overrides):
+    report = train(tmp_path / "run", *overrides)
+    assert report["sparsity"]["reached"] == pytest.approx(report["sparsity"]["wanted"], abs=0.005)
+    assert 0.5 <= report["sparsity"]["wanted"] < 0.95
+    assert main(["evaluate", f"run={tmp_path}/run"]) == 0
+    if "scope" in overrides[0]:
+        sparsities = {row["parameter"]: row["sparsity"] for row in report["layers"]}
+        assert sparsities["rnn.weight_hh_l0[z]"] == pytest.approx(0.95, abs=0.002)
+        assert "decoder.weight" not in sparsities
+
+
 def test_open_loop_says_what_resulted(tmp_path, capsys):
     report = train(tmp_path / "run", "pruning.q=0.12")
     assert report["sparsity"]["reached"] != pytest.approx(0.9, abs=0.001)

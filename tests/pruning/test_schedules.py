@@ -1,11 +1,22 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from srnn.errors import UserError
-from srnn.pruning.schedules import GradualSchedule, RunLength, expected_sparsity, resolve_gradual
+from srnn.pruning.schedules import (
+    CosineSchedule,
+    CubicSchedule,
+    GradualSchedule,
+    RunLength,
+    expected_sparsity,
+    iteration,
+    resolve_cosine,
+    resolve_cubic,
+    resolve_gradual,
+)
 
 RUN = RunLength(total_steps=2000, steps_per_epoch=100)
 
@@ -57,6 +68,16 @@ def test_expected_sparsity():
     assert expected_sparsity(0.5, 0.9) == pytest.approx(math.erf(0.5 * 1.6448536 / math.sqrt(2)))
 
 
+@pytest.mark.parametrize("score", ["max", "mean", "energy"])
+def test_expected_sparsity_of_blocks(score):
+    weights = torch.randn(40_000, 16).abs()
+    of = {"max": weights.amax(1), "mean": weights.mean(1), "energy": weights.square().mean(1).sqrt()}[score]
+    q = float(of.quantile(0.9))
+    for share in (0.6, 0.8, 0.9, 1.0):
+        seen = float((of < share * q).float().mean())
+        assert expected_sparsity(share, 0.9, 16, score) == pytest.approx(seen, abs=0.03)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -88,3 +109,85 @@ def test_refusals_say_what_and_what_to_do(settings, words):
 def test_short_runs_take_fractions():
     schedule = resolve_gradual(0.1, 0.25, 0.5, "auto", 1.5, RunLength(200, 100))
     assert (schedule.start_itr, schedule.ramp_itr, schedule.end_itr, schedule.freq) == (20, 50, 100, 1)
+
+
+@given(
+    start=st.integers(0, 300),
+    freq=st.integers(1, 40),
+    updates=st.integers(1, 60),
+    initial=st.floats(0, 0.5),
+    final=st.floats(0.5, 0.99),
+)
+def test_the_cubic_schedule_is_zhu_and_guptas_at_all_steps(start, freq, updates, initial, final):
+    schedule = CubicSchedule(start, start + updates * freq, freq, initial)
+    assert list(schedule.updates) == [start + k * freq for k in range(updates + 1)]
+    values = [schedule.sparsity(itr, final) for itr in schedule.updates]
+    assert values == [
+        pytest.approx(final + (initial - final) * (1 - k * freq / (updates * freq)) ** 3) for k in range(updates + 1)
+    ]
+    assert values[0] == pytest.approx(initial)
+    assert values[-1] == final
+    assert values == sorted(values)
+
+
+@given(end=st.integers(2, 3000), freq=st.integers(1, 100), alpha=st.floats(0.01, 0.99))
+def test_the_cosine_schedule_is_rigls_at_all_steps(end, freq, alpha):
+    schedule = CosineSchedule(end, freq, alpha)
+    assert list(schedule.updates) == [itr for itr in range(1, end) if itr % freq == 0]
+    for itr in range(0, end, 7):
+        assert schedule.drop(itr) == pytest.approx(alpha / 2 * (1 + math.cos(math.pi * itr / end)))
+    assert schedule.drop(0) == pytest.approx(alpha)
+    assert schedule.drop(end) == pytest.approx(0)
+
+
+def test_cubic_and_cosine_heuristics():
+    cubic = resolve_cubic("auto", "auto", "auto", 0.0, RUN)
+    assert (cubic.start_itr, cubic.end_itr, cubic.freq) == (100, 1000, 18)
+    # The last update is a whole number of freq after the first.
+    assert resolve_cubic(10, 1000, 19, 0.0, RUN).end_itr == 998
+    cosine = resolve_cosine("auto", "auto", 0.3, RUN)
+    assert (cosine.end_itr, cosine.freq) == (1500, 30)
+
+
+@pytest.mark.parametrize(
+    ("when", "itr"),
+    [
+        (800, 800),
+        (0.25, 500),
+        ("auto", 77),
+        ("3 epochs", 300),
+        ("1 epoch", 100),
+        ("2.5epochs", 250),
+        (0, 0),
+        (1.0, 2000),
+    ],
+)
+def test_steps_fractions_and_epochs(when, itr):
+    assert iteration("pruning.start_itr", when, 77, RUN) == itr
+
+
+@pytest.mark.parametrize("when", ["3", "epochs", "-1 epochs", "a while", "3 steps"])
+def test_other_words_are_refused(when):
+    with pytest.raises(UserError, match=rf"pruning\.end_itr='{when}' must be a whole number .* '3 epochs', or auto"):
+        iteration("pruning.end_itr", when, 0, RUN)
+
+
+def test_a_run_of_unknown_epochs_counts_as_the_papers_20():
+    schedule = resolve_gradual("auto", "auto", "auto", "auto", 1.5, RunLength(1000))
+    assert (schedule.start_itr, schedule.ramp_itr, schedule.end_itr) == (50, 250, 500)
+    with pytest.raises(UserError, match="at least 1"):
+        RunLength(0)
+
+
+@pytest.mark.parametrize(
+    ("resolve", "words"),
+    [
+        (lambda: resolve_cubic(0.5, 0.2, "auto", 0.0, RUN), "start_itr=1000, end_itr=400 .* start_itr < end_itr"),
+        (lambda: resolve_cubic(0, 3000, "auto", 0.0, RUN), "end_itr=3000 is after the run of 2000"),
+        (lambda: resolve_cubic(0, 1000, 40, 0.0, RUN), "freq=40 is too coarse.*at most 19"),
+        (lambda: resolve_cosine(1, "auto", 0.3, RUN), "end_itr=1 leaves no step"),
+    ],
+)
+def test_cubic_and_cosine_refusals(resolve, words):
+    with pytest.raises(UserError, match=words):
+        resolve()

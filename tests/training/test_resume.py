@@ -68,9 +68,10 @@ def check_same_run(one, two):
     [
         ([5, 13, 16, 30, 40], []),  # dense; while pruning; at the end of a pass; after pruning; after the last step
         ([4, 9], ["pruning=hard", "trainer.accumulate_grad_batches=3", "model=lstm", "optimizer=sgd"]),
+        ([3, 18, 33], ["pruning=rigl", "pruning.structure=4x1"]),
         ([7, 12, 30], ["dataset=digits", "optimizer.lr_decay=0.9", "pruning.soft=true"]),
     ],
-    ids=["gradual", "hard-accumulated", "digits-soft"],
+    ids=["gradual", "hard-accumulated", "rigl", "digits-soft"],
 )
 def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, capsys, stops, overrides):
     chosen = [o for o in RUN if "dataset=digits" not in overrides or not o.startswith(OF_TEXT)]

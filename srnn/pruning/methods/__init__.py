@@ -1,9 +1,14 @@
 """The pruning methods, a file each."""
 
-from srnn.pruning.methods.base import ForecastRow, PruningMethod
+from srnn.pruning.methods.base import PruningMethod, Shared, Structured
+from srnn.pruning.methods.block import Block
+from srnn.pruning.methods.cubic import Cubic
 from srnn.pruning.methods.fixed import Fixed
 from srnn.pruning.methods.gradual import Gradual
 from srnn.pruning.methods.hard import Hard
 from srnn.pruning.methods.none import NoPruning
+from srnn.pruning.methods.random import Random
+from srnn.pruning.methods.rigl import RigL
 
-__all__ = ["Fixed", "ForecastRow", "Gradual", "Hard", "NoPruning", "PruningMethod"]
+__all__ = ["Block", "Cubic", "Fixed", "Gradual", "Hard", "NoPruning", "PruningMethod", "Random", "RigL", "Shared",
+           "Structured"]  # fmt: skip

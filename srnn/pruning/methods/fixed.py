@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from srnn.errors import UserError
-from srnn.pruning.groups import LAYER_TYPES, Group
+from srnn.pruning.groups import Group
 from srnn.pruning.methods.base import LayerTypes, PruningMethod
 from srnn.pruning.schedules import RunLength
+from srnn.pruning.scope import DEFAULT_LAYER_TYPES, build_groups
+from srnn.pruning.structures import Structure
 from srnn.registry import register
 
 
@@ -19,20 +21,20 @@ from srnn.registry import register
 class Fixed(PruningMethod):
     """Train on the weights that are not zero at the start: to fine-tune a pruned network, with ``init_from``."""
 
-    layer_types: LayerTypes = field(default_factory=lambda: list(LAYER_TYPES))
+    layer_types: LayerTypes = field(default_factory=lambda: list(DEFAULT_LAYER_TYPES))
+
+    def groups(self, model: nn.Module) -> list[Group]:
+        """The model's weights by layer type."""
+        return build_groups(model, self.layer_types, None, "layer_type", None, Structure(), "max", False)
 
     def prepare(self, run: RunLength, groups: Sequence[Group], reference: Mapping[str, Tensor] | None) -> None:
         """Take the masks from the weights. Raises UserError if there is no zero."""
         self.dense_until = self.done_from = 0
         for group in groups:
-            for name, parameter in group.parameters.items():
-                group.masks[name] = parameter.detach() != 0
+            for part in group.parts:
+                part.of(part.mask).copy_(part.of(part.parameter.detach()) != 0)
         if not any(group.pruned for group in groups):
             raise UserError("pruning=fixed keeps the zeros of a pruned network, and here is none: give init_from=FILE.")
-
-    def is_update(self, itr: int) -> bool:
-        """Never."""
-        return False
 
     def update(self, itr: int, group: Group) -> None:
         """Never called."""
@@ -40,3 +42,7 @@ class Fixed(PruningMethod):
     def wanted(self, group: Group) -> None:
         """What there was."""
         return
+
+    def expected(self, itr: int, group: Group) -> float:
+        """What there was."""
+        return group.pruned / group.size

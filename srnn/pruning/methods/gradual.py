@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from srnn.errors import UserError
-from srnn.pruning.groups import LAYER_TYPES, Group, LayerType, keep_largest, quantile, target_count
-from srnn.pruning.methods.base import ForecastRow, LayerTypes, PruningMethod, Sparsity
-from srnn.pruning.schedules import GradualSchedule, RunLength, When, expected_sparsity, resolve_gradual
-from srnn.registry import Range, check_ranges, register
+from srnn.pruning.groups import Group, magnitude
+from srnn.pruning.methods.base import Shared
+from srnn.pruning.parts import Piece
+from srnn.pruning.ranking import Ranking
+from srnn.pruning.schedules import Freq, GradualSchedule, RunLength, When, expected_sparsity, resolve_gradual
+from srnn.pruning.scope import LayerType
+from srnn.pruning.scores import unit_scores
+from srnn.pruning.structures import Structure
+from srnn.registry import Range, register
 
 Positive = Annotated[float, Range(gt=0, le=1e30)]
 
 
 @register.pruning("gradual")
-@dataclass
-class Gradual(PruningMethod):
+@dataclass(kw_only=True)
+class Gradual(Shared):
     """Prune while training, under a threshold that rises in two linear pieces (Narang et al., ICLR 2017).
 
     The layers of one type share a threshold. ``q`` is the absolute weight that the share ``sparsity`` of a trained
@@ -33,21 +39,22 @@ class Gradual(PruningMethod):
 
     As printed, weights are masked *after* each optimiser step and compared *after* that, so masks found at an update
     act from the next step on, and a pruned weight stays pruned. ``soft=True`` compares before masking instead: until
-    ``end_itr`` a weight may come back.
+    ``end_itr`` a weight may come back. For blocks, ``q`` and the threshold are about the scores of blocks.
     """
 
-    sparsity: Sparsity = 0.9
     q: Positive | dict[LayerType, Positive] | str = "auto"
     start_itr: When = "auto"
     ramp_itr: When = "auto"
     end_itr: When = "auto"
-    freq: Annotated[int, Range(ge=1)] | Literal["auto"] = "auto"
+    freq: Freq = "auto"
     phi_ratio: Annotated[float, Range(ge=1, le=1e6)] = 1.5
     soft: bool = False
-    layer_types: LayerTypes = field(default_factory=lambda: list(LAYER_TYPES))
+
+    heuristics = (0.25, 0.5)  # of all epochs: where ``auto`` ramps and ends
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        super().__post_init__()
+        self.delayed = not self.soft
 
     @property
     def reference_path(self) -> str | None:
@@ -57,107 +64,105 @@ class Gradual(PruningMethod):
     def prepare(self, run: RunLength, groups: Sequence[Group], reference: Mapping[str, Tensor] | None) -> None:
         """Resolve Table 1's heuristics and ``q``; refuse a schedule that cannot run."""
         self.schedule: GradualSchedule = resolve_gradual(
-            self.start_itr, self.ramp_itr, self.end_itr, self.freq, self.phi_ratio, run
+            self.start_itr, self.ramp_itr, self.end_itr, self.freq, self.phi_ratio, run, self.heuristics
         )
+        self.updates = self.schedule.updates
         self.dense_until, self.done_from = self.schedule.start_itr, self.schedule.end_itr
-        self.fixed_q = {g.layer_type: self._q_of(g, reference) for g in groups} if self.q != "auto" else None
+        self.fixed_q = {g.name: self._q_of(g, reference) for g in groups} if self.q != "auto" else None
 
     def _q_of(self, group: Group, reference: Mapping[str, Tensor] | None) -> float:
-        kind = group.layer_type
         if isinstance(self.q, dict):
-            if kind not in self.q:
+            kind = group.layer_type
+            found = [value for name, value in self.q.items() if name == kind]
+            if not found:
                 raise UserError(f"pruning.q has no entry for {kind}; give one for each of pruning.layer_types.")
-            return self.q[kind]
+            return self.of_units(found[0], group)
         if not isinstance(self.q, str):
-            return self.q
-        missing = [
-            name
-            for name, p in group.parameters.items()
-            if reference is None or name not in reference or (reference[name].ndim != p.ndim)
-        ]
-        if reference is None or missing:
+            return self.of_units(self.q, group)
+        return self._q_of_reference(_like(group, reference, self.q), group)
+
+    def _q_of_reference(self, pieces: list[Piece], group: Group) -> float:
+        q = self.reference_q(pieces, group)
+        largest = rank_pieces(pieces, group.structure, group).largest()
+        if not 0 < q < math.inf:
             raise UserError(
-                f"pruning.q={self.q} holds no weights of the kind of {', '.join(missing)}; "
-                "train a dense model of the same kind first."
+                f"pruning.q={self.q} gives q={q:g} for the {group.name} weights: take it from a dense, trained model."
             )
-        magnitudes = torch.cat([reference[name].float().abs().flatten() for name in group.parameters])
-        q, largest = quantile(magnitudes, self.sparsity), float(magnitudes.max())
-        if not 0 < q < float("inf"):
-            raise UserError(
-                f"pruning.q={self.q} gives q={q:g} for the {kind} weights: take it from a dense, trained model."
-            )
-        last = self.schedule.epsilon(self.schedule.updates[-1], q)
+        last = self.schedule.epsilon(self.updates[-1], q)
         if last > largest:
             raise UserError(
-                f"pruning: the {kind} threshold would rise to {last:.4g} at step {self.schedule.updates[-1]} and prune "
+                f"pruning: the {group.name} threshold would rise to {last:.4g} at step {self.updates[-1]} and prune "
                 f"every weight: the largest in {self.q} is {largest:.4g}; lower pruning.phi_ratio={self.phi_ratio:g}."
             )
         return q
 
-    def is_update(self, itr: int) -> bool:
-        """Every ``freq`` iterations between start and end."""
-        return self.schedule.is_update(itr)
+    def of_units(self, q: float, group: Group) -> float:
+        """The ``q`` of units, from the one that was given."""
+        return q
+
+    def reference_q(self, pieces: list[Piece], group: Group) -> float:
+        """The ``q`` of a dense model's weights: of the scores of its units."""
+        return rank_pieces(pieces, group.structure, group).quantile(group.sparsity or self.sparsity)
 
     def update(self, itr: int, group: Group) -> None:
         """One update of Algorithm 1, open-loop or with ``q`` estimated."""
-        magnitudes = group.magnitudes()
-        keep = (
-            self._keep_estimated(itr, group, magnitudes)
-            if self.fixed_q is None
-            else self._keep_fixed(itr, group, magnitudes)
-        )
-        group.set_masks(keep)
+        ranking = group.ranking()
+        if self.fixed_q is None:
+            self._update_estimated(itr, group, ranking)
+        else:
+            self._update_fixed(itr, group, ranking, self.fixed_q[group.name])
 
-    def _keep_fixed(self, itr: int, group: Group, magnitudes: Tensor) -> Tensor:
-        assert self.fixed_q is not None
-        q = self.fixed_q[group.layer_type]
+    def _update_fixed(self, itr: int, group: Group, ranking: Ranking, q: float) -> None:
         epsilon = self.schedule.epsilon(itr, q)
-        keep = magnitudes >= epsilon
-        if not bool(keep.any()):
+        if (largest := ranking.largest()) < epsilon:
             raise UserError(
-                f"pruning: at step {itr} the {group.layer_type} threshold reaches {epsilon:.4g} (q={q:g}, "
+                f"pruning: at step {itr} the {group.name} threshold reaches {epsilon:.4g} (q={q:g}, "
                 f"phi_ratio={self.phi_ratio:g}) and would prune every weight: the largest is "
-                f"{float(magnitudes.max()):.4g}. Lower pruning.q or pruning.phi_ratio; pruning.q=auto estimates q."
+                f"{largest:.4g}. Lower pruning.q or pruning.phi_ratio; pruning.q=auto estimates q."
             )
+        ranking.keep_at_least(epsilon)
         group.epsilon = epsilon
-        return keep
 
-    def _keep_estimated(self, itr: int, group: Group, magnitudes: Tensor) -> Tensor:
-        q = quantile(magnitudes, self.sparsity)
-        epsilon = max(group.epsilon, q * self.schedule.epsilon(itr, 1.0))
-        keep = magnitudes >= epsilon
-        count = group.size - self.wanted_count(group)
-        if itr == self.schedule.updates[-1] or int(keep.sum()) < count:
-            keep = keep_largest(magnitudes, count)
-            epsilon = max(group.epsilon, float(magnitudes[keep].min()))
+    def _update_estimated(self, itr: int, group: Group, ranking: Ranking) -> None:
+        q = ranking.quantile(group.target / group.size)
+        epsilon = max(group.epsilon, q * self.schedule.epsilon(itr, 1.0)) if math.isfinite(q) else group.epsilon
+        if itr == self.updates[-1] or ranking.count_at_least(epsilon) < ranking.count_for(group.target):
+            boundary = ranking.prune(group.target)
+            epsilon = max(group.epsilon, boundary) if math.isfinite(boundary) else group.epsilon
+        else:
+            ranking.keep_at_least(epsilon)
         group.epsilon = epsilon
-        return keep
-
-    def wanted_count(self, group: Group) -> int:
-        """The share asked for, to the nearest weight."""
-        return target_count(group.size, self.sparsity)
 
     def wanted(self, group: Group) -> int | None:
         """The share asked for where ``q`` is estimated; open-loop it results."""
-        return self.wanted_count(group) if self.fixed_q is None else None
+        return group.target if self.fixed_q is None else None
 
-    def forecast(self) -> list[ForecastRow]:
-        """Thresholds over q, and the sparsity they give if weights are normally distributed."""
-        s, last = self.schedule, self.schedule.updates[-1]
-        third = (s.end_itr - s.ramp_itr) / 3
-        between = [(s.start_itr + s.ramp_itr) / 2, s.ramp_itr + third, s.ramp_itr + 2 * third]
-        events = {_nearest(s.updates, itr): "" for itr in between}
-        events |= {s.updates[0]: "first update", _nearest(s.updates, s.ramp_itr): "ramp", last: "last update"}
-        return [
-            ForecastRow(event, itr, s.epsilon(itr, 1.0), self._expected(itr)) for itr, event in sorted(events.items())
-        ]
-
-    def _expected(self, itr: int) -> float:
-        share = expected_sparsity(self.schedule.epsilon(itr, 1.0), self.sparsity)
+    def expected(self, itr: int, group: Group) -> float:
+        """If weights are normally distributed."""
+        sparsity = group.target / group.size
+        if itr < self.updates[0]:
+            return 0.0
+        epsilon = self.schedule.epsilon(min(itr, self.updates[-1]), 1.0)
+        share = expected_sparsity(epsilon, sparsity, group.structure.block, group.score)
         if self.fixed_q is not None:
             return share
-        return self.sparsity if itr == self.schedule.updates[-1] else min(share, self.sparsity)
+        return sparsity if itr >= self.updates[-1] else min(share, sparsity)
 
 
-def _nearest(updates: range, itr: float) -> int:
-    return min(updates, key=lambda update: abs(update - itr))
+def _like(group: Group, reference: Mapping[str, Tensor] | None, path: str) -> list[Piece]:
+    """The group's weights in a reference, of any width. Raises UserError."""
+    names = {part.parameter_name: part.parameter.ndim for part in group.parts}
+    missing = [n for n, ndim in names.items() if reference is None or n not in reference or reference[n].ndim != ndim]
+    if reference is None or missing:
+        raise UserError(
+            f"pruning.q={path} holds no weights of the kind of {', '.join(missing)}; "
+            "train a dense model of the same kind first."
+        )
+    nothing = torch.empty(0, dtype=torch.bool)
+    parts = [replace(p, parameter=reference[p.parameter_name].float(), mask=nothing) for p in group.parts]  # type: ignore[arg-type]
+    return [piece for part in parts for piece in part.pieces(group.structure.rows)]
+
+
+def rank_pieces(pieces: list[Piece], structure: Structure, group: Group) -> Ranking:
+    """Weights of a reference, scored as a group's."""
+    return Ranking(pieces, structure, lambda piece: unit_scores(magnitude(piece), structure, group.score))

@@ -1,0 +1,154 @@
+"""``pruning=rigl``: sparse from the first step, weights dropped and regrown.
+
+Evci et al., *Rigging the lottery*, ICML 2020 (arXiv 1911.11134). With ``grow=random`` it is sparse evolutionary
+training, SET (Mocanu et al. 2018), which suits recurrent networks better (Selfish-RNN, Liu et al. 2021).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+
+from srnn.errors import UserError
+from srnn.pruning.groups import Group
+from srnn.pruning.methods.base import Seed, Sparsity, Structured
+from srnn.pruning.parts import Piece
+from srnn.pruning.ranking import Scorer
+from srnn.pruning.schedules import CosineSchedule, Freq, RunLength, When, resolve_cosine
+from srnn.pruning.scores import random_scores, unit_scores
+from srnn.registry import Range, register
+
+Density = Literal["uniform", "er", "erk"]
+
+
+@register.pruning("rigl")
+@dataclass(kw_only=True)
+class RigL(Structured):
+    """Train a sparse network from the first step; drop its smallest weights, grow others (Evci et al. 2020).
+
+    Every ``freq`` steps each matrix drops the share ``drop_fraction / 2 (1 + cos(pi t / end_itr))`` of its weights, the
+    smallest, and grows as many among those that are zero: where the gradient is largest, or by lot (SET). They start
+    from zero. Dropped weights may grow again at once. Each matrix keeps its number of weights, which ``density`` sets.
+    """
+
+    sparsity: Sparsity = 0.9
+    density: Density = "erk"
+    grow: Literal["gradient", "random"] = "gradient"
+    drop_fraction: Annotated[float, Range(gt=0, lt=1)] = 0.3
+    end_itr: When = "auto"
+    freq: Freq = "auto"
+    seed: Seed = 0
+    regrows = True
+
+    def groups(self, model: nn.Module) -> list[Group]:
+        """Each matrix, or gate with settings of its own, is a group."""
+        groups = self._groups(model, "matrix", self.sparsity)
+        for group in groups:
+            if group.structure.of:
+                raise UserError(
+                    f"pruning.structure={group.structure}: rigl regrows single weights and blocks, not N:M."
+                )
+        return groups
+
+    def prepare(self, run: RunLength, groups: Sequence[Group], reference: Mapping[str, Tensor] | None) -> None:
+        """Resolve the schedule, share out the weights, and draw the first masks by lot."""
+        self.schedule: CosineSchedule = resolve_cosine(self.end_itr, self.freq, self.drop_fraction, run)
+        self.updates = self.schedule.updates
+        self.dense_until, self.done_from = -1, 0
+        self._share_out(groups)
+        for group in groups:
+            group.ranking(self._lots(group, 0)).prune(group.target)
+
+    def _share_out(self, groups: Sequence[Group]) -> None:
+        """Give every group without a sparsity of its own its part of the budget."""
+        free = [group for group in groups if not any("sparsity" in part.own for part in group.parts)]
+        if not free:
+            return
+        shapes = [tuple(group.parts[0].parameter.shape) for group in free]
+        kept = allocate(shapes, [group.size for group in free], 1 - self.sparsity, self.density)
+        for group, count in zip(free, kept, strict=True):
+            group.target = group.size - count
+
+    def update(self, itr: int, group: Group) -> None:
+        """Drop the smallest, grow as many."""
+        alive = sum(int(group.kept_units(piece).sum()) for piece in group.pieces)
+        drop = min(alive - 1, math.floor(self.schedule.drop(itr) * alive))
+        if drop < 1:
+            return
+        group.set_epsilon(group.ranking().keep_largest(alive - drop))
+        grown = self._lots(group, itr) if self.grow == "random" else self._gradients(group)
+
+        def survivors_first(piece: Piece) -> Tensor:
+            return grown(piece).masked_fill(group.kept_units(piece), torch.inf)
+
+        group.ranking(survivors_first).prune(group.target)
+
+    def _lots(self, group: Group, itr: int) -> Scorer:
+        def scorer(piece: Piece) -> Tensor:
+            units = group.structure.units(piece.shape)
+            return random_scores(units, piece.part.mask.device, self.seed, itr, piece.key)
+
+        return scorer
+
+    def _gradients(self, group: Group) -> Scorer:
+        def scorer(piece: Piece) -> Tensor:
+            gradient = piece.part.parameter.grad
+            if gradient is None:
+                raise UserError(
+                    f"pruning=rigl grows where gradients are large, and {piece.part.name} has none: call pruner.step() "
+                    f"before optimizer.zero_grad(), or choose pruning.grow=random."
+                )
+            # What overflowed in a step that mixed precision skips tells nothing.
+            finite = piece.of(gradient.detach()).abs().nan_to_num(0.0, 0.0, 0.0)
+            return unit_scores(finite, group.structure, group.score)
+
+        return scorer
+
+    def expected(self, itr: int, group: Group) -> float:
+        """The same from the first step to the last."""
+        return group.target / group.size
+
+
+def densities(shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], density: float, kind: Density) -> list[float]:
+    """The density of each matrix, so that all have ``density`` together (Evci et al. 2020, section 3).
+
+    Args:
+        shapes: of the parameters; a convolution's is [outputs, inputs, kernel ...].
+        sizes: weights of each.
+        density: of all together.
+        kind: ``uniform``; ``er``, Erdos-Renyi: in proportion to (inputs + outputs) / (inputs * outputs); ``erk``: the
+            same with the sizes of a convolution's kernel among them. No density exceeds 1.
+    """
+    if kind == "uniform":
+        return [density] * len(shapes)
+    used = [shape if kind == "erk" else shape[:2] for shape in shapes]
+    raw = [sum(shape) / math.prod(shape) for shape in used]
+    full: set[int] = set()
+    while True:
+        left = density * sum(sizes) - sum(sizes[i] for i in full)
+        scale = left / sum(raw[i] * sizes[i] for i in range(len(raw)) if i not in full)
+        over = {i for i in range(len(raw)) if i not in full and scale * raw[i] > 1}
+        if not over:
+            return [1.0 if i in full else scale * raw[i] for i in range(len(raw))]
+        full |= over
+
+
+def allocate(shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], density: float, kind: Density) -> list[int]:
+    """Whole weights for each matrix, at least 1, which sum to the budget; those that were cut off most get the rest."""
+    wanted = [d * n for d, n in zip(densities(shapes, sizes, density, kind), sizes, strict=True)]
+    counts = [max(1, math.floor(count + 1e-9)) for count in wanted]
+    rest = round(density * sum(sizes)) - sum(counts)
+    order = sorted(range(len(sizes)), key=lambda i: counts[i] - wanted[i], reverse=rest < 0)
+    while rest:
+        able = [i for i in order if (counts[i] < sizes[i] if rest > 0 else counts[i] > 1)]
+        if not able:
+            break
+        for index in able[: abs(rest)]:
+            counts[index] += 1 if rest > 0 else -1
+        rest = round(density * sum(sizes)) - sum(counts)
+    return counts

@@ -1,0 +1,150 @@
+"""Units in the order of their scores: thresholds, and masks by threshold or by rank.
+
+Small groups hold their scores while they are looked at. Large ones compute them anew, piece by piece, on each pass:
+a threshold for 100 million weights then needs a few passes over them and no copy of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from srnn.pruning.parts import PIECE, Piece
+from srnn.pruning.structures import Structure
+
+Scorer = Callable[[Piece], Tensor]  # the scores of a piece's units, [U]
+BINS = 1 << 16
+
+
+class Ranking:
+    """The units of some pieces of weights by score. A score below 0 is a unit that is pruned already.
+
+    Ties are broken alike everywhere: among equals the earlier units are kept, in the order of the pieces.
+
+    Args:
+        pieces: of the weights.
+        structure: the units they fall into.
+        scorer: gives the scores of a piece, at least 0 or -1; infinite for a unit that must be kept.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], structure: Structure, scorer: Scorer) -> None:
+        self.pieces = pieces
+        self.structure = structure
+        self.scorer = scorer
+        self.units = sum(structure.units(piece.shape) for piece in pieces)
+        self.size = sum(piece.shape[0] * piece.shape[1] * piece.shape[2] for piece in pieces)
+        self._held = [scorer(piece) for piece in pieces] if self.units <= PIECE else None
+
+    def __iter__(self) -> Iterator[tuple[Piece, Tensor]]:
+        """Each piece with the scores of its units."""
+        for index, piece in enumerate(self.pieces):
+            # Where they are not held, 32 bits are enough, and the order of the bits is the order of the numbers.
+            yield piece, self._held[index] if self._held is not None else self.scorer(piece).float()
+
+    def kth_smallest(self, k: int) -> float:
+        """The ``k``-th smallest score, counted from 1."""
+        if self._held is None:
+            return _kth_by_bits((scores for _, scores in self), (scores for _, scores in self), k)
+        scores = torch.cat(self._held)
+        if scores.device.type == "cpu":
+            return _kth_by_partition((scores.float() if scores.dtype == torch.bfloat16 else scores).numpy(), k)
+        # A single block of threads looks for kthvalue: sorting is 20 times faster than that.
+        return float(scores.sort().values[k - 1])
+
+    def quantile(self, share: float) -> float:
+        """The score that ``share`` of all units lie at or under: the paper's ``q`` for magnitudes and share 0.9."""
+        return self.kth_smallest(max(1, min(self.units, round(share * self.units))))
+
+    def largest(self) -> float:
+        """The largest score."""
+        return max(float(scores.max()) for _, scores in self)
+
+    def count_at_least(self, epsilon: float) -> int:
+        """How many units reach a threshold."""
+        return sum(int((scores >= epsilon).sum()) for _, scores in self)
+
+    def keep_at_least(self, epsilon: float) -> None:
+        """Set the masks: keep what reaches the threshold."""
+        for piece, scores in self:
+            self._set(piece, scores >= epsilon)
+
+    def count_for(self, zeros: int) -> int:
+        """How many units to keep so that ``zeros`` weights are pruned, to the nearest unit; at least 1."""
+        return max(1, self.units - int(zeros * self.units / self.size + 0.5))
+
+    def prune(self, zeros: int) -> float:
+        """Set the masks: prune the smallest units until ``zeros`` weights are pruned, to the nearest unit.
+
+        Returns:
+            The smallest score kept, infinite if all that is kept had to be.
+        """
+        if all(self.structure.is_even(piece.shape) for piece in self.pieces):
+            return self.keep_largest(self.count_for(zeros))
+        scores = torch.cat([scores for _, scores in self])
+        sizes = torch.cat([self.structure.sizes(piece.shape, scores.device) for piece in self.pieces])
+        order = scores.argsort(descending=True, stable=True)
+        missed = (self.size - zeros - sizes[order].cumsum(0)).abs()
+        kept = order[: int(missed.argmin()) + 1]
+        keep = torch.zeros_like(scores, dtype=torch.bool)
+        keep[kept] = True
+        counts = [self.structure.units(piece.shape) for piece in self.pieces]
+        for piece, part in zip(self.pieces, keep.split(counts), strict=True):
+            self._set(piece, part)
+        return float(scores[kept[-1]])
+
+    def keep_largest(self, count: int) -> float:
+        """Set the masks: keep exactly ``count`` units, the largest. Returns the smallest score kept."""
+        boundary = self.kth_smallest(self.units - count + 1)
+        left = count - sum(int((scores > boundary).sum()) for _, scores in self)
+        for piece, scores in self:
+            keep = scores > boundary
+            if left > 0:
+                equal = (scores == boundary).nonzero().flatten()[:left]
+                keep[equal] = True
+                left -= len(equal)
+            self._set(piece, keep)
+        return boundary
+
+    def _set(self, piece: Piece, keep_U: Tensor) -> None:
+        piece.mask.copy_(self.structure.spread(keep_U, piece.shape))
+
+
+def _kth_by_partition(scores: np.ndarray, k: int) -> float:
+    """The ``k``-th smallest. 8x faster than kthvalue (246 k values: 0.46 ms against 3.7 ms), but 25x slower where a
+    value is there many times, as those of pruned and of kept weights are: these are set aside."""
+    least = scores.min()
+    between = scores[(scores > least) & (scores < np.inf)]
+    place = k - 1 - int((scores == least).sum())
+    if place < 0:
+        return float(least)
+    return float(np.partition(between, place)[place]) if place < len(between) else np.inf
+
+
+def _kth_by_bits(first: Iterator[Tensor], second: Iterator[Tensor], k: int) -> float:
+    """The ``k``-th smallest of fp32 numbers, at least 0 or -1, in two passes: upper half of its bits, then the lower.
+
+    As integers such numbers are in the same order, so that two histograms of 65,536 bins find it exactly.
+    """
+    high, below = _bin_of(((bits >> 16) + BINS // 2 for bits in map(_bits, first)), k)
+    inside = (bits[(bits >> 16) + BINS // 2 == high] & (BINS - 1) for bits in map(_bits, second))
+    low, _ = _bin_of(inside, k - below)
+    pattern = ((high - BINS // 2) << 16) | low
+    return float(torch.tensor([pattern], dtype=torch.int32).view(torch.float32))
+
+
+def _bits(scores: Tensor) -> Tensor:
+    return scores.contiguous().view(torch.int32)
+
+
+def _bin_of(parts: Iterator[Tensor], k: int) -> tuple[int, int]:
+    """The bin that holds the ``k``-th smallest of small integers, and how many are in the bins below."""
+    total: Tensor | int = 0
+    for part in parts:
+        total = total + torch.bincount(part.flatten(), minlength=BINS)
+    assert isinstance(total, Tensor)
+    sums = total.cumsum(0)
+    found = int(torch.searchsorted(sums, k))
+    return found, int(sums[found - 1]) if found else 0

@@ -1,0 +1,248 @@
+"""Which weights are pruned, with which settings, and which of them share a threshold."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from srnn.errors import UserError
+from srnn.pruning.groups import Group
+from srnn.pruning.parts import GATE_LETTERS, Part
+from srnn.pruning.scores import Score
+from srnn.pruning.structures import Structure
+from srnn.registry import Component, Range, check_options
+
+LayerType = Literal["recurrent", "linear", "embedding", "convolution"]
+LAYER_TYPES: tuple[LayerType, ...] = get_args(LayerType)
+DEFAULT_LAYER_TYPES: tuple[LayerType, ...] = ("recurrent", "linear", "embedding")  # the paper's, and embeddings
+_ORDER = (*LAYER_TYPES, "other")
+Share = Literal["layer_type", "matrix", "global"]
+Scope = dict[str, dict[str, Any]]  # pattern -> settings, those of Rule
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Settings of weights that a pattern names; None leaves the method's own.
+
+    Attributes:
+        sparsity: the share of zeros; 0 leaves the weights dense.
+        structure: what is kept or zeroed as a whole.
+        score: what stands for a block.
+        keep_diagonal: the recurrent diagonal stays.
+    """
+
+    sparsity: Annotated[float, Range(ge=0, lt=1)] | None = None
+    structure: str | None = None
+    score: Score | None = None
+    keep_diagonal: bool | None = None
+
+    @classmethod
+    def read(cls, pattern: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Check a rule of a config; returns the settings it makes. Raises UserError."""
+        where = f'pruning.scope."{pattern}"'
+        settings = check_options(Component("", "", cls, "").options, given, where)
+        settings = {name: value for name, value in settings.items() if value is not None}
+        if not settings:
+            names = ", ".join(field.name for field in fields(cls))
+            raise UserError(f"{where} sets nothing: give it one of {names}; sparsity: 0 leaves weights dense.")
+        if "structure" in settings:
+            settings["structure"] = Structure.parse(settings["structure"], f"{where}.structure")
+        return settings
+
+
+@dataclass
+class Weight:
+    """A parameter that can be pruned.
+
+    Attributes:
+        names: of the parameter; a shared one has several.
+        parameter: itself.
+        layer_type: of the first layer it belongs to.
+        gates: how many row blocks it falls into.
+    """
+
+    names: list[str]
+    parameter: nn.Parameter
+    layer_type: str
+    gates: int
+
+
+def prunable(model: nn.Module) -> list[Weight]:
+    """All the weights of a model that can be pruned, in its order; one that layers share is listed once.
+
+    Recurrent: every ``weight_*`` matrix of ``nn.RNN/GRU/LSTM`` and their cells: input, recurrent, projection, all
+    layers and directions; linear, embedding and convolution (1-D and 2-D): the weight. Other matrices are ``other``:
+    they are pruned only where a pattern names them. Biases and normalisation cannot be.
+
+    Raises:
+        UserError: a weight is sharded over devices.
+    """
+    found: dict[int, Weight] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            if parameter.ndim < 2 or not parameter.is_floating_point() or not parameter.numel():
+                continue
+            if id(parameter) in found:
+                found[id(parameter)].names.append(name)
+                continue
+            if hasattr(parameter, "device_mesh"):
+                raise UserError(
+                    f"{name} is sharded over devices (FSDP or tensor parallelism), and pruning needs whole weights: "
+                    f"use DistributedDataParallel (trainer strategy ddp)."
+                )
+            own = name.rpartition(".")[2]
+            layer_type = _layer_type(module) if own.startswith("weight") else "other"
+            found[id(parameter)] = Weight([name], parameter, layer_type, _gates(module, own))
+    return list(found.values())
+
+
+def _layer_type(module: nn.Module) -> str:
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return "recurrent"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return "convolution"
+    return "embedding" if isinstance(module, nn.Embedding) else "other"
+
+
+def _gates(module: nn.Module, own: str) -> int:
+    if not own.startswith(("weight_ih", "weight_hh")):  # a projection, weight_hr, has none
+        return 1
+    if isinstance(module, nn.GRU | nn.GRUCell):
+        return 3
+    return 4 if isinstance(module, nn.LSTM | nn.LSTMCell) else 1
+
+
+def build_groups(
+    model: nn.Module,
+    layer_types: Sequence[str],
+    scope: Scope | None,
+    share: Share,
+    sparsity: float | None,
+    structure: Structure,
+    score: Score,
+    keep_diagonal: bool,
+) -> list[Group]:
+    """The groups of a model that share a threshold: by layer type, then in the model's order.
+
+    Args:
+        model: whose weights.
+        layer_types: which are pruned.
+        scope: settings of weights by pattern. A pattern is a glob over parameter names, such as ``rnn.weight_hh*``, and
+            may end with gates: ``"*.weight_hh_l0[z]"``, of torch's ``r z n`` (GRU) or ``i f g o`` (LSTM). It
+            also selects what ``layer_types`` leaves out.
+        share: which weights share a threshold, as far as their settings are the same.
+        sparsity, structure, score, keep_diagonal: the settings of what no pattern names.
+
+    Raises:
+        UserError: a pattern matches nothing; two disagree about a weight; a diagonal is to be kept and there is none.
+    """
+    weights = sorted(prunable(model), key=lambda weight: _ORDER.index(weight.layer_type))
+    rules = _Rules(scope or {}, weights)
+    general = {"sparsity": sparsity, "structure": structure, "score": score, "keep_diagonal": keep_diagonal}
+    members: dict[tuple[Any, ...], list[Part]] = {}
+    for weight in weights:
+        mask = torch.ones_like(weight.parameter, dtype=torch.bool, memory_format=torch.contiguous_format)
+        for first, count, own in rules.parts(weight):
+            part = Part(
+                weight.names[0], weight.parameter, mask, weight.layer_type, weight.gates, first, count, frozenset(own)
+            )
+            settings = general | own
+            selected = weight.layer_type in layer_types or bool(own)
+            if selected and settings["sparsity"] != 0:
+                key = {"layer_type": weight.layer_type, "matrix": part.name, "global": "all"}[share]
+                members.setdefault((key, *settings.values()), []).append(part)
+    groups = [_group(key, general, parts) for key, parts in members.items()]
+    keeping = [part for group in groups if group.keep_diagonal for part in group.parts]
+    if keeping and not any(part.is_square for part in keeping):
+        raise UserError(
+            f"pruning.keep_diagonal=true: of {', '.join(part.name for part in keeping)} none is a recurrent matrix "
+            f"(weight_hh) with a diagonal."
+        )
+    return groups
+
+
+def _group(key: tuple[Any, ...], general: dict[str, Any], parts: list[Part]) -> Group:
+    shared, *values = key
+    settings = dict(zip(general, values, strict=True))
+    own = [_words(name, value) for name, value in settings.items() if value != general[name]]
+    types = {part.layer_type for part in parts}
+    return Group(" ".join([shared, *own]), types.pop() if len(types) == 1 else "all", parts, **settings)
+
+
+def _words(name: str, value: Any) -> str:
+    if name == "keep_diagonal":
+        return "diagonal" if value else "no-diagonal"
+    return str(value)
+
+
+class _Rules:
+    """The settings of the weights that patterns name."""
+
+    def __init__(self, scope: Scope, weights: Sequence[Weight]) -> None:
+        self._of: dict[tuple[int, int], dict[str, tuple[Any, str]]] = {}  # (weight, gate) -> setting -> value, pattern
+        self._apart: set[int] = set()  # weights some pattern names a gate of
+        for pattern, given in scope.items():
+            self._add(pattern, Rule.read(pattern, given), weights)
+
+    def _add(self, pattern: str, settings: dict[str, Any], weights: Sequence[Weight]) -> None:
+        glob, letters = _split(pattern)
+        named = [weight for weight in weights if any(fnmatch.fnmatchcase(name, glob) for name in weight.names)]
+        if not named:
+            there = ", ".join(name for weight in weights for name in weight.names) or "none"
+            raise UserError(f'pruning.scope: "{pattern}" matches no weight that can be pruned; there are: {there}.')
+        matched = False
+        for weight in named:
+            gates = [
+                g for g in range(weight.gates) if letters is None or GATE_LETTERS[weight.gates][g : g + 1] in letters
+            ]
+            if letters is not None and weight.gates == 1:
+                gates = []
+            self._apart |= {id(weight.parameter)} if letters is not None and gates else set()
+            matched |= bool(gates)
+            for gate in gates:
+                self._set(weight, gate, pattern, settings)
+        if not matched:
+            raise UserError(
+                f'pruning.scope: "{pattern}": {named[0].names[0]} has no gate {letters}; a GRU has r, z, n, an LSTM '
+                f"i, f, g, o, a plain RNN none."
+            )
+
+    def _set(self, weight: Weight, gate: int, pattern: str, settings: dict[str, Any]) -> None:
+        there = self._of.setdefault((id(weight.parameter), gate), {})
+        for name, value in settings.items():
+            before, other = there.setdefault(name, (value, pattern))
+            if before != value:
+                letter = GATE_LETTERS[weight.gates][gate : gate + 1]
+                which = f"{weight.names[0]}[{letter}]" if letter else weight.names[0]
+                raise UserError(
+                    f'pruning.scope: "{other}" and "{pattern}" disagree about {name} of {which}: {before} and {value}.'
+                )
+
+    def parts(self, weight: Weight) -> list[tuple[int, int, dict[str, Any]]]:
+        """First gate, number of gates and own settings of each part of a weight."""
+        whole = id(weight.parameter) not in self._apart
+        firsts, count = ([0], weight.gates) if whole else (range(weight.gates), 1)
+        found = []
+        for first in firsts:
+            own = self._of.get((id(weight.parameter), first), {})
+            found.append((first, count, {name: value for name, (value, _) in own.items()}))
+        return found
+
+
+def _split(pattern: str) -> tuple[str, str | None]:
+    """A glob, and the gates named behind it: ``weight_hh*[rz]`` -> ``weight_hh*``, ``rz``."""
+    found = re.fullmatch(r"(.+?)\[([a-z]+)\]", pattern)
+    return (found[1], found[2]) if found else (pattern, None)
+
+
+def masks_of(groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Parameter name -> mask, in the order of the groups."""
+    return {part.parameter_name: part.mask for group in groups for part in group.parts}

@@ -1,0 +1,40 @@
+"""How much a unit matters. ``|w|`` for a single weight; for a block what stands for its weights' magnitudes."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from srnn.pruning.structures import Shape, Structure
+
+Score = Literal["max", "mean", "energy"]
+
+
+def unit_scores(importance_GRC: Tensor, structure: Structure, score: Score) -> Tensor:
+    """The score of each unit, [U], from the importance of each weight: at least 0.
+
+    Args:
+        importance_GRC: magnitudes, as a rule.
+        structure: the units.
+        score: ``max`` (Narang et al. 2017), ``mean`` (WaveRNN, 2018) or ``energy``, the root of the mean square
+            (LPCNet, 2019). All are the weight's own magnitude where units are single weights.
+    """
+    if structure.block == 1:
+        return importance_GRC.flatten()
+    if score == "max":
+        return structure.maxima(importance_GRC)
+    shape: Shape = (importance_GRC.shape[0], importance_GRC.shape[1], importance_GRC.shape[2])
+    sizes = structure.sizes(shape, importance_GRC.device)
+    if score == "mean":
+        return structure.sums(importance_GRC) / sizes
+    return (structure.sums(importance_GRC.square()) / sizes).sqrt()
+
+
+def random_scores(count: int, device: torch.device, *key: object) -> Tensor:
+    """``count`` numbers between 0 and 1 that depend on nothing but ``key``: the same on every device and rank."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.rand(count, generator=generator).to(device)

@@ -1,0 +1,101 @@
+"""The callback in a plain Lightning Trainer, with a module that knows nothing of srnn."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import nn
+
+from srnn import PruningCallback, UserError
+
+
+class Copying(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(4, 8, batch_first=True)
+        self.out = nn.Linear(8, 4)
+
+    def training_step(self, batch, _):
+        return (self.out(self.rnn(batch)[0]) - batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def trainer(tmp_path, *callbacks, **options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    quiet["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+    chosen = {"max_epochs": 6, "default_root_dir": tmp_path} | quiet | options
+    return pl.Trainer(callbacks=list(callbacks), **chosen)
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return torch.utils.data.DataLoader(torch.randn(60, 5, 4, generator=generator), batch_size=4)  # 15 batches
+
+
+def zeros(module):
+    return {name: parameter == 0 for name, parameter in module.named_parameters() if parameter.ndim > 1}
+
+
+@pytest.mark.parametrize(
+    "method", ["gradual", {"name": "cubic", "structure": "4x1"}, "rigl"], ids=["name", "config", "rigl"]
+)
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_any_module_ends_at_the_sparsity_asked_for(tmp_path, method, accumulate):
+    torch.manual_seed(0)
+    module = Copying()
+    options = {} if isinstance(method, dict) else {"sparsity": 0.75}
+    pruning = PruningCallback(method, **options)
+    trainer(tmp_path, pruning, accumulate_grad_batches=accumulate, gradient_clip_val=0.5).fit(module, data())
+    pruner = pruning.pruner
+    assert pruner.run.total_steps == pruner.itr == 6 * -(-15 // accumulate)
+    assert pruner.reached()
+    masks = pruner.masks()
+    assert set(masks) == {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "out.weight"}
+    assert all(torch.equal(zeros(module)[name], ~mask) for name, mask in masks.items())
+
+
+def test_a_part_of_the_module(tmp_path):
+    module = Copying()
+    pruning = PruningCallback("cubic", model=module.rnn, share="matrix")
+    trainer(tmp_path, pruning).fit(module, data())
+    assert set(pruning.pruner.masks()) == {"weight_ih_l0", "weight_hh_l0"}
+    assert (module.out.weight != 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the resumed Trainer saves nothing
+@pytest.mark.parametrize("method", ["gradual", "rigl"])
+def test_a_trainers_checkpoint_goes_on_bitwise(tmp_path, method):
+    def fit(*callbacks, **options):
+        torch.manual_seed(0)
+        module, pruning = Copying(), PruningCallback(method, sparsity=0.75)
+        trainer(tmp_path, pruning, *callbacks).fit(module, data(), **options)
+        return module, pruning.pruner
+
+    whole, pruner = fit(ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1))
+    for epoch in (0, 2, 4):  # dense, while pruning, after it
+        again, resumed = fit(ckpt_path=tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
+        assert all(torch.equal(p, whole.get_parameter(name)) for name, p in again.named_parameters())
+        assert resumed.report() == pruner.report()
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_averaged_weights_are_masked(tmp_path, part):
+    module = Copying()
+    pruning = PruningCallback("cubic", model=module.rnn if part else None, sparsity=0.75)
+    average = EMAWeightAveraging(decay=0.9)
+    trainer(tmp_path, average, pruning).fit(module, data())
+    gone = ~pruning.pruner.masks()["weight_hh_l0" if part else "rnn.weight_hh_l0"]
+    assert gone.any()
+    assert (average._average_model.module.rnn.weight_hh_l0[gone] == 0).all()
+    assert (module.rnn.weight_hh_l0[gone] == 0).all()
+    with pytest.raises(UserError, match="EMAWeightAveraging must stand before PruningCallback"):
+        trainer(tmp_path, PruningCallback("cubic"), EMAWeightAveraging(decay=0.9)).fit(Copying(), data())
+
+
+def test_a_run_without_an_end_is_refused(tmp_path):
+    with pytest.raises(UserError, match="set max_epochs or max_steps"):
+        trainer(tmp_path, PruningCallback("cubic"), max_epochs=-1).fit(Copying(), data())
+    with pytest.raises(UserError, match="'sparsity'"):
+        PruningCallback("cubic", sparcity=0.9)

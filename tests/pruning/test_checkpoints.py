@@ -1,0 +1,110 @@
+"""Going on from a checkpoint is bitwise going through, for every method in every phase; and what a checkpoint costs."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from srnn.config import plugin_folders
+from srnn.pruning import Pruner, RunLength
+from srnn.registry import register
+from tests.pruning.test_zero import METHODS, OPTIMIZERS, Net, method_of, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch's own
+STEPS = 60
+STOPS = (5, 15, 24, 46)  # dense, at the cut of `hard`, between updates, after the last one
+MORE = {
+    "cubic 2:4": {"name": "cubic", "structure": "2:4", "sparsity": 0.5},
+    "gradual soft": {"name": "gradual", "soft": True, "scope": {"gru.weight_hh_l0[z]": {"sparsity": 0.9}}},
+    "rigl averaged": {"name": "rigl", "grow": "random"},
+    "lottery": {"name": "lottery"},
+    "none": {"name": "none"},
+}
+
+
+def options(name):
+    return MORE.get(name) or method_of(name)
+
+
+def start(name, model):
+    optimizer = OPTIMIZERS["adam"](model.parameters(), 0.01)
+    return optimizer, Pruner(model, options(name), RunLength(STEPS, 6), optimizer)
+
+
+@pytest.mark.parametrize("name", [*METHODS, *MORE])
+def test_stopped_and_resumed_is_bitwise_the_whole_run(name):
+    check_resuming(name, STOPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*METHODS, *MORE])
+def test_stopped_anywhere(name):
+    check_resuming(name, range(1, STEPS + 1, 2))
+
+
+def check_resuming(name, stops):
+    register.load_plugins(plugin_folders())
+    torch.manual_seed(3)
+    model = Net()
+    optimizer, pruner = start(name, model)
+    files = {}
+
+    def save():
+        if pruner.itr in stops:
+            state = (model.state_dict(), optimizer.state_dict(), pruner.state_dict(), torch.get_rng_state())
+            torch.save(state, files.setdefault(pruner.itr, io.BytesIO()))
+
+    train(model, optimizer, pruner, STEPS, after=save)
+    pruner.finalize()
+    for itr, file in files.items():
+        file.seek(0)
+        weights, of_optimizer, of_pruner, random = torch.load(file, weights_only=True)
+        again = Net()
+        again.load_state_dict(weights)
+        optimizer, resumed = start(name, again)
+        optimizer.load_state_dict(of_optimizer)
+        resumed.load_state_dict(of_pruner)
+        torch.set_rng_state(random)
+        train(again, optimizer, resumed, STEPS - itr)
+        resumed.finalize()
+        for key, weight in model.state_dict().items():
+            assert torch.equal(again.state_dict()[key], weight), (itr, key)
+        for key, mask in pruner.masks().items():
+            assert torch.equal(resumed.masks()[key], mask), (itr, key)
+        assert resumed.thresholds == pruner.thresholds, itr
+        rows = [[vars(row) for row in one.report()] for one in (pruner, resumed)]
+        assert rows[0] == rows[1], itr
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_checkpoint_grows_by_a_bit_a_weight(name):
+    model = nn.GRU(128, 256)
+    pruner = Pruner(model, options(name), 100, torch.optim.SGD(model.parameters(), lr=0.01))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for _ in range(60):
+        pruner.step()
+    file = io.BytesIO()
+    torch.save(pruner.state_dict(), file)
+    fp32_bytes = sum(4 * part.size for part in pruner.parts)
+    assert len(file.getvalue()) <= fp32_bytes / 32 + 64 * 1024
+
+
+def test_weights_that_first_masks_take_come_back_when_other_masks_are_loaded():
+    model = nn.Linear(20, 10)
+    pruner = Pruner(model, "rigl", 100)
+    trained, state = copy.deepcopy(model.state_dict()), None
+    with torch.no_grad():
+        model.weight[pruner.masks()["weight"]] += 1
+    for _ in range(3):
+        model.weight.grad = torch.randn(10, 20)
+        pruner.step()
+    trained, state = copy.deepcopy(model.state_dict()), pruner.state_dict()
+    again = nn.Linear(20, 10)
+    again.load_state_dict(trained)
+    resumed = Pruner(again, {"name": "rigl", "seed": 5}, 100)
+    assert not torch.equal(again.weight, trained["weight"]), "other first masks"
+    resumed.load_state_dict(state)
+    assert torch.equal(again.weight, trained["weight"])
