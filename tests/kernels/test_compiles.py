@@ -1,0 +1,92 @@
+"""The Triton kernels compiled for a Hopper GPU, without one: what waiting relies on is decided by the compiler."""
+
+import re
+
+import pytest
+import torch
+
+from srnn.kernels import LayerWeights
+from srnn.kernels.contract import GATES, equal_lengths
+from srnn.sparse import SparseMatrix
+
+triton = pytest.importorskip("triton")
+
+
+class Caught:
+    """Stands for a kernel, and keeps what it is launched with."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda *given, **options: self.launches.append((given, options))
+
+
+def compiled(kernel, given, options):
+    """A kernel as one launch would compile it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import mangle_type
+
+    options = dict(options)
+    compiler = {name: options.pop(name) for name in ("num_warps", "launch_cooperative_grid")}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        value = options[name] if parameter.is_constexpr else given[index]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[name], constants[(index,)] = "constexpr", value
+            continue
+        signature[name] = mangle_type(value)
+        if not isinstance(value, int) or value % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=compiler)
+
+
+@pytest.mark.parametrize(
+    ("cell", "hidden", "height", "streams", "kernel"),
+    [
+        ("gru", 1024, 1, 1, "recur_vectors"),
+        ("lstm", 1500, 16, 1, "recur_vectors"),
+        ("gru", 1024, 16, 4, "recur_blocks"),
+        ("lstm", 1024, 32, 40, "recur_blocks"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_threads_wait_for_whole_vectors_of_their_own(cell, hidden, height, streams, kernel, dtype, monkeypatch):
+    """The assembly takes a thread's elements, one after the other, for vectors of 16 bytes: the layout must make them
+    so, or it would load from wrong places. Blocks must stay in registers."""
+    from srnn.kernels.triton import backend, recurrence
+
+    gates = GATES[cell]
+    generator = torch.Generator().manual_seed(0)
+    groups = -(-hidden // height)
+    kept = torch.rand(gates, groups, hidden, generator=generator) < 0.1
+    dense = kept.repeat_interleave(height, dim=1)[:, :hidden].reshape(gates * hidden, hidden).float()
+    values = {torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    matrix = SparseMatrix.from_dense(dense, "element" if height == 1 else f"{height}x1", values, gates)
+    caught = Caught(getattr(recurrence, kernel))
+    monkeypatch.setattr(recurrence, kernel, caught)
+    monkeypatch.setattr(backend, "processors", lambda device: 132)
+    monkeypatch.setattr(backend, "shared_memory", lambda device: 228 << 10)
+    ready = backend._Recurrence((LayerWeights(cell, matrix, matrix),), torch.device("cpu"), dtype, "ieee")
+    state = tuple(torch.zeros(streams, hidden, dtype=dtype) for _ in range(2 if cell == "lstm" else 1))
+    ready(torch.zeros(3 * streams, gates * hidden, dtype=dtype), equal_lengths(3, streams), state)
+    ((given, options),) = caught.launches
+    made = compiled(caught.kernel, given, options)
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked.*)$", made.asm["ttgir"], re.MULTILINE))
+    waits = re.findall(r"elementwise_inline_asm.*? : tensor<[^,]*, (#\w+)>", made.asm["ttgir"])
+    assert waits
+    for name in waits:
+        sizes = [int(n) for n in re.search(r"sizePerThread = \[([\d, ]+)\]", layouts[name]).group(1).split(",")]
+        order = [int(n) for n in re.search(r"order = \[([\d, ]+)\]", layouts[name]).group(1).split(",")]
+        assert sizes[-1] * dtype.itemsize >= 16
+        assert order[0] == len(sizes) - 1
+    if kernel == "recur_blocks" and dtype == torch.float16:
+        assert options["TILES"] == 1
+        _, loop = re.split(r"scf\.(?:while|for)", made.asm["ttgir"], maxsplit=1)
+        operands = re.findall(r"tt\.dot (%\w+),", loop)
+        assert operands
+        for operand in operands:
+            assert f"{operand} = ttg.local_load" not in loop, "values are loaded anew at each step"
