@@ -80,6 +80,8 @@ def test_commands_run(command, folder, monkeypatch, tmp_path, capsys):
         words += ["dataset.folder=ptb"] if "ptb" in command else []
         words += ["model.hidden_size=24", "model.embedding_size=8"] if "init_from" in command else []
         words = [w for w in words if w != "model=lstm" or "theirs.pt" not in command]
+    elif "bench=network" in words:
+        pytest.skip("needs a GPU; its parts are tried on small networks")
     elif "bench=training" in words:
         words = ["bench", "bench=training", f"output={tmp_path}", f"config={' '.join(SMALL)}"]
     elif "bench=pruning" in words:

@@ -72,7 +72,7 @@ def test_what_the_limit_leaves_out_is_said(tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("options", [["device=cuda"], ["bench=gpu"]])
+@pytest.mark.parametrize("options", [["device=cuda"], ["bench=gpu"], ["bench=network"]])
 def test_without_a_gpu_it_says_so(options, tmp_path, capsys):
     assert main(["bench", *options, f"output={tmp_path}"]) == 2
     assert "torch finds no CUDA GPU" in capsys.readouterr().err
@@ -126,6 +126,18 @@ def test_a_problem_is_the_same_each_time():
     assert torch.equal(one.truth(3), two.truth(3))
     with pytest.raises(UserError):
         Shape.parse("gru:12x12")
+
+
+def test_a_whole_network_runs_dense_and_sparse():
+    from srnn.bench.gpu import network_calls
+
+    calls = network_calls(CPU, torch.float32, "cpu", size=48, layers=2, vocabulary=30)
+    assert set(calls) == {(n, w) for n in ("dense", "90 % element", "90 % 32x1") for w in ("sequence", "step")}
+    with torch.inference_mode():
+        for (name, what), call in calls.items():
+            logits, state = call()
+            assert logits.shape == (256 if what == "sequence" else 1, 1, 30), name
+            assert state.shape == (2, 1, 48)
 
 
 @pytest.mark.slow
