@@ -60,6 +60,7 @@ class _Recorded:
     state: State
     y_NP: Tensor
     end: State
+    done: Any  # event: its inputs and outputs are free again, for whatever stream comes next
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,14 @@ class _GraphedLayer(Layer):
                 if len(self.recorded) == MOST_GRAPHS:
                     return self.inner.run(x_NI, batch_sizes, state)
                 self.recorded[key] = self._record(x_NI, batch_sizes, state)
-            one = self.recorded[key]
+            one, stream = self.recorded[key], torch.cuda.current_stream(x_NI.device)
+            stream.wait_event(one.done)
             for own, given in zip((one.x_NI, *one.state), (x_NI, *state), strict=True):
                 own.copy_(given)
             one.graph.replay()
-            return one.y_NP.clone(), tuple(part.clone() for part in one.end)
+            y_NP, end = one.y_NP.clone(), tuple(part.clone() for part in one.end)
+            one.done.record(stream)
+            return y_NP, end
 
     def _record(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> _Recorded:
         # What is written to at each call must not belong to inference mode, which the next may not be in.
@@ -93,4 +97,4 @@ class _GraphedLayer(Layer):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 y_NP, end = self.inner.run(x_NI, batch_sizes, state)
-        return _Recorded(graph, x_NI, state, y_NP, end)
+        return _Recorded(graph, x_NI, state, y_NP, end, torch.cuda.Event())

@@ -155,3 +155,26 @@ def test_a_hundred_thousand_launches(structure, streams):
     torch.cuda.synchronize()
     torch.testing.assert_close(y, first, rtol=1e-2, atol=1e-3)
     assert not int(recurrence.failed)
+
+
+def test_a_graphed_layer_serves_several_streams_and_shapes():
+    from srnn.kernels.contract import equal_lengths
+    from srnn.kernels.dense import Torch
+    from srnn.kernels.graph import MOST_GRAPHS, Graphed
+
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    weights = sparsify(prune(nn.GRU(16, 32), 0.2).cuda(), kernel="dense").layer_weights(0)
+    plain, graphed = (kernel.layer(weights, device, torch.float32) for kernel in (Torch(), Graphed(Torch())))
+    inputs = [torch.randn(20 * streams, 16, device=device) for streams in range(1, MOST_GRAPHS + 3)]
+    wanted = [plain.run(x, equal_lengths(20, len(x) // 20), (x.new_zeros(len(x) // 20, 32),))[0] for x in inputs]
+    torch.cuda.synchronize()
+    queues = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for repeat in range(10):
+        got = []
+        for index, x in enumerate(inputs):
+            with torch.cuda.stream(queues[(index + repeat) % 2]):
+                got.append(graphed.run(x, equal_lengths(20, len(x) // 20), (x.new_zeros(len(x) // 20, 32),))[0])
+        torch.cuda.synchronize()
+        for y, truth in zip(got, wanted, strict=True):
+            torch.testing.assert_close(y, truth, rtol=1e-4, atol=1e-5)
