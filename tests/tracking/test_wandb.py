@@ -25,7 +25,11 @@ LONG = [*SMALL, "kernel=dense", "trainer.max_epochs=60", "trainer.limit_epochs=6
 def test_when_wandb_dies_a_run_goes_on_and_the_next_one_is_tracked(tmp_path):
     command = [sys.executable, "-m", "srnn", "-m", *LONG, "pruning=hard", "seed=0,1", "hydra.sweep.dir=sweep"]
     first, second = (tmp_path / f"sweep/gru_hard_s{seed}" for seed in (0, 1))
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Without what W&B of this process left for its children, which would share its service.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=own
+    )
     deadline = time.monotonic() + 120
     while not (first / "checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
