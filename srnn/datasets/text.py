@@ -182,6 +182,8 @@ def _files(path: str) -> list[Path]:
     else:
         files = [Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
         files = files or ([Path(path)] if os.path.isfile(path) else [])
+    if not files and os.path.isdir(path):
+        raise UserError(f"dataset.path={path}: the folder holds no files.")
     if not files:
         raise UserError(f"dataset.path={path}: no such file or folder, and no file matches it.")
     return sorted(files)

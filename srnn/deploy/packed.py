@@ -325,9 +325,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint or packed file.")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises nearly anything for bytes that are no checkpoint
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is no checkpoint, or damaged: {reason}") from None
+    except Exception as error:  # torch raises nearly anything, with advice that is not to be followed
+        raise UserError(
+            f"{path} is no checkpoint, or damaged, or holds more than weights ({type(error).__name__})."
+        ) from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(loaded).__name__}, not weights by name.")
     return loaded

@@ -38,7 +38,7 @@ def print_plan(pruner: Pruner) -> None:
             row = (part.name, shape, f"{part.size:,}", str(group.structure), wanted, group.name)
             table.add_row(*map(escape, row))
     table.add_section()
-    table.add_row("total", "", "", f"{sum(g.size for g in pruner.groups):,}")
+    table.add_row("total", "", f"{sum(g.size for g in pruner.groups):,}")
     console.print(table)
     if pruner.method.updates:
         _print_forecast(pruner)

@@ -28,7 +28,7 @@ Array = np.ndarray[Any, Any]
 # Entries times streams of a step from which on a second thread pays: starting it costs 2 to 10 us here. A GRU of 512
 # units at 90 % (79,000) loses by it, one of 1024 (315,000) wins.
 WORTH_THREADS = 200_000
-MESSAGE = "srnn: compiling the CPU kernels, once on this machine; this takes some seconds."
+MESSAGE = "srnn: making the CPU kernels ready; once on a machine they are compiled, which takes some seconds."
 NONE = np.zeros(7, np.int64)  # in place of a projection
 
 
