@@ -305,7 +305,8 @@ def trainer_for(settings: Settings, callbacks: list[pl.Callback], **options: Any
             **({"devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False} | options),
         )
     except MisconfigurationException as error:
-        asked = f"trainer.accelerator={chosen.accelerator} trainer.devices={chosen.devices}"
+        asked = f"trainer.accelerator={chosen.accelerator}"
+        asked += f" trainer.devices={chosen.devices}" if chosen.devices > 1 else ""
         raise UserError(f"{asked} cannot be used here: {' '.join(str(error).split())}") from None
     _check_graph(settings, trainer)
     return trainer
