@@ -37,6 +37,7 @@ class TrainerConfig:
     gradient_clip_val: Annotated[float, Range(gt=0)] | None = 1.0
     accumulate_grad_batches: Annotated[int, Range(ge=1, le=1_000_000)] = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: Annotated[int, Range(ge=1, le=1024)] = 1
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     cuda_graph: bool = False
     checkpoint_minutes: Annotated[float, Range(gt=0, le=1e6)] = 10.0

@@ -29,7 +29,7 @@ Train, prune, pack, measure, report. Everything lands in a folder of its own und
 
   model=gru|lstm|rnn            the network                     pruning=gradual|cubic|block|...    the method
   dataset=NAME                  the data                        kernel=auto|cpu|csr|dense         runs the packed file
-  optimizer=adam|adamw|sgd      the optimiser                   trainer=default|cpu|gpu|fast      the loop
+  optimizer=adam|adamw|sgd      the optimiser                   trainer=default|cpu|gpu|ddp|fast  the loop
   experiment=NAME               a preset of all of these        tracking.mode=offline|online|disabled
   seed=0                        fixes all that is random        init_from=FILE   start from an existing network
   resume=FOLDER                 go on with a stopped run, as it was configured; takes no other option

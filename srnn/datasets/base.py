@@ -59,6 +59,16 @@ class Batches:
         self._goes_on = 0 < self.position < self.count
 
 
+def _rows(fetch: Callable[[int, int], Batch], rank: int, ranks: int) -> Callable[[int, int], Batch]:
+    """Of every batch the same contiguous rows, so that a stream stays in its rank."""
+
+    def fetch_rows(epoch: int, index: int) -> Batch:
+        inputs, targets = fetch(epoch, index)
+        return inputs.tensor_split(ranks)[rank], targets.tensor_split(ranks)[rank]
+
+    return fetch_rows
+
+
 class DataModule(pl.LightningDataModule):
     """Base of all data sets.
 
@@ -81,6 +91,7 @@ class DataModule(pl.LightningDataModule):
         self.sizes: dict[str, int] = {}
         self.limits: dict[Part, int] = {}
         self._train: Batches | None = None
+        self._rank, self._ranks = 0, 1
 
     @abstractmethod
     def setup(self, stage: str | None = None, vocabulary: Vocabulary | None = None) -> None:
@@ -105,9 +116,26 @@ class DataModule(pl.LightningDataModule):
         batches.count = min(batches.count, self.limits.get(part, batches.count))
         return batches
 
+    def share(self, rank: int, ranks: int) -> None:
+        """Train on this rank's rows of every batch: all ranks together have the batches of one process.
+
+        Raises:
+            UserError: the batches have not as many rows for each.
+        """
+        rows = len(self.batches("train").fetch(0, 0)[0])
+        if rows % ranks:
+            raise UserError(
+                f"dataset.batch_size={rows} cannot be shared equally by trainer.devices={ranks}: choose a multiple, "
+                f"such as {rows + ranks - rows % ranks}."
+            )
+        self._rank, self._ranks, self._train = rank, ranks, None
+
     def train_dataloader(self) -> Batches:
-        """The training part; the same object at each call, so that its place is known."""
-        self._train = self._train or self.limited("train")
+        """The training part, this rank's rows; the same object at each call, so that its place is known."""
+        if self._train is None:
+            self._train = self.limited("train")
+            if self._ranks > 1:
+                self._train.fetch = _rows(self._train.fetch, self._rank, self._ranks)
         return self._train
 
     def val_dataloader(self) -> Batches:
@@ -161,14 +189,14 @@ class LabelledSequences(DataModule):
     def batches(self, part: Part) -> Batches:
         """Training in a new order each pass, whole batches only; the others in order, all of them."""
         x_NTI, targets = self._parts[part]
-        size, length = self.batch_size, len(x_NTI)
+        size, length, seed = self.batch_size, len(x_NTI), torch.initial_seed()
 
         def fetch(epoch: int, index: int) -> Batch:
             chosen = slice(index * size, (index + 1) * size)
             if part != "train":
                 return x_NTI[chosen], targets[chosen]
             # Of the seed and the pass alone, so that a resumed run sees the same order.
-            order = torch.randperm(length, generator=torch.Generator().manual_seed(torch.initial_seed() + epoch))
+            order = torch.randperm(length, generator=torch.Generator().manual_seed(seed + epoch))
             return x_NTI[order[chosen]], targets[order[chosen]]
 
         return Batches(fetch, length // size if part == "train" else -(-length // size))

@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from srnn.pruning.callback import PruningCallback
 from srnn.pruning.pruner import Pruner
+from srnn.training.devices import mean_over_ranks
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ class Recorder(pl.Callback):
             return
         self._step = trainer.global_step
         if self._step % self.every == 0:
+            loss = mean_over_ranks(pl_module.train_loss)  # type: ignore[arg-type]
             for logger in trainer.loggers:
-                logger.log_metrics({"train_loss": float(pl_module.train_loss)}, step=self._step)  # type: ignore[arg-type]
+                logger.log_metrics({"train_loss": float(loss)}, step=self._step)
         if pruner.method.is_update(pruner.itr):
             sparsities = {f"sparsity/{name}": value for name, value in pruner.sparsities().items()}
             thresholds = {f"threshold/{kind}": value for kind, value in pruner.thresholds.items()}

@@ -22,6 +22,7 @@ from srnn.deploy.packed import read_checkpoint
 from srnn.files import write_atomically
 from srnn.terminal import console
 from srnn.tracking.metrics import MetricsFile
+from srnn.training.devices import any_rank, gather, own
 
 LAST = Path("checkpoints/last.ckpt")  # in a run's folder
 
@@ -71,7 +72,8 @@ def stop_requests() -> Iterator[StopRequest]:
 class LastCheckpoint(Checkpoint):
     """Keeps the checkpoint a run goes on from: after every pass, every so many minutes, and when asked to stop.
 
-    Beside what Lightning saves it holds the state of all random generators and the number of rows in ``metrics.csv``.
+    Beside what Lightning saves it holds the state of every rank's random generators and the number of rows in
+    ``metrics.csv``.
 
     Args:
         path: the file, replaced each time.
@@ -104,28 +106,30 @@ class LastCheckpoint(Checkpoint):
         stepped, self._step = trainer.global_step > self._step, trainer.global_step
         due = time.monotonic() - self._saved > 60 * self.minutes
         last = rest[-1] + 1 >= trainer.num_training_batches
-        if stepped and not last and (due or self.request.asked):
-            self._save(trainer)
+        if stepped and not last:
+            due, asked = any_rank(due, self.request.asked)
+            if due or asked:
+                self._save(trainer, asked)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save every pass, after its validation."""
-        self._save(trainer)
+        self._save(trainer, *any_rank(self.request.asked))
 
-    def _save(self, trainer: pl.Trainer) -> None:
+    def _save(self, trainer: pl.Trainer, stop: bool) -> None:
         self.metrics.save()
         trainer.save_checkpoint(self.path)
         self._saved = time.monotonic()
-        if self.request.asked:
+        if stop:
             raise KeyboardInterrupt
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
         """Add what Lightning does not save."""
-        checkpoint["random"] = random_state()
+        checkpoint["random"] = gather(random_state())
         checkpoint["metrics_rows"] = len(self.metrics.rows)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
         """Take it up again."""
-        self._random = checkpoint["random"]
+        self._random = own(checkpoint["random"])
         self.metrics.go_on_from(checkpoint["metrics_rows"])
 
 

@@ -22,6 +22,7 @@ from srnn.datasets.base import Batch, DataModule, Part
 from srnn.datasets.text import IGNORED, TextStreams
 from srnn.models.recurrent import State, detach
 from srnn.registry import register
+from srnn.training import devices
 from srnn.training.graph import Graphed
 
 CPU = torch.device("cpu")
@@ -71,7 +72,9 @@ class Objective(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the whole part."""
-        self.log_dict({f"valid_{name}": value for name, value in _floats(self.metric.compute()).items()})
+        self.log_dict(
+            {f"valid_{name}": value for name, value in _floats(self.metric.compute()).items()}, sync_dist=True
+        )
 
     @classmethod
     @torch.inference_mode()
@@ -130,6 +133,14 @@ def sum_of_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
+def mean_of_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Cross-entropy in nats; the mean over ranks is that over the targets of all ranks, of which some have fewer."""
+    if devices.ranks() == 1:
+        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
+    targets = (targets_BT != IGNORED).sum().to(torch.float32)
+    return sum_of_losses(logits_BTV, targets_BT) / devices.mean_over_ranks(targets)
+
+
 class NextToken(Objective):
     """Predict the next token: stateful truncated back-propagation through contiguous streams.
 
@@ -164,7 +175,7 @@ class NextToken(Objective):
         inputs_BT, targets_BT = batch
         logits_BTV, state = self.call(inputs_BT, self.state)
         self.state = detach(state)
-        loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
+        loss = mean_of_losses(logits_BTV, targets_BT)
         self.train_loss = loss.detach()
         return loss
 
@@ -185,14 +196,14 @@ class NextToken(Objective):
         self.state = self._training_state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The streams' state, and the vocabulary, without which the weights mean nothing."""
-        checkpoint["recurrent_state"] = self.state
+        """Every rank's streams' state, and the vocabulary, without which the weights mean nothing."""
+        checkpoint["recurrent_state"] = devices.gather(self.state)
         if self.data.vocabulary is not None:
             checkpoint["vocabulary"] = self.data.vocabulary.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from the streams' state."""
-        self.state = move_data_to_device(checkpoint["recurrent_state"], self.device)
+        self.state = move_data_to_device(devices.own(checkpoint["recurrent_state"]), self.device)
 
 
 class _Whole(Objective):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from srnn.tracking.report import build_report, milestones, recurrent_matrix
 from srnn.tracking.runs import summary_of
 from srnn.tracking.wandb import carefully, define_scores, log_results, sync_command, wandb_run
 from srnn.training.checkpoints import LAST, AtomicCheckpoints, LastCheckpoint, stop_requests
+from srnn.training.devices import OwnRandomNumbers, Place, all_ranks
 from srnn.training.initial import Initial, load_weights, read_initial
 from srnn.training.objectives import OBJECTIVES, Objective
 from srnn.vocabulary import Vocabulary
@@ -134,17 +136,44 @@ def run_length(settings: Settings, data: DataModule) -> RunLength:
     return RunLength(steps * settings.trainer.epochs, steps)
 
 
-def _run(settings: Settings, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
-    """A run from the beginning, or from a checkpoint of its own."""
-    began = time.perf_counter()
+def follow(settings: Settings, folder: Path, place: Place, resumes: bool) -> None:
+    """Train as a rank other than the first, for the run of this folder, and write nothing.
+
+    Raises:
+        UserError: the ranks have diverged, or cannot go on from this checkpoint.
+        KeyboardInterrupt: all were asked to stop.
+    """
+    checkpoint = folder / LAST if resumes else None
+    _fit(settings, folder, _prepare(settings, folder, checkpoint, place), None, checkpoint)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What a process trains, and what watches it.
+
+    Attributes:
+        match: what came from ``init_from``.
+    """
+
+    place: Place
+    method: PruningMethod
+    module: Objective
+    pruning: PruningCallback
+    recorder: Recorder
+    match: dict[str, Any] | None
+
+
+def _prepare(settings: Settings, folder: Path, checkpoint: Path | None, place: Place) -> _Training:
+    """All that training needs, the same in every rank but for its rows of each batch."""
     quiet()
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     method: PruningMethod = register.build("pruning", settings.pruning)
     reference = read_weights(Path(method.reference_path)) if method.reference_path else None
-    kernel = _build_kernel(settings)
     initial = read_initial(settings.init_from) if settings.init_from and checkpoint is None else None
     data = _build_data(settings, initial, checkpoint)
-    environment.note_data(folder, data)
+    if place.rank == 0:
+        environment.note_data(folder, data)
+    data.share(place.rank, place.count)
     model = _build_model(settings, data.sizes)
     match = _start_from(model, initial) if initial else None
     if checkpoint is not None:  # for methods that look at the weights
@@ -152,17 +181,27 @@ def _run(settings: Settings, folder: Path, checkpoint: Path | None) -> dict[str,
     # A first look at the schedule, before anything is started; the callback makes the pruner that counts.
     length = run_length(settings, data)
     Pruner(model, method, length, reference=reference)
-    objective = OBJECTIVES[data.objective]
-    module = objective(model, settings.optimizer, data, settings.trainer.cuda_graph)
+    module = OBJECTIVES[data.objective](model, settings.optimizer, data, settings.trainer.cuda_graph)
     pruning = PruningCallback(method, model, reference)
     recorder = Recorder(pruning, max(1, length.total_steps // LOGGED_POINTS))
+    return _Training(place, method, module, pruning, recorder, match)
+
+
+def _run(settings: Settings, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
+    """A run from the beginning, or from a checkpoint of its own."""
+    began = time.perf_counter()
+    _check_devices(settings)
+    kernel = _build_kernel(settings)
+    training = _prepare(settings, folder, checkpoint, Place.first(settings.trainer.devices))
+    module, recorder = training.module, training.recorder
+    model, data = module.model, module.data
     tags = [part["name"] for part in (settings.model, settings.dataset, settings.pruning)]
     with wandb_run(settings.tracking, folder, settings.as_dict(), "train", tags) as wandb:
         if wandb is not None:
             with carefully("which scores count"):
                 define_scores(wandb, data.objective)
         try:
-            _fit(settings, folder, module, pruning, recorder, wandb, checkpoint)
+            _fit(settings, folder, training, wandb, checkpoint)
         except KeyboardInterrupt:
             console.print(f"Go on with it: srnn resume={folder}", soft_wrap=True)
             raise
@@ -171,12 +210,12 @@ def _run(settings: Settings, folder: Path, checkpoint: Path | None) -> dict[str,
             raise UserError(f"no checkpoint reached the sparsity asked for; see {folder / 'metrics.csv'}.")
         model.load_state_dict(read_weights(best))
         packed = _pack(settings, folder, model, data)
-        test_scores, latency = _score_packed(objective, model, packed, kernel, data)
+        test_scores, latency = _score_packed(type(module), model, packed, kernel, data)
         scores = milestones(recorder.validations) | test_scores
         report = build_report(settings, data.objective, folder, model, packed, scores, recorder) | {"latency": latency}
-        report |= {"init_from": match, "limits": dict(data.limits)}
+        report |= {"init_from": training.match, "limits": dict(data.limits)}
         report["seconds"]["total"] = time.perf_counter() - began
-        plots = plot_run(folder, report["phases"], report["layers"], recurrent_matrix(model, method))
+        plots = plot_run(folder, report["phases"], report["layers"], recurrent_matrix(model, training.method))
         # Last of the run's own files: it says that the run is finished.
         write_atomically(folder / "report.json", json.dumps(report, indent=2).encode())
         if wandb is not None:
@@ -229,8 +268,8 @@ def _build_kernel(settings: Settings) -> Kernel:
 
 def quiet() -> None:
     """Lightning speaks of itself on every run; what matters to a user is in our own tables."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("srnn.kernels").setLevel(logging.WARNING)  # the report tells what was chosen
     for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*exists and is not empty.*"):
         warnings.filterwarnings("ignore", message)
@@ -255,7 +294,6 @@ def trainer_for(settings: Settings, callbacks: list[pl.Callback], **options: Any
     try:
         trainer = pl.Trainer(
             accelerator=chosen.accelerator,
-            devices=1,
             precision=chosen.precision,
             max_epochs=chosen.epochs,
             gradient_clip_val=chosen.gradient_clip_val,
@@ -264,51 +302,65 @@ def trainer_for(settings: Settings, callbacks: list[pl.Callback], **options: Any
             num_sanity_val_steps=0,
             enable_model_summary=False,
             callbacks=callbacks,
-            **({"logger": False, "enable_checkpointing": False, "enable_progress_bar": False} | options),
+            **({"devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False} | options),
         )
     except MisconfigurationException as error:
-        raise UserError(f"trainer.accelerator={chosen.accelerator} cannot be used here: {error}") from None
+        asked = f"trainer.accelerator={chosen.accelerator}"
+        asked += f" trainer.devices={chosen.devices}" if chosen.devices > 1 else ""
+        raise UserError(f"{asked} cannot be used here: {' '.join(str(error).split())}") from None
     _check_graph(settings, trainer)
     return trainer
 
 
-def _fit(
-    settings: Settings,
-    folder: Path,
-    module: Objective,
-    pruning: PruningCallback,
-    recorder: Recorder,
-    wandb: Any,
-    checkpoint: Path | None,
-) -> None:
+def _fit(settings: Settings, folder: Path, training: _Training, wandb: Any, checkpoint: Path | None) -> None:
+    """Train in all ranks. Rank 0 alone writes, logs and prints."""
+    place, module, pruning, recorder = training.place, training.module, training.pruning, training.recorder
     checkpoints = str(folder / "checkpoints")
     metrics = MetricsFile(folder / "metrics.csv")
+    first = place.rank == 0
     with stop_requests() as request:
         callbacks: list[pl.Callback] = [
             pruning,
             recorder,
-            RunProgress(pruning),
+            *([RunProgress(pruning)] if first else []),
             BestWhile(recorder.is_dense, checkpoints, "best-dense"),
             BestWhile(recorder.is_finished, checkpoints, "best"),
             LastCheckpoint(folder / LAST, settings.trainer.checkpoint_minutes, request, metrics),
+            OwnRandomNumbers(settings.seed),
         ]
         trainer = trainer_for(
             settings,
             callbacks,
             logger=[metrics, *([WandbCurves(wandb)] if wandb is not None else [])],
             enable_checkpointing=True,
-            enable_progress_bar=True,
+            enable_progress_bar=first,
             plugins=[AtomicCheckpoints()],
+            **place.trainer_options(),
         )
-        try:
-            trainer.fit(module, datamodule=module.data, ckpt_path=checkpoint, weights_only=True)
-        except SystemExit:  # what Lightning makes of Ctrl-C
-            if trainer.interrupted:
-                raise KeyboardInterrupt from None
-            raise
+        with all_ranks(folder, place, checkpoint is not None):
+            try:
+                trainer.fit(module, datamodule=module.data, ckpt_path=checkpoint, weights_only=True)
+            except SystemExit:  # what Lightning makes of Ctrl-C
+                if trainer.interrupted:
+                    raise KeyboardInterrupt from None
+                raise
     if pruning.pruner is None:  # it was stopped after its last step: there was nothing left to train
         pruning.on_train_start(trainer, module)
     module.model.to("cpu")
+
+
+def _check_devices(settings: Settings) -> None:
+    chosen = settings.trainer
+    if chosen.devices > 1 and chosen.cuda_graph:
+        raise UserError(
+            f"trainer.cuda_graph=true works on one device only, and trainer.devices={chosen.devices}: set "
+            f"trainer.cuda_graph=false, or trainer.devices=1."
+        )
+    if chosen.devices > 1 and "LOCAL_RANK" in os.environ:
+        raise UserError(
+            f"trainer.devices={chosen.devices} starts its own processes, and this one was started as one of several "
+            f"(LOCAL_RANK={os.environ['LOCAL_RANK']}): start srnn once, without torchrun or the like."
+        )
 
 
 def _check_graph(settings: Settings, trainer: pl.Trainer) -> None:
