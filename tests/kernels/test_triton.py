@@ -110,7 +110,7 @@ def test_both_directions_in_one_launch(cell, height, streams, equal, monkeypatch
         torch.stack(parts) for parts in zip(*(state_of(forward, streams, None) for _ in range(2)), strict=True)
     )
     ready = backend.Triton().both(forward, backward, DEVICE, torch.float32)
-    assert isinstance(ready, backend._Both)
+    assert ready.recurrence.count == 2
     y, end = ready.run(x.to(DEVICE), sizes, tuple(part.to(DEVICE) for part in state))
     for d, weights in enumerate((forward, backward)):
         wanted, after = run_layer(weights, x.double(), sizes, tuple(part[d].double() for part in state))

@@ -145,27 +145,20 @@ class Triton(Kernel):
         biases = forward.input_bias, backward.input_bias
         bias = None if biases[0] is None or biases[1] is None else torch.cat([biases[0], biases[1]])
         product = self.product(stacked([forward.w_ih, backward.w_ih]), bias, device, dtype)
-        return _Both(product, _Recurrence((forward, backward), device, dtype, self.precision))
+        return _Layer(product, _Recurrence((forward, backward), device, dtype, self.precision))
 
 
 @dataclass(frozen=True)
 class _Layer(Layer):
+    """One direction, or both, as the recurrence has them."""
+
     product: _Product
     recurrence: _Recurrence
 
     def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
-        u_NG = self.product(x_NI, streams_together=self.recurrence.blocks(state[0].shape[0]) is not None)
-        return self.recurrence(u_NG, batch_sizes, state)
-
-
-@dataclass(frozen=True)
-class _Both(Layer):
-    product: _Product
-    recurrence: _Recurrence
-
-    def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
-        u_NG = self.product(x_NI, streams_together=self.recurrence.blocks(state[0].shape[1]) is not None)
-        return self.recurrence.directions(u_NG, batch_sizes, state)
+        in_slices = self.recurrence.blocks(state[0].shape[-2]) is not None
+        recur = self.recurrence.directions if self.recurrence.count == 2 else self.recurrence
+        return recur(self.product(x_NI, streams_together=in_slices), batch_sizes, state)
 
 
 class _Product:
