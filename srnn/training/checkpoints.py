@@ -42,26 +42,29 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop."""
+    """Whether somebody asked the run to stop: once asks, twice interrupts at once."""
 
     asked = False
+
+    def ask(self, number: int, frame: Any) -> None:
+        """Handle a signal."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        console.print("stopping after this step; once more stops at once")
+
+    def listen(self) -> dict[Any, Any]:
+        """Handle Ctrl-C and SIGTERM from now on; returns what did before."""
+        if threading.current_thread() is not threading.main_thread():  # only it may
+            return {}
+        return {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """While inside, Ctrl-C and SIGTERM ask; asked a second time, they interrupt at once."""
     request = StopRequest()
-
-    def ask(number: int, frame: Any) -> None:
-        if request.asked:
-            raise KeyboardInterrupt
-        request.asked = True
-        console.print("stopping after this step; once more stops at once")
-
-    if threading.current_thread() is not threading.main_thread():  # only it may handle signals
-        yield request
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = request.listen()
     try:
         yield request
     finally:
@@ -92,7 +95,8 @@ class LastCheckpoint(Checkpoint):
         self._random: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note where the run starts."""
+        """Note where the run starts, and listen again: Lightning's handler makes ranks wait for each other."""
+        self.request.listen()
         self._step = trainer.global_step
 
     def on_train_batch_start(self, *_: Any) -> None:

@@ -158,13 +158,32 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path, capfd, overrides):
     assert len(rows[0]) == len(rows[1])
 
 
+def signal_rank_1(monkeypatch, step, number):
+    """Send a signal to the other rank after a step."""
+    processes, start, hook = [], devices._start, PruningCallback.on_train_batch_end
+
+    def noted(*arguments):
+        processes.append(start(*arguments))
+        return processes[-1]
+
+    def send(self, trainer, *rest):
+        hook(self, trainer, *rest)
+        if trainer.global_step == step:
+            processes[0].send_signal(number)
+
+    monkeypatch.setattr(devices, "_start", noted)
+    monkeypatch.setattr(PruningCallback, "on_train_batch_end", send)
+
+
 @pytest.mark.slow
 def test_stopped_and_resumed_with_two_processes(tmp_path, monkeypatch):
-    """With dropout, each rank's recurrent state and random numbers matter."""
+    """With dropout, each rank's recurrent state and random numbers matter. Any rank may be asked to stop."""
     assert main([*RUN, TWO, f"hydra.run.dir={tmp_path}/one"]) == 0
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 5, 16)
+        interrupt_after(patch, 5)
         assert main([*RUN, TWO, f"hydra.run.dir={tmp_path}/two"]) == 130
+    with monkeypatch.context() as patch:
+        signal_rank_1(patch, 18, signal.SIGTERM)
         assert main([f"resume={tmp_path}/two"]) == 130
     assert main([f"resume={tmp_path}/two"]) == 0
     check_same_run(tmp_path / "one", tmp_path / "two")
@@ -181,20 +200,8 @@ def test_a_sweep_of_jobs_with_two_processes(tmp_path):
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_which_goes_on_from_its_checkpoint(tmp_path, capsys, monkeypatch):
     assert main([*RUN, TWO, f"hydra.run.dir={tmp_path}/one"]) == 0
-    processes, start, hook = [], devices._start, PruningCallback.on_train_batch_end
-
-    def noted(*arguments):
-        processes.append(start(*arguments))
-        return processes[-1]
-
-    def kill(self, trainer, *rest):
-        hook(self, trainer, *rest)
-        if trainer.global_step == 20:
-            processes[0].kill()
-
     with monkeypatch.context() as patch:
-        patch.setattr(devices, "_start", noted)
-        patch.setattr(PruningCallback, "on_train_batch_end", kill)
+        signal_rank_1(patch, 20, signal.SIGKILL)
         assert main([*RUN, TWO, f"hydra.run.dir={tmp_path}/two"]) == 2
     assert "rank 1 of trainer.devices=2 was killed by SIGKILL" in capsys.readouterr().err
     assert main([f"resume={tmp_path}/two"]) == 0
