@@ -28,7 +28,8 @@ LONGEST = 64
 CHUNKS = 16
 # Registers that a thread's values and rows of h may take, by warps of its program, beside those for sums and addresses.
 # On an H100, 16 streams: GRU 2560 32x1 80 % takes 4.8 us a step with 108 registers in 16 warps, 10.6 with values from
-# the cache; GRU 1024 16x1 without zeros, which would need 128, takes 52 because they don't fit.
+# the cache; GRU 1024 16x1 without zeros, which would need 128, takes 52 because they don't fit. The 160 of 4 warps are
+# what GRU 2560 16x1 90 % needs, and were not measured.
 OPERAND_REGISTERS = {4: 160, 8: 144, 16: 108}
 
 

@@ -2,8 +2,7 @@
 
 The data is its own flag. Memory that is to be written starts as all ones, which no result is (kernels write another NaN
 instead), and a thread that finds a part of what it loaded unwritten loads that again, by itself: no other thread of its
-program waits with it, and nobody has to publish that data is complete. On an H100 that hands a vector on in about half
-the time that a release and an acquire take.
+program waits with it, and nobody has to publish that data is complete.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# How often a thread looks for its input before it gives up: about a second on an H100.
+# How often a thread looks for its input before it gives up. How long that takes was not measured.
 PATIENCE = 1 << 20
 
 
