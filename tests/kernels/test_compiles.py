@@ -51,6 +51,8 @@ def compiled(kernel, given, options):
         ("lstm", 1500, 16, 1, "recur_vectors"),
         ("gru", 1024, 16, 4, "recur_blocks"),
         ("lstm", 1024, 32, 40, "recur_blocks"),
+        ("gru", 1024, 16, 64, "recur_blocks"),
+        ("lstm", 2150, 32, 50, "recur_blocks"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -68,6 +70,7 @@ def test_threads_wait_for_whole_vectors_of_their_own(cell, hidden, height, strea
     matrix = SparseMatrix.from_dense(dense, "element" if height == 1 else f"{height}x1", values, gates)
     caught = Caught(getattr(recurrence, kernel))
     monkeypatch.setattr(recurrence, kernel, caught)
+    monkeypatch.setattr(recurrence, "write_outputs", Caught(recurrence.write_outputs))
     monkeypatch.setattr(backend, "processors", lambda device: 132)
     monkeypatch.setattr(backend, "shared_memory", lambda device: 228 << 10)
     ready = backend._Recurrence((LayerWeights(cell, matrix, matrix),), torch.device("cpu"), dtype, "ieee")
@@ -86,7 +89,12 @@ def test_threads_wait_for_whole_vectors_of_their_own(cell, hidden, height, strea
     if kernel == "recur_blocks" and dtype == torch.float16:
         assert options["TILES"] == 1
         _, loop = re.split(r"scf\.(?:while|for)", made.asm["ttgir"], maxsplit=1)
-        operands = re.findall(r"tt\.dot (%\w+),", loop)
+        if options["BY_GATE"]:
+            operands = re.findall(r"warp_group_dot %\w+, (%\w+),", loop)
+            shares = re.findall(r"nvidia_mma<.*warpsPerCTA = \[(\d), (\d)\]", made.asm["ttgir"])
+            assert set(shares) == {("4", "2")}, "warps repeat what others do"
+        else:
+            operands = re.findall(r"tt\.dot (%\w+),", loop)
         assert operands
         for operand in operands:
-            assert f"{operand} = ttg.local_load" not in loop, "values are loaded anew at each step"
+            assert not re.search(rf"{operand} = ttg\.local_(load|alloc)", loop), "values are loaded anew at each step"

@@ -178,6 +178,26 @@ def test_slices_of_streams_of_different_lengths(cell, reverse, streams):
 
 @pytest.mark.gpu
 @here
+@pytest.mark.parametrize(("height", "processors", "wide"), [(32, 3, 64), (16, 6, 32)])
+@pytest.mark.parametrize(
+    ("cell", "reverse", "dtype"),
+    [("gru", False, torch.float16), ("lstm", True, torch.float16), ("tanh", False, torch.bfloat16)],
+)
+def test_many_streams_in_wide_slices(cell, reverse, height, processors, wide, dtype, monkeypatch):
+    """Of 64 in one product a gate where no second row of programs fits, else of 32; the last slice is not full."""
+    from srnn.kernels.triton.plan import plan_blocks
+
+    monkeypatch.setattr("srnn.kernels.triton.backend.processors", lambda device: processors)
+    weights = layer(cell, 19, 90, height, density=0.8, reverse=reverse)
+    plan = plan_blocks([weights.w_hh], processors, 2, 70)
+    assert plan.wide == wide
+    assert (plan.k_2 > 0) == plan.by_gate
+    check(weights, dtype, equal_lengths(2, 70))
+    check(weights, dtype, torch.tensor([70, 33, 1]))
+
+
+@pytest.mark.gpu
+@here
 @pytest.mark.parametrize("height", [1, 16])
 def test_rows_of_very_different_lengths(height):
     """Rows with nothing and full ones, and a gate without weights."""
@@ -381,23 +401,21 @@ def test_many_streams_that_wait_in_vain_give_up_too(monkeypatch):
 
 @pytest.mark.gpu
 @on_gpu
-def test_many_configurations():
-    """Random ones over a bounded set of compiled shapes."""
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("index", range(9))
+def test_many_configurations(index):
+    """Random ones, 25 of a layer, over a bounded set of compiled shapes."""
+    generator = torch.Generator().manual_seed(index)
 
     def pick(*several):
         return several[int(torch.randint(len(several), (1,), generator=generator))]
 
-    cells = [("gru", False), ("lstm", True), ("tanh", False)]
+    cell, reverse = [("gru", False), ("lstm", True), ("tanh", False)][index // 3]
     floats = [(torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")]
-    several = []
-    for index, height in enumerate([1, 16, 32] * 3):
-        cell, reverse = cells[index // 3]
-        hidden, (dtype, values) = pick(333, 1024, 1760), floats[index % 3 if index < 6 else 1]
-        several.append((layer(cell, 32, hidden, height, pick(0.02, 0.1), values, True, reverse, index), dtype))
-    for _ in range(200):
-        weights, dtype = pick(*several)
-        streams, steps = pick(1, 2, 16), pick(1, 5, 12)
+    dtype, values = floats[index % 3 if index < 6 else 1]
+    hidden, density = pick(333, 1024, 1760), pick(0.02, 0.1)
+    weights = layer(cell, 32, hidden, [1, 16, 32][index % 3], density, values, True, reverse, index)
+    for _ in range(25):
+        streams, steps = pick(1, 2, 16, 50), pick(1, 5, 12)
         sizes = equal_lengths(steps, streams)
         if pick(False, True):
             sizes = torch.sort(torch.randint(1, streams + 1, (steps,), generator=generator), descending=True).values

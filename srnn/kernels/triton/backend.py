@@ -32,6 +32,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # Rows up to which the matrix-vector form of a product is used; above, dot products or dense. Not measured yet.
 FEW_ROWS = 4
 
+# Units of a program that transposes outputs.
+OUTPUTS = 64
 
 # Of a whole recurrent matrix, a multiprocessor: half of its registers.
 DENSE_BYTES = 128 << 10
@@ -312,35 +314,40 @@ class _Recurrence(Recurrence):
         return y_NH, (end, c_DBH.to(state[1].dtype)) if len(state) > 1 else (end,)
 
     def _in_slices(self, layout: BlockLayout, u_NG: Tensor, sequence: _Sequence, state: State) -> tuple[Tensor, State]:
-        from srnn.kernels.triton.recurrence import recur_blocks
+        from srnn.kernels.triton.recurrence import recur_blocks, write_outputs
 
         weights, plan, (_, streams, hidden) = self.weights, layout.plan, state[0].shape
         bits = torch.int32 if u_NG.dtype == torch.float32 else torch.int16
-        wide, programs = plan.wide, self.count * plan.programs
+        wide, programs, steps = plan.wide, self.count * plan.programs, sequence.steps
         slices = -(-streams // wide)
-        y_NH = u_NG.new_empty(u_NG.shape[0], self.count * hidden)
-        h = torch.empty(self.count, slices, sequence.steps + 1, hidden, wide, dtype=bits, device=u_NG.device)
-        if sequence.steps > 1:
-            h[:, :, 1:].fill_(-1)
-        h0 = F.pad(state[0].contiguous().view(bits), (0, 0, 0, slices * wide - streams))
-        h[:, :, 0] = h0.view(self.count, slices, wide, hidden).transpose(2, 3)
-        c_DBH = _cell_state(state, y_NH)
+        h = torch.empty(self.count, slices, steps + 1, hidden, wide, dtype=bits, device=u_NG.device)
+        if steps > 1:
+            h.fill_(-1)
+        reversed_ = [weights.reverse] if self.count == 1 else [False, True]
+        for d, h0 in enumerate(_sliced(state[0].contiguous().view(bits), wide)):
+            h[d, :, steps if reversed_[d] else 0] = h0
+        c = _sliced(state[1].float(), wide).contiguous() if len(state) > 1 else layout.values
         at_once = min(slices, max(1, plan.resident * processors(self.device) // programs))
         for first, last in self._launches(sequence):
             recur_blocks[(programs, at_once)](
-                u_NG, y_NH, h, c_DBH, layout.values, layout.columns, layout.values_2, layout.columns_2, layout.units,
-                c_DBH if self.new_bias is None else self.new_bias, sequence.sizes, sequence.offsets, self.failed,
-                slices, first, last, sequence.steps, streams, hidden, *u_NG.stride(),
+                u_NG, h, c, layout.values, layout.columns, layout.values_2, layout.columns_2, layout.units,
+                c if self.new_bias is None else self.new_bias, sequence.sizes, sequence.offsets, self.failed,
+                slices, first, last, steps, streams, hidden, *u_NG.stride(),
                 CELL=weights.cell, GATES=self.gates, N=self.height, S=plan.chunks, K=plan.k,
-                K_2=plan.k_2, TILES=plan.tiles, WARPS=plan.warps, BP=wide,
+                K_2=plan.k_2, TILES=plan.tiles, BY_GATE=plan.by_gate, WARPS=plan.warps, BP=wide,
                 VECTORS=plan.vectors(plan.k, bits.itemsize), VECTORS_2=plan.vectors(plan.k_2, bits.itemsize),
                 ONE_SLICE=slices == at_once, EQUAL=sequence.equal, REVERSE=weights.reverse, BOTH=self.count == 2,
                 BIASED=self.new_bias is not None, PRECISION=self.precision, WIDEN=interpreted(),
                 WAITS=not interpreted(), num_warps=plan.warps, launch_cooperative_grid=not interpreted(),
             )  # fmt: skip
-        end = h[:, :, sequence.steps].transpose(2, 3).reshape(self.count, slices * wide, hidden)[:, :streams]
-        end = end.view(u_NG.dtype)
-        return y_NH, (end, c_DBH.to(state[1].dtype)) if len(state) > 1 else (end,)
+        y_NH = u_NG.new_empty(u_NG.shape[0], self.count * hidden)
+        write_outputs[(steps, self.count * slices, -(-hidden // OUTPUTS))](
+            h, y_NH.view(bits), sequence.sizes, sequence.offsets, slices, steps, streams, hidden,
+            BP=wide, UNITS=OUTPUTS, EQUAL=sequence.equal, REVERSE=weights.reverse, BOTH=self.count == 2, num_warps=4,
+        )  # fmt: skip
+        last_h = torch.stack([h[d, :, 0 if reversed_[d] else steps] for d in range(self.count)])
+        end = _unsliced(last_h, streams).view(u_NG.dtype)
+        return y_NH, (end, _unsliced(c, streams).to(state[1].dtype)) if len(state) > 1 else (end,)
 
     def _launches(self, sequence: _Sequence) -> list[tuple[int, int]]:
         """First and last step of each: one launch, but where programs cannot wait for each other."""
@@ -352,6 +359,20 @@ class _Recurrence(Recurrence):
 def _cell_state(state: State, otherwise: Tensor) -> Tensor:
     """A copy of an LSTM's c in fp32, which a kernel goes on with; for others, something to point to."""
     return torch.clone(state[1].float(), memory_format=torch.contiguous_format) if len(state) > 1 else otherwise
+
+
+def _sliced(part_DBH: Tensor, wide: int) -> Tensor:
+    """[D, slices, H, wide] of [D, B, H]; streams that there are not are zero."""
+    directions, streams, hidden = part_DBH.shape
+    slices = -(-streams // wide)
+    padded_DBH = F.pad(part_DBH, (0, 0, 0, slices * wide - streams))
+    return padded_DBH.view(directions, slices, wide, hidden).transpose(2, 3)
+
+
+def _unsliced(part: Tensor, streams: int) -> Tensor:
+    """[D, B, H] of [D, slices, H, wide]."""
+    directions, _, hidden, _ = part.shape
+    return part.transpose(2, 3).reshape(directions, -1, hidden)[:, :streams].contiguous()
 
 
 @dataclass(frozen=True)

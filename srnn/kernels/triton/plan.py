@@ -26,11 +26,16 @@ MOST_TILES = 4
 LONGEST = 64
 # Chunks of a program of ``recur_blocks``: two a warp of eight.
 CHUNKS = 16
+# Streams of a product of all blocks of a gate, and blocks that it may have: 512 rows of 64 streams are 64 registers a
+# thread. On an H100, 32x1 90 %, 64 streams: GRU 2560 takes 6.5 us a step so, in slices of 32 7.3, of 16 10.4; RNN 3072
+# 3.8, 4.7 and 5.4. Where several slices of 32 run at the same time they are faster: GRU 1760 4.0, by gates 5.4.
+BY_GATE, MOST_BY_GATE = 64, 512
 # Registers that a thread's values and rows of h may take, by warps of its program, beside those for sums and addresses.
-# On an H100, 16 streams: GRU 2560 32x1 80 % takes 4.8 us a step with 108 registers in 16 warps, 10.6 with values from
-# the cache; GRU 1024 16x1 without zeros, which would need 128, takes 52 because they don't fit. The 160 of 4 warps are
-# what GRU 2560 16x1 90 % needs, and were not measured.
-OPERAND_REGISTERS = {4: 160, 8: 144, 16: 108}
+# On an H100: GRU 3568 32x1 90 %, 64 streams, takes 16.2 us a step with 192 in 8 warps, and in 16 warps 20.0; GRU 2560
+# 80 %, 16 streams, 4.8 with 108 in 16 warps, and with values from the cache 10.6; GRU 1024 16x1 without zeros, which
+# would need 128 in 16, takes 52 because they don't fit. GRU 2560 16x1 90 % needs the 160 of 4 warps: 5.1 us with 16
+# streams, and one at a time 40.
+OPERAND_REGISTERS = {4: 160, 8: 192, 16: 108}
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,8 @@ class BlockPlan:
         k_2: blocks that a chunk has beyond, in a smaller tile of its own; 0 for none.
         tiles: that a chunk's blocks fall into; 1 keeps them in registers.
         warps: of a program.
+
+    With ``BY_GATE`` streams a slice there is one chunk a gate, which is one product.
     """
 
     programs: int
@@ -191,13 +198,21 @@ class BlockPlan:
         """Programs that run on a multiprocessor at once, whatever registers they take."""
         return 2 if self.warps == 4 else 1
 
+    @property
+    def by_gate(self) -> bool:
+        """One product a gate."""
+        return self.wide == BY_GATE
+
     def vectors(self, k: int, size: int) -> int:
-        """Of 16 bytes, that a thread loads of the rows of h for so many blocks a chunk."""
-        return max(1, self.chunks * k * self.wide * size // (16 * 32 * self.warps))
+        """Of 16 bytes, that a thread loads at a time of the rows of h for so many blocks a chunk."""
+        chunks = 1 if self.by_gate else self.chunks
+        return max(1, chunks * k * self.wide * size // (16 * 32 * self.warps))
 
     def shared_bytes(self, height: int, size: int) -> int:
         """Of shared memory that a program takes at most, with values of so many bytes."""
         values = self.chunks * height * (self.k + self.k_2) * size * (1 if self.tiles == 1 else 3)
+        if self.by_gate:
+            return values + (self.k + self.k_2) * self.wide * size
         return values + max(self.chunks * self.k * self.wide * size, self.chunks * height * self.wide * 4)
 
 
@@ -222,18 +237,25 @@ def plan_blocks(matrices: Sequence[SparseMatrix], processors: int, size: int, st
     """Sizes for matrices, one a direction, of 16x1 or 32x1 blocks whose values take ``size`` bytes."""
     matrix, directions = matrices[0], len(matrices)
     groups = matrix.groups // matrix.gates
+    most = max(1, *(int(m.row_pointers.diff().max()) for m in matrices))
+    at_once = processors // (directions * groups)  # slices, of a program a processor
+    if streams > 32 and size == 2 and at_once == 1 and matrix.height == 32:
+        k, k_2 = _two_powers(most, 32)  # that each thread of 8 warps loads a whole vector
+        if k + k_2 <= MOST_BY_GATE:
+            return BlockPlan(groups, BY_GATE, matrix.gates, k, k_2, 1, 8)
     chunks = CHUNKS if matrix.gates == 1 else CHUNKS // 4
-    most = max(int(m.row_pointers.diff().max()) for m in matrices)
-    needed = max(1, -(-most // chunks))
-    k, k_2 = _two_powers(needed)
-    wide = 8 if streams <= 8 or size == 4 else 16
-    crowded = directions * groups > processors
-    for warps in (4,) if crowded else (8, 16):  # of 4 warps, two run on a multiprocessor
-        wide = 16 if warps == 16 else wide
+    needed = -(-most // chunks)
+    k, k_2 = _two_powers(needed, 16)
+    narrow = 8 if streams <= 8 or size == 4 else 16
+    # Slices and warps, the best first. Of 4 warps, two programs run on a multiprocessor.
+    forms = [(narrow, 8), (16, 16)] if at_once else [(narrow, 4)]
+    if at_once and size == 2 and streams > 16 * at_once:
+        forms = [(32, 16), *forms]
+    for wide, warps in forms:
         if CHUNKS * (k + k_2) * (matrix.height + wide) * size <= OPERAND_REGISTERS[warps] * 128 * warps:
             return BlockPlan(groups, wide, CHUNKS, k, k_2, 1, warps)
     k = 32 if size == 4 else 64
-    return BlockPlan(groups, wide, CHUNKS, k, 0, -(-needed // k), 4 if crowded else 8)
+    return BlockPlan(groups, narrow, CHUNKS, k, 0, -(-needed // k), 8 if at_once else 4)
 
 
 def lay_out_blocks(matrices: Sequence[SparseMatrix], plan: BlockPlan, dtype: torch.dtype) -> BlockLayout:
@@ -250,7 +272,9 @@ def lay_out_blocks(matrices: Sequence[SparseMatrix], plan: BlockPlan, dtype: tor
     row = np.repeat(np.arange(len(counts)), counts)  # of each block
     within = np.arange(len(row)) - pointers[row]
     gate, program = row // programs, row % programs
-    if matrix.gates == 1:
+    if plan.by_gate:
+        chunk, k = gate, within
+    elif matrix.gates == 1:
         chunk, k = within % plan.chunks, within // plan.chunks
     else:  # a warp's chunks are of one gate: chunk s is warp s % warps's
         share, each = plan.chunks // 4, max(1, plan.warps // 4)
@@ -263,11 +287,11 @@ def lay_out_blocks(matrices: Sequence[SparseMatrix], plan: BlockPlan, dtype: tor
 
     def filled(chosen: np.ndarray, where: np.ndarray, k: np.ndarray, chunks: int, size: int) -> tuple[Tensor, Tensor]:
         number, at = (torch.from_numpy(part[chosen]) for part in (where, k))
-        blocks = torch.zeros(chunks, matrix.height, size, dtype=dtype)
-        blocks[number, :, at] = values[torch.from_numpy(chosen)]
+        blocks = torch.zeros(chunks, size, matrix.height, dtype=dtype)
+        blocks[number, at] = values[torch.from_numpy(chosen)]
         column = torch.full((chunks, size), -1, dtype=torch.int16)
         column[number, at] = columns[torch.from_numpy(chosen)]
-        return blocks, column
+        return blocks if plan.by_gate else blocks.transpose(1, 2).contiguous(), column
 
     chunks = programs * plan.chunks
     main = filled(first, place, k % plan.k, chunks * plan.tiles, plan.k)
@@ -276,11 +300,11 @@ def lay_out_blocks(matrices: Sequence[SparseMatrix], plan: BlockPlan, dtype: tor
     return BlockLayout(plan, *main, *rest, units)
 
 
-def _two_powers(n: int) -> tuple[int, int]:
-    """Two powers of two of at least 16, or one and 0, of the least sum that holds n."""
-    whole = max(16, _power(n))
-    half, rest = whole // 2, max(16, _power(n - whole // 2))
-    return (half, rest) if half >= 16 and half + rest < whole else (whole, 0)
+def _two_powers(n: int, least: int) -> tuple[int, int]:
+    """Two powers of two of at least ``least``, or one and 0, of the smallest sum that holds n."""
+    whole = max(least, _power(n))
+    half, rest = whole // 2, max(least, _power(n - whole // 2))
+    return (half, rest) if half >= least and half + rest < whole else (whole, 0)
 
 
 def _sizes(matrix: SparseMatrix, counts: np.ndarray, owner: np.ndarray, programs: int) -> tuple[int, int, int]:

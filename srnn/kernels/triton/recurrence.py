@@ -312,8 +312,79 @@ def _of_warps(acc, GATES: tl.constexpr, S: tl.constexpr, WARPS: tl.constexpr, N:
 
 
 @triton.jit
+def _blocks_of_gates(values, columns, program, GATES: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
+    """Values [K, N] and columns [K] of each gate of a program."""
+    k = tl.arange(0, K)
+    blocks = ()
+    for gate in tl.static_range(GATES):
+        block = (program * GATES + gate) * K + k
+        column = tl.load(columns + block).to(tl.int32)
+        value = tl.load(values + block.to(tl.int64)[:, None] * N + tl.arange(0, N)[None, :])
+        blocks = blocks + ((value, column),)  # type: ignore[assignment]
+    return blocks
+
+
+@triton.jit
+def _rows_of_gate(now, column, BP: tl.constexpr):
+    """[K, BP]: the bits of the rows ``column`` of now [H, BP], whether or not they are written yet."""
+    batch = tl.arange(0, BP)[None, :]
+    used = (column >= 0)[:, None] & (batch < BP)
+    return tl.load(now + (column * BP)[:, None] + batch, mask=used, other=0, volatile=True)
+
+
+@triton.jit
+def _transposed(bits, column, now, failed, wait, FLOAT: tl.constexpr, BP: tl.constexpr, VECTORS: tl.constexpr,
+                WAITS: tl.constexpr):  # fmt: skip
+    """[BP, K]: what ``_rows_of_gate`` loaded, once all of it is written."""
+    if WAITS:
+        PER_VECTOR: tl.constexpr = 128 // now.dtype.element_ty.primitive_bitwidth
+        vector = (column * BP)[:, None] + (tl.arange(0, BP) & -PER_VECTOR)[None, :]
+        bits = written(bits, vector, now, failed, wait, VECTORS)
+    return tl.trans(bits.to(FLOAT, bitcast=True))
+
+
+@triton.jit
+def _of_gates(blocks, blocks_2, zero, now, failed, wait, GATES: tl.constexpr, K_2: tl.constexpr, FLOAT: tl.constexpr,
+              BP: tl.constexpr, VECTORS: tl.constexpr, VECTORS_2: tl.constexpr, WIDEN: tl.constexpr,
+              WAITS: tl.constexpr):  # fmt: skip
+    """The sums of each gate, [BP, N], in one product of all its blocks; of a second for those beyond K.
+
+    Rows of the next gate are asked for as soon as those of one have come, so nearly always once. The sums of the two
+    products start from zeros that the compiler does not know: it would make one go on with the other's, take that for
+    attention, and lay them out so that half of the warps repeat what the others do.
+    """
+    _, column = blocks[0]
+    bits = _rows_of_gate(now, column, BP)
+    if K_2:
+        _, column_2 = blocks_2[0]
+        bits_2 = _rows_of_gate(now, column_2, BP)
+    sums = ()
+    for gate in tl.static_range(GATES):
+        value, column = blocks[gate]
+        x = _transposed(bits, column, now, failed, wait, FLOAT, BP, VECTORS, WAITS)
+        if K_2:
+            value_2, column_2 = blocks_2[gate]
+            x_2 = _transposed(bits_2, column_2, now, failed, wait, FLOAT, BP, VECTORS_2, WAITS)
+        if gate + 1 < GATES:
+            _, next_column = blocks[gate + 1]
+            bits = _rows_of_gate(now, next_column, BP)
+            if K_2:
+                _, next_column_2 = blocks_2[gate + 1]
+                bits_2 = _rows_of_gate(now, next_column_2, BP)
+        if WIDEN:
+            value, x = value.to(tl.float32), x.to(tl.float32)
+        a = tl.dot(x, value, zero)
+        if K_2:
+            if WIDEN:
+                value_2, x_2 = value_2.to(tl.float32), x_2.to(tl.float32)
+            a += tl.dot(x_2, value_2, zero)
+        sums = sums + (a,)  # type: ignore[assignment]
+    return sums
+
+
+@triton.jit
 def _place(sizes, offsets, k, stream, reverse, steps, B, EQUAL: tl.constexpr):
-    """Rows of u and y of these streams at the k-th step, and which of them take part in it."""
+    """Rows of u of these streams at the k-th step, and which of them take part in it."""
     t = k
     if reverse:
         t = steps - 1 - k
@@ -327,15 +398,23 @@ def _place(sizes, offsets, k, stream, reverse, steps, B, EQUAL: tl.constexpr):
 
 
 @triton.jit
+def _state(h, part, k, reverse, steps, SIZE):
+    """Where a slice's state before the k-th step is, among those in the order of time."""
+    at = k
+    if reverse:
+        at = steps - k
+    return h + (part.to(tl.int64) * (steps + 1) + at) * SIZE
+
+
+@triton.jit
 def recur_blocks(
     u,  # [rows, D, G], D directions
-    y,  # [rows, D, H]
-    h,  # [D, slices, T + 1, H, BP], bits of the state before and after each step, all ones where not written yet
-    c,  # [D, B, H], fp32, of an LSTM; read and written
-    values,  # [D * programs, TILES, S, N, K]
-    columns,  # [D * programs, TILES, S, K], -1 for none
-    values_2,  # [D * programs, S, N, K_2]
-    columns_2,  # [D * programs, S, K_2]
+    h,  # [D, slices, T + 1, H, BP], bits of the states in the order of time, all ones where not written yet
+    c,  # [D, slices, H, BP], fp32, of an LSTM; read and written
+    values,  # [D * programs, TILES, S, N, K]; by gates [D * programs, GATES, K, N]
+    columns,  # [D * programs, TILES, S, K]; by gates [D * programs, GATES, K]; -1 for none
+    values_2,  # [D * programs, S, N, K_2]; by gates [D * programs, GATES, K_2, N]
+    columns_2,  # [D * programs, S, K_2]; by gates [D * programs, GATES, K_2]
     units,  # [D * programs * N], 0, 1, 2, ... for each direction
     new_bias,  # [D, H]
     sizes,  # [T], streams of a step
@@ -356,6 +435,7 @@ def recur_blocks(
     K: tl.constexpr,
     K_2: tl.constexpr,
     TILES: tl.constexpr,
+    BY_GATE: tl.constexpr,
     WARPS: tl.constexpr,
     BP: tl.constexpr,
     VECTORS: tl.constexpr,  # of 16 bytes that a thread loads of a tile's rows of h
@@ -369,32 +449,41 @@ def recur_blocks(
     WIDEN: tl.constexpr,
     WAITS: tl.constexpr,
 ):
-    """BP streams at a time on tensor cores, one group of N units a program, its weights in registers.
+    """BP streams at a time on tensor cores, one group of N units a program, its weights on the chip.
+
+    Either the blocks fall into S chunks whose products are one batch of small ones, the weights in registers; or all
+    blocks of a gate go into one product with 64 streams, transposed, because that side may be no smaller on a Hopper
+    GPU, the weights in shared memory.
 
     A program waits for those rows of h that its blocks multiply. Slices of streams are dealt out to the rows of the
     grid; a row that has several goes through all of them at each step, so that each is computed while others wait.
     Loops are ``while`` loops because out of those the compiler keeps what does not change in registers.
     """
+    # More streams take so many registers that the next slice's rows would not fit beside this one's.
+    AHEAD: tl.constexpr = TILES == 1 and not ONE_SLICE and BP < 32
     program = tl.program_id(0)
     FLOAT = u.dtype.element_ty
     BITS = h.dtype.element_ty
     SIZE = tl.cast(H, tl.int64) * BP  # H is a plain number where it is 1
-    y_row = H
     reverse = REVERSE
     if BOTH:
-        y_row = 2 * H
         direction = program // (tl.num_programs(0) // 2)
         reverse = direction == 1
         u += direction * (GATES * H) * tl.cast(u_unit, tl.int64)
-        y += direction * H
         h += direction * slices * (steps + 1) * SIZE
-        c += direction * B * H
+        c += direction * slices * SIZE
         new_bias += direction * H
-    # Loaded, so that the compiler sees no order in them, and lays out all that is [BP, N] alike.
+    # Loaded, so that the compiler sees no order in them, and lays out all that is [BP, N] as memory has it: along BP.
     unit = tl.load(units + program * N + tl.arange(0, N)).to(tl.int64)[None, :]
-    batch = tl.load(units + tl.arange(0, BP))[:, None]
+    batch = tl.arange(0, BP)[:, None]
     place = unit * BP + batch
-    if TILES == 1:
+    if BY_GATE:
+        blocks = _blocks_of_gates(values, columns, program, GATES, K, N)
+        blocks_2 = ()
+        if K_2:
+            blocks_2 = _blocks_of_gates(values_2, columns_2, program, GATES, K_2, N)
+        zero = tl.where(place < 0, 1.0, 0.0)
+    elif TILES == 1:
         value, column = _blocks_of(values, columns, program, 0, 1, K, S, N)
         if K_2:
             value_2, column_2 = _blocks_of(values_2, columns_2, program, 0, 1, K_2, S, N)
@@ -403,15 +492,15 @@ def recur_blocks(
         bias = tl.load(new_bias + unit + batch * 0, mask=unit < H, other=0.0)
     k = first
     part = tl.program_id(1)
-    now = h + (part.to(tl.int64) * (steps + 1) + k) * SIZE
+    now = _state(h, part, k, reverse, steps, SIZE)
     row, taking_part = _place(sizes, offsets, k, part * BP + batch, reverse, steps, B, EQUAL)
     active = taking_part & (unit < H)
     u_0, u_1, u_2, u_3 = _inputs(u, u_row, u_unit, row, unit, active, H, GATES)
     mine = tl.load(now + place, mask=unit < H, other=0, volatile=True)
     cell = bias
     if CELL == "lstm":
-        cell = tl.load(c + (part * BP + batch) * H + unit, mask=(unit < H) & (part * BP + batch < B), other=0.0)
-    if TILES == 1 and not ONE_SLICE:
+        cell = tl.load(c + part * SIZE + place, mask=unit < H, other=0.0)
+    if AHEAD:
         x = _rows_of(now, column, BP)
         if K_2:
             x_2 = _rows_of(now, column_2, BP)
@@ -421,10 +510,20 @@ def recur_blocks(
         if part_next >= slices:
             k_next, part_next = k + 1, tl.program_id(1)
         there = tl.minimum(k_next, last)  # after the last step something to point to
-        next = h + (part_next.to(tl.int64) * (steps + 1) + there) * SIZE
-        acc = tl.zeros((S, N, BP), tl.float32)
-        if TILES == 1:
-            if ONE_SLICE:
+        next = _state(h, part_next, there, reverse, steps, SIZE)
+        if not BY_GATE:
+            acc = tl.zeros((S, N, BP), tl.float32)
+        if BY_GATE:
+            sums = _of_gates(
+                blocks, blocks_2, zero, now, failed, wait, GATES, K_2, FLOAT, BP, VECTORS, VECTORS_2, WIDEN, WAITS
+            )
+            a_0 = sums[0]
+            if GATES > 1:
+                a_1, a_2 = sums[1], sums[2]
+            if GATES > 3:
+                a_3 = sums[3]
+        elif TILES == 1:
+            if not AHEAD:
                 x = _rows_of(now, column, BP)
                 if K_2:
                     x_2 = _rows_of(now, column_2, BP)
@@ -433,7 +532,7 @@ def recur_blocks(
                 acc = _times(
                     value_2, x_2, column_2, now, failed, wait, acc, FLOAT, BP, VECTORS_2, PRECISION, WIDEN, WAITS
                 )
-            if not ONE_SLICE:  # of another slice, so probably written by now
+            if AHEAD:
                 x = _rows_of(next, column, BP)
                 if K_2:
                     x_2 = _rows_of(next, column_2, BP)
@@ -442,7 +541,8 @@ def recur_blocks(
                 value, column = _blocks_of(values, columns, program, tile, TILES, K, S, N)
                 x = _rows_of(now, column, BP)
                 acc = _times(value, x, column, now, failed, wait, acc, FLOAT, BP, VECTORS, PRECISION, WIDEN, WAITS)
-        a_0, a_1, a_2, a_3 = _of_warps(acc, GATES, S, WARPS, N, BP)
+        if not BY_GATE:
+            a_0, a_1, a_2, a_3 = _of_warps(acc, GATES, S, WARPS, N, BP)
 
         stream = part * BP + batch
         row, taking_part = _place(sizes, offsets, k, stream, reverse, steps, B, EQUAL)
@@ -457,16 +557,14 @@ def recur_blocks(
             new, after = _lstm(a_0, a_1, a_2 + u_2.to(tl.float32), a_3 + u_3.to(tl.float32), cell)
             cell = tl.where(active, after, cell)
             if not ONE_SLICE or k + 1 == last:
-                tl.store(c + stream * H + unit, cell, mask=(unit < H) & (stream < B))
+                tl.store(c + part * SIZE + place, cell, mask=unit < H)
         else:
             new = _activated(a_0, CELL)
-        rounded = new.to(FLOAT)
-        kept = rounded
+        kept = new.to(FLOAT)
         if not EQUAL:
-            kept = tl.where(active, rounded, old)
+            kept = tl.where(active, kept, old)
         mine = _bits(kept, BITS)
-        tl.store(now + SIZE + place, mine, mask=unit < H)
-        tl.store(y + row * y_row + unit, rounded, mask=active)
+        tl.store(_state(h, part, k + 1, reverse, steps, SIZE) + place, mine, mask=unit < H)
 
         # Inputs of what comes next, which so have a step's time to arrive. Not earlier: a second set of registers would
         # be copied into this one, which waits for the loads.
@@ -478,4 +576,38 @@ def recur_blocks(
         if not ONE_SLICE:
             mine = tl.load(now + place, mask=unit < H, other=0, volatile=True)
             if CELL == "lstm":
-                cell = tl.load(c + stream * H + unit, mask=(unit < H) & (stream < B), other=0.0)
+                cell = tl.load(c + part * SIZE + place, mask=unit < H, other=0.0)
+
+
+@triton.jit
+def write_outputs(
+    h,  # [D, slices, T + 1, H, BP], as ``recur_blocks`` leaves it
+    y,  # [rows, D, H]
+    sizes,  # [T], streams of a step
+    offsets,  # [T], first row of a step
+    slices,
+    steps,
+    B,
+    H,
+    BP: tl.constexpr,
+    UNITS: tl.constexpr,
+    EQUAL: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BOTH: tl.constexpr,
+):
+    """The states after each step, transposed. ``recur_blocks`` would write them in pieces of two bytes, H apart, which
+    takes a quarter of its time with 64 streams."""
+    t = tl.program_id(0)
+    part = tl.program_id(1) % slices
+    direction = tl.program_id(1) // slices
+    directions = tl.num_programs(1) // slices
+    unit = tl.program_id(2) * UNITS + tl.arange(0, UNITS)[:, None]
+    batch = tl.arange(0, BP)[None, :]
+    at = t + 1
+    if REVERSE or (BOTH and direction == 1):
+        at = t
+    SIZE = tl.cast(H, tl.int64) * BP
+    source = h + (tl.program_id(1).to(tl.int64) * (steps + 1) + at) * SIZE
+    bits = tl.load(source + unit * BP + batch, mask=unit < H, other=0)
+    row, there = _place(sizes, offsets, t, part * BP + batch, False, steps, B, EQUAL)
+    tl.store(y + (row * directions + direction) * H + unit, bits, mask=there & (unit < H))

@@ -39,17 +39,30 @@ def _assembly(vectors: int, bits: int) -> tuple[str, str]:
             lines.append("or.b32 any, any, n;")
         return [*lines, "and.b32 any, any, 0x80008000;", f"setp.ne.b32 {where}, any, 0;"]
 
-    lines = [".reg .pred missing, other;", ".reg .b32 any, n, tries;", ".reg .b64 a;"]
-    lines += [f".reg .b64 a{v};" for v in range(vectors)]
+    def not_a_number(of: list[str], where: str) -> list[str]:
+        """Set a predicate if one of these words has a part that may be unwritten, and seldom if none has.
+
+        All ones is a NaN as fp16, bf16 or fp32, and sums of products with a NaN are NaN. Of a warp's instructions
+        between two steps so many are for this that it counts: two words an instruction, not six instructions a word.
+        """
+        kind = "f16x2" if bits == 16 else "f32"
+        sums = [f"t{i % 2}" for i in range(len(of) // 2)]
+        lines = [f"fma.rn.{kind} {t}, {a}, {b}, {t};" for t, a, b in zip(sums, of[::2], of[1::2], strict=True)]
+        lines = ["mov.b32 t0, 0;", "mov.b32 t1, 0;", *lines]
+        if bits == 32:
+            return [*lines, f"setp.nan.f32 {where}, t0, t1;"]
+        return [*lines, f"setp.nan.f16x2 {where}|other, t0, t1;", f"or.pred {where}, {where}, other;"]
+
+    lines = [".reg .pred missing, other;", ".reg .b32 any, n, tries, t0, t1;", ".reg .b64 a;"]
     lines += [f"mov.b32 {o}, {x};" for o, x in zip(out, loaded, strict=True)]
     lines += [f"setp.eq.b32 other, {wait[0]}, 0;", "@other bra FINISHED;"]
+    lines += [*not_a_number(out, "missing"), "@!missing bra FINISHED;"]
     lines += [*unwritten(out, "missing"), "@!missing bra FINISHED;", "mov.b32 tries, 0;"]
-    for v in range(vectors):
-        lines += [f"mul.wide.s32 a, {offset[v * per_vector]}, {bits // 8};", f"add.s64 a{v}, {base[0]}, a;"]
     lines.append("AGAIN:")
     for v in range(vectors):
         own = out[4 * v : 4 * v + 4]
-        lines += [*unwritten(own, "other"), f"@other ld.relaxed.gpu.global.v4.b32 {{{', '.join(own)}}}, [a{v}];"]
+        lines += [*unwritten(own, "other"), f"mad.wide.s32 a, {offset[v * per_vector]}, {bits // 8}, {base[0]};"]
+        lines.append(f"@other ld.relaxed.gpu.global.v4.b32 {{{', '.join(own)}}}, [a];")
     lines += [*unwritten(out, "missing"), "@!missing bra FINISHED;", "add.s32 tries, tries, 1;"]
     # Now and then, whether others have given up: what they failed to write will not come.
     lines += ["and.b32 n, tries, 255;", "setp.ne.b32 other, n, 0;", "@other bra AGAIN;"]
