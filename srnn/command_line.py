@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from srnn.config import check_choice, compose_hydra, compose_settings, parse_override, slug
+from srnn.config import check_choice, compose_hydra, compose_settings, parse_override, run_folder, slug
 from srnn.errors import UserError
 from srnn.sweeps import choices_of, expand
 
@@ -38,10 +38,12 @@ class CommandLine:
 
     Attributes:
         argv: what Hydra has to be given for it.
-        sweep: the folder of its jobs; None for a single run.
+        folder: of its run, but for the time in its name; or of its sweep.
+        sweep: the same folder if it is a sweep; None for a single run.
     """
 
     argv: list[str]
+    folder: Path
     sweep: Path | None
 
 
@@ -68,7 +70,7 @@ def check_command_line(argv: Sequence[str]) -> CommandLine:
                 f"{override.input_line}: several values make a sweep; add -m, or quote the value to mean one."
             )
     compose_settings(arguments.overrides)
-    return CommandLine(list(argv), sweep=None)
+    return CommandLine(list(argv), run_folder(arguments.overrides), sweep=None)
 
 
 def _check_sweep(argv: Sequence[str], overrides: Sequence[Override], hydra: DictConfig) -> CommandLine:
@@ -85,7 +87,7 @@ def _check_sweep(argv: Sequence[str], overrides: Sequence[Override], hydra: Dict
     if folder == "auto":
         folder = f"outputs/{_folder_name(overrides) if ours else f'{datetime.now():%Y-%m-%d_%H-%M-%S}_search'}"
         words.append(f"hydra.sweep.dir={folder}")
-    return CommandLine(words, sweep=Path(folder))
+    return CommandLine(words, Path(folder), sweep=Path(folder))
 
 
 def _is_hydras(override: Override) -> bool:

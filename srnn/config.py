@@ -15,6 +15,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
@@ -268,6 +269,16 @@ def _check_key(key: str, base: DictConfig) -> None:
 def compose_hydra(overrides: Sequence[str]) -> DictConfig:
     """Hydra's own part of a config: how and where jobs run. Raises UserError."""
     return compose_config(overrides, return_hydra_config=True).hydra
+
+
+def run_folder(overrides: Sequence[str]) -> Path:
+    """Where Hydra will put a run, but for the time in its name. Raises UserError."""
+    config = compose_config(overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(config)  # for ${hydra:...} in it
+    try:
+        return Path(config.hydra.run.dir)
+    except OmegaConfBaseException as error:
+        raise UserError(f"hydra.run.dir: {_first_line(error)}") from None
 
 
 def compose_config(overrides: Sequence[str], return_hydra_config: bool = False) -> DictConfig:

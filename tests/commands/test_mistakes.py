@@ -1,5 +1,8 @@
 """A user's mistake gets one sentence and exit code 2, and no traceback."""
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -66,10 +69,35 @@ def test_training(capsys, tmp_path, arguments, words, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     tracking = [] if "tracking.mode=online" in arguments else QUIET
     # What comes last wins, so the mistakes go last; but a command comes first.
-    given = arguments if arguments == ["trian"] else [*tracking, f"hydra.run.dir={tmp_path}/run", *arguments]
+    given = arguments if arguments == ["trian"] else [*tracking, f"hydra.run.dir={tmp_path}/some/run", *arguments]
     error = mistake(capsys, *given)
     for word in words:
         assert word in error
+    # A threshold too high is found in the middle of the training.
+    assert bool(list(tmp_path.iterdir())) == (arguments == ["pruning.q=1e6"]), "what was refused left something behind"
+
+
+LATE = ["pruning.freq=99", *QUIET]  # found when the data have been read
+
+
+def test_a_refused_run_leaves_folders_of_others_alone(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    mistake(capsys, *LATE, "hydra.run.dir=there")
+    mistake(capsys, *LATE, "hydra.run.dir=there/new/run")
+    assert {path.name for path in (tmp_path / "there").iterdir()} == {"config.yaml", "environment.json"}
+    mistake(capsys, *LATE)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_refused_run_that_wrote_more_stays(capsys, tmp_path, monkeypatch):
+    def refuse(_, folder, *__):
+        (folder / "notes").write_text("mine")
+        raise UserError("refused")
+
+    monkeypatch.setattr("srnn.training.run._prepare", refuse)
+    assert "refused" in mistake(capsys, *QUIET, f"hydra.run.dir={tmp_path}/run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "environment.json", "notes"}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +111,24 @@ def test_texts(capsys, tmp_path, content, word):
 
 def test_a_folder_that_cannot_be_made(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in mistake(capsys, *QUIET, f"hydra.run.dir={tmp_path}/file/run")
+    folder = f"{tmp_path}/file/run"
+    for option, flags in (("hydra.run.dir", []), ("hydra.sweep.dir", ["-m"])):
+        error = mistake(capsys, *flags, *QUIET, f"{option}={folder}")
+        assert f"{option}={folder}: this folder cannot be written: Not a directory; set {option} to another." in error
+
+
+@pytest.mark.parametrize("made_by", ["hydra", "srnn"])
+def test_a_folder_that_cannot_be_written(capsys, tmp_path, monkeypatch, made_by):
+    def fail(path, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    if made_by == "hydra":
+        monkeypatch.setattr("hydra.core.utils.Path.mkdir", fail)
+    else:
+        monkeypatch.setattr("srnn.training.run.write_atomically", fail)
+    error = mistake(capsys, *QUIET, f"hydra.run.dir={tmp_path}/run")
+    assert f"hydra.run.dir={tmp_path}/run: this folder cannot be written: Permission denied; set" in error
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate"])

@@ -72,9 +72,15 @@ def test_mistakes(run, tmp_path, capsys):
         ([tmp_path], "no finished run is there"),
         ([run, "--output", run], "holds a run already"),
         ([run, "--tolerance", "much"], "--tolerance"),
+        ([run, "--output", run / FILE / "x"], "--output="),
     ):
         assert main(["rerun", *map(str, arguments)]) == 2
         assert words in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text().replace("freq: auto", "freq: 99"))
+    (tmp_path / "report.json").write_text("{}")
+    assert main(["rerun", str(tmp_path), "--output", str(tmp_path / "some/run")]) == 2
+    assert "freq=99" in capsys.readouterr().err
+    assert not (tmp_path / "some").exists()
 
 
 def test_agreement():
