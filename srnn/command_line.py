@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Override
@@ -53,7 +54,7 @@ def check_command_line(argv: Sequence[str]) -> CommandLine:
     Raises:
         UserError: the first mistake in any of them.
     """
-    arguments = get_args_parser().parse_args(list(argv))
+    arguments, argv = _parse(argv)
     overrides = [parse_override(text) for text in arguments.overrides]
     for override in overrides:
         _check_installed(override)
@@ -71,6 +72,22 @@ def check_command_line(argv: Sequence[str]) -> CommandLine:
             )
     compose_settings(arguments.overrides)
     return CommandLine(list(argv), run_folder(arguments.overrides), sweep=None)
+
+
+def _parse(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """Hydra's arguments, and the same words with its flags first: Hydra takes none between options."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; options are GROUP.OPTION=VALUE, flags are in `srnn train --help`.")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    arguments, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown:
+        refuse(f"{next((word for word in unknown if word.startswith('-')), unknown[0])}: no such flag")
+    left = list(arguments.overrides)
+    flags = [word for word in argv if not (left and word == left[0] and left.pop(0))]
+    return arguments, [*flags, *arguments.overrides]
 
 
 def _check_sweep(argv: Sequence[str], overrides: Sequence[Override], hydra: DictConfig) -> CommandLine:

@@ -90,6 +90,8 @@ def test_every_choice_composes():
         (["tracking.mode=off"], r"tracking\.mode='off' must be 'online' or 'offline' or 'disabled'"),
         (["model.hidden_size"], r"model\.hidden_size: not an override such as"),
         (["model.hidden_size=${nothing}"], r"nothing"),
+        (["seed=0", "--nope", "model=gru"], r"--nope: no such flag; options are GROUP\.OPTION=VALUE"),
+        (["seed=0", "--cfg", "jobs"], r"--cfg/-c: invalid choice: 'jobs'"),
         (["seed=0,1"], r"seed=0,1: several values make a sweep; add -m"),
         (["-m", "seed=0,1", "pruning=none,gradul"], r"pruning=gradul: no pruning"),
     ],
