@@ -122,6 +122,9 @@ _SECTIONS: dict[str, type] = {
 # What `group=name` can choose: components, and presets of a section.
 GROUPS = (*KINDS, "trainer", "tracking", "experiment")
 
+# What a command line takes beside the keys of a config.
+BESIDE = ("experiment", "resume", "hydra")
+
 
 def _options(section: type) -> dict[str, Option]:
     return Component("", "", section, "").options
@@ -207,9 +210,10 @@ def unknown_options(overrides: Sequence[str], compose: Compose) -> dict[str, Use
     base = compose(_lines(chosen))
     unknown = {}
     for override in options:
-        if not override.is_hydra_override() and not override.is_add():
-            try:
-                _check_key(str(override.key_or_group), base)
+        key = str(override.key_or_group)
+        if not override.is_hydra_override():
+            try:  # what is added to a part of the config is checked with that part
+                _check_key(key.partition(".")[0] if override.is_add() else key, base)
             except UserError as error:
                 unknown[str(override.input_line)] = error
     return unknown
@@ -256,10 +260,14 @@ def _check_key(key: str, base: DictConfig) -> None:
             path = key.split(".")[:depth]
             allowed = [str(k) for k in node] if isinstance(node, DictConfig) else []
             where = ".".join(path) or "the config"
-            where += f"={node['name']}" if isinstance(node, DictConfig) and "name" in node and where in KINDS else ""
+            if where in KINDS:  # its name is its group's value
+                allowed.remove("name")
+                where += f"={node['name']}"
+            elif not path:
+                allowed += BESIDE
             raise UserError(
                 f"{key}: unknown option of {where}.{did_you_mean(part, allowed)} "
-                f"Allowed: {', '.join(k for k in allowed if k != 'name') or 'nothing'}."
+                f"Allowed: {', '.join(allowed) or 'nothing'}."
             )
         node = None if OmegaConf.is_missing(node, part) else node[part]
         if node is None or (isinstance(node, DictConfig) and key.startswith("pruning.q.")):

@@ -101,6 +101,20 @@ def test_mistakes_are_found_before_anything_runs(overrides, message):
         check_command_line(overrides)
 
 
+def test_the_names_allowed_are_all_there_are():
+    def allowed(option):
+        with pytest.raises(UserError) as error:
+            compose_settings([option])
+        return set(str(error.value).partition("Allowed: ")[2].rstrip(".").split(", "))
+
+    sections = compose_settings([]).as_dict()
+    assert allowed("modle=gru") == allowed("+modle=gru") == {*sections, *config.GROUPS, "resume", "hydra"}
+    assert allowed("tracking.nam=x") == set(vars(TrackingConfig()))
+    assert allowed("model.x=1") == set(register.get("model", "gru").options)
+    with pytest.raises(UserError, match="Did you mean 'resume'"):
+        compose_settings(["resum=outputs/RUN"])
+
+
 @pytest.mark.parametrize("q", ["0.3", "{recurrent: 0.1, linear: 0.2, embedding: 1.0}", "some/dense.ckpt"])
 def test_q_takes_a_number_a_mapping_or_a_path(q):
     assert compose_settings([f"pruning.q={q}"]).pruning["q"] == yaml.safe_load(q)
