@@ -62,10 +62,16 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any], tolerance: float) -
     if not off:
         return f"All {len(one)} numbers are the same, bit for bit.", True
     worst = max(off, key=lambda name: off[name])
-    words = f"{len(off)} of {len(one)} numbers, most of all {worst}: {one[worst]:g} then, {two[worst]:g} now"
+    words = f"{len(off)} of {len(one)} numbers, most of all {worst}: {_told_apart(one[worst], two[worst])}"
     if off[worst] <= tolerance:
         return f"The numbers agree within {100 * tolerance:g} %; not the same are {words}.", True
     return f"The numbers differ by more than {100 * tolerance:g} %: {words}.", False
+
+
+def _told_apart(then: float, now: float) -> str:
+    """Both with six digits, or as many as show that they differ."""
+    digits = next((n for n in range(6, 17) if f"{then:.{n}g}" != f"{now:.{n}g}"), 17)
+    return f"{then:.{digits}g} then, {now:.{digits}g} now"
 
 
 def _relative(one: float, two: float) -> float:

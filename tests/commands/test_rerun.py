@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import shlex
 import subprocess
 
@@ -96,6 +97,11 @@ def test_agreement():
     assert compare(report, report, 0.0) == ("All 2 numbers are the same, bit for bit.", True)
     assert compare(report, near, 0.001)[1]
     assert not compare(report, near, 0.0001)[1]
+    assert "loss: 2 then, 2.001 now" in compare(report, near, 0.001)[0]
+    nearer = report | {"scores": {"test": {"loss": 2.0000000003}}}
+    assert "loss: 2 then, 2.0000000003 now" in compare(report, nearer, 0.001)[0]
+    next_to_it = report | {"scores": {"test": {"loss": math.nextafter(2, 3)}}}
+    assert "loss: 2 then, 2.0000000000000004 now" in compare(report, next_to_it, 0.001)[0]
     assert not compare(report, report | {"scores": {}}, 1.0)[1]
     assert differences(environment(["srnn"]), environment(["other"])) == []
 
