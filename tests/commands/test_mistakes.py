@@ -175,7 +175,11 @@ def test_generate_takes_text_literally_and_repeats_with_a_seed(capsys, run_folde
         texts = []
         for _ in range(2):
             assert main(["generate", f"run={run_folder}", "--prompt", prompt, "--length", "20", "--seed", "3"]) == 0
-            texts.append(capsys.readouterr().out)
+            told = capsys.readouterr()
+            texts.append(told.out)
+        unknown = [repr(c) for c in dict.fromkeys(prompt) if c not in "\nabcdef(): x"]
+        words = f"--prompt: {', '.join(unknown)}: not among the characters this network knows; read as unknown.\n"
+        assert told.err == (f"srnn: {words}" if unknown else "")
         known = "".join(c if c in "\nabcdef(): x" else "�" for c in prompt)
         assert texts[0] == texts[1]
         assert texts[0].startswith(known)
