@@ -197,7 +197,8 @@ def print_report(report: dict[str, Any]) -> None:
     table.add_row("time in the training loop, inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
     console.print(table)
     for part, batches in report["limits"].items():
-        console.print(f"Only the first {batches} batches of the {part} part were used (trainer.limit_...).")
+        words = f"Only the first {batches} batches of the {part} part were used (trainer.limit_...)"
+        console.print(f"{words}." if part == "train" else f"{words}; `srnn evaluate` takes all.", soft_wrap=True)
     for line in latency["choices"]:
         console.print(f"kernel: {line}", markup=False, highlight=False)
     if sparsity["wanted"] is not None and abs(sparsity["reached"] - sparsity["wanted"]) > MISSED:

@@ -37,6 +37,14 @@ def test_an_export_says_what_it_costs(run, values, capsys):
     assert scored == pytest.approx(after, abs=2e-4)
 
 
+def test_evaluate_says_where_it_scores_more_than_the_run_did(run, capsys):
+    limit = json.loads((run / "report.json").read_text())["config"]["trainer"]["limit_eval_batches"]
+    assert main(["evaluate", f"run={run}", "kernel=cpu"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("valid", "test"):
+        assert re.search(rf"report is of the first {limit} of \d\d+ batches of the {part} part", shown)
+
+
 def test_blocks_that_are_not_there_are_refused(run, capsys):
     assert main(["export", f"run={run}", "structure=16x1"]) == 2
     assert "is not pruned in 16x1 blocks" in capsys.readouterr().err

@@ -67,6 +67,7 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path, srnn_command):
     check_report(report, run)
     scored = srnn_command("evaluate", f"run={run}")
     assert f"{report['scores']['test_packed']['bits_per_character']:.4f}" in scored.stdout
+    assert "own report" not in scored.stdout, "it is of the same data"
     written = srnn_command("generate", "--run", run, "--prompt", "def f(x):", "--length", 30)
     assert written.returncode == 0
     assert written.stdout.startswith("def f(x):")
