@@ -19,7 +19,7 @@ COMMANDS = {
     "bench": "time dense layers against every sparse backend that can run here",
     "generate": "write text with a run's packed file",
     "doctor": "what is installed, what can run here, and why something cannot",
-    "list": "every model, dataset, pruning method, kernel and optimiser, with options",
+    "list": "every name and option: components, presets, and the rest",
 }
 
 HELP = """usage: python -m srnn [command] [options]      (or just: srnn ...)

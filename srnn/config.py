@@ -97,23 +97,21 @@ class Settings:
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> Settings:
         """Check a plain config. Raises UserError for the first thing wrong."""
-        root = _options(cls)
-        given = check_options(
-            {k: Option(k, Any) if k in _SECTIONS or k in KINDS else root[k] for k in root}, config, ""
-        )
-        for key in (*KINDS, *_SECTIONS):
+        root = options_of(cls)
+        given = check_options({k: Option(k, Any) if k in SECTIONS or k in KINDS else root[k] for k in root}, config, "")
+        for key in (*KINDS, *SECTIONS):
             if not isinstance(given[key], Mapping):
                 raise UserError(f"{key}={given[key]!r} must be a mapping, such as {key}.OPTION=value.")
         parts: dict[str, Any] = {kind: register.check(kind, given[kind]) for kind in KINDS}
-        sections = {key: make(**check_options(_options(make), given[key], key)) for key, make in _SECTIONS.items()}
+        sections = {key: make(**check_options(options_of(make), given[key], key)) for key, make in SECTIONS.items()}
         return cls(**parts, **sections, seed=given["seed"], init_from=given["init_from"])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data again."""
-        return {key: dict(vars(value)) if key in _SECTIONS else value for key, value in vars(self).items()}
+        return {key: dict(vars(value)) if key in SECTIONS else value for key, value in vars(self).items()}
 
 
-_SECTIONS: dict[str, type] = {
+SECTIONS: dict[str, type] = {
     "trainer": TrainerConfig,
     "tracking": TrackingConfig,
     "packed": PackedConfig,
@@ -126,7 +124,8 @@ GROUPS = (*KINDS, "trainer", "tracking", "experiment")
 BESIDE = ("experiment", "resume", "hydra")
 
 
-def _options(section: type) -> dict[str, Option]:
+def options_of(section: type) -> dict[str, Option]:
+    """What a config may set in a section: name -> option."""
     return Component("", "", section, "").options
 
 

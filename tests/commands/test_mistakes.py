@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from srnn.__main__ import main
+from srnn.config import GROUPS, SECTIONS, options_of, presets
 from srnn.deploy.packed import PackedModel, write
 from srnn.errors import UserError
 from srnn.registry import register
@@ -215,6 +216,29 @@ def test_list_shows_every_component(capsys):
         assert name in shown
     assert "[recurrent, linear, embedding]" in shown
     assert main(["list", "model"]) == 0
+    assert "gradual" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_list_shows_every_name_of_a_group(capsys, group):
+    assert main(["list", group]) == 0
+    shown = capsys.readouterr().out
+    for name in presets(group):
+        assert f"│ {name} " in shown
+
+
+def test_list_shows_the_options_of_no_component(capsys):
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for section in SECTIONS.values():
+        for name in options_of(section):
+            assert f" {name} = " in shown
+    for words in ("seed = 0 (int at least 0 and at most 4294967295)", "init_from = null", "resume=FOLDER"):
+        assert words in shown
+    assert "On the CPU, also where there is a" in shown
+    assert "model.hidden_size = 200" in shown, "what a preset sets"
+    assert "optimizer=sgd" in shown
+    assert main(["list", "others"]) == 0
     assert "gradual" not in capsys.readouterr().out
 
 
