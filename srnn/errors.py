@@ -31,7 +31,9 @@ class JobFailed(BaseException):
 
 def cannot_be_written(folder: Path, error: OSError, option: str) -> UserError:
     """What to say about a folder for results, which ``option`` names."""
-    return UserError(f"{option}={folder}: this folder cannot be written: {error.strerror}; set {option} to another.")
+    return UserError(
+        f"{option}={folder}: this folder cannot be written: {error.strerror or error}; set {option} to another."
+    )
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srnn.commands.options import Parser, packed_file
+from srnn.commands.options import Parser, output_folder, packed_file
 from srnn.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     target = target.expanduser()
     if target.is_dir() or target.suffix != ".safetensors":
         raise UserError(f"export: --output={target} must be a file named *.safetensors.")
+    output_folder(target.parent)  # before anything is scored
 
     import torch
 

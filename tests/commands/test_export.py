@@ -74,7 +74,7 @@ def test_blocks_that_are_not_there_are_refused(run, capsys):
         (["values=fp8"], "invalid choice: 'fp8'"),
         (["structure=3x3"], "invalid choice: '3x3'"),
         (["output=model.bin"], "must be a file named *.safetensors"),
-        (["output=/dev/null/m.safetensors"], "/dev/null"),
+        (["output=/dev/null/m.safetensors"], "--output=/dev/null: this folder cannot be written: File exists"),
     ],
 )
 def test_mistakes_are_told(run, arguments, message, capsys):
