@@ -48,22 +48,23 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _rows(group: str) -> Iterator[Row]:
-    if group in KINDS:
-        for name in sorted(register.names(group)):
-            component = register.get(group, name)
-            about = f"{component.summary.replace('``', '')}\n({component.origin})"
-            yield name, _options(component.options), about
-    elif group not in GROUPS:
+    if group not in GROUPS:
         yield from _others()
-    else:
-        for name in presets(group):
-            yield _preset(group, name)
+        return
+    components = register.names(group) if group in KINDS else []
+    for name in presets(group):  # a plug-in's file may be another choice of options of a component
+        yield _component(group, name) if name in components else _preset(group, name)
+
+
+def _component(kind: str, name: str) -> Row:
+    component = register.get(kind, name)
+    return name, _options(component.options), f"{component.summary.replace('``', '')}\n({component.origin})"
 
 
 def _preset(group: str, name: str) -> Row:
     """A YAML file: what it sets, and what its head says. The default of a section shows all options there are."""
     path = next(file for folder in conf_folders() if (file := folder / group / f"{name}.yaml").is_file())
-    if name == "default":
+    if name == "default" and group in SECTIONS:
         options = _options(options_of(SECTIONS[group]))
     else:
         options = "\n".join(_settings(yaml.safe_load(path.read_text()) or {}))

@@ -227,6 +227,18 @@ def test_list_shows_every_name_of_a_group(capsys, group):
         assert f"│ {name} " in shown
 
 
+def test_list_shows_the_files_of_a_plugin(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(register, "conf_folders", [tmp_path])
+    for file, text in (("dataset/short", "name: adding\nsteps: 7\n"), ("experiment/default", "# Mine.\nseed: 3\n")):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / f"{file}.yaml").write_text(text)
+    for group, words in (("dataset", ("│ short ", "steps = 7")), ("experiment", ("│ default ", "seed = 3", "Mine."))):
+        assert main(["list", group]) == 0
+        shown = capsys.readouterr().out
+        for word in words:
+            assert word in shown
+
+
 def test_list_shows_the_options_of_no_component(capsys):
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
