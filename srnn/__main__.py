@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from srnn.errors import JobFailed, UserError, did_you_mean
+from srnn.errors import UserError, did_you_mean
 
 COMMANDS = {
     "train": "train, prune, pack, measure, report (the default)",
@@ -19,7 +19,7 @@ COMMANDS = {
     "bench": "time dense layers against every sparse backend that can run here",
     "generate": "write text with a run's packed file",
     "doctor": "what is installed, what can run here, and why something cannot",
-    "list": "every model, dataset, pruning method, kernel and optimiser, with options",
+    "list": "every name and option: components, presets, and the rest",
 }
 
 HELP = """usage: python -m srnn [command] [options]      (or just: srnn ...)
@@ -53,10 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(HELP.format(commands="\n".join(f"  {name:10}{word}" for name, word in COMMANDS.items())))
         return 0
     try:
-        try:
-            return _dispatch(argv)
-        except JobFailed as failed:
-            raise failed.error from None
+        return _dispatch(argv)
     except (UserError, OSError) as error:
         if os.environ.get("SRNN_DEBUG") == "1":
             raise

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from srnn.config import check_choice, compose_hydra, compose_settings, parse_override, slug
+from srnn.config import check_choice, compose_hydra, compose_settings, parse_override, run_folder, slug
 from srnn.errors import UserError
 from srnn.sweeps import choices_of, expand
 
@@ -38,10 +39,12 @@ class CommandLine:
 
     Attributes:
         argv: what Hydra has to be given for it.
-        sweep: the folder of its jobs; None for a single run.
+        folder: of its run, but for the time in its name; or of its sweep.
+        sweep: the same folder if it is a sweep; None for a single run.
     """
 
     argv: list[str]
+    folder: Path
     sweep: Path | None
 
 
@@ -51,7 +54,7 @@ def check_command_line(argv: Sequence[str]) -> CommandLine:
     Raises:
         UserError: the first mistake in any of them.
     """
-    arguments = get_args_parser().parse_args(list(argv))
+    arguments, argv = _parse(argv)
     overrides = [parse_override(text) for text in arguments.overrides]
     for override in overrides:
         _check_installed(override)
@@ -68,7 +71,23 @@ def check_command_line(argv: Sequence[str]) -> CommandLine:
                 f"{override.input_line}: several values make a sweep; add -m, or quote the value to mean one."
             )
     compose_settings(arguments.overrides)
-    return CommandLine(list(argv), sweep=None)
+    return CommandLine(list(argv), run_folder(arguments.overrides), sweep=None)
+
+
+def _parse(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """Hydra's arguments, and the same words with its flags first: Hydra takes none between options."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; options are GROUP.OPTION=VALUE, flags are in `srnn train --help`.")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    arguments, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown:
+        refuse(f"{next((word for word in unknown if word.startswith('-')), unknown[0])}: no such flag")
+    left = list(arguments.overrides)
+    flags = [word for word in argv if not (left and word == left[0] and left.pop(0))]
+    return arguments, [*flags, *arguments.overrides]
 
 
 def _check_sweep(argv: Sequence[str], overrides: Sequence[Override], hydra: DictConfig) -> CommandLine:
@@ -85,7 +104,7 @@ def _check_sweep(argv: Sequence[str], overrides: Sequence[Override], hydra: Dict
     if folder == "auto":
         folder = f"outputs/{_folder_name(overrides) if ours else f'{datetime.now():%Y-%m-%d_%H-%M-%S}_search'}"
         words.append(f"hydra.sweep.dir={folder}")
-    return CommandLine(words, sweep=Path(folder))
+    return CommandLine(words, Path(folder), sweep=Path(folder))
 
 
 def _is_hydras(override: Override) -> bool:

@@ -15,6 +15,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
@@ -96,23 +97,21 @@ class Settings:
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> Settings:
         """Check a plain config. Raises UserError for the first thing wrong."""
-        root = _options(cls)
-        given = check_options(
-            {k: Option(k, Any) if k in _SECTIONS or k in KINDS else root[k] for k in root}, config, ""
-        )
-        for key in (*KINDS, *_SECTIONS):
+        root = options_of(cls)
+        given = check_options({k: Option(k, Any) if k in SECTIONS or k in KINDS else root[k] for k in root}, config, "")
+        for key in (*KINDS, *SECTIONS):
             if not isinstance(given[key], Mapping):
                 raise UserError(f"{key}={given[key]!r} must be a mapping, such as {key}.OPTION=value.")
         parts: dict[str, Any] = {kind: register.check(kind, given[kind]) for kind in KINDS}
-        sections = {key: make(**check_options(_options(make), given[key], key)) for key, make in _SECTIONS.items()}
+        sections = {key: make(**check_options(options_of(make), given[key], key)) for key, make in SECTIONS.items()}
         return cls(**parts, **sections, seed=given["seed"], init_from=given["init_from"])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data again."""
-        return {key: dict(vars(value)) if key in _SECTIONS else value for key, value in vars(self).items()}
+        return {key: dict(vars(value)) if key in SECTIONS else value for key, value in vars(self).items()}
 
 
-_SECTIONS: dict[str, type] = {
+SECTIONS: dict[str, type] = {
     "trainer": TrainerConfig,
     "tracking": TrackingConfig,
     "packed": PackedConfig,
@@ -121,8 +120,12 @@ _SECTIONS: dict[str, type] = {
 # What `group=name` can choose: components, and presets of a section.
 GROUPS = (*KINDS, "trainer", "tracking", "experiment")
 
+# What a command line takes beside the keys of a config.
+BESIDE = ("experiment", "resume", "hydra")
 
-def _options(section: type) -> dict[str, Option]:
+
+def options_of(section: type) -> dict[str, Option]:
+    """What a config may set in a section: name -> option."""
     return Component("", "", section, "").options
 
 
@@ -206,9 +209,10 @@ def unknown_options(overrides: Sequence[str], compose: Compose) -> dict[str, Use
     base = compose(_lines(chosen))
     unknown = {}
     for override in options:
-        if not override.is_hydra_override() and not override.is_add():
-            try:
-                _check_key(str(override.key_or_group), base)
+        key = str(override.key_or_group)
+        if not override.is_hydra_override():
+            try:  # what is added to a part of the config is checked with that part
+                _check_key(key.partition(".")[0] if override.is_add() else key, base)
             except UserError as error:
                 unknown[str(override.input_line)] = error
     return unknown
@@ -255,10 +259,14 @@ def _check_key(key: str, base: DictConfig) -> None:
             path = key.split(".")[:depth]
             allowed = [str(k) for k in node] if isinstance(node, DictConfig) else []
             where = ".".join(path) or "the config"
-            where += f"={node['name']}" if isinstance(node, DictConfig) and "name" in node and where in KINDS else ""
+            if where in KINDS:  # its name is its group's value
+                allowed.remove("name")
+                where += f"={node['name']}"
+            elif not path:
+                allowed += BESIDE
             raise UserError(
                 f"{key}: unknown option of {where}.{did_you_mean(part, allowed)} "
-                f"Allowed: {', '.join(k for k in allowed if k != 'name') or 'nothing'}."
+                f"Allowed: {', '.join(allowed) or 'nothing'}."
             )
         node = None if OmegaConf.is_missing(node, part) else node[part]
         if node is None or (isinstance(node, DictConfig) and key.startswith("pruning.q.")):
@@ -268,6 +276,16 @@ def _check_key(key: str, base: DictConfig) -> None:
 def compose_hydra(overrides: Sequence[str]) -> DictConfig:
     """Hydra's own part of a config: how and where jobs run. Raises UserError."""
     return compose_config(overrides, return_hydra_config=True).hydra
+
+
+def run_folder(overrides: Sequence[str]) -> Path:
+    """Where Hydra will put a run, but for the time in its name. Raises UserError."""
+    config = compose_config(overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(config)  # for ${hydra:...} in it
+    try:
+        return Path(config.hydra.run.dir)
+    except OmegaConfBaseException as error:
+        raise UserError(f"hydra.run.dir: {_first_line(error)}") from None
 
 
 def compose_config(overrides: Sequence[str], return_hydra_config: bool = False) -> DictConfig:

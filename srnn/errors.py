@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -15,11 +16,24 @@ class UserError(Exception):
 
 
 class JobFailed(BaseException):
-    """Carries an error through Hydra, which announces every Exception of a job in its own words."""
+    """Carries an error through Hydra, which announces every Exception of a job in its own words.
 
-    def __init__(self, error: Exception) -> None:
+    Attributes:
+        error: what happened.
+        folder: the run's.
+    """
+
+    def __init__(self, error: Exception, folder: Path) -> None:
         super().__init__(str(error))
         self.error = error
+        self.folder = folder
+
+
+def cannot_be_written(folder: Path, error: OSError, option: str) -> UserError:
+    """What to say about a folder for results, which ``option`` names."""
+    return UserError(
+        f"{option}={folder}: this folder cannot be written: {error.strerror or error}; set {option} to another."
+    )
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

@@ -15,6 +15,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srnn"
 
 
+def nearest_there(path: Path) -> Path:
+    """The path itself if it exists, else the nearest of its parents that does; absolute."""
+    path = Path(os.path.abspath(path))
+    return next(there for there in (path, *path.parents) if os.path.exists(there))
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: beside it first, then moved into place. Makes the folder.
 

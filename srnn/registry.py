@@ -53,7 +53,7 @@ class Range:
     def __str__(self) -> str:
         signs = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
         return " and ".join(
-            f"{word} {bound:g}" for key, word in signs.items() if (bound := getattr(self, key)) is not None
+            f"{word} {bound:.12g}" for key, word in signs.items() if (bound := getattr(self, key)) is not None
         )
 
     def check(self, value: Any) -> Any:

@@ -37,6 +37,10 @@ class Vocabulary(ABC):
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token numbers."""
 
+    def unknown(self, text: str) -> list[str]:
+        """The tokens of a text that are not in here, each once, in their order."""
+        return []
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data that ``from_dict`` takes."""
         return {"level": self.level}
@@ -97,8 +101,18 @@ class _Listed(Vocabulary):
     def to_dict(self) -> dict[str, Any]:
         return {"level": self.level, "tokens": self.tokens[1:]}
 
-    def _numbers(self, tokens: Sequence[str]) -> np.ndarray:
+    @abstractmethod
+    def split(self, text: str) -> Sequence[str]:
+        """A text's tokens, known or not."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """One token for each of ``split``."""
+        tokens = self.split(text)
         return np.fromiter((self.numbers.get(token, 0) for token in tokens), dtype=np.int64, count=len(tokens))
+
+    def unknown(self, text: str) -> list[str]:
+        """The tokens of a text that are not in here, each once, in their order."""
+        return [token for token in dict.fromkeys(self.split(text)) if token not in self.numbers]
 
 
 class Characters(_Listed):
@@ -106,9 +120,9 @@ class Characters(_Listed):
 
     level: Level = "characters"
 
-    def encode(self, text: str) -> np.ndarray:
-        """One token a character."""
-        return self._numbers(text)
+    def split(self, text: str) -> Sequence[str]:
+        """Characters."""
+        return text
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Unknown characters become the replacement character."""
@@ -120,9 +134,9 @@ class Words(_Listed):
 
     level: Level = "words"
 
-    def encode(self, text: str) -> np.ndarray:
-        """One token a word or line end."""
-        return self._numbers(_WORD.findall(text))
+    def split(self, text: str) -> Sequence[str]:
+        """Words and line ends."""
+        return _WORD.findall(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Words with one space between them."""

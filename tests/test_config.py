@@ -90,6 +90,8 @@ def test_every_choice_composes():
         (["tracking.mode=off"], r"tracking\.mode='off' must be 'online' or 'offline' or 'disabled'"),
         (["model.hidden_size"], r"model\.hidden_size: not an override such as"),
         (["model.hidden_size=${nothing}"], r"nothing"),
+        (["seed=0", "--nope", "model=gru"], r"--nope: no such flag; options are GROUP\.OPTION=VALUE"),
+        (["seed=0", "--cfg", "jobs"], r"--cfg/-c: invalid choice: 'jobs'"),
         (["seed=0,1"], r"seed=0,1: several values make a sweep; add -m"),
         (["-m", "seed=0,1", "pruning=none,gradul"], r"pruning=gradul: no pruning"),
     ],
@@ -97,6 +99,20 @@ def test_every_choice_composes():
 def test_mistakes_are_found_before_anything_runs(overrides, message):
     with pytest.raises(UserError, match=message):
         check_command_line(overrides)
+
+
+def test_the_names_allowed_are_all_there_are():
+    def allowed(option):
+        with pytest.raises(UserError) as error:
+            compose_settings([option])
+        return set(str(error.value).partition("Allowed: ")[2].rstrip(".").split(", "))
+
+    sections = compose_settings([]).as_dict()
+    assert allowed("modle=gru") == allowed("+modle=gru") == {*sections, *config.GROUPS, "resume", "hydra"}
+    assert allowed("tracking.nam=x") == set(vars(TrackingConfig()))
+    assert allowed("model.x=1") == set(register.get("model", "gru").options)
+    with pytest.raises(UserError, match="Did you mean 'resume'"):
+        compose_settings(["resum=outputs/RUN"])
 
 
 @pytest.mark.parametrize("q", ["0.3", "{recurrent: 0.1, linear: 0.2, embedding: 1.0}", "some/dense.ckpt"])

@@ -81,6 +81,16 @@ def test_the_folder_is_the_same_for_the_same_sweep():
     assert check_command_line(["seed=0"]).sweep is None
 
 
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_flags_may_stand_anywhere(flag):
+    words = ["model=lstm", "seed=0,1", "hydra.sweep.dir=a/b"]
+    first = check_command_line([flag, *words])
+    assert first.argv == [flag, "model=choice(lstm)", "seed=0,1", "hydra.sweep.dir=a/b"]
+    for place in range(1, 4):
+        assert check_command_line([*words[:place], flag, *words[place:]]) == first
+    assert check_command_line(["seed=0", "--cfg", "job", "model=lstm"]).argv == ["--cfg", "job", "seed=0", "model=lstm"]
+
+
 def test_presets_sweep_by_themselves():
     line = check_command_line(["experiment=paper_table", "dataset=text", "dataset.path=x", "seed=0"])
     assert line.sweep.name.startswith("sweep_paper_table_")

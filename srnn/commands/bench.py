@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from srnn.commands.options import Parser, packed_file
+from srnn.commands.options import Parser, output_folder, packed_file
 from srnn.errors import UserError
 
 T = TypeVar("T")
@@ -148,12 +148,7 @@ def _number(option: str, kind: Callable[[str], T], least: float, most: float) ->
 
 
 def _folder(options: Namespace) -> Path:
-    folder = Path(options.output or f"outputs/bench_{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"bench: the folder {folder} cannot be made: {error.strerror}; set --output.") from None
-    return folder
+    return output_folder(Path(options.output or f"outputs/bench_{datetime.now():%Y-%m-%d_%H-%M-%S}"))
 
 
 def _bench_run(options: Namespace) -> int:

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srnn.commands.options import Parser
+from srnn.commands.options import Parser, output_folder
 from srnn.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
 
     comparison = compare(_runs(options), options.metric)
     console.print(rich_table(comparison))
-    folder = Path(options.output or f"outputs/compare_{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser()
+    folder = output_folder(Path(options.output or f"outputs/compare_{datetime.now():%Y-%m-%d_%H-%M-%S}"))
     write_atomically(folder / "runs.csv", csv_text(run_rows(comparison)).encode())
     write_atomically(folder / f"{NAME}.csv", csv_text(setting_rows(comparison)).encode())
     plots = plot_comparison(comparison, folder)

@@ -110,13 +110,13 @@ def _backends() -> Rows:
 
 
 def _folders() -> Rows:
-    from srnn.files import cache_folder
+    from srnn.files import cache_folder, nearest_there
 
     for name, folder, advice in (
         ("cache", cache_folder(), "set SRNN_CACHE to a folder that can be written"),
         ("outputs", Path("outputs").resolve(), "run in a folder that can be written, or set hydra.run.dir"),
     ):
-        there = next(path for path in (folder, *folder.parents) if path.exists())
+        there = nearest_there(folder)
         try:
             with tempfile.TemporaryFile(dir=there):
                 pass

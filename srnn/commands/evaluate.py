@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from srnn.commands.options import Parser, packed_file
 from srnn.errors import UserError
+
+if TYPE_CHECKING:
+    from srnn.datasets.base import Part
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,9 +38,25 @@ def main(argv: Sequence[str]) -> int:
     objective = OBJECTIVES[data.objective]
     scores = {part: objective.score(model, data, part) for part in ("valid", "test")}
     table = Table(title=f"{packed.model['name']} on {packed.about['dataset']['name']}, from {path.name}")
+    table.caption = "the packed file, on all of each part"
     for column in ("part", data.unit, *(name.replace("_", " ") for name in scores["test"])):
         table.add_column(column, justify="right" if column != "part" else "left")
     for part, words in (("valid", "validation"), ("test", "test")):
         table.add_row(words, f"{data.counts[part]:,}", *(f"{value:.4f}" for value in scores[part].values()))
     console.print(table)
+    for part, limit in _limits(path.parent).items():
+        if part in scores and limit < len(data.batches(part)):
+            console.print(
+                f"The run's own report is of the first {limit} of {len(data.batches(part))} batches of the {part} part "
+                f"(trainer.limit_eval_batches).",
+                soft_wrap=True,
+            )
     return 0
+
+
+def _limits(folder: Path) -> dict[Part, int]:
+    """Part -> how many batches of it the run scored, where it did not take all; empty where there is no report."""
+    try:
+        return dict(json.loads((folder / "report.json").read_text())["limits"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

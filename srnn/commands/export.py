@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from srnn.commands.options import Parser, packed_file
+from srnn.commands.options import Parser, output_folder, packed_file
 from srnn.errors import UserError
+
+if TYPE_CHECKING:
+    from srnn.deploy.packed import PackedModel
 
 CALIBRATION_BATCHES = 20
 
 
 def main(argv: Sequence[str]) -> int:
     """Pack a run's best weights again, score both, write the file."""
-    parser = Parser(prog="srnn export", description="Write a run's network as another packed file; score both.")
+    parser = Parser(
+        prog="srnn export", description="Write a run's network as another packed file; score it beside the run's."
+    )
     parser.add_argument("--run", required=True, metavar="FOLDER", help="a finished run's folder, or a packed file")
     about = "what non-zeros are stored as; int8 is calibrated on validation data (%(default)s)"
     parser.add_argument("--values", default="fp16", choices=["fp32", "fp16", "bf16", "int8"], help=about)
@@ -28,9 +34,9 @@ def main(argv: Sequence[str]) -> int:
     target = target.expanduser()
     if target.is_dir() or target.suffix != ".safetensors":
         raise UserError(f"export: --output={target} must be a file named *.safetensors.")
+    output_folder(target.parent)  # before anything is scored
 
     import torch
-    from rich.table import Table
 
     from srnn.deploy.packed import PackedModel, read, read_weights, write
     from srnn.registry import register
@@ -42,7 +48,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{source} does not say which data it was trained on.")
     model = packed.build()
     checkpoint = source.parent / "checkpoints" / "best.ckpt"
-    if Path(options.run).expanduser().is_dir() and checkpoint.exists():  # fp32, where the packed file is rounded
+    trained = Path(options.run).expanduser().is_dir() and checkpoint.exists()
+    if trained:  # fp32, where the packed file is rounded
         model.load_state_dict(read_weights(checkpoint))
     data = register.build("dataset", packed.about["dataset"])
     data.setup(vocabulary=packed.vocabulary)
@@ -57,22 +64,40 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     if not exported.matrices:
         raise UserError(f"export: no matrix of {options.run} holds enough zeros to be packed.")
+    dense_bytes, source_bytes = 4 * sum(weight.numel() for weight in model.parameters()), source.stat().st_size
     write(target, exported)
+    target_bytes = target.stat().st_size
+    rows = {
+        f"{source.name}, {_formats(packed)}": (source_bytes, packed.build()),
+        f"exported, {_formats(exported)}": (target_bytes, read(target).build()),
+    }
+    if trained:
+        rows = {"pruned, not packed, fp32": (dense_bytes, model)} | rows
     objective = OBJECTIVES[data.objective]
-    before, after = (objective.score(network, data, "test") for network in (model, read(target).build()))
-    table = Table(title=f"{packed.model['name']} on {packed.about['dataset']['name']}, test", title_justify="left")
-    for column in ("", "bytes", *(name.replace("_", " ") for name in before)):
+    scores = {name: (size, objective.score(network, data, "test")) for name, (size, network) in rows.items()}
+    _print_scores(f"{packed.model['name']} on {packed.about['dataset']['name']}, test", scores)
+    (before, (_, first)), *_, (_, (_, last)) = scores.items()
+    told = "bits_per_character" if "bits_per_character" in first else "loss"
+    cost = f"{last[told] - first[told]:+z.4f} {told.replace('_', ' ')}"
+    smaller = f"{dense_bytes / target_bytes:.1f}x smaller than dense in fp32"
+    console.print(f"{target}: {smaller}, costs {cost} over {before!r}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _print_scores(title: str, scores: Mapping[str, tuple[int, Mapping[str, float]]]) -> None:
+    """A row a network: its bytes and all its scores."""
+    from rich.table import Table
+
+    from srnn.terminal import console
+
+    table = Table(title=title, title_justify="left")
+    names = next(iter(scores.values()))[1]
+    for column in ("", "bytes", *(name.replace("_", " ") for name in names)):
         table.add_column(column, justify="right" if column else "left")
-    dense_bytes = 4 * sum(weight.numel() for weight in model.parameters())
-    formats = sorted({f"{m.structure} {m.values_name}" for m in exported.matrices.values()})
-    for name, size, score in (
-        ("fp32, dense", dense_bytes, before),
-        (f"exported, {', '.join(formats)}", target.stat().st_size, after),
-    ):
+    for name, (size, score) in scores.items():
         table.add_row(name, f"{size:,}", *(f"{value:.4f}" for value in score.values()))
     console.print(table)
-    told = "bits_per_character" if "bits_per_character" in before else "loss"
-    cost = after[told] - before[told]
-    ratio = dense_bytes / target.stat().st_size
-    console.print(f"{target}: {ratio:.1f}x smaller, costs {cost:+.4f} {told.replace('_', ' ')}", soft_wrap=True)
-    return 0
+
+
+def _formats(packed: PackedModel) -> str:
+    return ", ".join(sorted({f"{m.structure} {m.values_name}" for m in packed.matrices.values()}))

@@ -38,6 +38,12 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{path} is no language model: it has no vocabulary.")
     prompt = vocabulary.encode(options.prompt).tolist()
     _check(len(prompt) > 0, "--prompt is empty: give at least one character or word")
+    if unknown := vocabulary.unknown(options.prompt):
+        shown = ", ".join(map(repr, unknown))
+        print(
+            f"srnn: --prompt: {shown}: not among the {vocabulary.level} this network knows; read as unknown.",
+            file=sys.stderr,
+        )
     tokens = model.generate(prompt, options.length, options.temperature, options.top_k, options.seed)
     written = vocabulary.decode([*prompt, *tokens])
     sys.stdout.write(f"{written}\n")

@@ -1,47 +1,111 @@
-"""``python -m srnn list [KIND]``: every component, its options, defaults and origin."""
+"""``python -m srnn list [GROUP]``: every name that a group takes, with its options, defaults and origin."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
 
 from srnn.commands.options import Parser
-from srnn.registry import KINDS, Component, register, type_name
+from srnn.config import GROUPS, SECTIONS, Settings, conf_folder, conf_folders, options_of, presets
+from srnn.registry import KINDS, Option, register, type_name
+
+# What belongs to no group.
+OTHERS = {
+    "packed": "The packed file.",
+    "seed": "Fixes all that is random.",
+    "init_from": "Start from an existing network: a checkpoint, a packed file, a state_dict file, or a run's folder.",
+    "resume": "Go on with a stopped run, as it was configured; takes no other option.",
+    "srnn": "srnn itself.",
+}
+Row = tuple[str, str, str]  # name, options, what it is and where from
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print a table a kind."""
-    parser = Parser(prog="srnn list", description="Every component srnn can name, with its options.")
-    parser.add_argument("kind", nargs="?", choices=[*KINDS], help="only this kind")
-    chosen = parser.parse(argv).kind
+    """Print a table a group."""
+    parser = Parser(prog="srnn list", description="Every name a group takes, with its options; and all other options.")
+    parser.add_argument("group", nargs="?", choices=[*GROUPS, "others"], help="only this group")
+    chosen = parser.parse(argv).group
 
     from rich.markup import escape
     from rich.table import Table
 
     from srnn.terminal import console
 
-    for kind in [chosen] if chosen else KINDS:
-        table = Table(title=f"{kind}=", title_justify="left", show_lines=True, expand=True)
+    for group in [chosen] if chosen else [*GROUPS, "others"]:
+        table = Table(
+            title=f"{group}=" if group in GROUPS else "of no group", title_justify="left", show_lines=True, expand=True
+        )
         table.add_column("name", no_wrap=True)
         table.add_column("options = default (allowed)", ratio=3)
         table.add_column("what and where from", ratio=2, overflow="fold")
-        for name in sorted(register.names(kind)):
-            component = register.get(kind, name)
-            about = f"{component.summary.replace('``', '')}\n({component.origin})"
-            table.add_row(name, escape(_options(component)), escape(about))
+        for row in _rows(group):
+            table.add_row(*map(escape, row))
         console.print(table)
     return 0
 
 
-def _options(component: Component) -> str:
+def _rows(group: str) -> Iterator[Row]:
+    if group not in GROUPS:
+        yield from _others()
+        return
+    components = register.names(group) if group in KINDS else []
+    for name in presets(group):  # a plug-in's file may be another choice of options of a component
+        yield _component(group, name) if name in components else _preset(group, name)
+
+
+def _component(kind: str, name: str) -> Row:
+    component = register.get(kind, name)
+    return name, _options(component.options), f"{component.summary.replace('``', '')}\n({component.origin})"
+
+
+def _preset(group: str, name: str) -> Row:
+    """A YAML file: what it sets, and what its head says. The default of a section shows all options there are."""
+    path = next(file for folder in conf_folders() if (file := folder / group / f"{name}.yaml").is_file())
+    if name == "default" and group in SECTIONS:
+        options = _options(options_of(SECTIONS[group]))
+    else:
+        options = "\n".join(_settings(yaml.safe_load(path.read_text()) or {}))
+    words = " ".join(re.findall(r"^#(?! @)(.*)", path.read_text().partition("\n\n")[0], re.MULTILINE)).split()
+    head = " ".join(words).removeprefix("Shows: ").partition(" Expected: ")[0]
+    origin = f"conf/{group}/{name}.yaml" if path.is_relative_to(conf_folder()) else path
+    return name, options, f"{head[:1].upper()}{head[1:]}\n({origin})"
+
+
+def _settings(given: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """What a file sets, as on the command line."""
+    for key, value in given.items():
+        if key == "defaults":
+            chosen = [entry for entry in value if isinstance(entry, Mapping)]
+            yield from (
+                f"{str(key).removeprefix('override /')}={name}" for entry in chosen for key, name in entry.items()
+            )
+        elif isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key} = {_plain(value)}"
+
+
+def _others() -> Iterator[Row]:
+    """What belongs to no group."""
+    root = options_of(Settings)
+    for name, about in OTHERS.items():
+        options = options_of(SECTIONS[name]) if name in SECTIONS else {n: o for n, o in root.items() if n == name}
+        yield name, _options(options) if options else f"{name}=FOLDER", about
+
+
+def _options(options: Mapping[str, Option]) -> str:
     rows = []
-    for option in component.options.values():
+    for option in options.values():
         default = "must be given" if option.required else _plain(option.default)
         rows.append(f"{option.name} = {default} ({type_name(option.type)})")
     return "\n".join(rows) or "none"
 
 
 def _plain(value: object) -> str:
-    """A default as one would type it."""
+    """A value as one would type it."""
     if isinstance(value, list):
-        return f"[{', '.join(map(str, value))}]"
+        return f"[{', '.join(map(_plain, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

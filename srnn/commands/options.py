@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from srnn.errors import UserError
+from srnn.errors import UserError, cannot_be_written
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +39,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Bad arguments are the user's mistake like any other."""
         raise UserError(f"{self.prog.removeprefix('srnn ')}: {message}; see `{self.prog} --help`.")
+
+
+def output_folder(folder: Path) -> Path:
+    """What ``--output`` names, or its default, made if needed. Raises UserError if it cannot be written."""
+    folder = folder.expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise cannot_be_written(folder, error, "--output") from None
+    return folder
 
 
 def packed_file(run: str) -> Path:

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from srnn.commands.options import Parser
+from srnn.commands.options import Parser, output_folder
 from srnn.errors import UserError
 
 TOLERANCE = 0.001  # relative: what other hardware or versions may round to
@@ -26,14 +26,21 @@ def main(argv: Sequence[str]) -> int:
     if not (source / "report.json").is_file():
         raise UserError(f"rerun {source}: no finished run is there: it has no report.json.")
 
+    from srnn.files import nearest_there
     from srnn.terminal import console
     from srnn.tracking import environment
-    from srnn.training.run import read_settings, train
+    from srnn.training.run import read_settings, take_back, train
 
     before, settings = environment.read(source), read_settings(source)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_rerun_{source.resolve().name}"
-    folder = Path(options.output).expanduser() if options.output else Path("outputs") / name
-    report = train(settings, folder, command=["srnn", "rerun", str(source)])
+    folder = Path(options.output) if options.output else Path("outputs") / name
+    there = nearest_there(folder.expanduser())
+    folder = output_folder(folder)
+    try:
+        report = train(settings, folder, command=["srnn", "rerun", str(source)])
+    except UserError:
+        take_back(folder, there)
+        raise
     then = json.loads((source / "report.json").read_text())
     verdict, agree = compare(then, report, options.tolerance)
     console.print(verdict, markup=False, soft_wrap=True)
@@ -55,10 +62,16 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any], tolerance: float) -
     if not off:
         return f"All {len(one)} numbers are the same, bit for bit.", True
     worst = max(off, key=lambda name: off[name])
-    words = f"{len(off)} of {len(one)} numbers, most of all {worst}: {one[worst]:g} then, {two[worst]:g} now"
+    words = f"{len(off)} of {len(one)} numbers, most of all {worst}: {_told_apart(one[worst], two[worst])}"
     if off[worst] <= tolerance:
         return f"The numbers agree within {100 * tolerance:g} %; not the same are {words}.", True
     return f"The numbers differ by more than {100 * tolerance:g} %: {words}.", False
+
+
+def _told_apart(then: float, now: float) -> str:
+    """Both with six digits, or as many as show that they differ."""
+    digits = next((n for n in range(6, 17) if f"{then:.{n}g}" != f"{now:.{n}g}"), 17)
+    return f"{then:.{digits}g} then, {now:.{digits}g} now"
 
 
 def _relative(one: float, two: float) -> float:

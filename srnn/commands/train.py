@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 
 from srnn import config
 from srnn.command_line import check_command_line
-from srnn.errors import JobFailed, UserError
-from srnn.files import write_atomically
+from srnn.errors import JobFailed, UserError, cannot_be_written
+from srnn.files import nearest_there, write_atomically
 from srnn.registry import register
 from srnn.sweeps import ERROR, identity, identity_of
 
@@ -51,15 +51,34 @@ def main(argv: Sequence[str]) -> int:
         return _resume(argv)
     line = check_command_line(argv)
     if line.sweep is not None:
-        write_atomically(line.sweep / "command.txt", f"{shlex.join(['srnn', *argv])}\n".encode())
+        _open_sweep(line.sweep, argv)
     config.connect_hydra()
     # Without it Hydra reports an error of its own work, such as a folder it cannot make, and exits by itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra reads the arguments from there; it must not see the command's name.
     sys.argv = ["srnn", *line.argv]
     job = hydra.main(version_base="1.3", config_path=str(config.conf_folder().resolve()), config_name="config")(_job)
-    job()
+    there = nearest_there(line.folder)
+    try:
+        job()
+    except JobFailed as failed:
+        if isinstance(failed.error, UserError):
+            from srnn.training.run import take_back
+
+            take_back(failed.folder, there)
+        raise failed.error from None
+    except OSError as error:  # Hydra makes the folder; what a job raises is a JobFailed
+        if line.sweep is not None:
+            raise
+        raise cannot_be_written(line.folder, error, "hydra.run.dir") from None
     return 0
+
+
+def _open_sweep(folder: Path, argv: Sequence[str]) -> None:
+    try:
+        write_atomically(folder / "command.txt", f"{shlex.join(['srnn', *argv])}\n".encode())
+    except OSError as error:
+        raise cannot_be_written(folder, error, "hydra.sweep.dir") from None
 
 
 def _job(composed: DictConfig) -> float:
@@ -82,7 +101,7 @@ def _single_job(settings: config.Settings, folder: Path) -> dict[str, Any]:
     try:
         return train(settings, folder)
     except Exception as error:
-        raise JobFailed(error) from error
+        raise JobFailed(error, folder) from error
 
 
 def _sweep_job(settings: config.Settings, folder: Path, sweep: str) -> dict[str, Any]:

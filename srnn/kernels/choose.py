@@ -340,9 +340,11 @@ def processor(device: torch.device) -> str:
 
 
 def _describe(matrix: SparseMatrix) -> str:
-    """A matrix's shape, format and number of blocks, to two digits."""
+    """A matrix's shape, format and number of blocks, to two digits: what is measured is good for about as many."""
     rows, columns = matrix.shape
-    return f"{rows}x{columns} {matrix.structure} {matrix.values_name} {matrix.blocks:.1e}"
+    unit = "non-zeros" if matrix.structure == "element" else "blocks"
+    about = float(f"{matrix.blocks:.1e}")
+    return f"{rows}x{columns} {matrix.structure} {matrix.values_name} (about {about:,.0f} {unit})"
 
 
 def _cache_file() -> Path:

@@ -25,6 +25,12 @@ MEASURED = {
     "sequence, ms": ("latency/sequence", 2, 1000.0),
     "x dense": ("latency/sequence_speedup", 2, 1.0),
 }
+# Timed in turns, so that a busy or slow machine slows both; a dense time common to all runs would compare machines, and
+# networks of other widths.
+ABOUT_TIMES = (
+    "sequence, ms: one stream, as each run timed it. x dense: how many times as fast that is as the same network on "
+    "the best dense kernels, the two timed in turns in that run; both vary from run to run, also of dense networks."
+)
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,7 @@ def rich_table(comparison: Comparison) -> Table:
     """For the terminal."""
     rows = [_cells(comparison, setting) for setting in comparison.settings]
     table = Table(title=f"{comparison.words}, test: mean ± standard deviation over seeds", title_justify="left")
+    table.caption, table.caption_justify = ABOUT_TIMES, "left"
     for index, (title, _) in enumerate(rows[0]):
         option, score = index < len(comparison.options), index == len(comparison.options)
         table.add_column(escape(title), justify="left" if option else "right", overflow="fold", no_wrap=score)
@@ -182,12 +189,12 @@ def rich_table(comparison: Comparison) -> Table:
 
 
 def markdown(comparison: Comparison) -> str:
-    """A table for documents."""
+    """A table for documents, and a word on its times."""
     rows = [_cells(comparison, setting) for setting in comparison.settings]
     titles = [title for title, _ in rows[0]]
     marks = ["---" if index < len(comparison.options) else "---:" for index in range(len(titles))]
     lines = [titles, marks, *([text.replace("|", "\\|") for _, text in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{ABOUT_TIMES}\n"
 
 
 Row = dict[str, Any]

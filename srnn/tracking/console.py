@@ -18,6 +18,7 @@ from srnn.pruning.schedules import GradualSchedule
 from srnn.terminal import console
 from srnn.tracking.scores import SHORT, score_words
 
+SILENCE = 60.0  # seconds
 FORECAST_ROWS = 7  # of a schedule's updates in the table
 
 
@@ -83,7 +84,10 @@ def shown_updates(updates: Sequence[int]) -> list[int]:
 
 
 class RunProgress(ProgressBar):
-    """One bar over all steps with the loss, sparsity and threshold; and a line an epoch with all scores."""
+    """One bar over all steps with the loss, sparsity and threshold; and a line an epoch with all scores.
+
+    Where the output is no terminal there is no bar, but a line after each ``SILENCE`` seconds without one.
+    """
 
     def __init__(self, pruning: PruningCallback) -> None:
         super().__init__()
@@ -100,6 +104,7 @@ class RunProgress(ProgressBar):
         """Show the plan, then the bar."""
         assert self.pruning.pruner is not None
         print_plan(self.pruning.pruner)
+        self._shown = time.monotonic()
         if not console.is_terminal:
             return
         self._progress = Progress(
@@ -117,16 +122,22 @@ class RunProgress(ProgressBar):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Ten times a second at most: reading the loss waits for the device."""
         now = time.monotonic()
-        if self._progress is not None and now - self._shown > 0.1:
-            self._shown = now
-            loss = f"loss {float(pl_module.train_loss):.3f}"  # type: ignore[arg-type]
-            self._progress.update(self._task, completed=trainer.global_step, numbers=loss + self._pruning())
+        if now - self._shown < (SILENCE if self._progress is None else 0.1):
+            return
+        self._shown = now
+        numbers = f"loss {float(pl_module.train_loss):.3f}{self._pruning()}"  # type: ignore[arg-type]
+        if self._progress is not None:
+            self._progress.update(self._task, completed=trainer.global_step, numbers=numbers)
+        else:
+            assert self.pruning.pruner is not None
+            console.print(f"step {trainer.global_step}/{self.pruning.pruner.run.total_steps}: {numbers}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A line that stays."""
         if self._progress is not None:
             self._progress.update(self._task, completed=trainer.global_step)
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}"
+        self._shown = time.monotonic()
         console.print(f"{epoch}: valid {self._scores(trainer)}{self._pruning()}")
 
     def _scores(self, trainer: pl.Trainer) -> str:
@@ -197,7 +208,8 @@ def print_report(report: dict[str, Any]) -> None:
     table.add_row("time in the training loop, inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
     console.print(table)
     for part, batches in report["limits"].items():
-        console.print(f"Only the first {batches} batches of the {part} part were used (trainer.limit_...).")
+        words = f"Only the first {batches} batches of the {part} part were used (trainer.limit_...)"
+        console.print(f"{words}." if part == "train" else f"{words}; `srnn evaluate` takes all.", soft_wrap=True)
     for line in latency["choices"]:
         console.print(f"kernel: {line}", markup=False, highlight=False)
     if sparsity["wanted"] is not None and abs(sparsity["reached"] - sparsity["wanted"]) > MISSED:

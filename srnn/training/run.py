@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -10,7 +11,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from srnn.datasets.base import DataModule
 from srnn.deploy.packed import PackedModel, read_checkpoint, read_weights
 from srnn.deploy.packed import read as read_packed
 from srnn.deploy.packed import write as write_packed
-from srnn.errors import UserError
+from srnn.errors import UserError, cannot_be_written
 from srnn.files import write_atomically
 from srnn.kernels import Auto, Dense, Kernel
 from srnn.pruning.callback import PruningCallback
@@ -53,6 +53,7 @@ from srnn.training.objectives import OBJECTIVES, Objective
 from srnn.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")  # where the packed model is checked and scored
+FIRST = ("config.yaml", environment.FILE)  # of a run's files: written before it is known whether it can start
 LOGGED_POINTS = 300  # about so many points of the training loss over a run
 CALIBRATION_BATCHES = 20  # of validation data, for int8
 # How far the outputs of sparse kernels may be from the dense modules' with the same weights, as a relative norm: both
@@ -143,6 +144,7 @@ def follow(settings: Settings, folder: Path, place: Place, resumes: bool) -> Non
         UserError: the ranks have diverged, or cannot go on from this checkpoint.
         KeyboardInterrupt: all were asked to stop.
     """
+    quiet()
     checkpoint = folder / LAST if resumes else None
     _fit(settings, folder, _prepare(settings, folder, checkpoint, place), None, checkpoint)
 
@@ -165,7 +167,6 @@ class _Training:
 
 def _prepare(settings: Settings, folder: Path, checkpoint: Path | None, place: Place) -> _Training:
     """All that training needs, the same in every rank but for its rows of each batch."""
-    quiet()
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     method: PruningMethod = register.build("pruning", settings.pruning)
     reference = read_weights(Path(method.reference_path)) if method.reference_path else None
@@ -190,9 +191,11 @@ def _prepare(settings: Settings, folder: Path, checkpoint: Path | None, place: P
 def _run(settings: Settings, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
     """A run from the beginning, or from a checkpoint of its own."""
     began = time.perf_counter()
-    _check_devices(settings)
+    quiet()
+    place = Place.first(settings.trainer.devices)
+    _check_devices(settings, place)
     kernel = _build_kernel(settings)
-    training = _prepare(settings, folder, checkpoint, Place.first(settings.trainer.devices))
+    training = _prepare(settings, folder, checkpoint, place)
     module, recorder = training.module, training.recorder
     model, data = module.model, module.data
     tags = [part["name"] for part in (settings.model, settings.dataset, settings.pruning)]
@@ -283,9 +286,26 @@ def _open_folder(folder: Path, settings: Settings, command: Sequence[str]) -> No
         write_atomically(folder / "config.yaml", OmegaConf.to_yaml(settings.as_dict()).encode())
         environment.note(folder, environment.environment(command))
     except OSError as error:
-        raise UserError(
-            f"the run's folder {folder} cannot be written: {error.strerror}; set hydra.run.dir=FOLDER."
-        ) from None
+        raise cannot_be_written(folder, error, "hydra.run.dir") from None
+
+
+def take_back(folder: Path, there: Path) -> None:
+    """Remove the folder of a run that was refused, and the parents made with it: as if it had not been started.
+
+    Args:
+        folder: the run's. It stays if it holds more than a run's first files.
+        there: what was there of its path before the run; it stays, whatever it holds.
+    """
+    folder = Path(os.path.abspath(folder))
+    if folder == there or not {path.name for path in folder.iterdir()} <= set(FIRST):
+        return
+    for name in FIRST:
+        (folder / name).unlink(missing_ok=True)
+    for made in itertools.takewhile(lambda path: path != there, (folder, *folder.parents)):
+        try:
+            made.rmdir()
+        except OSError:  # something else has come into it
+            return
 
 
 def trainer_for(settings: Settings, callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
@@ -349,7 +369,8 @@ def _fit(settings: Settings, folder: Path, training: _Training, wandb: Any, chec
     module.model.to("cpu")
 
 
-def _check_devices(settings: Settings) -> None:
+def _check_devices(settings: Settings, place: Place) -> None:
+    """Before data are read and anything is written. Raises UserError."""
     chosen = settings.trainer
     if chosen.devices > 1 and chosen.cuda_graph:
         raise UserError(
@@ -361,6 +382,7 @@ def _check_devices(settings: Settings) -> None:
             f"trainer.devices={chosen.devices} starts its own processes, and this one was started as one of several "
             f"(LOCAL_RANK={os.environ['LOCAL_RANK']}): start srnn once, without torchrun or the like."
         )
+    trainer_for(settings, [], **place.trainer_options())
 
 
 def _check_graph(settings: Settings, trainer: pl.Trainer) -> None:
@@ -380,7 +402,7 @@ def _pack(settings: Settings, folder: Path, model: nn.Module, data: DataModule) 
     about = {"dataset": data.located(settings.dataset), "pruning": settings.pruning, "srnn": srnn.__version__}
 
     def calibrate(network: nn.Module) -> None:
-        for inputs, _ in islice(data.val_dataloader(), CALIBRATION_BATCHES):
+        for inputs, _ in itertools.islice(data.val_dataloader(), CALIBRATION_BATCHES):
             network(inputs)
 
     wanted = PackedModel.from_model(

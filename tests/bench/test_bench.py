@@ -102,7 +102,7 @@ def test_dense_zeros_are_counted_as_slower(tmp_path, capsys):
         ("kernels=gpu", "--kernels=gpu: there are"),
         ("limit=-1", "--limit=-1 must be above 0"),
         ("bench=all", "invalid choice: 'all'"),
-        ("output=/dev/null/x", "cannot be made"),
+        ("output=/dev/null/x", "--output=/dev/null/x: this folder cannot be written: Not a directory"),
         ("run=nowhere", "no such folder"),
     ],
 )

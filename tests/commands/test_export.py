@@ -28,13 +28,38 @@ def test_an_export_says_what_it_costs(run, values, capsys):
     path = run / f"model-{values}-auto.safetensors"
     packed = read(path)
     assert {m.values_name for m in packed.matrices.values()} == {values}
-    before, after = bits(out)
+    before, by_the_run, after = bits(out)
+    assert re.search(r"pruned, not packed, fp32 .*\n.* model.safetensors, .*fp16 .*\n.* exported, ", out)
+    cost = float(re.search(r"costs ([+-]\d\.\d{4}) bits per character over 'pruned, not packed, fp32'", out)[1])
+    assert cost == pytest.approx(after - before, abs=1.1e-4)
+    assert by_the_run == pytest.approx(before, abs=1e-3)
     assert abs(after - before) < {"fp32": 1e-4, "fp16": 1e-3, "bf16": 0.01, "int8": 0.05}[values]
     assert f"{path.stat().st_size:,}" in out
-    assert "costs" in out
-    assert main(["evaluate", f"run={path}", "kernel=cpu"]) == 0
-    scored = bits(capsys.readouterr().out)[-1]
-    assert scored == pytest.approx(after, abs=2e-4)
+    for source, score in ((path, after), (run, by_the_run)):
+        assert main(["evaluate", f"run={source}", "kernel=cpu"]) == 0
+        assert bits(capsys.readouterr().out)[-1] == pytest.approx(score, abs=2e-4)
+
+
+def test_an_export_of_a_packed_file_is_compared_with_it(run, capsys):
+    assert main(["export", f"run={run}/model.safetensors", "values=bf16", f"output={run}/again.safetensors"]) == 0
+    out = capsys.readouterr().out
+    assert len(bits(out)) == 2
+    assert re.search(r"bits per character over 'model\.safetensors, .*fp16'", out)
+
+
+def test_nothing_costs_no_negative_zero(run, capsys, monkeypatch):
+    scores = iter([2.0, 2.0, 1.99999])
+    monkeypatch.setattr("srnn.training.objectives.NextToken.score", lambda *_: {"bits_per_character": next(scores)})
+    assert main(["export", f"run={run}", "values=fp32"]) == 0
+    assert "costs +0.0000 bits per character" in capsys.readouterr().out
+
+
+def test_evaluate_says_where_it_scores_more_than_the_run_did(run, capsys):
+    limit = json.loads((run / "report.json").read_text())["config"]["trainer"]["limit_eval_batches"]
+    assert main(["evaluate", f"run={run}", "kernel=cpu"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("valid", "test"):
+        assert re.search(rf"report is of the first {limit} of \d\d+ batches of the {part} part", shown)
 
 
 def test_blocks_that_are_not_there_are_refused(run, capsys):
@@ -49,7 +74,7 @@ def test_blocks_that_are_not_there_are_refused(run, capsys):
         (["values=fp8"], "invalid choice: 'fp8'"),
         (["structure=3x3"], "invalid choice: '3x3'"),
         (["output=model.bin"], "must be a file named *.safetensors"),
-        (["output=/dev/null/m.safetensors"], "/dev/null"),
+        (["output=/dev/null/m.safetensors"], "--output=/dev/null: this folder cannot be written: File exists"),
     ],
 )
 def test_mistakes_are_told(run, arguments, message, capsys):

@@ -1,9 +1,13 @@
 """A user's mistake gets one sentence and exit code 2, and no traceback."""
 
+import errno
+import os
+
 import pytest
 import torch
 
 from srnn.__main__ import main
+from srnn.config import GROUPS, SECTIONS, options_of, presets
 from srnn.deploy.packed import PackedModel, write
 from srnn.errors import UserError
 from srnn.registry import register
@@ -66,10 +70,35 @@ def test_training(capsys, tmp_path, arguments, words, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     tracking = [] if "tracking.mode=online" in arguments else QUIET
     # What comes last wins, so the mistakes go last; but a command comes first.
-    given = arguments if arguments == ["trian"] else [*tracking, f"hydra.run.dir={tmp_path}/run", *arguments]
+    given = arguments if arguments == ["trian"] else [*tracking, f"hydra.run.dir={tmp_path}/some/run", *arguments]
     error = mistake(capsys, *given)
     for word in words:
         assert word in error
+    # A threshold too high is found in the middle of the training.
+    assert bool(list(tmp_path.iterdir())) == (arguments == ["pruning.q=1e6"]), "what was refused left something behind"
+
+
+LATE = ["pruning.freq=99", *QUIET]  # found when the data have been read
+
+
+def test_a_refused_run_leaves_folders_of_others_alone(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    mistake(capsys, *LATE, "hydra.run.dir=there")
+    mistake(capsys, *LATE, "hydra.run.dir=there/new/run")
+    assert {path.name for path in (tmp_path / "there").iterdir()} == {"config.yaml", "environment.json"}
+    mistake(capsys, *LATE)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_refused_run_that_wrote_more_stays(capsys, tmp_path, monkeypatch):
+    def refuse(_, folder, *__):
+        (folder / "notes").write_text("mine")
+        raise UserError("refused")
+
+    monkeypatch.setattr("srnn.training.run._prepare", refuse)
+    assert "refused" in mistake(capsys, *QUIET, f"hydra.run.dir={tmp_path}/run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "environment.json", "notes"}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +112,24 @@ def test_texts(capsys, tmp_path, content, word):
 
 def test_a_folder_that_cannot_be_made(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in mistake(capsys, *QUIET, f"hydra.run.dir={tmp_path}/file/run")
+    folder = f"{tmp_path}/file/run"
+    for option, flags in (("hydra.run.dir", []), ("hydra.sweep.dir", ["-m"])):
+        error = mistake(capsys, *flags, *QUIET, f"{option}={folder}")
+        assert f"{option}={folder}: this folder cannot be written: Not a directory; set {option} to another." in error
+
+
+@pytest.mark.parametrize("made_by", ["hydra", "srnn"])
+def test_a_folder_that_cannot_be_written(capsys, tmp_path, monkeypatch, made_by):
+    def fail(path, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    if made_by == "hydra":
+        monkeypatch.setattr("hydra.core.utils.Path.mkdir", fail)
+    else:
+        monkeypatch.setattr("srnn.training.run.write_atomically", fail)
+    error = mistake(capsys, *QUIET, f"hydra.run.dir={tmp_path}/run")
+    assert f"hydra.run.dir={tmp_path}/run: this folder cannot be written: Permission denied; set" in error
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate"])
@@ -130,7 +176,11 @@ def test_generate_takes_text_literally_and_repeats_with_a_seed(capsys, run_folde
         texts = []
         for _ in range(2):
             assert main(["generate", f"run={run_folder}", "--prompt", prompt, "--length", "20", "--seed", "3"]) == 0
-            texts.append(capsys.readouterr().out)
+            told = capsys.readouterr()
+            texts.append(told.out)
+        unknown = [repr(c) for c in dict.fromkeys(prompt) if c not in "\nabcdef(): x"]
+        words = f"--prompt: {', '.join(unknown)}: not among the characters this network knows; read as unknown.\n"
+        assert told.err == (f"srnn: {words}" if unknown else "")
         known = "".join(c if c in "\nabcdef(): x" else "�" for c in prompt)
         assert texts[0] == texts[1]
         assert texts[0].startswith(known)
@@ -166,6 +216,41 @@ def test_list_shows_every_component(capsys):
         assert name in shown
     assert "[recurrent, linear, embedding]" in shown
     assert main(["list", "model"]) == 0
+    assert "gradual" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_list_shows_every_name_of_a_group(capsys, group):
+    assert main(["list", group]) == 0
+    shown = capsys.readouterr().out
+    for name in presets(group):
+        assert f"│ {name} " in shown
+
+
+def test_list_shows_the_files_of_a_plugin(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(register, "conf_folders", [tmp_path])
+    for file, text in (("dataset/short", "name: adding\nsteps: 7\n"), ("experiment/default", "# Mine.\nseed: 3\n")):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / f"{file}.yaml").write_text(text)
+    for group, words in (("dataset", ("│ short ", "steps = 7")), ("experiment", ("│ default ", "seed = 3", "Mine."))):
+        assert main(["list", group]) == 0
+        shown = capsys.readouterr().out
+        for word in words:
+            assert word in shown
+
+
+def test_list_shows_the_options_of_no_component(capsys):
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for section in SECTIONS.values():
+        for name in options_of(section):
+            assert f" {name} = " in shown
+    for words in ("seed = 0 (int at least 0 and at most 4294967295)", "init_from = null", "resume=FOLDER"):
+        assert words in shown
+    assert "On the CPU, also where there is a" in shown
+    assert "model.hidden_size = 200" in shown, "what a preset sets"
+    assert "optimizer=sgd" in shown
+    assert main(["list", "others"]) == 0
     assert "gradual" not in capsys.readouterr().out
 
 

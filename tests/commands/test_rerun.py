@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import shlex
 import subprocess
 
@@ -72,9 +73,15 @@ def test_mistakes(run, tmp_path, capsys):
         ([tmp_path], "no finished run is there"),
         ([run, "--output", run], "holds a run already"),
         ([run, "--tolerance", "much"], "--tolerance"),
+        ([run, "--output", run / FILE / "x"], "--output="),
     ):
         assert main(["rerun", *map(str, arguments)]) == 2
         assert words in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text().replace("freq: auto", "freq: 99"))
+    (tmp_path / "report.json").write_text("{}")
+    assert main(["rerun", str(tmp_path), "--output", str(tmp_path / "some/run")]) == 2
+    assert "freq=99" in capsys.readouterr().err
+    assert not (tmp_path / "some").exists()
 
 
 def test_agreement():
@@ -90,6 +97,11 @@ def test_agreement():
     assert compare(report, report, 0.0) == ("All 2 numbers are the same, bit for bit.", True)
     assert compare(report, near, 0.001)[1]
     assert not compare(report, near, 0.0001)[1]
+    assert "loss: 2 then, 2.001 now" in compare(report, near, 0.001)[0]
+    nearer = report | {"scores": {"test": {"loss": 2.0000000003}}}
+    assert "loss: 2 then, 2.0000000003 now" in compare(report, nearer, 0.001)[0]
+    next_to_it = report | {"scores": {"test": {"loss": math.nextafter(2, 3)}}}
+    assert "loss: 2 then, 2.0000000000000004 now" in compare(report, next_to_it, 0.001)[0]
     assert not compare(report, report | {"scores": {}}, 1.0)[1]
     assert differences(environment(["srnn"]), environment(["other"])) == []
 

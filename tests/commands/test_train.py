@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path, srnn_command):
     check_report(report, run)
     scored = srnn_command("evaluate", f"run={run}")
     assert f"{report['scores']['test_packed']['bits_per_character']:.4f}" in scored.stdout
+    assert "own report" not in scored.stdout, "it is of the same data"
     written = srnn_command("generate", "--run", run, "--prompt", "def f(x):", "--length", 30)
     assert written.returncode == 0
     assert written.stdout.startswith("def f(x):")
@@ -186,6 +188,18 @@ def test_open_loop_says_what_resulted(tmp_path, capsys):
     assert f"The sparsity is {100 * report['sparsity']['reached']:.2f} %, not 90 %" in shown
     assert main([*SMALL, f"hydra.run.dir={tmp_path}/run"]) == 2, "a run is not overwritten"
     assert "holds a run already" in capsys.readouterr().err
+
+
+def test_a_long_pass_is_not_silent_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
+    train(tmp_path / "quick", "kernel=dense")
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^epoch \d/5, step \d+: valid loss", shown, re.MULTILINE)) == 5
+    assert "\nstep " not in shown
+    monkeypatch.setattr("srnn.tracking.console.SILENCE", 0.0)
+    train(tmp_path / "slow", "kernel=dense")
+    shown = capsys.readouterr().out
+    steps = re.findall(r"^step (\d+)/40: loss \d+\.\d{3}  sparsity ", shown, re.MULTILINE)
+    assert list(map(int, steps)) == list(range(1, 41))
 
 
 def test_configs_print_without_running(srnn_command, tmp_path):

@@ -53,6 +53,9 @@ def test_unknown_tokens():
     words = Vocabulary.build("words", "a a a b b c", limit=3)
     assert len(words) == 3
     assert words.encode("a b c d").tolist() == [1, 2, 0, 0]
+    assert words.unknown("d a\nc d <unk>") == ["d", "\n", "c"]
+    assert Vocabulary.build("characters", "ab").unknown("Xa∂X") == ["X", "∂"]
+    assert Vocabulary.build("bytes", "").unknown("∂") == []
 
 
 def test_parts_are_the_text(poem):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from srnn.kernels import Auto, Dense, LayerWeights
-from srnn.kernels.choose import _cache_file, measure
+from srnn.kernels.choose import _cache_file, _describe, measure
 from srnn.kernels.dense import Torch
 from srnn.sparse import SparseMatrix
 
@@ -74,6 +74,14 @@ def test_a_sparse_backend_that_fails_is_left_out(monkeypatch, caplog):
     monkeypatch.setattr(Torch, "layer", fail)
     with pytest.raises(MemoryError):
         run(Auto(), batch=9)
+
+
+@pytest.mark.parametrize(
+    ("structure", "words"), [("element", "(about 8,200 non-zeros)"), ("16x1", "(about 510 blocks)")]
+)
+def test_a_shape_is_told_in_plain_figures(structure, words):
+    matrix = SparseMatrix.from_dense(torch.ones(96, 85), structure, "fp16")
+    assert _describe(matrix) == f"96x85 {structure} fp16 {words}"
 
 
 def test_auto_measures_once_and_remembers(monkeypatch, caplog):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from srnn.__main__ import main
 from srnn.errors import UserError
-from srnn.tracking.comparison import Setting, compare, markdown, pareto, setting_rows
+from srnn.tracking.comparison import ABOUT_TIMES, Setting, compare, markdown, pareto, setting_rows
 from srnn.tracking.comparison_plots import aligned
 from srnn.tracking.runs import Run, read_runs
 from srnn.tracking.wandb_api import read_project
@@ -68,6 +68,8 @@ def test_compare(sweep, tmp_path, capsys):
     assert main(["compare", str(sweep), "--output", str(output)]) == 0
     shown = capsys.readouterr().out
     assert "bits per character, test: mean ± standard deviation" in shown
+    assert " ".join(shown.split()).count(ABOUT_TIMES) == 1
+    assert ABOUT_TIMES in (output / "comparison.md").read_text()
     assert f"wandb sync {output}/wandb/offline-run-" in shown
     reports = [json.loads(path.read_text()) for path in sorted(sweep.glob("*/report.json"))]
     with (output / "comparison.csv").open() as file:
