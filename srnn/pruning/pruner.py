@@ -18,12 +18,13 @@ from srnn.errors import UserError
 from srnn.pruning import ranks
 from srnn.pruning.groups import Group
 from srnn.pruning.methods.base import PruningMethod
-from srnn.pruning.parts import Part
+from srnn.pruning.parts import GATE_LETTERS, Part
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import masks_of
 from srnn.registry import register
 
 COMPARE_EVERY = 100  # steps between two comparisons of the ranks, beside those at updates
+NAMED = 8  # parameters in a warning
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,10 @@ class Pruner:
 
     @torch.no_grad()
     def finalize(self) -> None:
-        """Apply the masks once more, for a loop that ends on an update; warn if the sparsity asked for was missed."""
+        """Apply the masks once more, for a loop that ends on an update.
+
+        Warns if the sparsity asked for was missed, and if nothing is left of a matrix or gate.
+        """
         self._apply()
         ranks.compare(self._compared(), self.itr)
         for group in self.groups:
@@ -184,6 +188,24 @@ class Pruner:
                     f"and {100 * want / group.size:.2f} % were asked for.",
                     stacklevel=2,
                 )
+        if self.method.updates and (empty := self._empty()):
+            more = f" and {len(empty) - NAMED} more" if len(empty) > NAMED else ""
+            warnings.warn(
+                f"pruning left no weight of {', '.join(empty[:NAMED])}{more}: nothing passes through them any more. "
+                f"Lower pruning.sparsity, or give them a lower one of their own: pruning.scope={{{empty[0]}: "
+                f"{{sparsity: ...}}}}.",
+                stacklevel=2,
+            )
+
+    def _empty(self) -> list[str]:
+        """The matrices, and the gates of others, of which every weight is pruned."""
+        gates = {part.parameter_name: part.gates for part in self.parts}
+        found = []
+        for name, mask in self._masks.items():
+            kept = mask.reshape(gates[name], -1).any(1).tolist()
+            named = zip(GATE_LETTERS[gates[name]], kept, strict=False)
+            found += [f"{name}[{gate}]" for gate, left in named if not left] if any(kept) else [name]
+        return found
 
     def _update(self) -> None:
         comes_back = self.method.soft or self.method.regrows

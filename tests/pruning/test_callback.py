@@ -8,6 +8,8 @@ from torch import nn
 
 from srnn import PruningCallback, UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore:pruning left no weight of")  # gates of a few weights
+
 
 class Copying(pl.LightningModule):
     def __init__(self):

@@ -309,3 +309,26 @@ def test_a_target_that_is_missed_warns_with_both_numbers():
     ):
         pruner.finalize()
     walk(Cubic(sparsity=0.9)).finalize()
+
+
+def test_matrices_and_gates_of_which_nothing_is_left_are_named():
+    model = nn.Sequential(nn.GRU(4, 8), nn.Linear(8, 4))
+    with torch.no_grad():
+        model[0].weight_hh_l0[8:16] *= 1e-6
+        model[1].weight *= 1e-6
+    pruner = Pruner(model, Cubic(sparsity=0.6, share="global"), 100)
+    for _ in range(100):
+        pruner.step()
+    with pytest.warns(UserWarning, match=r"no weight of 0\.weight_hh_l0\[z\], 1\.weight: .*pruning\.scope=") as caught:
+        pruner.finalize()
+    assert len(caught) == 1
+    own = {"0.weight_hh_l0[z]": {"sparsity": 0.5}, "1.weight": {"sparsity": 0.5}}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+        model[0].weight_hh_l0[8:16] *= 1e-6
+        model[1].weight *= 1e-6
+    pruner = Pruner(model, Cubic(sparsity=0.6, share="global", scope=own), 100)
+    for _ in range(100):
+        pruner.step()
+    pruner.finalize()  # what the message tells to do helps

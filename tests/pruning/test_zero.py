@@ -12,7 +12,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from srnn.pruning import Pruner
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch's own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),  # torch's own
+    pytest.mark.filterwarnings("ignore:pruning left no weight of"),  # gates of a few weights
+]
 OPTIMIZERS = {
     "nesterov": lambda p, decay: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=decay),
     "adam": lambda p, decay: torch.optim.Adam(p, lr=0.01, weight_decay=decay, amsgrad=True),
