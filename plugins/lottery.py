@@ -58,7 +58,8 @@ class Lottery(Shared):
     def expected(self, itr: int, group: Group) -> float:
         """Each cut leaves the same share of what was left."""
         cuts = sum(step <= itr for step in self.updates)
-        return 1 - (1 - (group.sparsity or 0.0)) ** (cuts / len(self.updates))
+        share = 1 - (1 - (group.sparsity or 0.0)) ** (cuts / len(self.updates))
+        return min(share, group.target / group.size)
 
     def after_masks(self, pruner: Pruner) -> None:
         """Keep the early weights; go back to them after each cut."""

@@ -87,6 +87,18 @@ def test_hard_and_random_reach_the_count():
             assert abs(group.pruned - 0.75 * group.size) <= group.tolerance + 0.5
 
 
+@pytest.mark.parametrize("structure", ["element", "4x1", "2:4"])
+@pytest.mark.parametrize("name", ["cubic", "gradual", "block", "hard", "random", "lottery"])
+def test_the_forecast_ends_where_the_pruning_does(name, structure):
+    register.load_plugins(plugin_folders())
+    model = nn.Sequential(nn.Embedding(11, 6), nn.GRU(6, 8))  # 6 columns: of the last 2, 2:4 keeps both
+    pruner = walk({"name": name, "structure": structure, "sparsity": 0.5}, model=model)
+    for group in pruner.groups:
+        forecast = pruner.method.expected(RUN.total_steps, group)
+        assert forecast == group.target / group.size
+        assert abs(forecast * group.size - group.pruned) <= group.tolerance
+
+
 def test_random_goes_by_lot_and_its_seed():
     one, again, other = (walk(Random(seed=seed)) for seed in (0, 0, 1))
     assert all(torch.equal(mask, again.masks()[name]) for name, mask in one.masks().items())

@@ -11,6 +11,7 @@ from srnn.pruning.schedules import (
     CubicSchedule,
     GradualSchedule,
     RunLength,
+    expected_n_of_m,
     expected_sparsity,
     iteration,
     resolve_cosine,
@@ -76,6 +77,16 @@ def test_expected_sparsity_of_blocks(score):
     for share in (0.6, 0.8, 0.9, 1.0):
         seen = float((of < share * q).float().mean())
         assert expected_sparsity(share, 0.9, 16, score) == pytest.approx(seen, abs=0.03)
+
+
+@pytest.mark.parametrize(("keep", "of"), [(2, 4), (1, 4), (4, 8)])
+def test_expected_sparsity_of_n_of_m(keep, of):
+    runs = torch.randn(40_000, of).abs().sort(dim=1).values
+    may_go = runs[:, : of - keep]
+    for count, q in ((None, runs.quantile(1 - keep / of)), (len(runs), may_go.max())):
+        for share in (0.0, 0.3, 0.6, 1.0):
+            seen = float((may_go < share * float(q)).sum()) / runs.numel()
+            assert expected_n_of_m(share, keep, of, count) == pytest.approx(seen, abs=0.03)
 
 
 @pytest.mark.parametrize(
