@@ -154,9 +154,10 @@ class Pruner:
         self.itr += 1
         self._before.clear()
         update = self.method.is_update(self.itr)
-        if update and torch.cuda.is_available():
+        if update:
             # An update waits for the device anyway; the waiting for what was queued before is not pruning's.
-            torch.cuda.synchronize()
+            for device in {mask.device for mask in self._masks.values() if mask.is_cuda}:
+                torch.cuda.synchronize(device)
         began = time.perf_counter()
         if update or self.itr % COMPARE_EVERY == 0:
             ranks.compare(self._compared(), self.itr)
@@ -294,6 +295,11 @@ class Pruner:
             raise UserError(f"the pruning state is of another version of srnn: it has no {', '.join(sorted(missing))}.")
         if state["masks"].keys() != self._masks.keys():
             raise UserError("the pruning state belongs to another model: its masks are named differently.")
+        packed = {name: state["masks"][name].cpu().numpy() for name in self._masks}
+        if wrong := [name for name, mask in self._masks.items() if len(packed[name]) != -(-mask.numel() // 8)]:
+            raise UserError(
+                f"the pruning state belongs to another model: its masks of {', '.join(wrong)} are of other sizes."
+            )
         if state["thresholds"].keys() != self.thresholds.keys():
             raise UserError(
                 f"the pruning state belongs to other settings: its thresholds are of {', '.join(state['thresholds'])}, "
@@ -301,7 +307,7 @@ class Pruner:
             )
         self.itr, self.seconds = state["itr"], state["seconds"]
         for name, mask in self._masks.items():
-            bits = np.unpackbits(state["masks"][name].numpy(), count=mask.numel())
+            bits = np.unpackbits(packed[name], count=mask.numel())
             mask.copy_(torch.from_numpy(bits).view(mask.shape))
         for group in self.groups:
             group.epsilon = state["thresholds"][group.name]
