@@ -310,7 +310,7 @@ def test_the_lottery_plugin_cuts_and_goes_back():
     pruner = walk(method, each=check)
     assert pruner.reached()
     assert pruner.state_dict()["method"] == {"early": {}}, "no copies of weights once they are not needed"
-    with pytest.raises(UserError, match="must come before the first cut, 80"):
+    with pytest.raises(UserError, match=r"rewind_itr=0\.5 \(step 200\) must come before the first cut, at step 80"):
         Pruner(Net(), "lottery", RUN, rewind_itr=0.5)
 
 

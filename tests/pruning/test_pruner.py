@@ -165,7 +165,9 @@ def test_bad_arguments_are_refused_in_code_too(options):
 
 
 def test_hard_prunes_inside_the_run():
-    with pytest.raises(UserError, match=r"prune_itr=100 must lie inside the run: 1 to 99"):
+    with pytest.raises(
+        UserError, match=r"prune_itr=1\.0 \(step 100\) must lie inside a run of 100 steps .*: from step 1 to 99"
+    ):
         make(Hard(prune_itr=1.0), total=100)
 
 
