@@ -16,7 +16,7 @@ from torch import Tensor
 
 from srnn.errors import UserError
 from srnn.pruning import Group, Pruner, RunLength, Shared
-from srnn.pruning.schedules import When, iteration
+from srnn.pruning.schedules import When, given, iteration
 from srnn.registry import register
 
 
@@ -48,7 +48,8 @@ class Lottery(Shared):
             return
         self.rewind_to = max(1, iteration("pruning.rewind_itr", self.rewind_itr, 0.05 * run.total_steps, run))
         if self.rewind_to >= self.updates[0]:
-            raise UserError(f"pruning.rewind_itr={self.rewind_to} must come before the first cut, {self.updates[0]}.")
+            rewind = given("pruning.rewind_itr", self.rewind_itr, self.rewind_to)
+            raise UserError(f"{rewind} must come before the first cut, at step {self.updates[0]}.")
 
     def update(self, itr: int, group: Group) -> None:
         """A cut, by rank."""
@@ -58,7 +59,8 @@ class Lottery(Shared):
     def expected(self, itr: int, group: Group) -> float:
         """Each cut leaves the same share of what was left."""
         cuts = sum(step <= itr for step in self.updates)
-        return 1 - (1 - (group.sparsity or 0.0)) ** (cuts / len(self.updates))
+        share = 1 - (1 - (group.sparsity or 0.0)) ** (cuts / len(self.updates))
+        return min(share, group.target / group.size)
 
     def after_masks(self, pruner: Pruner) -> None:
         """Keep the early weights; go back to them after each cut."""

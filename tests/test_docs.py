@@ -98,6 +98,7 @@ def test_commands_run(command, folder, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", presets("experiment"))
+@pytest.mark.filterwarnings("ignore:pruning left no weight of")  # gates of a few weights
 def test_every_preset_runs_fast(name, folder, tmp_path):
     small = ["model.hidden_size=20", "model.embedding_size=20", "tracking.mode=disabled", "kernel=dense"]
     data = [f"dataset.folder={folder}/ptb"] if name.startswith("ptb") else ["dataset.batch_size=8", "seed=0"]
@@ -107,6 +108,7 @@ def test_every_preset_runs_fast(name, folder, tmp_path):
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if "```python" in (ROOT / f).read_text()])
+@pytest.mark.filterwarnings("ignore:pruning left no weight of")  # gates of a few weights
 def test_python_runs(file, capsys):
     from srnn.registry import KINDS, register
 

@@ -24,16 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from srnn.deploy.sparsify import (
-    Wanted,
-    matrix_gates,
-    pack,
-    record_inputs,
-    replaceable,
-    replaced,
-    sparse_module,
-    worth_packing,
-)
+from srnn.deploy.modules import replaceable, sparse_module
+from srnn.deploy.sparsify import Wanted, matrix_gates, pack, record_inputs, replaced, worth_packing
 from srnn.errors import UserError
 from srnn.files import write_atomically
 from srnn.kernels.contract import Kernel

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -28,8 +30,9 @@ class PruningCallback(pl.Callback):
         reference: a dense model's weights by name, for a method that wants one.
         options: of the method, where it is given by name.
 
-    Its state (masks, thresholds, iteration) goes into the Trainer's checkpoints. With Lightning's ``WeightAveraging``,
-    which has to stand before it, the average is masked too.
+    Its state (masks, thresholds, iteration) goes into the Trainer's checkpoints, under its method, options and module:
+    a Trainer may have several that differ in one of these. With Lightning's ``WeightAveraging``, which has to stand
+    before it, the average is masked too.
     """
 
     def __init__(
@@ -44,20 +47,38 @@ class PruningCallback(pl.Callback):
         self.reference = reference
         self.pruner: Pruner | None = None
         self._restored: dict[str, Any] | None = None
+        self._seen = 0  # optimiser steps up to the last batch
+
+    @property
+    def state_key(self) -> str:
+        """What tells it from others in the same Trainer and its checkpoints."""
+        method = repr(self.method) if is_dataclass(self.method) else type(self.method).__qualname__
+        if self.model is None:
+            return self._generate_state_key(method=method)
+        names = [f"{name} {tuple(parameter.shape)}" for name, parameter in self.model.named_parameters()]
+        digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+        return self._generate_state_key(method=method, model=f"{type(self.model).__qualname__} {digest}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build the pruner, now that the length of the run and the optimiser are known."""
         total = trainer.estimated_stepping_batches
         if total == float("inf"):
             raise UserError("pruning needs to know how long the run is: set max_epochs or max_steps in the Trainer.")
-        batches = int(trainer.num_training_batches)
-        per_epoch = max(1, -(-batches // trainer.accumulate_grad_batches))
+        batches = trainer.num_training_batches
+        # Data without a length: the run counts as 20 epochs.
+        per_epoch = 0 if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
-        run = RunLength(int(total), per_epoch)
+        model = pl_module if self.model is None else self.model
         average = self._average(trainer, pl_module)
-        self.pruner = Pruner(self.model or pl_module, self.method, run, optimizer, self.reference, average)
-        if self._restored is not None:
-            self.pruner.load_state_dict(self._restored)
+        state, before = self._restored, self.pruner
+        self.pruner = Pruner(model, self.method, RunLength(int(total), per_epoch), optimizer, self.reference, average)
+        self._restored, self._seen = None, trainer.global_step
+        if state is None and before is not None and trainer.global_step > 0:
+            state = before.state_dict()  # a second ``fit`` of the same Trainer goes on
+        if state is not None:
+            self.pruner.load_state_dict(state)
+        else:
+            self.pruner.itr = trainer.global_step  # of a dense network's checkpoint
 
     def _average(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> nn.Module | None:
         """The average of what is pruned, where the Trainer keeps one."""
@@ -77,7 +98,8 @@ class PruningCallback(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """One pruning step for each optimiser step; gradient accumulation has batches without one."""
         assert self.pruner is not None
-        if trainer.global_step > self.pruner.itr:
+        if trainer.global_step > self._seen:
+            self._seen = trainer.global_step
             self.pruner.step()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -88,6 +110,22 @@ class PruningCallback(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Goes into every checkpoint."""
         return self.pruner.state_dict() if self.pruner is not None else {}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse to lose masks: Lightning passes over a state that belongs to no callback.
+
+        Raises:
+            UserError: the checkpoint was pruned with settings that no callback of this Trainer has.
+        """
+        there = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        own = [key for key in map(str, checkpoint["callbacks"]) if key.partition("{")[0] == type(self).__qualname__]
+        if lost := [key for key in own if key not in there]:
+            raise UserError(
+                f"the checkpoint was pruned by {', '.join(lost)}, and this Trainer has {self.state_key}: go on with "
+                f"the same method, options and module."
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until training starts, when the pruner is built."""

@@ -71,7 +71,7 @@ class Group:
     @property
     def tolerance(self) -> int:
         """How many weights a whole block may miss the target by."""
-        return self.structure.block // 2
+        return max(math.prod(self.structure.extent(part.shape)) for part in self.parts) // 2
 
     def zeros_for(self, sparsity: float) -> int:
         """How many weights have to be zero for a sparsity, to the nearest; those that must stay are left out."""

@@ -18,12 +18,13 @@ from srnn.errors import UserError
 from srnn.pruning import ranks
 from srnn.pruning.groups import Group
 from srnn.pruning.methods.base import PruningMethod
-from srnn.pruning.parts import Part
+from srnn.pruning.parts import GATE_LETTERS, Part
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import masks_of
 from srnn.registry import register
 
 COMPARE_EVERY = 100  # steps between two comparisons of the ranks, beside those at updates
+NAMED = 8  # parameters in a warning
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,10 @@ class Pruner:
         self.itr += 1
         self._before.clear()
         update = self.method.is_update(self.itr)
-        if update and torch.cuda.is_available():
+        if update:
             # An update waits for the device anyway; the waiting for what was queued before is not pruning's.
-            torch.cuda.synchronize()
+            for device in {mask.device for mask in self._masks.values() if mask.is_cuda}:
+                torch.cuda.synchronize(device)
         began = time.perf_counter()
         if update or self.itr % COMPARE_EVERY == 0:
             ranks.compare(self._compared(), self.itr)
@@ -172,7 +174,10 @@ class Pruner:
 
     @torch.no_grad()
     def finalize(self) -> None:
-        """Apply the masks once more, for a loop that ends on an update; warn if the sparsity asked for was missed."""
+        """Apply the masks once more, for a loop that ends on an update.
+
+        Warns if the sparsity asked for was missed, and if nothing is left of a matrix or gate.
+        """
         self._apply()
         ranks.compare(self._compared(), self.itr)
         for group in self.groups:
@@ -184,6 +189,24 @@ class Pruner:
                     f"and {100 * want / group.size:.2f} % were asked for.",
                     stacklevel=2,
                 )
+        if self.method.updates and (empty := self._empty()):
+            more = f" and {len(empty) - NAMED} more" if len(empty) > NAMED else ""
+            warnings.warn(
+                f"pruning left no weight of {', '.join(empty[:NAMED])}{more}: nothing passes through them any more. "
+                f"Lower pruning.sparsity, or give them a lower one of their own: pruning.scope={{{empty[0]}: "
+                f"{{sparsity: ...}}}}.",
+                stacklevel=2,
+            )
+
+    def _empty(self) -> list[str]:
+        """The matrices, and the gates of others, of which every weight is pruned."""
+        gates = {part.parameter_name: part.gates for part in self.parts}
+        found = []
+        for name, mask in self._masks.items():
+            kept = mask.reshape(gates[name], -1).any(1).tolist()
+            named = zip(GATE_LETTERS[gates[name]], kept, strict=False)
+            found += [f"{name}[{gate}]" for gate, left in named if not left] if any(kept) else [name]
+        return found
 
     def _update(self) -> None:
         comes_back = self.method.soft or self.method.regrows
@@ -272,6 +295,11 @@ class Pruner:
             raise UserError(f"the pruning state is of another version of srnn: it has no {', '.join(sorted(missing))}.")
         if state["masks"].keys() != self._masks.keys():
             raise UserError("the pruning state belongs to another model: its masks are named differently.")
+        packed = {name: state["masks"][name].cpu().numpy() for name in self._masks}
+        if wrong := [name for name, mask in self._masks.items() if len(packed[name]) != -(-mask.numel() // 8)]:
+            raise UserError(
+                f"the pruning state belongs to another model: its masks of {', '.join(wrong)} are of other sizes."
+            )
         if state["thresholds"].keys() != self.thresholds.keys():
             raise UserError(
                 f"the pruning state belongs to other settings: its thresholds are of {', '.join(state['thresholds'])}, "
@@ -279,7 +307,7 @@ class Pruner:
             )
         self.itr, self.seconds = state["itr"], state["seconds"]
         for name, mask in self._masks.items():
-            bits = np.unpackbits(state["masks"][name].numpy(), count=mask.numel())
+            bits = np.unpackbits(packed[name], count=mask.numel())
             mask.copy_(torch.from_numpy(bits).view(mask.shape))
         for group in self.groups:
             group.epsilon = state["thresholds"][group.name]

@@ -38,9 +38,12 @@ class RunLength:
 
     def __post_init__(self) -> None:
         if self.total_steps < 1 or self.steps_per_epoch < 0:
-            raise UserError(f"pruning needs the number of optimiser steps of the run, at least 1; got {self}.")
+            raise UserError(f"pruning needs the number of optimiser steps of the run, at least 1; got {self!r}.")
         if not self.steps_per_epoch:
             object.__setattr__(self, "steps_per_epoch", self.total_steps / PAPER_EPOCHS)
+
+    def __str__(self) -> str:
+        return f"a run of {self.total_steps} steps ({self.epochs:.4g} epochs)"
 
     @property
     def epochs(self) -> float:
@@ -65,8 +68,8 @@ def iteration(key: str, when: When, heuristic: float, run: RunLength) -> int:
         if run.epochs < MIN_EPOCHS:
             raise UserError(
                 f"{key}=auto follows the paper's heuristics, which need at least {MIN_EPOCHS} epochs, and this run has "
-                f"{run.epochs:.3g}: give start_itr, ramp_itr and end_itr as fractions of the run, such as 0.1, 0.25 "
-                f"and 0.5."
+                f"{run.epochs:.3g}: give start_itr, end_itr and, if the method has one, ramp_itr as fractions of the "
+                f"run, such as 0.1, 0.5 and 0.25."
             )
         return round(heuristic)
     if isinstance(when, str):
@@ -86,6 +89,12 @@ def iteration(key: str, when: When, heuristic: float, run: RunLength) -> int:
     if when < 0:
         raise UserError(f"{key}={when} must be a step from 0 on, or a fraction of the run between 0.0 and 1.0.")
     return when
+
+
+def given(key: str, when: When, itr: int) -> str:
+    """A setting in a message: as it was given, and the step that it means here."""
+    words = when if when == "auto" else repr(when)
+    return f"{key}={words}" if when == itr and isinstance(when, int) else f"{key}={words} (step {itr})"
 
 
 @dataclass(frozen=True)
@@ -195,13 +204,17 @@ def resolve_gradual(
     start_itr = iteration("pruning.start_itr", start, run.steps_per_epoch, run)
     ramp_itr = iteration("pruning.ramp_itr", ramp, heuristics[0] * run.total_steps, run)
     end_itr = iteration("pruning.end_itr", end, heuristics[1] * run.total_steps, run)
-    got = f"start_itr={start_itr}, ramp_itr={ramp_itr}, end_itr={end_itr} of {run.total_steps} steps"
+    ended = given("pruning.end_itr", end, end_itr)
+    got = f"{given('pruning.start_itr', start, start_itr)}, {given('pruning.ramp_itr', ramp, ramp_itr)}, {ended}"
     if not start_itr <= ramp_itr <= end_itr or start_itr == end_itr:
-        raise UserError(f"pruning: {got} are out of order; they must rise: start_itr <= ramp_itr <= end_itr.")
-    chosen = _resolve_freq(freq, start_itr, end_itr, run)
+        raise UserError(
+            f"{got} are out of order in {run}: they must rise, start_itr <= ramp_itr <= end_itr, and start_itr < "
+            f"end_itr."
+        )
+    chosen = _resolve_freq(freq, start_itr, end_itr, ended, run)
     schedule = GradualSchedule(start_itr, ramp_itr, end_itr, chosen, phi_ratio)
     if not schedule.updates:
-        raise UserError(f"pruning: {got} leave no step for an update; move end_itr further from start_itr.")
+        raise UserError(f"{got} leave no step for an update; move end_itr further from start_itr.")
     return schedule
 
 
@@ -213,12 +226,13 @@ def resolve_cubic(start: When, end: When, freq: Freq, initial: float, run: RunLe
     """
     start_itr = max(1, iteration("pruning.start_itr", start, run.steps_per_epoch, run))
     end_itr = iteration("pruning.end_itr", end, 0.5 * run.total_steps, run)
+    ended = given("pruning.end_itr", end, end_itr)
     if start_itr >= end_itr:
         raise UserError(
-            f"pruning: start_itr={start_itr}, end_itr={end_itr} of {run.total_steps} steps are out of order; they must "
-            f"rise: start_itr < end_itr."
+            f"{given('pruning.start_itr', start, start_itr)}, {ended} are out of order in {run}: they must rise, "
+            f"start_itr < end_itr."
         )
-    chosen = _resolve_freq(freq, start_itr, end_itr, run)
+    chosen = _resolve_freq(freq, start_itr, end_itr, ended, run)
     return CubicSchedule(start_itr, start_itr + (end_itr - start_itr) // chosen * chosen, chosen, initial)
 
 
@@ -230,19 +244,17 @@ def resolve_cosine(end: When, freq: Freq, drop_fraction: float, run: RunLength) 
     """
     heuristic = 0.75 * run.total_steps
     end_itr = round(heuristic) if end == "auto" else iteration("pruning.end_itr", end, heuristic, run)
-    schedule = CosineSchedule(end_itr, _resolve_freq(freq, 0, end_itr, run), drop_fraction)
+    ended = given("pruning.end_itr", end, end_itr)
+    schedule = CosineSchedule(end_itr, _resolve_freq(freq, 0, end_itr, ended, run), drop_fraction)
     if not schedule.updates:
-        raise UserError(f"pruning.end_itr={end_itr} leaves no step for an update, every {schedule.freq} steps.")
+        raise UserError(f"{ended} leaves no step for an update, every {schedule.freq} steps; raise it.")
     return schedule
 
 
-def _resolve_freq(freq: Freq, start_itr: int, end_itr: int, run: RunLength) -> int:
+def _resolve_freq(freq: Freq, start_itr: int, end_itr: int, ended: str, run: RunLength) -> int:
     """100, but at most 1/50 of end - start, which is what else may be asked for."""
     if end_itr > run.total_steps:
-        raise UserError(
-            f"pruning.end_itr={end_itr} is after the run of {run.total_steps} steps; lower end_itr or raise "
-            f"trainer.max_epochs."
-        )
+        raise UserError(f"{ended} is after the end of {run}; lower it, or train for longer (trainer.max_epochs).")
     coarsest = max(1, (end_itr - start_itr) // UPDATES)
     chosen = min(100, coarsest) if freq == "auto" else int(freq)
     if chosen > coarsest:
@@ -273,3 +285,31 @@ def expected_sparsity(epsilon_over_q: float, sparsity: float, block: int = 1, sc
     variance = 2 / (9 * block)  # Wilson and Hilferty: the cube root of a mean square is nearly normal
     roots = NormalDist(1 - variance, math.sqrt(variance))
     return roots.cdf(max(0.0, epsilon_over_q) ** (2 / 3) * roots.inv_cdf(sparsity))
+
+
+def expected_n_of_m(epsilon_over_q: float, keep: int, of: int, runs: int | None = None) -> float:
+    """Share of weights under the threshold and not among the ``keep`` largest of their run of ``of``, if normal.
+
+    Args:
+        epsilon_over_q: the threshold.
+        keep: weights that stay of each run.
+        of: weights of a run.
+        runs: None if ``q`` is what the share 1 - keep / of of all single weights lies under; else it is the largest
+            weight that may go in so many runs, which is what ``q="auto"`` estimates.
+    """
+    if runs is None:
+        q = NormalDist().inv_cdf(1 - keep / of / 2)
+    else:  # the median of the largest: runs * P(a run's largest that may go exceeds q) = log 2
+        low, q = 0.0, 40.0
+        while q - low > 1e-6:
+            middle = (low + q) / 2
+            more = runs * sum(
+                _binomial(of, math.erfc(middle / math.sqrt(2)), above) for above in range(keep + 1, of + 1)
+            )
+            low, q = (middle, q) if more > math.log(2) else (low, middle)
+    under = math.erf(max(0.0, epsilon_over_q) * q / math.sqrt(2))
+    return sum(_binomial(of, under, count) * min(count, of - keep) for count in range(of + 1)) / of
+
+
+def _binomial(n: int, share: float, count: int) -> float:
+    return math.comb(n, count) * share**count * (1 - share) ** (n - count)

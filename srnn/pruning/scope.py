@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_args
@@ -141,6 +142,8 @@ def build_groups(
         share: which weights share a threshold, as far as their settings are the same.
         sparsity, structure, score, keep_diagonal: the settings of what no pattern names.
 
+    Warns where a structure is larger than all the weights that it is for.
+
     Raises:
         UserError: a pattern matches nothing; two disagree about a weight; a diagonal is to be kept and there is none.
     """
@@ -166,7 +169,24 @@ def build_groups(
             f"pruning.keep_diagonal=true: of {', '.join(part.name for part in keeping)} none is a recurrent matrix "
             f"(weight_hh) with a diagonal."
         )
+    _warn_of_large_blocks(groups)
     return groups
+
+
+def _warn_of_large_blocks(groups: Sequence[Group]) -> None:
+    """Blocks that fit into none of their weights are a slip, as a rule. A few too small weights, such as those of an
+    output layer, are none."""
+    for structure in dict.fromkeys(group.structure for group in groups):
+        parts = [part for group in groups if group.structure == structure for part in group.parts]
+        if any(structure.fits(part.shape) for part in parts):
+            continue
+        sizes = ", ".join(f"{part.name} ({part.shape[1]} x {part.shape[2]})" for part in parts)
+        warnings.warn(
+            f"pruning.structure={structure} is larger than every weight, or gate of a weight, that it is for: {sizes}. "
+            f"What is kept or zeroed as a whole is cut off there: choose a smaller structure, unless you mean whole "
+            f"rows or columns of a gate.",
+            stacklevel=2,
+        )
 
 
 def _group(key: tuple[Any, ...], general: dict[str, Any], parts: list[Part]) -> Group:

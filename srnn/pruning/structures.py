@@ -2,7 +2,7 @@
 
 A *unit* is what a mask decides on: one weight, or one block. Weights are looked at as ``[gates, rows, columns]``, so
 that a block never crosses a gate; a convolution's columns are its input channels and kernel, flattened. Where sizes do
-not divide, the last block of a gate or row is smaller.
+not divide, the last block of a gate or row is smaller; a block of more rows than a gate has is a column of it.
 
 Shapes: G gates, R rows of a gate, C columns, U units.
 """
@@ -62,10 +62,18 @@ class Structure:
         gates, rows, columns = shape
         return gates, -(-rows // self.rows), -(-columns // self.columns)
 
+    def extent(self, shape: Shape) -> tuple[int, int]:
+        """Rows and columns of the largest unit of a weight: of a whole block, where one fits."""
+        return min(self.rows, shape[1]), min(self.columns, shape[2])
+
     def units(self, shape: Shape) -> int:
         """How many units a weight has."""
         gates, rows, columns = self.grid(shape)
         return gates * rows * columns
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether a whole block, or a whole run of M weights, lies inside."""
+        return shape[1] >= self.rows and shape[2] >= max(self.columns, self.of)
 
     def is_even(self, shape: Shape) -> bool:
         """Whether all its units are of the same size."""
@@ -80,10 +88,11 @@ class Structure:
         return x_GRC.flatten() if self.block == 1 else self._blocks(x_GRC).amax((2, 4)).flatten()
 
     def _blocks(self, x_GRC: Tensor) -> Tensor:
-        gates, rows, columns = self.grid((x_GRC.shape[0], x_GRC.shape[1], x_GRC.shape[2]))
-        missing = (0, columns * self.columns - x_GRC.shape[2], 0, rows * self.rows - x_GRC.shape[1])
+        shape = (x_GRC.shape[0], x_GRC.shape[1], x_GRC.shape[2])
+        (gates, rows, columns), (tall, wide) = self.grid(shape), self.extent(shape)
+        missing = (0, columns * wide - shape[2], 0, rows * tall - shape[1])
         padded = F.pad(x_GRC, missing) if any(missing) else x_GRC
-        return padded.reshape(gates, rows, self.rows, columns, self.columns)
+        return padded.reshape(gates, rows, tall, columns, wide)
 
     def sizes(self, shape: Shape, device: torch.device | None = None) -> Tensor:
         """Weights in each unit, int64 [U]."""
@@ -98,10 +107,9 @@ class Structure:
         """A value a unit -> the same value for each of its weights, [G, R, C]."""
         if self.block == 1:
             return values_U.view(shape)
-        gates, rows, columns = self.grid(shape)
-        wide = (gates, rows, self.rows, columns, self.columns)
-        blocks = values_U.view(gates, rows, 1, columns, 1).expand(wide)
-        return blocks.reshape(gates, rows * self.rows, columns * self.columns)[:, : shape[1], : shape[2]]
+        (gates, rows, columns), (tall, wide) = self.grid(shape), self.extent(shape)
+        blocks = values_U.view(gates, rows, 1, columns, 1).expand(gates, rows, tall, columns, wide)
+        return blocks.reshape(gates, rows * tall, columns * wide)[:, : shape[1], : shape[2]]
 
     def protected(self, scores_U: Tensor, shape: Shape) -> Tensor | None:
         """Units that N:M leaves no choice about: the N best of each M weights of a row, bool [U]; None for blocks.

@@ -52,7 +52,10 @@ def run_folder(tmp_path):
         (["pruning.sparsity=1"], ["pruning.sparsity=1", "below 1"]),
         (["trian"], ["trian", "'train'"]),
         (["dataset=text", "dataset.path=/no/such/file"], ["/no/such/file", "no such file"]),
-        (["pruning.start_itr=0.6", "pruning.end_itr=0.5"], ["start_itr=24", "end_itr=20", "out of order"]),
+        (
+            ["pruning.start_itr=0.6", "pruning.end_itr=0.5"],
+            ["start_itr=0.6 (step 24)", "end_itr=0.5 (step 20)", "out of order"],
+        ),
         (["trainer.max_epochs=4"], ["5 epochs", "has 4", "fractions"]),
         (["pruning.freq=99"], ["pruning.freq=99", "at most"]),
         (["pruning.q=/no/dense.ckpt"], ["/no/dense.ckpt", "no such checkpoint"]),

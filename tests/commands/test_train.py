@@ -169,6 +169,7 @@ def test_models_data_and_optimisers(tmp_path, overrides, monkeypatch):
     ],
     ids=lambda overrides: overrides[0][:20],
 )
+@pytest.mark.filterwarnings("ignore:pruning left no weight of")  # gates of a few weights
 def test_every_method_trains(tmp_path, overrides):
     report = train(tmp_path / "run", *overrides)
     assert report["sparsity"]["reached"] == pytest.approx(report["sparsity"]["wanted"], abs=0.005)

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import srnn
-from srnn.deploy.sparsify import SparseEmbedding, SparseLinear, SparseRecurrent, desparsify, record_inputs, sparsify
+from srnn.deploy.modules import SparseEmbedding, SparseLinear, SparseRecurrent
+from srnn.deploy.sparsify import desparsify, record_inputs, sparsify
 from srnn.errors import UserError
 from tests.kernels.common import prune
 

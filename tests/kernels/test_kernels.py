@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from srnn.deploy.sparsify import desparsify
+from srnn.deploy.modules import sparse_module
+from srnn.deploy.sparsify import desparsify, matrix_gates
 from srnn.kernels import Auto, Cpu, Csr, Dense, LayerWeights
 from srnn.kernels.contract import GATES
 from srnn.kernels.cpu import backend
 from srnn.kernels.reference import run_layer
+from srnn.registry import register
 from srnn.sparse import DTYPES, STRUCTURES, SparseMatrix
 from tests.kernels.common import prune, relative_error
 
@@ -101,18 +103,11 @@ def test_a_sparse_layer_is_torchs(
 
 def _sparsified(module, structure, values, kernel):
     """Sparse whatever its density: a module without zeros would stay as it is."""
-    from srnn.deploy import sparsify as code
-
-    energies = {}
     weights = {
-        name: w if w.ndim != 2 else SparseMatrix.from_dense(
-            w, structure, values, code.matrix_gates(name, module), energies.get(name)
-        )
+        name: w if w.ndim != 2 else SparseMatrix.from_dense(w, structure, values, matrix_gates(name, module))
         for name, w in module._parameters.items()
-    }  # fmt: skip
-    from srnn.registry import register
-
-    return code.sparse_module(module, weights, register.build("kernel", {"name": kernel}))
+    }
+    return sparse_module(module, weights, register.build("kernel", {"name": kernel}))
 
 
 @pytest.mark.parametrize("structure", ["element", "16x1"])

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from srnn.pruning import Gradual
 from srnn.pruning.callback import PruningCallback
 
+pytestmark = pytest.mark.filterwarnings("ignore:pruning left no weight of")  # gates of a few weights
+
 START, RAMP, END, FREQ, STEPS = 40, 120, 340, 4, 400
 RECURRENT = ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]
 LINEAR = ["out.weight"]

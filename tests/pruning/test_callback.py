@@ -8,6 +8,8 @@ from torch import nn
 
 from srnn import PruningCallback, UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore:pruning left no weight of")  # gates of a few weights
+
 
 class Copying(pl.LightningModule):
     def __init__(self):
@@ -99,3 +101,87 @@ def test_a_run_without_an_end_is_refused(tmp_path):
         trainer(tmp_path, PruningCallback("cubic"), max_epochs=-1).fit(Copying(), data())
     with pytest.raises(UserError, match="'sparsity'"):
         PruningCallback("cubic", sparcity=0.9)
+
+
+def test_several_in_a_trainer_go_on_each_with_its_own_masks(tmp_path):
+    def fit(*callbacks, scope="out.weight", **options):
+        torch.manual_seed(0)
+        module = Copying()
+        prunings = [
+            PruningCallback("cubic", layer_types=[], scope={"rnn.*": {"sparsity": 0.75}}),
+            PruningCallback("cubic", layer_types=[], scope={scope: {"sparsity": 0.5}}),
+        ]
+        trainer(tmp_path, *prunings, *callbacks).fit(module, data(), **options)
+        return module, [pruning.pruner for pruning in prunings]
+
+    whole, pruners = fit(ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1))
+    assert [set(pruner.masks()) for pruner in pruners] == [{"rnn.weight_ih_l0", "rnn.weight_hh_l0"}, {"out.weight"}]
+    for epoch in (1, 4):
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        with pytest.warns(UserWarning, match="Be aware that when using `ckpt_path`"):  # this Trainer saves nothing
+            again, resumed = fit(ckpt_path=path, weights_only=True)
+        assert all(torch.equal(p, whole.get_parameter(name)) for name, p in again.named_parameters())
+        assert [one.report() for one in resumed] == [one.report() for one in pruners]
+        assert [one.itr for one in resumed] == [90, 90]
+    with (
+        pytest.warns(UserWarning, match="Be aware that when using `ckpt_path`"),
+        pytest.raises(UserError, match=r"was pruned by PruningCallback.*'out\.weight'.*, and this Trainer has"),
+    ):
+        fit(scope="out.*", ckpt_path=path, weights_only=True)
+
+
+def test_keys_of_states_are_those_of_the_settings():
+    one, other = nn.GRU(4, 8), nn.GRU(4, 9)
+    made = [
+        PruningCallback("cubic"),
+        PruningCallback("cubic", sparsity=0.5),
+        PruningCallback("gradual"),
+        PruningCallback("none"),
+        PruningCallback("cubic", model=one),
+        PruningCallback("cubic", model=other),
+    ]
+    keys = [callback.state_key for callback in made]
+    assert len(set(keys)) == len(keys)
+    assert PruningCallback({"name": "cubic"}, model=nn.GRU(4, 8)).state_key == keys[4], "in any process"
+    assert not any(" at 0x" in key for key in keys)
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `PruningCallback`"):
+        pl.Trainer(callbacks=[PruningCallback("cubic"), PruningCallback("cubic")], accelerator="cpu", logger=False)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_dense_checkpoint_is_pruned_from_its_step_on(tmp_path):
+    pruning, file = PruningCallback("cubic", sparsity=0.75), ModelCheckpoint(tmp_path, filename="dense")
+    trainer(tmp_path, file, max_epochs=1, accumulate_grad_batches=4).fit(Copying(), data())
+
+    class Beside(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            assert pruning.pruner.itr == trainer.global_step, "steps, not batches; with those before"
+
+    runner = trainer(tmp_path, pruning, Beside(), accumulate_grad_batches=4)
+    runner.fit(Copying(), data(), ckpt_path=tmp_path / "dense.ckpt", weights_only=True)
+    assert pruning.pruner.itr == 6 * 4
+    assert pruning.pruner.reached()
+
+
+def test_a_second_fit_goes_on(tmp_path):
+    module, pruning = Copying(), PruningCallback("cubic", sparsity=0.75)
+    runner = trainer(tmp_path, pruning)
+    runner.fit(module, data())
+    before = zeros(module)
+    runner.fit_loop.max_epochs = 8
+    runner.fit(module, data())
+    assert pruning.pruner.itr == 8 * 15
+    assert all(torch.equal(zeros(module)[name], gone) for name, gone in before.items())
+
+
+def test_data_without_a_length(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True:
+                yield torch.randn(5, 4)
+
+    pruning = PruningCallback("cubic", sparsity=0.75)
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=4)
+    trainer(tmp_path, pruning, max_epochs=-1, max_steps=60).fit(Copying(), loader)
+    assert (pruning.pruner.run.total_steps, pruning.pruner.run.epochs) == (60, 20)
+    assert pruning.pruner.reached()

@@ -12,7 +12,10 @@ from srnn.pruning import Pruner, RunLength
 from srnn.registry import register
 from tests.pruning.test_zero import METHODS, OPTIMIZERS, Net, method_of, train
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch's own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),  # torch's own
+    pytest.mark.filterwarnings("ignore:pruning left no weight of"),  # gates of a few weights
+]
 STEPS = 60
 STOPS = (5, 15, 24, 46)  # dense, at the cut of `hard`, between updates, after the last one
 MORE = {

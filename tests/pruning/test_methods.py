@@ -87,6 +87,18 @@ def test_hard_and_random_reach_the_count():
             assert abs(group.pruned - 0.75 * group.size) <= group.tolerance + 0.5
 
 
+@pytest.mark.parametrize("structure", ["element", "4x1", "2:4"])
+@pytest.mark.parametrize("name", ["cubic", "gradual", "block", "hard", "random", "lottery"])
+def test_the_forecast_ends_where_the_pruning_does(name, structure):
+    register.load_plugins(plugin_folders())
+    model = nn.Sequential(nn.Embedding(11, 6), nn.GRU(6, 8))  # 6 columns: of the last 2, 2:4 keeps both
+    pruner = walk({"name": name, "structure": structure, "sparsity": 0.5}, model=model)
+    for group in pruner.groups:
+        forecast = pruner.method.expected(RUN.total_steps, group)
+        assert forecast == group.target / group.size
+        assert abs(forecast * group.size - group.pruned) <= group.tolerance
+
+
 def test_random_goes_by_lot_and_its_seed():
     one, again, other = (walk(Random(seed=seed)) for seed in (0, 0, 1))
     assert all(torch.equal(mask, again.masks()[name]) for name, mask in one.masks().items())
@@ -298,7 +310,7 @@ def test_the_lottery_plugin_cuts_and_goes_back():
     pruner = walk(method, each=check)
     assert pruner.reached()
     assert pruner.state_dict()["method"] == {"early": {}}, "no copies of weights once they are not needed"
-    with pytest.raises(UserError, match="must come before the first cut, 80"):
+    with pytest.raises(UserError, match=r"rewind_itr=0\.5 \(step 200\) must come before the first cut, at step 80"):
         Pruner(Net(), "lottery", RUN, rewind_itr=0.5)
 
 
@@ -309,3 +321,26 @@ def test_a_target_that_is_missed_warns_with_both_numbers():
     ):
         pruner.finalize()
     walk(Cubic(sparsity=0.9)).finalize()
+
+
+def test_matrices_and_gates_of_which_nothing_is_left_are_named():
+    model = nn.Sequential(nn.GRU(4, 8), nn.Linear(8, 4))
+    with torch.no_grad():
+        model[0].weight_hh_l0[8:16] *= 1e-6
+        model[1].weight *= 1e-6
+    pruner = Pruner(model, Cubic(sparsity=0.6, share="global"), 100)
+    for _ in range(100):
+        pruner.step()
+    with pytest.warns(UserWarning, match=r"no weight of 0\.weight_hh_l0\[z\], 1\.weight: .*pruning\.scope=") as caught:
+        pruner.finalize()
+    assert len(caught) == 1
+    own = {"0.weight_hh_l0[z]": {"sparsity": 0.5}, "1.weight": {"sparsity": 0.5}}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+        model[0].weight_hh_l0[8:16] *= 1e-6
+        model[1].weight *= 1e-6
+    pruner = Pruner(model, Cubic(sparsity=0.6, share="global", scope=own), 100)
+    for _ in range(100):
+        pruner.step()
+    pruner.finalize()  # what the message tells to do helps

@@ -14,13 +14,13 @@ OPTIMIZERS = {
 
 
 class Net(nn.Module):
-    def __init__(self, cell=nn.GRU):
+    def __init__(self, wide=9):
         super().__init__()
         self.embedding = nn.Embedding(13, 6)
-        self.rnn = cell(6, 9, num_layers=2, bidirectional=True)
-        self.norm = nn.LayerNorm(18)
-        self.conv = nn.Conv1d(18, 18, 1)
-        self.out = nn.Linear(18, 13)
+        self.rnn = nn.GRU(6, wide, num_layers=2, bidirectional=True)
+        self.norm = nn.LayerNorm(2 * wide)
+        self.conv = nn.Conv1d(2 * wide, 2 * wide, 1)
+        self.out = nn.Linear(2 * wide, 13)
 
     def forward(self, tokens):
         y = self.norm(self.rnn(self.embedding(tokens))[0])
@@ -91,6 +91,10 @@ def test_state_of_another_model_is_refused():
     *_, other = make(Gradual(), model=nn.Sequential(nn.Linear(3, 3)))
     with pytest.raises(UserError, match="another model"):
         other.load_state_dict(pruner.state_dict())
+    *_, wider = make(Gradual(), model=Net(wide=10))
+    with pytest.raises(UserError, match=r"its masks of rnn\.weight_ih_l0, .*out\.weight.* are of other sizes"):
+        wider.load_state_dict(pruner.state_dict())
+    assert wider.itr == 0, "nothing is taken over"
 
 
 def test_state_of_other_settings_or_versions_is_refused():
@@ -161,7 +165,9 @@ def test_bad_arguments_are_refused_in_code_too(options):
 
 
 def test_hard_prunes_inside_the_run():
-    with pytest.raises(UserError, match=r"prune_itr=100 must lie inside the run: 1 to 99"):
+    with pytest.raises(
+        UserError, match=r"prune_itr=1\.0 \(step 100\) must lie inside a run of 100 steps .*: from step 1 to 99"
+    ):
         make(Hard(prune_itr=1.0), total=100)
 
 

@@ -11,6 +11,7 @@ from srnn.pruning.schedules import (
     CubicSchedule,
     GradualSchedule,
     RunLength,
+    expected_n_of_m,
     expected_sparsity,
     iteration,
     resolve_cosine,
@@ -78,12 +79,31 @@ def test_expected_sparsity_of_blocks(score):
         assert expected_sparsity(share, 0.9, 16, score) == pytest.approx(seen, abs=0.03)
 
 
+@pytest.mark.parametrize(("keep", "of"), [(2, 4), (1, 4), (4, 8)])
+def test_expected_sparsity_of_n_of_m(keep, of):
+    runs = torch.randn(40_000, of).abs().sort(dim=1).values
+    may_go = runs[:, : of - keep]
+    for count, q in ((None, runs.quantile(1 - keep / of)), (len(runs), may_go.max())):
+        for share in (0.0, 0.3, 0.6, 1.0):
+            seen = float((may_go < share * float(q)).sum()) / runs.numel()
+            assert expected_n_of_m(share, keep, of, count) == pytest.approx(seen, abs=0.03)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"start": 900}, ["start_itr=900", "ramp_itr=500", "out of order"]),
-        ({"end": 0.1}, ["end_itr=200", "out of order"]),
-        ({"end": 3000}, ["end_itr=3000", "after the run", "max_epochs"]),
+        ({"start": 900}, ["start_itr=900, ", "ramp_itr=auto (step 500)", "out of order"]),
+        ({"end": 0.1}, ["end_itr=0.1 (step 200)", "out of order"]),
+        (
+            {"start": "6 epochs", "ramp": "6 epochs", "end": "3 epochs"},
+            [
+                "pruning.start_itr='6 epochs' (step 600), pruning.ramp_itr='6 epochs' (step 600), "
+                "pruning.end_itr='3 epochs' (step 300) are out of order in a run of 2000 steps (20 epochs)",
+                "start_itr < end_itr",
+            ],
+        ),
+        ({"end": "30 epochs"}, ["end_itr='30 epochs' (step 3000) is after the end of a run of 2000 steps (20 epochs)"]),
+        ({"end": 3000}, ["end_itr=3000", "after the end of a run of 2000 steps", "max_epochs"]),
         ({"start": 1.5}, ["pruning.start_itr=1.5", "between 0.0 and 1.0"]),
         ({"start": -1}, ["pruning.start_itr=-1"]),
         ({"freq": 19}, ["pruning.freq=19", "at most 18"]),
@@ -182,8 +202,11 @@ def test_a_run_of_unknown_epochs_counts_as_the_papers_20():
 @pytest.mark.parametrize(
     ("resolve", "words"),
     [
-        (lambda: resolve_cubic(0.5, 0.2, "auto", 0.0, RUN), "start_itr=1000, end_itr=400 .* start_itr < end_itr"),
-        (lambda: resolve_cubic(0, 3000, "auto", 0.0, RUN), "end_itr=3000 is after the run of 2000"),
+        (
+            lambda: resolve_cubic(0.5, 0.2, "auto", 0.0, RUN),
+            r"start_itr=0\.5 \(step 1000\), .*end_itr=0\.2 \(step 400\) .* start_itr < end_itr",
+        ),
+        (lambda: resolve_cubic(0, 3000, "auto", 0.0, RUN), "end_itr=3000 is after the end of a run of 2000"),
         (lambda: resolve_cubic(0, 1000, 40, 0.0, RUN), "freq=40 is too coarse.*at most 19"),
         (lambda: resolve_cosine(1, "auto", 0.3, RUN), "end_itr=1 leaves no step"),
     ],

@@ -149,6 +149,21 @@ def test_convolutions_tied_weights_and_projections_reach_the_target(structure):
         assert set((out != 0).view(2, 4, -1).sum(1).flatten().tolist()) == {0, 4}, "4 output channels, one input"
 
 
+def test_blocks_larger_than_all_their_weights_are_named():
+    model = nn.GRU(4, 8)
+    words = r"structure=4096x1 is larger .* weight_ih_l0 \(8 x 4\), weight_hh_l0 \(8 x 8\)"
+    with pytest.warns(UserWarning, match=words):
+        pruner = Pruner(model, "cubic", 100, structure="4096x1", sparsity=0.5)
+    for _ in range(100):
+        pruner.step()
+    assert {part.of(part.mask).sum(1).unique().numel() for part in pruner.parts} == {2}, "columns go whole"
+    with pytest.warns(UserWarning, match="structure=1:9 is larger"):
+        Pruner(model, "cubic", 100, structure="1:9", sparsity=1 - 1 / 9)
+    with pytest.warns(UserWarning, match=r"structure=9x1 is larger .* for: weight_ih_l0 \(8 x 4\)\. "):
+        Pruner(model, "cubic", 100, scope={"*_ih*": {"structure": "9x1"}})
+    pruner_of(nn.Sequential(model, nn.Linear(8, 2)), structure="8x1")  # small weights beside others are no slip
+
+
 def test_wrapped_models_are_looked_into():
     model = nn.GRU(4, 8)
     average = torch.optim.swa_utils.AveragedModel(model)

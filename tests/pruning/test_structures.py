@@ -16,7 +16,7 @@ from srnn.pruning.parts import Part
 from srnn.pruning.ranking import Ranking
 from srnn.pruning.scores import random_scores, unit_scores
 
-SPELLINGS = ["element", "4x1", "16x1", "4x4", "3x2", "1x5"]
+SPELLINGS = ["element", "4x1", "16x1", "4x4", "3x2", "1x5", "99999x99999"]
 shapes = st.tuples(st.sampled_from([1, 3, 4]), st.integers(1, 9), st.integers(1, 9))
 
 
@@ -92,6 +92,7 @@ def test_blocks_go_whole_smallest_first_to_the_nearest_block(shape, text, sparsi
     # Adding or removing a block at the boundary would be no closer, unless nothing would be left.
     if len(kept) > 1:
         assert abs(group.pruned - group.target) <= max(sizes) / 2
+        assert group.tolerance == max(sizes) // 2
     again = group_of(weight, gates, text, sparsity)
     again.prune_to(again.target)
     assert torch.equal(again.parts[0].mask, group.parts[0].mask)

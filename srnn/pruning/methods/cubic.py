@@ -47,9 +47,10 @@ class Cubic(Shared):
         group.prune_to(group.zeros_for(self.expected(itr, group)))
 
     def expected(self, itr: int, group: Group) -> float:
-        """The schedule's own."""
+        """The schedule's own, as far as N:M leaves so many to prune."""
         if itr < self.schedule.start_itr:
             return 0.0
         final = self.sparsity if group.sparsity is None else group.sparsity
         itr -= (itr - self.schedule.start_itr) % self.schedule.freq if itr < self.schedule.end_itr else 0
-        return max(min(self.initial_sparsity, final), self.schedule.sparsity(itr, final))
+        share = max(min(self.initial_sparsity, final), self.schedule.sparsity(itr, final))
+        return min(share, group.target / group.size)

@@ -15,7 +15,15 @@ from srnn.pruning.groups import Group, magnitude
 from srnn.pruning.methods.base import Shared
 from srnn.pruning.parts import Piece
 from srnn.pruning.ranking import Ranking
-from srnn.pruning.schedules import Freq, GradualSchedule, RunLength, When, expected_sparsity, resolve_gradual
+from srnn.pruning.schedules import (
+    Freq,
+    GradualSchedule,
+    RunLength,
+    When,
+    expected_n_of_m,
+    expected_sparsity,
+    resolve_gradual,
+)
 from srnn.pruning.scope import LayerType
 from srnn.pruning.scores import unit_scores
 from srnn.pruning.structures import Structure
@@ -143,7 +151,11 @@ class Gradual(Shared):
         if itr < self.updates[0]:
             return 0.0
         epsilon = self.schedule.epsilon(min(itr, self.updates[-1]), 1.0)
-        share = expected_sparsity(epsilon, sparsity, group.structure.block, group.score)
+        if group.structure.of:
+            runs = group.size // group.structure.of if self.fixed_q is None else None
+            share = expected_n_of_m(epsilon, group.structure.keep, group.structure.of, runs)
+        else:
+            share = expected_sparsity(epsilon, sparsity, group.structure.block, group.score)
         if self.fixed_q is not None:
             return share
         return sparsity if itr >= self.updates[-1] else min(share, sparsity)

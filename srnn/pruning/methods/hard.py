@@ -10,7 +10,7 @@ from torch import Tensor
 from srnn.errors import UserError
 from srnn.pruning.groups import Group
 from srnn.pruning.methods.base import Shared
-from srnn.pruning.schedules import RunLength, When, iteration
+from srnn.pruning.schedules import RunLength, When, given, iteration
 from srnn.registry import register
 
 
@@ -26,7 +26,8 @@ class Hard(Shared):
         """Resolve the step; it must leave a step to train on."""
         itr = iteration("pruning.prune_itr", self.prune_itr, 0.25 * run.total_steps, run)
         if not 0 < itr < run.total_steps:
-            raise UserError(f"pruning.prune_itr={itr} must lie inside the run: 1 to {run.total_steps - 1}.")
+            at = given("pruning.prune_itr", self.prune_itr, itr)
+            raise UserError(f"{at} must lie inside {run}: from step 1 to {run.total_steps - 1}.")
         self.updates = range(itr, itr + 1)
         self.dense_until, self.done_from = itr, itr + 1
 
