@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-import yaml  # type: ignore[import-untyped]
+from omegaconf import OmegaConf
 
 from srnn.commands.options import Parser
 from srnn.config import GROUPS, SECTIONS, Settings, conf_folder, conf_folders, options_of, presets
@@ -67,7 +67,8 @@ def _preset(group: str, name: str) -> Row:
     if name == "default" and group in SECTIONS:
         options = _options(options_of(SECTIONS[group]))
     else:
-        options = "\n".join(_settings(yaml.safe_load(path.read_text()) or {}))
+        given = cast("Mapping[str, Any]", OmegaConf.to_container(OmegaConf.load(path)))
+        options = "\n".join(_settings(given))
     words = " ".join(re.findall(r"^#(?! @)(.*)", path.read_text().partition("\n\n")[0], re.MULTILINE)).split()
     head = " ".join(words).removeprefix("Shows: ").partition(" Expected: ")[0]
     origin = f"conf/{group}/{name}.yaml" if path.is_relative_to(conf_folder()) else path

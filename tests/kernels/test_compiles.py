@@ -59,7 +59,7 @@ def compiled(kernel, given, options):
 def test_threads_wait_for_whole_vectors_of_their_own(cell, hidden, height, streams, kernel, dtype, monkeypatch):
     """The assembly takes a thread's elements, one after the other, for vectors of 16 bytes: the layout must make them
     so, or it would load from wrong places. Blocks must stay in registers."""
-    from srnn.kernels.triton import backend, recurrence
+    from srnn.kernels.triton import backend, blocks, vectors
 
     gates = GATES[cell]
     generator = torch.Generator().manual_seed(0)
@@ -68,9 +68,10 @@ def test_threads_wait_for_whole_vectors_of_their_own(cell, hidden, height, strea
     dense = kept.repeat_interleave(height, dim=1)[:, :hidden].reshape(gates * hidden, hidden).float()
     values = {torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     matrix = SparseMatrix.from_dense(dense, "element" if height == 1 else f"{height}x1", values, gates)
-    caught = Caught(getattr(recurrence, kernel))
-    monkeypatch.setattr(recurrence, kernel, caught)
-    monkeypatch.setattr(recurrence, "write_outputs", Caught(recurrence.write_outputs))
+    where = blocks if kernel == "recur_blocks" else vectors
+    caught = Caught(getattr(where, kernel))
+    monkeypatch.setattr(where, kernel, caught)
+    monkeypatch.setattr(blocks, "write_outputs", Caught(blocks.write_outputs))
     monkeypatch.setattr(backend, "processors", lambda device: 132)
     monkeypatch.setattr(backend, "shared_memory", lambda device: 228 << 10)
     ready = backend._Recurrence((LayerWeights(cell, matrix, matrix),), torch.device("cpu"), dtype, "ieee")

@@ -377,7 +377,7 @@ def test_a_kernel_that_waits_in_vain_gives_up_and_says_so():
 @on_gpu
 def test_many_streams_that_wait_in_vain_give_up_too(monkeypatch):
     """One program fewer than the others wait for."""
-    from srnn.kernels.triton import recurrence as kernels
+    from srnn.kernels.triton import blocks as kernels
     from srnn.kernels.triton.backend import Triton
 
     class OneShort:

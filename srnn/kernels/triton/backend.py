@@ -278,7 +278,7 @@ class _Recurrence(Recurrence):
             return self._one_by_one(u_NG, sequence, state)
 
     def _one_by_one(self, u_NG: Tensor, sequence: _Sequence, state: State) -> tuple[Tensor, State]:
-        from srnn.kernels.triton.recurrence import recur_vectors
+        from srnn.kernels.triton.vectors import recur_vectors
 
         weights, (_, streams, hidden) = self.weights, state[0].shape
         layout = self.layout(streams)
@@ -314,7 +314,7 @@ class _Recurrence(Recurrence):
         return y_NH, (end, c_DBH.to(state[1].dtype)) if len(state) > 1 else (end,)
 
     def _in_slices(self, layout: BlockLayout, u_NG: Tensor, sequence: _Sequence, state: State) -> tuple[Tensor, State]:
-        from srnn.kernels.triton.recurrence import recur_blocks, write_outputs
+        from srnn.kernels.triton.blocks import recur_blocks, write_outputs
 
         weights, plan, (_, streams, hidden) = self.weights, layout.plan, state[0].shape
         bits = torch.int32 if u_NG.dtype == torch.float32 else torch.int16
@@ -323,9 +323,9 @@ class _Recurrence(Recurrence):
         h = torch.empty(self.count, slices, steps + 1, hidden, wide, dtype=bits, device=u_NG.device)
         if steps > 1:
             h.fill_(-1)
-        reversed_ = [weights.reverse] if self.count == 1 else [False, True]
+        starts = [0, steps] if self.count == 2 else [steps if weights.reverse else 0]  # in the order of time
         for d, h0 in enumerate(_sliced(state[0].contiguous().view(bits), wide)):
-            h[d, :, steps if reversed_[d] else 0] = h0
+            h[d, :, starts[d]] = h0
         c = _sliced(state[1].float(), wide).contiguous() if len(state) > 1 else layout.values
         at_once = min(slices, max(1, plan.resident * processors(self.device) // programs))
         for first, last in self._launches(sequence):
@@ -345,7 +345,7 @@ class _Recurrence(Recurrence):
             h, y_NH.view(bits), sequence.sizes, sequence.offsets, slices, steps, streams, hidden,
             BP=wide, UNITS=OUTPUTS, EQUAL=sequence.equal, REVERSE=weights.reverse, BOTH=self.count == 2, num_warps=4,
         )  # fmt: skip
-        last_h = torch.stack([h[d, :, 0 if reversed_[d] else steps] for d in range(self.count)])
+        last_h = torch.stack([h[d, :, steps - start] for d, start in enumerate(starts)])
         end = _unsliced(last_h, streams).view(u_NG.dtype)
         return y_NH, (end, _unsliced(c, streams).to(state[1].dtype)) if len(state) > 1 else (end,)
 

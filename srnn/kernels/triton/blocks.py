@@ -1,10 +1,9 @@
-"""The recurrent loop as one launch: programs stay on the chip and hand each other h at every step.
+"""The recurrent loop as one launch for several streams: products of blocks on tensor cores, slices of streams.
 
 Nothing here may be launched unless all programs of the grid run at the same time: they wait for each other. The
 ``first`` and ``last`` steps make a form that does not wait: one launch a step.
 
-Letters: T steps, B streams, N rows of a block, H hidden units, G gates * H. A *slot* is a group of N units of a
-program, a *chunk* some blocks of one row group.
+Letters: T steps, B streams, N rows of a block, H hidden units, G gates * H. A *chunk* is some blocks of one gate.
 """
 
 from __future__ import annotations
@@ -12,248 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from srnn.kernels.triton.cells import activated, bits_of, gru, inputs_of, lstm, quarters
 from srnn.kernels.triton.wait import written
-
-CLIP = tl.constexpr(20.0)  # as in the contract; a kernel sees constexpr only
-
-
-@triton.jit
-def _tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
-
-
-@triton.jit
-def _activated(a, CELL: tl.constexpr):
-    """Written so that what is not a number stays so."""
-    if CELL == "tanh":
-        return _tanh(a)
-    a = tl.where(a < 0, 0.0, a)
-    if CELL == "clipped_relu":
-        a = tl.where(a > CLIP, CLIP, a)
-    return a
-
-
-@triton.jit
-def _gru(r, z, u_n, v_n, h):
-    z = tl.sigmoid(z)
-    return (1 - z) * _tanh(u_n + tl.sigmoid(r) * v_n) + z * h
-
-
-@triton.jit
-def _lstm(i, f, g, o, c):
-    c = tl.sigmoid(f) * c + tl.sigmoid(i) * _tanh(g)
-    return tl.sigmoid(o) * _tanh(c), c
-
-
-@triton.jit
-def _inputs(u, u_row, u_unit, row, unit, mask, H, GATES: tl.constexpr):
-    """Of each gate; the first again for those that a cell does not have."""
-    where = u + row * u_row + unit * u_unit
-    step = tl.cast(H, tl.int64) * u_unit
-    u_0 = tl.load(where, mask=mask, other=0.0)
-    u_1, u_2, u_3 = u_0, u_0, u_0
-    if GATES > 1:
-        u_1 = tl.load(where + step, mask=mask, other=0.0)
-        u_2 = tl.load(where + 2 * step, mask=mask, other=0.0)
-    if GATES > 3:
-        u_3 = tl.load(where + 3 * step, mask=mask, other=0.0)
-    return u_0, u_1, u_2, u_3
-
-
-@triton.jit
-def _bits(x, BITS: tl.constexpr):
-    """A float as it is handed on: the bits of its rounding, of one NaN for all that are not numbers."""
-    NOT_A_NUMBER: tl.constexpr = 0x7FFFFFFF if BITS.primitive_bitwidth == 32 else 0x7FFF
-    return tl.where(x != x, NOT_A_NUMBER, x.to(BITS, bitcast=True)).to(BITS)
-
-
-@triton.jit
-def _quarters(a):
-    """The four parts of [..., 2, 2]."""
-    even, odd = tl.split(a)
-    a_0, a_2 = tl.split(even)
-    a_1, a_3 = tl.split(odd)
-    return a_0, a_1, a_2, a_3
-
-
-@triton.jit
-def _of_chunks(parts, table, GATES: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, N: tl.constexpr):
-    """[GATES, SLOTS, N], GATES 1 or 4: the sums of each slot's chunks, of which it has at most MOST; -1 fills up."""
-    chunk = tl.load(table + tl.arange(0, GATES * SLOTS * MOST)).to(tl.int32)
-    if N == 1:
-        found = tl.gather(parts, tl.maximum(chunk, 0), 0)
-        found = tl.where(chunk >= 0, found, 0.0)
-        return tl.sum(tl.reshape(found, (GATES, SLOTS, MOST)), axis=2)[:, :, None]
-    else:
-        wanted = chunk[:, None] + tl.zeros((1, N), tl.int32)
-        found = tl.gather(parts, tl.maximum(wanted, 0), 0)
-        found = tl.where(wanted >= 0, found, 0.0)
-        return tl.sum(tl.reshape(found, (GATES, SLOTS, MOST, N)), axis=2)
-
-
-@triton.jit
-def _chunk_sums(h, column, value, CHUNKS: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
-    """[CHUNKS] or [CHUNKS, N]: each chunk's blocks times h. Padding has the column of a zero.
-
-    Single elements of a chunk are neighbours; taller blocks of a chunk lie CHUNKS apart. Either way a thread, which
-    loads 16 bytes at a time, adds up its own.
-    """
-    x = tl.gather(h, column.to(tl.int32), 0).to(tl.float32)
-    if N == 1:
-        return tl.sum(tl.reshape(x * value.to(tl.float32), (CHUNKS, K)), axis=1)
-    else:
-        return tl.sum(tl.reshape(x[:, None] * value.to(tl.float32), (K, CHUNKS, N)), axis=0)
-
-
-@triton.jit
-def recur_vectors(
-    u,  # [rows, D, G], D directions
-    h,  # [B + rows, D, STRIDE], bits of floats: the initial state, then the outputs, all ones where not written yet
-    c,  # [D, B, H], fp32, of an LSTM; read and written
-    values,  # [D * programs, TILES * CHUNKS * K, N]
-    columns,  # [D * programs, TILES * CHUNKS * K]
-    groups,  # [D * programs, SLOTS], -1 for none
-    chunks,  # [D * programs, TILES, 1 or 4 gates, SLOTS, MOST], numbers within a tile
-    new_bias,  # [D, H]
-    lengths,  # [B]
-    offsets,  # [T], first row of a step
-    failed,  # [1], set where a program gave up
-    stream_of_first,
-    first,
-    last,
-    steps,
-    B,
-    H,
-    u_row,  # strides of u, of which one is 1
-    u_unit,
-    STRIDE,  # a multiple of 16
-    CELL: tl.constexpr,
-    GATES: tl.constexpr,
-    N: tl.constexpr,
-    SLOTS: tl.constexpr,
-    MOST: tl.constexpr,
-    TILES: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    K: tl.constexpr,
-    WIDTH: tl.constexpr,  # of the tile that holds h: over STRIDE, and a vector of 16 bytes a thread
-    VECTORS: tl.constexpr,  # of that tile, a thread
-    EQUAL: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BOTH: tl.constexpr,  # directions, of which the second is reversed
-    BIASED: tl.constexpr,
-    ALONE: tl.constexpr,  # one program a stream, which keeps h to itself
-    WAITS: tl.constexpr,
-):
-    """One stream a row of programs: each multiplies its units' weights with h, which it waits for at every step."""
-    program = tl.program_id(0)
-    ROW = STRIDE  # of h
-    reverse = REVERSE
-    if BOTH:
-        ROW = 2 * STRIDE
-        direction = program // (tl.num_programs(0) // 2)
-        reverse = direction == 1
-        u += direction * (GATES * H) * tl.cast(u_unit, tl.int64)
-        h += direction * STRIDE
-        c += direction * B * H
-        new_bias += direction * H
-    stream = (stream_of_first + tl.program_id(1)).to(tl.int64)
-    FLOAT = u.dtype.element_ty
-    BITS = h.dtype.element_ty
-    group = tl.load(groups + program * SLOTS + tl.arange(0, SLOTS)).to(tl.int32)
-    unit = group[:, None].to(tl.int64) * N + tl.arange(0, N)[None, :]
-    owned = (group[:, None] >= 0) & (unit < H)
-    everyone = tl.arange(0, WIDTH)
-    PER_VECTOR: tl.constexpr = 128 // BITS.primitive_bitwidth
-    length = steps
-    if not EQUAL:
-        length = tl.load(lengths + stream)
-    end = tl.minimum(last, length)
-
-    TILE: tl.constexpr = CHUNKS * K
-    block = tl.arange(0, TILE)
-    columns += program * (TILES * TILE)
-    values += program.to(tl.int64) * (TILES * TILE * N)
-    ALL_GATES: tl.constexpr = 1 if GATES == 1 else 4
-    chunks += program * (TILES * ALL_GATES * SLOTS * MOST)
-    if TILES == 1:  # stays in registers
-        column = tl.load(columns + block)
-        if N == 1:
-            value = tl.load(values + block)
-        else:
-            value = tl.load(values + block[:, None] * N + tl.arange(0, N)[None, :])
-
-    source = h + stream * ROW
-    if first > 0:
-        earlier = first - 1
-        if reverse:
-            earlier = length - first
-        before = earlier.to(tl.int64) * B
-        if not EQUAL:
-            before = tl.load(offsets + earlier, mask=first < end, other=0).to(tl.int64)
-        source = h + (B + before + stream) * ROW
-    mine = tl.load(source + unit, mask=owned & (first < end), other=0).to(FLOAT, bitcast=True).to(tl.float32)
-    if CELL == "lstm":
-        cell = tl.load(c + stream * H + unit, mask=owned, other=0.0)
-    bias = tl.zeros((SLOTS, N), tl.float32)
-    if BIASED:
-        bias = tl.load(new_bias + unit, mask=owned, other=0.0)
-
-    for k in range(first, end):
-        t = k
-        if reverse:
-            t = length - 1 - k
-        row = t.to(tl.int64) * B
-        if not EQUAL:
-            row = tl.load(offsets + t).to(tl.int64)
-        row += stream
-        # Before waiting: nobody has to write them first.
-        u_0, u_1, u_2, u_3 = _inputs(u, u_row, u_unit, row, unit, owned, H, GATES)
-
-        if ALONE:
-            whole = tl.reshape(mine.to(FLOAT), (SLOTS * N,))
-        else:
-            bits = tl.load(source + everyone, mask=everyone < STRIDE, other=0, volatile=True)
-            if WAITS:
-                wait = (k > first).to(tl.int32)
-                bits = written(bits, everyone & -PER_VECTOR, source, failed, wait, VECTORS)
-            whole = bits.to(FLOAT, bitcast=True)
-
-        a_0 = tl.zeros((SLOTS, N), tl.float32)
-        a_1, a_2, a_3 = a_0, a_0, a_0
-        for tile in range(TILES):
-            if TILES > 1:
-                column = tl.load(columns + tile * TILE + block)
-                if N == 1:
-                    value = tl.load(values + tile * TILE + block)
-                else:
-                    value = tl.load(values + (tile * TILE + block)[:, None] * N + tl.arange(0, N)[None, :])
-            parts = _chunk_sums(whole, column, value, CHUNKS, K, N)
-            table = chunks + tile * (ALL_GATES * SLOTS * MOST)
-            sums = _of_chunks(parts, table, ALL_GATES, SLOTS, MOST, N)
-            if GATES == 1:
-                a_0 += tl.reshape(sums, (SLOTS, N))
-            else:
-                b_0, b_1, b_2, b_3 = _quarters(tl.permute(tl.reshape(sums, (2, 2, SLOTS, N)), (2, 3, 0, 1)))
-                a_0 += b_0
-                a_1 += b_1
-                a_2 += b_2
-                a_3 += b_3
-
-        a_0 += u_0.to(tl.float32)
-        if GATES > 1:
-            a_1 += u_1.to(tl.float32)
-        if CELL == "gru":
-            mine = _gru(a_0, a_1, u_2.to(tl.float32), a_2 + bias, mine)
-        elif CELL == "lstm":
-            mine, cell = _lstm(a_0, a_1, a_2 + u_2.to(tl.float32), a_3 + u_3.to(tl.float32), cell)
-        else:
-            mine = _activated(a_0, CELL)
-        rounded = mine.to(FLOAT)
-        source = h + (B + row) * ROW
-        tl.store(source + unit, _bits(rounded, BITS), mask=owned)
-        mine = rounded.to(tl.float32)
-    if CELL == "lstm":
-        tl.store(c + stream * H + unit, cell, mask=owned)
 
 
 @triton.jit
@@ -305,7 +64,7 @@ def _of_warps(acc, GATES: tl.constexpr, S: tl.constexpr, WARPS: tl.constexpr, N:
     if WARPS >= 8:
         even, odd = tl.split(tl.reshape(a, (BP, N, 4, 2)))
         a = even + odd
-    a_0, a_1, a_2, a_3 = _quarters(tl.reshape(a, (BP, N, 2, 2)))
+    a_0, a_1, a_2, a_3 = quarters(tl.reshape(a, (BP, N, 2, 2)))
     if GATES == 1:
         a_0 = (a_0 + a_1) + (a_2 + a_3)
     return a_0, a_1, a_2, a_3
@@ -349,7 +108,7 @@ def _of_gates(blocks, blocks_2, zero, now, failed, wait, GATES: tl.constexpr, K_
               WAITS: tl.constexpr):  # fmt: skip
     """The sums of each gate, [BP, N], in one product of all its blocks; of a second for those beyond K.
 
-    Rows of the next gate are asked for as soon as those of one have come, so nearly always once. The sums of the two
+    Rows of the next gate are asked for as soon as those of one have come: earlier takes longer. The sums of the two
     products start from zeros that the compiler does not know: it would make one go on with the other's, take that for
     attention, and lay them out so that half of the warps repeat what the others do.
     """
@@ -495,7 +254,7 @@ def recur_blocks(
     now = _state(h, part, k, reverse, steps, SIZE)
     row, taking_part = _place(sizes, offsets, k, part * BP + batch, reverse, steps, B, EQUAL)
     active = taking_part & (unit < H)
-    u_0, u_1, u_2, u_3 = _inputs(u, u_row, u_unit, row, unit, active, H, GATES)
+    u_0, u_1, u_2, u_3 = inputs_of(u, u_row, u_unit, row, unit, active, H, GATES)
     mine = tl.load(now + place, mask=unit < H, other=0, volatile=True)
     cell = bias
     if CELL == "lstm":
@@ -552,18 +311,18 @@ def recur_blocks(
         if GATES > 1:
             a_1 += u_1.to(tl.float32)
         if CELL == "gru":
-            new = _gru(a_0, a_1, u_2.to(tl.float32), a_2 + bias, old.to(tl.float32))
+            new = gru(a_0, a_1, u_2.to(tl.float32), a_2 + bias, old.to(tl.float32))
         elif CELL == "lstm":
-            new, after = _lstm(a_0, a_1, a_2 + u_2.to(tl.float32), a_3 + u_3.to(tl.float32), cell)
+            new, after = lstm(a_0, a_1, a_2 + u_2.to(tl.float32), a_3 + u_3.to(tl.float32), cell)
             cell = tl.where(active, after, cell)
             if not ONE_SLICE or k + 1 == last:
                 tl.store(c + part * SIZE + place, cell, mask=unit < H)
         else:
-            new = _activated(a_0, CELL)
+            new = activated(a_0, CELL)
         kept = new.to(FLOAT)
         if not EQUAL:
             kept = tl.where(active, kept, old)
-        mine = _bits(kept, BITS)
+        mine = bits_of(kept, BITS)
         tl.store(_state(h, part, k + 1, reverse, steps, SIZE) + place, mine, mask=unit < H)
 
         # Inputs of what comes next, which so have a step's time to arrive. Not earlier: a second set of registers would
@@ -572,7 +331,7 @@ def recur_blocks(
         stream = part * BP + batch
         row, taking_part = _place(sizes, offsets, k, stream, reverse, steps, B, EQUAL)
         active = taking_part & (unit < H)
-        u_0, u_1, u_2, u_3 = _inputs(u, u_row, u_unit, row, unit, active & (k < last), H, GATES)
+        u_0, u_1, u_2, u_3 = inputs_of(u, u_row, u_unit, row, unit, active & (k < last), H, GATES)
         if not ONE_SLICE:
             mine = tl.load(now + place, mask=unit < H, other=0, volatile=True)
             if CELL == "lstm":
