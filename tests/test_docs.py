@@ -65,7 +65,12 @@ def test_commands_compose(command):
     check_command_line(shlex.split(command))
 
 
+# Networks are made so small here that nothing may be left of a gate, which srnn warns of.
+few_weights = pytest.mark.filterwarnings("ignore:pruning left no weight of")
+
+
 @pytest.mark.slow
+@few_weights
 @pytest.mark.parametrize("command", [c for c in commands() if "resume=" not in c])
 def test_commands_run(command, folder, monkeypatch, tmp_path, capsys):
     words = shlex.split(command)
@@ -98,7 +103,7 @@ def test_commands_run(command, folder, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", presets("experiment"))
-@pytest.mark.filterwarnings("ignore:pruning left no weight of")  # gates of a few weights
+@few_weights
 def test_every_preset_runs_fast(name, folder, tmp_path):
     small = ["model.hidden_size=20", "model.embedding_size=20", "tracking.mode=disabled", "kernel=dense"]
     data = [f"dataset.folder={folder}/ptb"] if name.startswith("ptb") else ["dataset.batch_size=8", "seed=0"]
@@ -108,7 +113,7 @@ def test_every_preset_runs_fast(name, folder, tmp_path):
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if "```python" in (ROOT / f).read_text()])
-@pytest.mark.filterwarnings("ignore:pruning left no weight of")  # gates of a few weights
+@few_weights
 def test_python_runs(file, capsys):
     from srnn.registry import KINDS, register
 
