@@ -31,6 +31,7 @@ from torch import Tensor
 
 from srnn.errors import UserError
 
+GRACE = 3.0  # seconds in which a rank notices by itself that another has failed
 PATIENCE = 60.0  # seconds in which ranks have to end once one has failed or all are done
 SET = ("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")  # by Lightning, in the environment of this process
 
@@ -112,15 +113,33 @@ def all_ranks(folder: Path, place: Place, resumes: bool) -> Iterator[None]:
     try:
         with _others(folder, place, resumes) if place.rank == 0 else _announced():
             yield
+            _leave()
     finally:
-        _cpu_group.cache_clear()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _leave(alone=True)
         torch.set_num_threads(threads)
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def _leave(alone: bool = False) -> None:
+    """Leave the group of all ranks, if this one is in it.
+
+    Args:
+        alone: not together with the others, of which one failed: NCCL's ranks wait for one another as they leave.
+    """
+    _cpu_group.cache_clear()
+    if dist.is_initialized():
+        if alone:
+            _abort()
+        dist.destroy_process_group()
+
+
+def _abort() -> None:
+    """End all that NCCL waits for. Gloo notices by itself that a rank is gone."""
+    if dist.is_initialized() and dist.get_backend() == "nccl" and (group := dist.group.WORLD) is not None:
+        group.abort()
 
 
 @contextmanager
@@ -186,9 +205,11 @@ def _explain(
 
 
 def _watch(processes: Sequence[subprocess.Popen[bytes]], left: threading.Event) -> None:
-    """End this process if it still waits for a rank that failed: nothing else interrupts a wait in NCCL."""
+    """Once a rank has failed, end the wait for it, or this process."""
     while not left.wait(1.0):
         if any(process.poll() for process in processes):
+            if not left.wait(GRACE):
+                _abort()
             if not left.wait(PATIENCE):
                 print("srnn: a rank failed, and the others still wait for it: all are stopped.", file=sys.stderr)
                 for process in processes:

@@ -274,7 +274,8 @@ def quiet() -> None:
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("srnn.kernels").setLevel(logging.WARNING)  # the report tells what was chosen
-    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*exists and is not empty.*"):
+    lightnings = (".*does not have many workers.*", ".*LeafSpec.*", ".*exists and is not empty.*", ".*AccumulateGrad.*")
+    for message in lightnings:
         warnings.filterwarnings("ignore", message)
 
 

@@ -128,6 +128,17 @@ def test_a_rank_that_ends_before_training_ends_the_run(tmp_path, capsys, monkeyp
     assert not dist.is_initialized()
 
 
+def test_ranks_leave_their_group_before_they_wait_for_one_another(tmp_path, monkeypatch):
+    """NCCL's leave together: one that waited first would wait in vain."""
+    start_instead(monkeypatch, "import os; os.write(1, b'ready')")
+    calls = []
+    monkeypatch.setattr(devices, "_leave", lambda alone=False: calls.append("alone" if alone else "together"))
+    monkeypatch.setattr(devices, "_wait", lambda processes: calls.append("waited"))
+    with devices.all_ranks(tmp_path, devices.Place(0, 2), resumes=False):
+        calls.append("trained")
+    assert calls == ["trained", "together", "waited", "alone"]
+
+
 def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
