@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from srnn.errors import UserError
-from srnn.pruning.parts import Part, Piece
+from srnn.pruning.parts import Part, Piece, count
 from srnn.pruning.ranking import Ranking, Scorer
 from srnn.pruning.scores import Score, unit_scores
 from srnn.pruning.structures import Structure
@@ -66,7 +66,7 @@ class Group:
     @property
     def pruned(self) -> int:
         """Number of weights whose mask is zero."""
-        return self.size - sum(int(part.of(part.mask).sum()) for part in self.parts)
+        return self.size - sum(int(count(part.of(part.mask))) for part in self.parts)
 
     @property
     def tolerance(self) -> int:

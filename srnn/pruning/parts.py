@@ -18,6 +18,11 @@ PIECE = 1 << 22  # weights looked at together: temporaries of larger matrices st
 GATE_LETTERS = {1: "", 3: "rzn", 4: "ifgo"}
 
 
+def count(flags: Tensor) -> Tensor:
+    """How many are set. In pieces: to add flags up, torch makes numbers of 8 bytes of them first."""
+    return torch.stack([piece.sum() for piece in flags.flatten().split(PIECE)]).sum()
+
+
 @dataclass
 class Part:
     """A parameter, or some gates of one, with its mask.

@@ -128,9 +128,24 @@ def _kth_by_bits(first: Iterator[Tensor], second: Iterator[Tensor], k: int) -> f
 
     As integers such numbers are in the same order, so that two histograms of 65,536 bins find it exactly.
     """
-    high, below = _bin_of(((bits >> 16) + BINS // 2 for bits in map(_bits, first)), k)
+    low_ones = np.zeros(2, dtype=np.int64)  # below 0, and 0
+
+    def upper_halves() -> Iterator[Tensor]:
+        for scores in first:
+            if scores.is_cuda:  # counts what falls into one bin one by one: not what is pruned, which most may be
+                positive = scores[scores > 0]
+                zeros = int((scores == 0).sum())
+                low_ones[:] += scores.numel() - positive.numel() - zeros, zeros
+                scores = positive
+            yield (_bits(scores) >> 16) + BINS // 2
+
+    counts = _histogram(upper_halves())
+    if k <= low_ones.sum():
+        return -1.0 if k <= low_ones[0] else 0.0
+    k -= int(low_ones.sum())
+    high, below = _bin_of(counts, k)
     inside = (bits[(bits >> 16) + BINS // 2 == high] & (BINS - 1) for bits in map(_bits, second))
-    low, _ = _bin_of(inside, k - below)
+    low, _ = _bin_of(_histogram(inside), k - below)
     pattern = ((high - BINS // 2) << 16) | low
     return float(torch.tensor([pattern], dtype=torch.int32).view(torch.float32))
 
@@ -139,12 +154,14 @@ def _bits(scores: Tensor) -> Tensor:
     return scores.contiguous().view(torch.int32)
 
 
-def _bin_of(parts: Iterator[Tensor], k: int) -> tuple[int, int]:
-    """The bin that holds the ``k``-th smallest of small integers, and how many are in the bins below."""
-    total: Tensor | int = 0
-    for part in parts:
-        total = total + torch.bincount(part.flatten(), minlength=BINS)
-    assert isinstance(total, Tensor)
-    sums = total.cumsum(0)
+def _histogram(parts: Iterator[Tensor]) -> Tensor:
+    """How often each of ``BINS`` small integers is there, [BINS]."""
+    none = torch.zeros((), dtype=torch.int64)  # exact beyond 16 million, as floats are not
+    return sum((torch.bincount(part.flatten(), minlength=BINS) for part in parts), start=none)
+
+
+def _bin_of(counts: Tensor, k: int) -> tuple[int, int]:
+    """The bin that holds the ``k``-th smallest, and how many are in the bins below."""
+    sums = counts.cumsum(0)
     found = int(torch.searchsorted(sums, k))
     return found, int(sums[found - 1]) if found else 0

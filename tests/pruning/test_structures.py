@@ -13,7 +13,7 @@ from srnn.errors import UserError
 from srnn.pruning import Structure, parts, ranking
 from srnn.pruning.groups import Group
 from srnn.pruning.parts import Part
-from srnn.pruning.ranking import Ranking
+from srnn.pruning.ranking import Ranking, _kth_by_bits
 from srnn.pruning.scores import random_scores, unit_scores
 
 SPELLINGS = ["element", "4x1", "16x1", "4x4", "3x2", "1x5", "99999x99999"]
@@ -188,6 +188,22 @@ def test_quantile_is_the_sorted_rank():
     values = torch.randn(501).abs()
     ranked = Ranking(group_of(values[None]).pieces, Structure(), lambda piece: piece.weight.flatten())
     assert ranked.quantile(0.9) == sorted(values.tolist())[round(0.9 * 501) - 1]
+
+
+def test_a_rank_beyond_16_million_is_exact():
+    """Where fp32 cannot count: 2^24 + 1 zeros, then ones."""
+    parts = [torch.zeros(1 << 22)] * 4 + [torch.tensor([0.0, 1.0])]
+    ranks = (1 << 24) + 1, (1 << 24) + 2
+    assert [_kth_by_bits(iter(parts), iter(parts), k) for k in ranks] == [0.0, 1.0]
+
+
+@pytest.mark.gpu
+def test_pruned_units_count_in_a_rank_on_a_gpu():
+    scores = torch.rand(1000, device="cuda")
+    order = torch.randperm(1000, device="cuda")
+    scores[order[:300]], scores[order[300:700]] = -1, 0
+    for k in (1, 300, 301, 700, 701, 950, 1000):
+        assert _kth_by_bits(iter([scores, scores]), iter([scores, scores]), 2 * k) == float(scores.sort().values[k - 1])
 
 
 def test_lots_depend_on_their_key_alone():
