@@ -6,6 +6,7 @@ The interpreter reads past an array with a crash, and is switched on before trit
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -208,6 +209,37 @@ def test_rows_of_very_different_lengths(height):
     dense[192:224] = 0
     matrix = SparseMatrix.from_dense(dense, weights.w_hh.structure, "fp32", 3)
     check(LayerWeights("gru", weights.w_ih, matrix, weights.b_ih, weights.b_hh), torch.float32, equal_lengths(3, 2))
+
+
+@pytest.mark.gpu
+@here
+@pytest.mark.parametrize("cell", ["gru", "lstm", "tanh"])
+@pytest.mark.parametrize("sizes", [[3] * 4, [3, 2, 2, 1]])
+def test_units_in_another_order(cell, sizes, monkeypatch):
+    """The longest rows of each direction first: units are dealt out to programs one by one."""
+    from srnn.kernels.triton import backend
+
+    monkeypatch.setattr(backend, "processors", lambda device: 8)
+    monkeypatch.setattr(backend, "programs_of", lambda matrices, processors, streams: 4)
+    both, gates = [], GATES[cell]
+    for d in range(2):
+        weights = layer(cell, 19, 37, reverse=d == 1, seed=d, density=0.6)
+        dense = weights.w_hh.to_dense()
+        dense.view(gates, 37, 37)[:, 12 + d :] = 0
+        both.append(replace(weights, w_hh=SparseMatrix.from_dense(dense, weights.w_hh.structure, "fp32", gates)))
+        check(both[-1], torch.float32, torch.tensor(sizes))
+    state = tuple(torch.stack(parts) for parts in zip(*(state_of(part, 3, None) for part in both), strict=True))
+    ready = backend.Triton().both(*both, DEVICE, torch.float32)
+    layout = ready.recurrence.layout(3)
+    assert layout.places.gather(1, layout.units).equal(torch.arange(37, device=DEVICE).expand(2, -1))
+    assert not layout.units[0].equal(layout.units[1])
+    x = torch.randn(sum(sizes), 19)
+    y, end = ready.run(x.to(DEVICE), torch.tensor(sizes), tuple(part.to(DEVICE) for part in state))
+    for d, weights in enumerate(both):
+        truth, after = run_layer(weights, x.double(), torch.tensor(sizes), tuple(part[d].double() for part in state))
+        assert relative_error(y.cpu().chunk(2, dim=1)[d], truth) < 1e-5
+        for got, part in zip(end, after, strict=True):
+            assert relative_error(got[d].cpu(), part) < 1e-5
 
 
 @pytest.mark.gpu

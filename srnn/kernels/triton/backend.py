@@ -288,30 +288,32 @@ class _Recurrence(Recurrence):
         h = torch.empty(streams + u_NG.shape[0], self.count, stride, dtype=bits, device=u_NG.device)
         if sequence.steps > 1:
             h[streams:].fill_(-1)
-        h[:streams, :, :hidden] = state[0].view(bits).transpose(0, 1)
+        h[:streams, :, :hidden] = _in_order(state[0].view(bits), layout.units).transpose(0, 1)
         if stride > hidden:
             h[:, :, hidden:] = 0
-        c_DBH = _cell_state(state, u_NG)
+        c_DBH = _in_order(_cell_state(state, u_NG), layout.units if len(state) > 1 else None)
+        new_bias = c_DBH if self.new_bias is None else _in_order(self.new_bias[:, None], layout.units)
         at_once = max(1, processors(self.device) // programs)
         per_vector = 16 // bits.itemsize
         width = max(1 << stride.bit_length(), 32 * plan.warps * per_vector)  # over stride
         for stream in range(0, streams, at_once):
             for first, last in self._launches(sequence):
                 recur_vectors[(programs, min(at_once, streams - stream))](
-                    u_NG, h, c_DBH, layout.values, layout.columns, layout.groups, layout.chunks,
-                    c_DBH if self.new_bias is None else self.new_bias, sequence.lengths,
-                    sequence.offsets, self.failed, stream, first, last, sequence.steps, streams, hidden,
-                    *u_NG.stride(), stride,
+                    u_NG, h, c_DBH, layout.values, layout.columns, layout.groups, layout.groups_in_h, layout.chunks,
+                    new_bias, sequence.lengths, sequence.offsets, self.failed, stream, first, last, sequence.steps,
+                    streams, hidden, *u_NG.stride(), stride,
                     CELL=weights.cell, GATES=self.gates, N=self.height, SLOTS=plan.slots,
                     MOST=plan.most, TILES=plan.tiles, CHUNKS=plan.chunks, K=plan.chunk, WIDTH=width,
                     VECTORS=width // (32 * plan.warps * per_vector), EQUAL=sequence.equal, REVERSE=weights.reverse,
                     BOTH=self.count == 2, BIASED=self.new_bias is not None, ALONE=plan.programs == 1,
                     WAITS=not interpreted(), num_warps=plan.warps, launch_cooperative_grid=not interpreted(),
                 )  # fmt: skip
-        y = h[streams:, :, :hidden].view(u_NG.dtype)
+        y = _in_order(h[streams:, :, :hidden].transpose(0, 1), layout.places).transpose(0, 1).view(u_NG.dtype)
         end = torch.stack([sequence.ends(y[:, d], d == 1 or weights.reverse) for d in range(self.count)])
         y_NH = y.reshape(u_NG.shape[0], self.count * hidden)
-        return y_NH, (end, c_DBH.to(state[1].dtype)) if len(state) > 1 else (end,)
+        if len(state) == 1:
+            return y_NH, (end,)
+        return y_NH, (end, _in_order(c_DBH, layout.places).to(state[1].dtype))
 
     def _in_slices(self, layout: BlockLayout, u_NG: Tensor, sequence: _Sequence, state: State) -> tuple[Tensor, State]:
         from srnn.kernels.triton.blocks import recur_blocks, write_outputs
@@ -359,6 +361,13 @@ class _Recurrence(Recurrence):
 def _cell_state(state: State, otherwise: Tensor) -> Tensor:
     """A copy of an LSTM's c in fp32, which a kernel goes on with; for others, something to point to."""
     return torch.clone(state[1].float(), memory_format=torch.contiguous_format) if len(state) > 1 else otherwise
+
+
+def _in_order(part_DXH: Tensor, index_DH: Tensor | None) -> Tensor:
+    """Each direction's units as ``index`` wants them; as they are without."""
+    if index_DH is None:
+        return part_DXH
+    return part_DXH.gather(2, index_DH[:, None].expand(-1, part_DXH.shape[1], -1))
 
 
 def _sliced(part_DBH: Tensor, wide: int) -> Tensor:

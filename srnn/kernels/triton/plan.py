@@ -63,18 +63,28 @@ class Plan:
 
 @dataclass(frozen=True)
 class Layout:
-    """A plan, and the weights as it takes them."""
+    """A plan, and the weights as it takes them.
+
+    Attributes:
+        groups: of units, of each slot; -1 for none.
+        groups_in_h: where h has them.
+        places: of the hidden units in h, [D, H]; None where all are in their own order.
+        units: at each place, [D, H].
+    """
 
     plan: Plan
     values: Tensor
     columns: Tensor
     groups: Tensor
+    groups_in_h: Tensor
     chunks: Tensor
+    places: Tensor | None
+    units: Tensor | None
 
     def to(self, device: torch.device) -> Layout:
         """On a device."""
-        moved = (part.to(device) for part in (self.values, self.columns, self.groups, self.chunks))
-        return Layout(self.plan, *moved)
+        parts = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return Layout(**vars(self) | parts)
 
 
 def programs_of(matrices: Sequence[SparseMatrix], processors: int, streams: int) -> int:
@@ -109,6 +119,8 @@ def lay_out(matrices: Sequence[SparseMatrix], programs: int) -> Layout:
     owner = np.concatenate([number + each * d for d, (number, _) in enumerate(dealt)])
     slot = np.concatenate([places for _, places in dealt])
     slots = int(np.bincount(owner, minlength=programs).max()) if per_gate else 1
+    units = _order(owner, directions) if matrix.height == 1 else None
+    places = None if units is None else units.argsort(axis=1)
     chunk, per_tile, warps = _sizes(matrix, counts, owner, programs)
     needed = -(-counts // chunk)  # chunks
 
@@ -152,6 +164,9 @@ def lay_out(matrices: Sequence[SparseMatrix], programs: int) -> Layout:
     source = torch.full((programs * size,), -1)
     source[torch.from_numpy(target[used])] = torch.from_numpy(block[used])
     wide = matrix.columns.to(torch.int32)
+    if places is not None:
+        of_row_group = np.repeat(np.arange(matrix.groups) % per_gate * directions // per_gate, np.diff(pointers))
+        wide = torch.from_numpy(places[of_row_group, wide.numpy()].astype(np.int32))
     if matrix.height == 1:
         per_word = 2 if matrix.values.itemsize == 2 else 1
         source = torch.from_numpy(_spread(source.numpy(), wide.numpy() // per_word, chunk))
@@ -161,12 +176,14 @@ def lay_out(matrices: Sequence[SparseMatrix], programs: int) -> Layout:
     columns[target] = wide[source].to(torch.int16)
     values = torch.zeros(programs * size, matrix.height, dtype=matrix.values.dtype)
     values[target] = matrix.values[source]
-    groups = torch.full((programs, slots_padded), -1, dtype=torch.int32)
-    groups[torch.from_numpy(owner), torch.from_numpy(slot)] = torch.arange(per_gate, dtype=torch.int32) % max(
-        1, per_gate // directions
-    )
-    plan = Plan(each, chunk, tiles, per_tile, slots_padded, most, warps)
-    return Layout(plan, values, columns, groups, torch.from_numpy(table))
+    groups = torch.full((2, programs, slots_padded), -1, dtype=torch.int32)
+    own_order = np.arange(per_gate) % max(1, per_gate // directions)
+    groups[0, owner, slot] = torch.from_numpy(own_order).int()
+    groups[1, owner, slot] = torch.from_numpy(own_order if places is None else places.ravel()).int()
+    return Layout(
+        Plan(each, chunk, tiles, per_tile, slots_padded, most, warps), values, columns, groups[0], groups[1],
+        torch.from_numpy(table), *(None if part is None else torch.from_numpy(part) for part in (places, units)),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -397,6 +414,17 @@ def _deal(cost: np.ndarray, programs: int) -> tuple[np.ndarray, np.ndarray]:
     first = np.r_[0, np.cumsum(np.bincount(owner, minlength=programs))[:-1]]
     slot[sorting] = np.arange(groups) - first[owner[sorting]]
     return owner, slot
+
+
+def _order(owner: np.ndarray, directions: int) -> np.ndarray | None:
+    """The units of each direction by program, [D, H]; None if they are so already.
+
+    A program's units have to be neighbours in h: single ones, written one by one among other programs' to the same 32
+    bytes, made a step of a GRU 1024 take 1.5 times as long on an H100.
+    """
+    if not (np.diff(owner) < 0).any():
+        return None
+    return owner.reshape(directions, -1).argsort(axis=1, kind="stable")
 
 
 def _power(n: int) -> int:

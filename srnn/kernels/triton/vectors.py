@@ -53,6 +53,7 @@ def recur_vectors(
     values,  # [D * programs, TILES * CHUNKS * K, N]
     columns,  # [D * programs, TILES * CHUNKS * K]
     groups,  # [D * programs, SLOTS], -1 for none
+    groups_in_h,  # [D * programs, SLOTS], where h, c and new_bias have them
     chunks,  # [D * programs, TILES, 1 or 4 gates, SLOTS, MOST], numbers within a tile
     new_bias,  # [D, H]
     lengths,  # [B]
@@ -102,6 +103,8 @@ def recur_vectors(
     group = tl.load(groups + program * SLOTS + tl.arange(0, SLOTS)).to(tl.int32)
     unit = group[:, None].to(tl.int64) * N + tl.arange(0, N)[None, :]
     owned = (group[:, None] >= 0) & (unit < H)
+    place = tl.load(groups_in_h + program * SLOTS + tl.arange(0, SLOTS)).to(tl.int64)[:, None] * N
+    place += tl.arange(0, N)[None, :]
     everyone = tl.arange(0, WIDTH)
     PER_VECTOR: tl.constexpr = 128 // BITS.primitive_bitwidth
     length = steps
@@ -131,12 +134,12 @@ def recur_vectors(
         if not EQUAL:
             before = tl.load(offsets + earlier, mask=first < end, other=0).to(tl.int64)
         source = h + (B + before + stream) * ROW
-    mine = tl.load(source + unit, mask=owned & (first < end), other=0).to(FLOAT, bitcast=True).to(tl.float32)
+    mine = tl.load(source + place, mask=owned & (first < end), other=0).to(FLOAT, bitcast=True).to(tl.float32)
     if CELL == "lstm":
-        cell = tl.load(c + stream * H + unit, mask=owned, other=0.0)
+        cell = tl.load(c + stream * H + place, mask=owned, other=0.0)
     bias = tl.zeros((SLOTS, N), tl.float32)
     if BIASED:
-        bias = tl.load(new_bias + unit, mask=owned, other=0.0)
+        bias = tl.load(new_bias + place, mask=owned, other=0.0)
 
     for k in range(first, end):
         t = k
@@ -190,7 +193,7 @@ def recur_vectors(
             mine = activated(a_0, CELL)
         rounded = mine.to(FLOAT)
         source = h + (B + row) * ROW
-        tl.store(source + unit, bits_of(rounded, BITS), mask=owned)
+        tl.store(source + place, bits_of(rounded, BITS), mask=owned)
         mine = rounded.to(tl.float32)
     if CELL == "lstm":
-        tl.store(c + stream * H + unit, cell, mask=owned)
+        tl.store(c + stream * H + place, cell, mask=owned)
