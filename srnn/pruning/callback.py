@@ -67,11 +67,12 @@ class PruningCallback(pl.Callback):
         batches = trainer.num_training_batches
         # Data without a length: the run counts as 20 epochs.
         per_epoch = 0 if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
-        optimizer = trainer.optimizers[0] if trainer.optimizers else None
         model = pl_module if self.model is None else self.model
         average = self._average(trainer, pl_module)
         state, before = self._restored, self.pruner
-        self.pruner = Pruner(model, self.method, RunLength(int(total), per_epoch), optimizer, self.reference, average)
+        self.pruner = Pruner(
+            model, self.method, RunLength(int(total), per_epoch), trainer.optimizers, self.reference, average
+        )
         self._restored, self._seen = None, trainer.global_step
         if state is None and before is not None and trainer.global_step > 0:
             state = before.state_dict()  # a second ``fit`` of the same Trainer goes on

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ class Pruner:
         method: what to do: the name of a method, its config as a mapping with ``name``, or a method, which belongs to
             this pruner from now on.
         run: how long the training is: optimiser steps, or a ``RunLength``, which also knows epochs.
-        optimizer: whose state to zero along with the weights; None leaves states alone.
+        optimizer: whose state to zero along with the weights, one or several; None leaves states alone.
         reference: a dense model's weights by name, for a method that wants one.
         average: a running average of the model, such as ``torch.optim.swa_utils.AveragedModel``: its weights are masked
             too. Update it before ``step()``.
@@ -100,14 +100,15 @@ class Pruner:
         model: nn.Module,
         method: str | Mapping[str, Any] | PruningMethod,
         run: int | RunLength,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         reference: Mapping[str, Tensor] | None = None,
         average: nn.Module | None = None,
         **options: Any,
     ) -> None:
         self.method = build_method(method, options)
         self.run = run if isinstance(run, RunLength) else RunLength(run)
-        self.optimizer = optimizer
+        given = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+        self.optimizers = [each for each in given if each is not None]
         self.groups = self.method.groups(unwrapped(model))
         if self.method.layer_types and not self.groups:
             raise UserError(
@@ -237,10 +238,8 @@ class Pruner:
             torch._foreach_mul_(tensors, factors)
 
     def state_of(self, parameter: nn.Parameter) -> list[Tensor]:
-        """The optimiser's tensors that go with a parameter, element for element."""
-        if self.optimizer is None:
-            return []
-        state = self.optimizer.state.get(parameter, {}).values()
+        """The optimisers' tensors that go with a parameter, element for element."""
+        state = [value for each in self.optimizers for value in each.state.get(parameter, {}).values()]
         return [value for value in state if isinstance(value, Tensor) and value.shape == parameter.shape]
 
     def _factor(self, name: str, parameter: nn.Parameter) -> Tensor:

@@ -58,6 +58,36 @@ def test_any_module_ends_at_the_sparsity_asked_for(tmp_path, method, accumulate)
     assert all(torch.equal(zeros(module)[name], ~mask) for name, mask in masks.items())
 
 
+class TwoOptimizers(Copying):
+    """Trains its layers in turns, each with an optimiser of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, _):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, _))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(layer.parameters(), lr=1e-2) for layer in (self.rnn, self.out)]
+
+
+def test_the_states_of_all_optimizers_are_masked(tmp_path):
+    callback = PruningCallback("cubic", sparsity=0.8)
+    module, run = TwoOptimizers(), trainer(tmp_path, callback)
+    run.fit(module, data())
+    masks = callback.pruner.masks()
+    for optimizer, layer in zip(run.optimizers, ("rnn", "out"), strict=True):
+        named = {name: p for name, p in module.named_parameters() if name in masks and name.startswith(layer)}
+        assert named
+        for name, parameter in named.items():
+            assert 0.5 < (parameter == 0).float().mean() < 1
+            assert (optimizer.state[parameter]["exp_avg"][~masks[name]] == 0).all(), name
+
+
 def test_a_part_of_the_module(tmp_path):
     module = Copying()
     pruning = PruningCallback("cubic", model=module.rnn, share="matrix")

@@ -51,9 +51,10 @@ class Block(Gradual):
         """The proximal step of the group lasso."""
         if not self.group_lasso or pruner.itr > self.done_from:
             return
-        if pruner.optimizer is None:
+        if not pruner.optimizers:
             raise UserError("pruning.group_lasso needs the optimiser, for its step size: give it to the Pruner.")
-        rates = {id(p): float(group["lr"]) for group in pruner.optimizer.param_groups for p in group["params"]}
+        groups = [group for optimizer in pruner.optimizers for group in optimizer.param_groups]
+        rates = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
         for group in pruner.groups:
             for piece in group.pieces:
                 _shrink(piece, group.structure, rates.get(id(piece.part.parameter), 0.0) * self.group_lasso)
