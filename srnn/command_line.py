@@ -114,14 +114,14 @@ def _is_hydras(override: Override) -> bool:
 
 
 def _as_values(override: Override) -> str:
-    """An override as a sweep over its one value.
+    """An override as a sweep over its one value, named twice: in ``choice(...)`` it would lose quotes and null.
 
     Hydra composes the config of the sweep itself with what is not swept, and would refuse options that only some
     of the jobs have.
     """
     text = str(override.input_line)
     value = override.get_value_element_as_str() if not override.is_sweep_override() else ""
-    return text if _is_hydras(override) or not value else f"{override.get_key_element()}=choice({value})"
+    return text if _is_hydras(override) or not value else f"{override.get_key_element()}={value},{value}"
 
 
 def _check_space(texts: Sequence[str]) -> None:

@@ -89,7 +89,7 @@ def _check_known(jobs: Sequence[Sequence[str]], unknown: Sequence[Mapping[str, U
 
 
 def choices_of(texts: Sequence[str]) -> dict[str, list[str]]:
-    """Key -> an override for each of its values; what comes later wins."""
+    """Key -> an override for each of its values, once; what comes later wins."""
     choices: dict[str, list[str]] = {}
     for text in texts:
         override = parse_override(text)
@@ -97,7 +97,7 @@ def choices_of(texts: Sequence[str]) -> dict[str, list[str]]:
         if not override.is_sweep_override():
             choices[key] = [text]
         elif override.is_discrete_sweep():
-            choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            choices[key] = list(dict.fromkeys(f"{key}={value}" for value in override.sweep_string_iterator()))
         else:
             raise UserError(f"{text}: a sweep takes values, such as {key}=1,2; an interval needs hydra/sweeper=search.")
     return choices

@@ -85,10 +85,20 @@ def test_the_folder_is_the_same_for_the_same_sweep():
 def test_flags_may_stand_anywhere(flag):
     words = ["model=lstm", "seed=0,1", "hydra.sweep.dir=a/b"]
     first = check_command_line([flag, *words])
-    assert first.argv == [flag, "model=choice(lstm)", "seed=0,1", "hydra.sweep.dir=a/b"]
+    assert first.argv == [flag, "model=lstm,lstm", "seed=0,1", "hydra.sweep.dir=a/b"]
     for place in range(1, 4):
         assert check_command_line([*words[:place], flag, *words[place:]]) == first
     assert check_command_line(["seed=0", "--cfg", "job", "model=lstm"]).argv == ["--cfg", "job", "seed=0", "model=lstm"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["trainer.gradient_clip_val=null", "tracking.name='null'", "tracking.name='007'", r"tracking.name='it\'s'"],
+)
+def test_a_single_value_reaches_the_jobs_as_it_was_typed(option):
+    words = check_command_line(["-m", option, "seed=0,1"]).argv
+    jobs = expand([word for word in words if word.startswith(("trainer.", "tracking.", "seed="))])
+    assert [job.overrides for job in jobs] == [(option, "seed=0"), (option, "seed=1")]
 
 
 def test_presets_sweep_by_themselves():

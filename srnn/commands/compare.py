@@ -28,6 +28,8 @@ def main(argv: Sequence[str]) -> int:
     from srnn.tracking.comparison_plots import plot_comparison
 
     comparison = compare(_runs(options), options.metric)
+    for run in comparison.repeated:
+        console.print(f"left out, another has its config and seed: {run.name}", markup=False, soft_wrap=True)
     console.print(rich_table(comparison))
     folder = output_folder(Path(options.output or f"outputs/compare_{datetime.now():%Y-%m-%d_%H-%M-%S}"))
     write_atomically(folder / "runs.csv", csv_text(run_rows(comparison)).encode())

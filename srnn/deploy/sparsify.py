@@ -174,5 +174,6 @@ def pack(
     try:
         return SparseMatrix.from_dense(weight, structure, values, gates, energy)
     except ValueError as error:
-        advice = "; use values=fp32 or bf16" if values == "fp16" else ", so the training has diverged"
+        diverged = "the training has probably diverged"
+        advice = f", at most 65,504: {diverged}; else use values=fp32 or bf16" if values == "fp16" else f": {diverged}"
         raise UserError(f"{name} {error}{advice}.") from None

@@ -73,10 +73,12 @@ class Comparison:
     Attributes:
         metric: the score they are compared by, on the test part.
         settings: at least one.
+        repeated: runs left out, as another has the same config and seed.
     """
 
     metric: str
     settings: Sequence[Setting]
+    repeated: Sequence[Run] = ()
 
     @property
     def key(self) -> str:
@@ -100,7 +102,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run], metric: str | None = None) -> Comparison:
-    """Group runs by their config without the seed.
+    """Group runs by their config without the seed. Of several with the same seed the first counts.
 
     Args:
         runs: of one objective.
@@ -118,10 +120,13 @@ def compare(runs: Sequence[Run], metric: str | None = None) -> Comparison:
         raise UserError(f"--metric={metric}: these runs have no such score; they have {', '.join(scores)}.")
     groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     flat: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
+    repeated: list[Run] = []
     for run in runs:
         options = dict(_flat(run.config))
         key = tuple(sorted((name, repr(value)) for name, value in options.items()))
-        groups.setdefault(key, []).append(run)
+        group = groups.setdefault(key, [])
+        there = any(run.config.get("seed") == other.config.get("seed") for other in group)
+        (repeated if there else group).append(run)
         flat[key] = options
     differing = _differing(list(flat.values()))
     settings = [
@@ -129,7 +134,8 @@ def compare(runs: Sequence[Run], metric: str | None = None) -> Comparison:
         for key, group in groups.items()
     ]
     sign = -1 if metric in HIGHER_IS_BETTER else 1
-    return Comparison(metric, sorted(settings, key=lambda setting: sign * (setting.mean(f"test/{metric}") or 0.0)))
+    settings.sort(key=lambda setting: sign * (setting.mean(f"test/{metric}") or 0.0))
+    return Comparison(metric, settings, repeated)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from srnn.pruning.callback import PruningCallback
 from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import GradualSchedule
-from srnn.terminal import console
+from srnn.terminal import console, plural
 from srnn.tracking.scores import SHORT, score_words
 
 SILENCE = 60.0  # seconds
@@ -65,7 +65,7 @@ def _print_forecast(pruner: Pruner) -> None:
         expected = [method.expected(itr, group) for group in pruner.groups[:4]]
         row += ["" if share is None else f"{100 * share:.1f} %" for share in expected]
         table.add_row(*row)
-    notes = [f"{len(method.updates)} updates"]
+    notes = [plural(len(method.updates), "update")]
     if over_q:
         told = "q is estimated at each update" if q is None else "q is fixed"
         notes.append(f"sparsities if weights are normally distributed; {told}")
@@ -200,7 +200,7 @@ def print_report(report: dict[str, Any]) -> None:
         if kind in latency:
             dense, sparse = latency[kind]["dense"], latency[kind]["sparse"]
             table.add_row(
-                f"{words}: best dense, packed ({latency['threads']} threads)",
+                f"{words}: best dense, packed ({plural(latency['threads'], 'thread')})",
                 f"{1e6 * dense:,.0f} us, {1e6 * sparse:,.0f} us ({dense / sparse:.2f}x)",
             )
     seconds = report["seconds"]

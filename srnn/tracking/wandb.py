@@ -18,6 +18,7 @@ from srnn.tracking.scores import HIGHER_IS_BETTER, TELLING
 
 ONLINE_TIMEOUT = 20.0  # seconds a dead network may cost before the run goes on offline
 STEP = "trainer/global_step"  # what curves go over
+_unreachable: set[str] = set()  # servers that a run of this process has waited for in vain
 
 
 @contextmanager
@@ -90,11 +91,18 @@ def _start(
     if earlier := _runs(folder):
         options |= {"id": _id_of(earlier[-1]), "resume": "allow"}
     # Whatever W&B raises, it must not cost the run: offline where online fails, and without it where that fails.
-    for mode in dict.fromkeys([tracking.mode, "offline"]):
+    modes = dict.fromkeys([tracking.mode, "offline"])
+    if _host() in _unreachable:
+        modes.pop("online", None)
+    for mode in modes:
         try:
             return wandb.init(mode=mode, **options)
         except Exception as error:
-            print(f"srnn: W&B does not start {mode}: {error}", file=sys.stderr)
+            kept = ""
+            if mode == "online":
+                _unreachable.add(_host())
+                kept = ". This run is kept offline, and so are later ones of this process"
+            print(f"srnn: W&B does not start {mode}: {str(error).partition('. ')[0]}{kept}.", file=sys.stderr)
     return None
 
 
@@ -114,8 +122,11 @@ def has_key() -> bool:
     """In the environment, or where `wandb login` puts it. Asking W&B itself might prompt or wait."""
     from requests.utils import get_netrc_auth
 
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(host))
+    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(_host()))
+
+
+def _host() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
 
 
 def sync_command(folder: Path) -> str | None:

@@ -71,10 +71,10 @@ class Objective(pl.LightningModule):
         object.__setattr__(self, "metric", self.metrics(self.data, "valid").to(self.device))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores of the whole part."""
-        self.log_dict(
-            {f"valid_{name}": value for name, value in _floats(self.metric.compute()).items()}, sync_dist=True
-        )
+        """Log the scores of the whole part, at the step they are of: Lightning's own count is one behind."""
+        scores = {f"valid_{name}": value for name, value in _floats(self.metric.compute()).items()}
+        when = {"step": float(self.trainer.global_step), "epoch": float(self.trainer.current_epoch)}
+        self.log_dict(scores | when, sync_dist=True)
 
     @classmethod
     @torch.inference_mode()

@@ -190,6 +190,12 @@ def test_settings_are_told_apart_by_what_differs_but_the_seed():
         compare([*runs, *accurate])
 
 
+def test_a_seed_counts_once():
+    comparison = compare([run(2.0, 0), run(3.0, 0), run(4.0, 1)])
+    assert [r.summary["test/bits_per_character"] for r in comparison.settings[0].runs] == [2.0, 4.0]
+    assert [r.summary["test/bits_per_character"] for r in comparison.repeated] == [3.0]
+
+
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12))
 def test_the_pareto_front_is_what_no_other_beats(points):
     settings = [Setting({"x": point}, ()) for point in points]
