@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from srnn.tracking.runs import Points
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt  # after the backend that needs no display
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+MARKERS = "os^Dv*P"  # lines that lie on each other are told apart
+DASHES = ("-", "--", ":", "-.")
 CURVES = 12  # settings in one picture of curves; more cannot be told apart
 
 
@@ -31,17 +35,17 @@ def _over_sparsity(comparison: Comparison, path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(8, 4.5))
     sparse = [s for s in comparison.settings if s.mean("final/sparsity")]
     dense = [s for s in comparison.settings if not s.mean("final/sparsity")]
-    colors = _colors(comparison)
+    looks = _looks(comparison)
     for label, settings in _lines(sparse).items():
         settings.sort(key=lambda s: s.mean("final/sparsity") or 0.0)
         x = [100 * _mean(s, "final/sparsity") for s in settings]
         axes.errorbar(
             x, [_mean(s, comparison.key) for s in settings], [s.deviation(comparison.key) or 0.0 for s in settings],
-            label=label, color=colors[label], marker="o", markersize=4, capsize=3,
+            label=label, markersize=5, capsize=3, alpha=0.8, **looks[label],
         )  # fmt: skip
     for setting in dense:
         mean, deviation = _mean(setting, comparison.key), setting.deviation(comparison.key) or 0.0
-        color = colors[_line(setting)]
+        color = looks[_line(setting)]["color"]
         axes.axhline(mean, color=color, linestyle="--", linewidth=1, label=f"{setting.label()} (dense)")
         axes.axhspan(mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="sparsity reached, %", ylabel=_words(comparison), title="Score over sparsity")
@@ -52,12 +56,12 @@ def _over_weights(comparison: Comparison, path: Path) -> Path:
     """Every setting, and those that no other beats with as few weights."""
     figure, axes = plt.subplots(figsize=(8, 4.5))
     sign = -1 if comparison.higher_is_better else 1
-    colors = _colors(comparison)
+    looks = _looks(comparison)
     for label, settings in _lines(comparison.settings).items():
         axes.errorbar(
             [_mean(s, "final/nonzeros") for s in settings], [_mean(s, comparison.key) for s in settings],
             [s.deviation(comparison.key) or 0.0 for s in settings],
-            label=label, color=colors[label], marker="o", markersize=5, capsize=3, linestyle="none",
+            label=label, markersize=5, capsize=3, alpha=0.8, linestyle="none", **looks[label],
         )  # fmt: skip
     front = pareto(comparison.settings, lambda s: _mean(s, "final/nonzeros"), lambda s: sign * _mean(s, comparison.key))
     axes.plot(
@@ -65,6 +69,9 @@ def _over_weights(comparison: Comparison, path: Path) -> Path:
         color="0.3", linewidth=1, linestyle="--", label="Pareto front", zorder=0,
     )  # fmt: skip
     axes.set(xscale="log", xlabel="weights that are not zero", ylabel=_words(comparison), title="Score over weights")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     return _save(figure, axes, path)
 
 
@@ -72,15 +79,21 @@ def _curves(comparison: Comparison, path: Path) -> Path:
     """The validation's metric over steps: the mean over seeds, and a band from the least to the most."""
     figure, axes = plt.subplots(figsize=(8, 4.5))
     name = f"valid_{comparison.metric}"
-    for index, setting in enumerate(comparison.settings[:CURVES]):
+    looks = _looks(comparison)
+    drawn: Counter[str] = Counter()  # of each line
+    for setting in comparison.settings[:CURVES]:
         curves = [run.curves[name] for run in setting.runs if run.curves.get(name)]
         if not curves:
             continue
         steps, values = aligned(curves)
-        style: dict[str, Any] = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else ":"}
-        axes.plot(steps, values.mean(axis=0), label=setting.label(), linewidth=1.2, marker=".", markersize=4, **style)
+        line = _line(setting)
+        style: dict[str, Any] = {"color": looks[line]["color"], "linestyle": DASHES[drawn[line] % len(DASHES)]}
+        drawn[line] += 1
+        axes.plot(steps, values.mean(axis=0), label=setting.label(), linewidth=1.2, **style)
         if len(curves) > 1:
-            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), alpha=0.2, linewidth=0, **style)
+            axes.fill_between(
+                steps, values.min(axis=0), values.max(axis=0), alpha=0.15, linewidth=0, color=style["color"]
+            )
     left_out = len(comparison.settings) - CURVES
     title = "Validation over steps" + (f" ({left_out} worse settings are left out)" if left_out > 0 else "")
     axes.set(xlabel="step", ylabel=f"{comparison.words}, validation", title=title)
@@ -106,9 +119,13 @@ def _line(setting: Setting) -> str:
     return setting.label(without=["pruning.sparsity"])
 
 
-def _colors(comparison: Comparison) -> dict[str, str]:
-    """The same line has the same colour in each picture."""
-    return {label: f"C{index % 10}" for index, label in enumerate(_lines(comparison.settings))}
+def _looks(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """The same line has the same colour and marker in each picture, whatever its score."""
+    labels = sorted(_lines(comparison.settings))
+    return {
+        label: {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]}
+        for index, label in enumerate(labels)
+    }
 
 
 def _mean(setting: Setting, key: str) -> float:
