@@ -337,10 +337,10 @@ def test_programs_get_equal_shares():
 
     generator = torch.Generator().manual_seed(0)
     counts = torch.sort((torch.rand(512, generator=generator) * 61).long()).values
-    dense = (torch.rand(512, 2048, generator=generator).argsort(dim=1) < counts[:, None]).float()
+    dense = (torch.rand(512, 512, generator=generator).argsort(dim=1) < counts[:, None]).float()
     layout = lay_out([SparseMatrix.from_dense(dense)], 16)
     programs = layout.plan.programs
-    shares = (layout.columns.view(programs, -1) != padded(2048)).sum(dim=1).numpy()
+    shares = (layout.columns.view(programs, -1) != padded(512)).sum(dim=1).numpy()
     assert shares.sum() == counts.sum()
     assert shares.max() <= 1.05 * np.mean(shares)
 
