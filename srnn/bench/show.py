@@ -14,6 +14,7 @@ from rich.table import Table
 from srnn.bench.measure import Row
 from srnn.bench.pruning import PruningRow
 from srnn.files import write_atomically
+from srnn.terminal import plural
 
 
 def table(title: str, rows: Sequence[Row]) -> Table:
@@ -75,7 +76,7 @@ def plot(path: Path, rows: Sequence[Row]) -> bool:
         for j, (batch, threads) in enumerate(columns):
             here = [row for row in drawn if (row.shape, row.batch, row.threads) == (shape, batch, threads)]
             _panel(panels[i][j], here, lines)
-            panels[i][j].set_title(f"{shape}, batch {batch}, {threads} thread{'s' * (threads > 1)}", fontsize=9)
+            panels[i][j].set_title(f"{shape}, batch {batch}, {plural(threads, 'thread')}", fontsize=9)
     for panel in panels[-1]:
         panel.set_xlabel("sparsity, %")
     for row_of_panels in panels:

@@ -104,6 +104,8 @@ class RunProgress(ProgressBar):
         """Show the plan, then the bar."""
         assert self.pruning.pruner is not None
         print_plan(self.pruning.pruner)
+        if trainer.global_step:
+            console.print(f"Going on from step {trainer.global_step:,}")
         self._shown = time.monotonic()
         if not console.is_terminal:
             return

@@ -198,10 +198,6 @@ def _run(settings: Settings, folder: Path, checkpoint: Path | None) -> dict[str,
     training = _prepare(settings, folder, checkpoint, place)
     module, recorder = training.module, training.recorder
     model, data = module.model, module.data
-    if checkpoint is not None:
-        console.print(
-            f"Going on from step {read_checkpoint(checkpoint)['global_step']:,}: {checkpoint}", soft_wrap=True
-        )
     tags = [part["name"] for part in (settings.model, settings.dataset, settings.pruning)]
     with wandb_run(settings.tracking, folder, settings.as_dict(), "train", tags) as wandb:
         if wandb is not None:
