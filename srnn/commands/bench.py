@@ -301,9 +301,12 @@ def _bench_pruning(options: Namespace) -> int:
     for row in rows(shapes, device):
         done.append(row)
         memory = "" if row.extra_bytes is None else f", {row.extra_bytes / (4 * row.weights):.2f}x the weights' memory"
+        training = (
+            "" if row.share is None else f", {100 * row.share:.1f} % of a training step of {row.training_ms:.1f} ms"
+        )
         console.print(
             f"{row.shape} {row.method}: {row.weights:,} weights, update {row.update_ms:.2f} ms{memory}, "
-            f"other steps {row.step_ms:.3f} ms", markup=False, highlight=False, soft_wrap=True,
+            f"other steps {row.step_ms:.3f} ms{training}", markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
         write_csv(folder / "pruning.csv", done)
     console.print(f"Rows in {folder / 'pruning.csv'}", soft_wrap=True)
