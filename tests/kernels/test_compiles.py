@@ -44,31 +44,18 @@ def compiled(kernel, given, options):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=compiler)
 
 
-@pytest.mark.parametrize(
-    ("cell", "hidden", "height", "streams", "kernel"),
-    [
-        ("gru", 1024, 1, 1, "recur_vectors"),
-        ("lstm", 1500, 16, 1, "recur_vectors"),
-        ("gru", 1024, 16, 4, "recur_blocks"),
-        ("lstm", 1024, 32, 40, "recur_blocks"),
-        ("gru", 1024, 16, 64, "recur_blocks"),
-        ("lstm", 2150, 32, 50, "recur_blocks"),
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_threads_wait_for_whole_vectors_of_their_own(cell, hidden, height, streams, kernel, dtype, monkeypatch):
-    """The assembly takes a thread's elements, one after the other, for vectors of 16 bytes: the layout must make them
-    so, or it would load from wrong places. Blocks must stay in registers."""
-    from srnn.kernels.triton import backend, blocks, vectors
+def compiled_for(cell, hidden, height, streams, kernel, dtype, monkeypatch):
+    """What a layer that is 90 % sparse would launch on an H100, and its options."""
+    from srnn.kernels.triton import backend, blocks, gates, vectors
 
-    gates = GATES[cell]
+    modules = {"recur_vectors": vectors, "recur_blocks": blocks, "recur_gates": gates}
+    where, gates = modules[kernel], GATES[cell]
     generator = torch.Generator().manual_seed(0)
     groups = -(-hidden // height)
     kept = torch.rand(gates, groups, hidden, generator=generator) < 0.1
     dense = kept.repeat_interleave(height, dim=1)[:, :hidden].reshape(gates * hidden, hidden).float()
     values = {torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     matrix = SparseMatrix.from_dense(dense, "element" if height == 1 else f"{height}x1", values, gates)
-    where = blocks if kernel == "recur_blocks" else vectors
     caught = Caught(getattr(where, kernel))
     monkeypatch.setattr(where, kernel, caught)
     monkeypatch.setattr(blocks, "write_outputs", Caught(blocks.write_outputs))
@@ -78,7 +65,24 @@ def test_threads_wait_for_whole_vectors_of_their_own(cell, hidden, height, strea
     state = tuple(torch.zeros(streams, hidden, dtype=dtype) for _ in range(2 if cell == "lstm" else 1))
     ready(torch.zeros(3 * streams, gates * hidden, dtype=dtype), equal_lengths(3, streams), state)
     ((given, options),) = caught.launches
-    made = compiled(caught.kernel, given, options)
+    return compiled(caught.kernel, given, options), options
+
+
+@pytest.mark.parametrize(
+    ("cell", "hidden", "height", "streams", "kernel"),
+    [
+        ("gru", 1024, 1, 1, "recur_vectors"),
+        ("lstm", 1500, 16, 1, "recur_vectors"),
+        ("gru", 1024, 16, 4, "recur_blocks"),
+        ("lstm", 1024, 32, 40, "recur_blocks"),
+        ("gru", 1024, 16, 64, "recur_blocks"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_threads_wait_for_whole_vectors_of_their_own(cell, hidden, height, streams, kernel, dtype, monkeypatch):
+    """The assembly takes a thread's elements, one after the other, for vectors of 16 bytes: the layout must make them
+    so, or it would load from wrong places. Blocks must stay in registers."""
+    made, options = compiled_for(cell, hidden, height, streams, kernel, dtype, monkeypatch)
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked.*)$", made.asm["ttgir"], re.MULTILINE))
     waits = re.findall(r"elementwise_inline_asm.*? : tensor<[^,]*, (#\w+)>", made.asm["ttgir"])
     assert waits
@@ -90,12 +94,21 @@ def test_threads_wait_for_whole_vectors_of_their_own(cell, hidden, height, strea
     if kernel == "recur_blocks" and dtype == torch.float16:
         assert options["TILES"] == 1
         _, loop = re.split(r"scf\.(?:while|for)", made.asm["ttgir"], maxsplit=1)
-        if options["BY_GATE"]:
-            operands = re.findall(r"warp_group_dot %\w+, (%\w+),", loop)
-            shares = re.findall(r"nvidia_mma<.*warpsPerCTA = \[(\d), (\d)\]", made.asm["ttgir"])
-            assert set(shares) == {("4", "2")}, "warps repeat what others do"
-        else:
-            operands = re.findall(r"tt\.dot (%\w+),", loop)
+        operands = re.findall(r"tt\.dot (%\w+),", loop)
         assert operands
         for operand in operands:
             assert not re.search(rf"{operand} = ttg\.local_(load|alloc)", loop), "values are loaded anew at each step"
+
+
+@pytest.mark.parametrize(("cell", "hidden", "height"), [("gru", 2560, 32), ("lstm", 2150, 32), ("tanh", 3072, 16)])
+def test_products_of_a_gate_read_shared_memory(cell, hidden, height, monkeypatch):
+    """Rows of h that went through registers would take two barriers a small piece; values have to be there already."""
+    made, options = compiled_for(cell, hidden, height, 64, "recur_gates", torch.float16, monkeypatch)
+    _, loop = re.split(r"scf\.while", made.asm["ttgir"], maxsplit=1)
+    operands = re.findall(r"warp_group_dot (%\w+), (%\w+),.*? : (\S+)<", loop)
+    assert len(operands) == options["GATES"] * (2 if options["K_2"] else 1)
+    for _, value, kind in operands:
+        assert kind == "!ttg.memdesc"
+        assert not re.search(rf"{value} = ttg\.local_(load|alloc)", loop), "values are loaded anew at each step"
+    shares = re.findall(r"nvidia_mma<.*warpsPerCTA = \[(\d), (\d)\]", made.asm["ttgir"])
+    assert set(shares) == {("4", str(options["num_warps"] // 4))}, "warps repeat what others do"

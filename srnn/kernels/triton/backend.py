@@ -29,8 +29,13 @@ from srnn.registry import register
 from srnn.sparse import SparseMatrix, stacked
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-# Rows up to which the matrix-vector form of a product is used; above, dot products or dense. Not measured yet.
-FEW_ROWS = 4
+# Rows up to which the matrix-vector form of a product is used; above, dense, or for blocks of 16 and more the form of
+# dot products. On an H100, 7680x2560, 90 %: elements take 9.7 us for 4 rows and 14 for 8, cuBLAS 9.7 and 8.8; 32x1
+# blocks 5.1 for 2 rows and 6.8 for 4, as dot products 6.2 for both.
+FEW_ROWS, FEW_ROWS_OF_BLOCKS = 4, 2
+# Dense products of 16 bits are the faster ones from this share of a block's height on. On an H100, 7680x2560 by 4096
+# rows: cuBLAS takes 197 us; 32x1 blocks 103 at 90 %, 16x1 blocks 173.
+DENSE_FROM = 150
 
 # Units of a program that transposes outputs.
 OUTPUTS = 64
@@ -179,39 +184,75 @@ class _Product:
         matrix, rows = self.matrix, x_MI.shape[0]
         if not rows:
             return x_MI.new_empty(0, matrix.shape[0])
-        many = rows > FEW_ROWS and matrix.height >= 16
-        if rows > FEW_ROWS and not many:
+        if not self.is_sparse_for(rows, x_MI.dtype):
             weight, bias = self.dense
             if not streams_together:
                 return F.linear(x_MI, weight, bias)
             return (weight @ x_MI.T if bias is None else torch.addmm(bias[:, None], weight, x_MI.T)).T
         y_MO = x_MI.new_empty(matrix.shape[0], rows).T if streams_together else x_MI.new_empty(rows, matrix.shape[0])
         with _current(x_MI.device):
-            (self._many if many else self._few)(x_MI, y_MO)
+            (self._few if rows <= self.few else self._many)(x_MI, y_MO)
         return y_MO
+
+    @property
+    def few(self) -> int:
+        """Rows up to which the matrix-vector form is used."""
+        return FEW_ROWS if self.matrix.height < 16 else FEW_ROWS_OF_BLOCKS
+
+    def is_sparse_for(self, rows: int, dtype: torch.dtype) -> bool:
+        """Whether so many rows are multiplied with the sparse matrix."""
+        matrix = self.matrix
+        density = matrix.entries / max(1, matrix.shape[0] * matrix.shape[1])
+        tall = matrix.height >= 16 and (dtype == torch.float32 or density * DENSE_FROM <= matrix.height)
+        return tall or rows <= self.few
 
     def _few(self, x_MI: Tensor, y_MO: Tensor) -> None:
         from srnn.kernels.triton.products import multiply_few
 
-        m = self.matrix
-        each, kt = (4, 128) if m.height == 1 else (1, max(16, 2048 // m.height))
-        multiply_few[(-(-m.groups // each), x_MI.shape[0])](
-            x_MI.contiguous(), y_MO, m.values, m.columns, m.row_pointers, y_MO if self.bias is None else self.bias,
-            x_MI.shape[1], m.units, m.groups // m.gates, m.gates, *y_MO.stride(),
-            N=m.height, GROUPS=each, KT=kt, BIASED=self.bias is not None, num_warps=4,
+        m, (rows, inputs) = self.matrix, x_MI.shape
+        together = 1 << (rows - 1).bit_length() if m.height == 1 else 1
+        x = _transposed(x_MI, together) if together > 1 else x_MI.contiguous()
+        each, kt = (8, 64) if m.height == 1 else (1, max(64, 2048 // m.height))
+        multiply_few[(-(-m.groups // each), -(-rows // together))](
+            x, y_MO, m.values, m.columns, m.row_pointers, y_MO if self.bias is None else self.bias,
+            rows, inputs, m.units, m.groups // m.gates, m.gates, *y_MO.stride(),
+            N=m.height, R=together, GROUPS=each, KT=kt, BIASED=self.bias is not None, num_warps=4,
         )  # fmt: skip
 
     def _many(self, x_MI: Tensor, y_MO: Tensor) -> None:
         from srnn.kernels.triton.products import multiply_many
 
-        m, rows = self.matrix, x_MI.shape[0]
-        tall = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
+        m, (rows, inputs) = self.matrix, x_MI.shape
+        tall, kt = _tile(rows, x_MI.dtype)
+        widen = m.values.dtype != x_MI.dtype
+        x = _transposed(x_MI, -(-rows // tall) * tall)
         multiply_many[(m.groups, -(-rows // tall))](
-            x_MI.T.contiguous(), y_MO, m.values, m.columns, m.row_pointers, y_MO if self.bias is None else self.bias,
-            rows, m.units, m.groups // m.gates, m.gates, *y_MO.stride(),
-            N=m.height, KT=64 if x_MI.dtype != torch.float32 else 32, MT=tall, BIASED=self.bias is not None,
-            PRECISION=self.precision, WIDEN=interpreted() or m.values.dtype != x_MI.dtype, num_warps=4,
+            x, y_MO, m.values, m.columns, m.row_pointers, y_MO if self.bias is None else self.bias,
+            rows, inputs, x.shape[1], m.units, m.groups // m.gates, *y_MO.stride(),
+            N=m.height, KT=kt, MT=tall, STAGES=4, ACROSS=x.itemsize == 2 and not widen, BIASED=self.bias is not None,
+            PRECISION=self.precision, WIDEN=widen or interpreted(), num_warps=4,
         )  # fmt: skip
+
+
+def _tile(rows: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows of a product, and blocks of a tile. On an H100 4096 rows of 16 bits by 256 and 16 take 89 us, by 256 and 32
+    108, by 128 and 64 168; of fp32 by 128 and 32 as tf32 285, by 64 and 32 430."""
+    if dtype == torch.float32:
+        return min(128, max(16, 1 << (rows - 1).bit_length())), 32
+    tall = min(256, max(16, 1 << (rows - 1).bit_length()))
+    return tall, 16 if tall > 64 else 32 if tall > 32 else 64
+
+
+def _transposed(x_MI: Tensor, wide: int) -> Tensor:
+    """[I + 1, wide], zero beyond M and I."""
+    from srnn.kernels.triton.products import transpose
+
+    rows, inputs = x_MI.shape
+    out = x_MI.new_empty(inputs + 1, wide)
+    tall = min(64, 1 << (wide - 1).bit_length())
+    grid = -(-wide // tall), -(-(inputs + 1) // 64)
+    transpose[grid](x_MI.contiguous(), out, rows, inputs, wide, MT=tall, IT=64, num_warps=4)
+    return out
 
 
 class _Recurrence(Recurrence):
@@ -235,14 +276,13 @@ class _Recurrence(Recurrence):
         return torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
 
     def blocks(self, streams: int) -> BlockLayout | None:
-        """For ``recur_blocks`` with so many streams, where that can run and is the faster."""
+        """For ``recur_blocks`` or ``recur_gates`` with so many streams, where they can run and are the faster."""
         if streams == 1 or self.height < 16:
             return None
         size, shared = self.dtype.itemsize, shared_memory(self.device)
-        plan = plan_blocks(self.matrices, processors(self.device), size, streams)
+        plan = plan_blocks(self.matrices, processors(self.device), size, streams, shared)
         if plan not in self.block_layouts:
-            fits = self.count * plan.programs <= plan.resident * processors(self.device)
-            fits = fits and plan.resident * plan.shared_bytes(self.height, size) <= shared
+            fits = plan.fits(processors(self.device) // self.count, shared, self.height, size)
             self.block_layouts[plan] = lay_out_blocks(self.matrices, plan, self.dtype).to(self.device) if fits else None
         return self.block_layouts[plan]
 
@@ -317,31 +357,44 @@ class _Recurrence(Recurrence):
 
     def _in_slices(self, layout: BlockLayout, u_NG: Tensor, sequence: _Sequence, state: State) -> tuple[Tensor, State]:
         from srnn.kernels.triton.blocks import recur_blocks, write_outputs
+        from srnn.kernels.triton.gates import recur_gates
 
         weights, plan, (_, streams, hidden) = self.weights, layout.plan, state[0].shape
         bits = torch.int32 if u_NG.dtype == torch.float32 else torch.int16
         wide, programs, steps = plan.wide, self.count * plan.programs, sequence.steps
         slices = -(-streams // wide)
         h = torch.empty(self.count, slices, steps + 1, hidden, wide, dtype=bits, device=u_NG.device)
-        if steps > 1:
+        if steps > 1 and not plan.by_gate:
             h.fill_(-1)
         starts = [0, steps] if self.count == 2 else [steps if weights.reverse else 0]  # in the order of time
         for d, h0 in enumerate(_sliced(state[0].contiguous().view(bits), wide)):
             h[d, :, starts[d]] = h0
         c = _sliced(state[1].float(), wide).contiguous() if len(state) > 1 else layout.values
         at_once = min(slices, max(1, plan.resident * processors(self.device) // programs))
+        given = (
+            c, layout.values, layout.columns, layout.values_2, layout.columns_2, layout.units,
+            c if self.new_bias is None else self.new_bias, sequence.sizes, sequence.offsets,
+        )  # fmt: skip
+        options: dict[str, Any] = {
+            "CELL": weights.cell, "GATES": self.gates, "N": self.height, "K": plan.k, "K_2": plan.k_2, "BP": wide,
+            "ONE_SLICE": slices == at_once, "EQUAL": sequence.equal, "REVERSE": weights.reverse,
+            "BOTH": self.count == 2, "BIASED": self.new_bias is not None, "WIDEN": interpreted(),
+            "WAITS": not interpreted(), "num_warps": plan.warps, "launch_cooperative_grid": not interpreted(),
+        }  # fmt: skip
         for first, last in self._launches(sequence):
-            recur_blocks[(programs, at_once)](
-                u_NG, h, c, layout.values, layout.columns, layout.values_2, layout.columns_2, layout.units,
-                c if self.new_bias is None else self.new_bias, sequence.sizes, sequence.offsets, self.failed,
-                slices, first, last, steps, streams, hidden, *u_NG.stride(),
-                CELL=weights.cell, GATES=self.gates, N=self.height, S=plan.chunks, K=plan.k,
-                K_2=plan.k_2, TILES=plan.tiles, BY_GATE=plan.by_gate, WARPS=plan.warps, BP=wide,
-                VECTORS=plan.vectors(plan.k, bits.itemsize), VECTORS_2=plan.vectors(plan.k_2, bits.itemsize),
-                ONE_SLICE=slices == at_once, EQUAL=sequence.equal, REVERSE=weights.reverse, BOTH=self.count == 2,
-                BIASED=self.new_bias is not None, PRECISION=self.precision, WIDEN=interpreted(),
-                WAITS=not interpreted(), num_warps=plan.warps, launch_cooperative_grid=not interpreted(),
-            )  # fmt: skip
+            where = (slices, first, last, steps, streams, hidden, *u_NG.stride())
+            if plan.by_gate:
+                counters = torch.zeros(self.count, slices, dtype=torch.int32, device=u_NG.device)
+                recur_gates[(programs, at_once)](
+                    u_NG, h.view(u_NG.dtype), *given, counters, self.failed, *where,
+                    EACH=plan.each, AHEAD=plan.ahead, **options,
+                )  # fmt: skip
+            else:
+                recur_blocks[(programs, at_once)](
+                    u_NG, h, *given, self.failed, *where, S=plan.chunks, TILES=plan.tiles, WARPS=plan.warps,
+                    VECTORS=plan.vectors(plan.k, bits.itemsize), VECTORS_2=plan.vectors(plan.k_2, bits.itemsize),
+                    PRECISION=self.precision, **options,
+                )  # fmt: skip
         y_NH = u_NG.new_empty(u_NG.shape[0], self.count * hidden)
         write_outputs[(steps, self.count * slices, -(-hidden // OUTPUTS))](
             h, y_NH.view(bits), sequence.sizes, sequence.offsets, slices, steps, streams, hidden,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from srnn.kernels.triton.cells import activated, bits_of, gru, inputs_of, lstm, quarters
+from srnn.kernels.triton.cells import activated, bits_of, gru, inputs_of, lstm, quarters, rows_at, state_at
 from srnn.kernels.triton.wait import written
 
 
@@ -71,109 +71,14 @@ def _of_warps(acc, GATES: tl.constexpr, S: tl.constexpr, WARPS: tl.constexpr, N:
 
 
 @triton.jit
-def _blocks_of_gates(values, columns, program, GATES: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
-    """Values [K, N] and columns [K] of each gate of a program."""
-    k = tl.arange(0, K)
-    blocks = ()
-    for gate in tl.static_range(GATES):
-        block = (program * GATES + gate) * K + k
-        column = tl.load(columns + block).to(tl.int32)
-        value = tl.load(values + block.to(tl.int64)[:, None] * N + tl.arange(0, N)[None, :])
-        blocks = blocks + ((value, column),)  # type: ignore[assignment]
-    return blocks
-
-
-@triton.jit
-def _rows_of_gate(now, column, BP: tl.constexpr):
-    """[K, BP]: the bits of the rows ``column`` of now [H, BP], whether or not they are written yet."""
-    batch = tl.arange(0, BP)[None, :]
-    used = (column >= 0)[:, None] & (batch < BP)
-    return tl.load(now + (column * BP)[:, None] + batch, mask=used, other=0, volatile=True)
-
-
-@triton.jit
-def _transposed(bits, column, now, failed, wait, FLOAT: tl.constexpr, BP: tl.constexpr, VECTORS: tl.constexpr,
-                WAITS: tl.constexpr):  # fmt: skip
-    """[BP, K]: what ``_rows_of_gate`` loaded, once all of it is written."""
-    if WAITS:
-        PER_VECTOR: tl.constexpr = 128 // now.dtype.element_ty.primitive_bitwidth
-        vector = (column * BP)[:, None] + (tl.arange(0, BP) & -PER_VECTOR)[None, :]
-        bits = written(bits, vector, now, failed, wait, VECTORS)
-    return tl.trans(bits.to(FLOAT, bitcast=True))
-
-
-@triton.jit
-def _of_gates(blocks, blocks_2, zero, now, failed, wait, GATES: tl.constexpr, K_2: tl.constexpr, FLOAT: tl.constexpr,
-              BP: tl.constexpr, VECTORS: tl.constexpr, VECTORS_2: tl.constexpr, WIDEN: tl.constexpr,
-              WAITS: tl.constexpr):  # fmt: skip
-    """The sums of each gate, [BP, N], in one product of all its blocks; of a second for those beyond K.
-
-    Rows of the next gate are asked for as soon as those of one have come: earlier takes longer. The sums of the two
-    products start from zeros that the compiler does not know: it would make one go on with the other's, take that for
-    attention, and lay them out so that half of the warps repeat what the others do.
-    """
-    _, column = blocks[0]
-    bits = _rows_of_gate(now, column, BP)
-    if K_2:
-        _, column_2 = blocks_2[0]
-        bits_2 = _rows_of_gate(now, column_2, BP)
-    sums = ()
-    for gate in tl.static_range(GATES):
-        value, column = blocks[gate]
-        x = _transposed(bits, column, now, failed, wait, FLOAT, BP, VECTORS, WAITS)
-        if K_2:
-            value_2, column_2 = blocks_2[gate]
-            x_2 = _transposed(bits_2, column_2, now, failed, wait, FLOAT, BP, VECTORS_2, WAITS)
-        if gate + 1 < GATES:
-            _, next_column = blocks[gate + 1]
-            bits = _rows_of_gate(now, next_column, BP)
-            if K_2:
-                _, next_column_2 = blocks_2[gate + 1]
-                bits_2 = _rows_of_gate(now, next_column_2, BP)
-        if WIDEN:
-            value, x = value.to(tl.float32), x.to(tl.float32)
-        a = tl.dot(x, value, zero)
-        if K_2:
-            if WIDEN:
-                value_2, x_2 = value_2.to(tl.float32), x_2.to(tl.float32)
-            a += tl.dot(x_2, value_2, zero)
-        sums = sums + (a,)  # type: ignore[assignment]
-    return sums
-
-
-@triton.jit
-def _place(sizes, offsets, k, stream, reverse, steps, B, EQUAL: tl.constexpr):
-    """Rows of u of these streams at the k-th step, and which of them take part in it."""
-    t = k
-    if reverse:
-        t = steps - 1 - k
-    size = B
-    row = t.to(tl.int64) * B
-    if not EQUAL:
-        there = (t >= 0) & (t < steps)
-        size = tl.load(sizes + t, mask=there, other=0)
-        row = tl.load(offsets + t, mask=there, other=0).to(tl.int64)
-    return row + stream, stream < size
-
-
-@triton.jit
-def _state(h, part, k, reverse, steps, SIZE):
-    """Where a slice's state before the k-th step is, among those in the order of time."""
-    at = k
-    if reverse:
-        at = steps - k
-    return h + (part.to(tl.int64) * (steps + 1) + at) * SIZE
-
-
-@triton.jit
 def recur_blocks(
     u,  # [rows, D, G], D directions
     h,  # [D, slices, T + 1, H, BP], bits of the states in the order of time, all ones where not written yet
     c,  # [D, slices, H, BP], fp32, of an LSTM; read and written
-    values,  # [D * programs, TILES, S, N, K]; by gates [D * programs, GATES, K, N]
-    columns,  # [D * programs, TILES, S, K]; by gates [D * programs, GATES, K]; -1 for none
-    values_2,  # [D * programs, S, N, K_2]; by gates [D * programs, GATES, K_2, N]
-    columns_2,  # [D * programs, S, K_2]; by gates [D * programs, GATES, K_2]
+    values,  # [D * programs, TILES, S, N, K]
+    columns,  # [D * programs, TILES, S, K]; -1 for none
+    values_2,  # [D * programs, S, N, K_2]
+    columns_2,  # [D * programs, S, K_2]
     units,  # [D * programs * N], 0, 1, 2, ... for each direction
     new_bias,  # [D, H]
     sizes,  # [T], streams of a step
@@ -194,7 +99,6 @@ def recur_blocks(
     K: tl.constexpr,
     K_2: tl.constexpr,
     TILES: tl.constexpr,
-    BY_GATE: tl.constexpr,
     WARPS: tl.constexpr,
     BP: tl.constexpr,
     VECTORS: tl.constexpr,  # of 16 bytes that a thread loads of a tile's rows of h
@@ -208,14 +112,12 @@ def recur_blocks(
     WIDEN: tl.constexpr,
     WAITS: tl.constexpr,
 ):
-    """BP streams at a time on tensor cores, one group of N units a program, its weights on the chip.
+    """BP streams at a time on tensor cores, one group of N units a program, its weights in registers if they fit.
 
-    Either the blocks fall into S chunks whose products are one batch of small ones, the weights in registers; or all
-    blocks of a gate go into one product with 64 streams, transposed, because that side may be no smaller on a Hopper
-    GPU, the weights in shared memory.
+    The blocks fall into S chunks whose products are one batch of small ones. A program waits for those rows of h that
+    its blocks multiply. Slices of streams are dealt out to the rows of the grid; a row that has several goes through
+    all of them at each step, so that each is computed while others wait.
 
-    A program waits for those rows of h that its blocks multiply. Slices of streams are dealt out to the rows of the
-    grid; a row that has several goes through all of them at each step, so that each is computed while others wait.
     Loops are ``while`` loops because out of those the compiler keeps what does not change in registers.
     """
     # More streams take so many registers that the next slice's rows would not fit beside this one's.
@@ -236,13 +138,7 @@ def recur_blocks(
     unit = tl.load(units + program * N + tl.arange(0, N)).to(tl.int64)[None, :]
     batch = tl.arange(0, BP)[:, None]
     place = unit * BP + batch
-    if BY_GATE:
-        blocks = _blocks_of_gates(values, columns, program, GATES, K, N)
-        blocks_2 = ()
-        if K_2:
-            blocks_2 = _blocks_of_gates(values_2, columns_2, program, GATES, K_2, N)
-        zero = tl.where(place < 0, 1.0, 0.0)
-    elif TILES == 1:
+    if TILES == 1:
         value, column = _blocks_of(values, columns, program, 0, 1, K, S, N)
         if K_2:
             value_2, column_2 = _blocks_of(values_2, columns_2, program, 0, 1, K_2, S, N)
@@ -251,8 +147,8 @@ def recur_blocks(
         bias = tl.load(new_bias + unit + batch * 0, mask=unit < H, other=0.0)
     k = first
     part = tl.program_id(1)
-    now = _state(h, part, k, reverse, steps, SIZE)
-    row, taking_part = _place(sizes, offsets, k, part * BP + batch, reverse, steps, B, EQUAL)
+    now = state_at(h, part, k, reverse, steps, SIZE)
+    row, taking_part = rows_at(sizes, offsets, k, part * BP + batch, reverse, steps, B, EQUAL)
     active = taking_part & (unit < H)
     u_0, u_1, u_2, u_3 = inputs_of(u, u_row, u_unit, row, unit, active, H, GATES)
     mine = tl.load(now + place, mask=unit < H, other=0, volatile=True)
@@ -269,19 +165,9 @@ def recur_blocks(
         if part_next >= slices:
             k_next, part_next = k + 1, tl.program_id(1)
         there = tl.minimum(k_next, last)  # after the last step something to point to
-        next = _state(h, part_next, there, reverse, steps, SIZE)
-        if not BY_GATE:
-            acc = tl.zeros((S, N, BP), tl.float32)
-        if BY_GATE:
-            sums = _of_gates(
-                blocks, blocks_2, zero, now, failed, wait, GATES, K_2, FLOAT, BP, VECTORS, VECTORS_2, WIDEN, WAITS
-            )
-            a_0 = sums[0]
-            if GATES > 1:
-                a_1, a_2 = sums[1], sums[2]
-            if GATES > 3:
-                a_3 = sums[3]
-        elif TILES == 1:
+        next = state_at(h, part_next, there, reverse, steps, SIZE)
+        acc = tl.zeros((S, N, BP), tl.float32)
+        if TILES == 1:
             if not AHEAD:
                 x = _rows_of(now, column, BP)
                 if K_2:
@@ -300,11 +186,10 @@ def recur_blocks(
                 value, column = _blocks_of(values, columns, program, tile, TILES, K, S, N)
                 x = _rows_of(now, column, BP)
                 acc = _times(value, x, column, now, failed, wait, acc, FLOAT, BP, VECTORS, PRECISION, WIDEN, WAITS)
-        if not BY_GATE:
-            a_0, a_1, a_2, a_3 = _of_warps(acc, GATES, S, WARPS, N, BP)
+        a_0, a_1, a_2, a_3 = _of_warps(acc, GATES, S, WARPS, N, BP)
 
         stream = part * BP + batch
-        row, taking_part = _place(sizes, offsets, k, stream, reverse, steps, B, EQUAL)
+        row, taking_part = rows_at(sizes, offsets, k, stream, reverse, steps, B, EQUAL)
         active = taking_part & (unit < H)
         old = mine.to(FLOAT, bitcast=True)
         a_0 += u_0.to(tl.float32)
@@ -323,13 +208,13 @@ def recur_blocks(
         if not EQUAL:
             kept = tl.where(active, kept, old)
         mine = bits_of(kept, BITS)
-        tl.store(_state(h, part, k + 1, reverse, steps, SIZE) + place, mine, mask=unit < H)
+        tl.store(state_at(h, part, k + 1, reverse, steps, SIZE) + place, mine, mask=unit < H)
 
         # Inputs of what comes next, which so have a step's time to arrive. Not earlier: a second set of registers would
         # be copied into this one, which waits for the loads.
         k, part, now = k_next, part_next, next
         stream = part * BP + batch
-        row, taking_part = _place(sizes, offsets, k, stream, reverse, steps, B, EQUAL)
+        row, taking_part = rows_at(sizes, offsets, k, stream, reverse, steps, B, EQUAL)
         active = taking_part & (unit < H)
         u_0, u_1, u_2, u_3 = inputs_of(u, u_row, u_unit, row, unit, active & (k < last), H, GATES)
         if not ONE_SLICE:
@@ -368,5 +253,5 @@ def write_outputs(
     SIZE = tl.cast(H, tl.int64) * BP
     source = h + (tl.program_id(1).to(tl.int64) * (steps + 1) + at) * SIZE
     bits = tl.load(source + unit * BP + batch, mask=unit < H, other=0)
-    row, there = _place(sizes, offsets, t, part * BP + batch, False, steps, B, EQUAL)
+    row, there = rows_at(sizes, offsets, t, part * BP + batch, False, steps, B, EQUAL)
     tl.store(y + (row * directions + direction) * H + unit, bits, mask=there & (unit < H))

@@ -1,4 +1,4 @@
-"""What both recurrent kernels do at a step, beside the products: inputs, gates, and how a state is handed on."""
+"""What recurrent kernels do at a step, beside the products: inputs, gates, and how a state is handed on."""
 
 from __future__ import annotations
 
@@ -67,3 +67,27 @@ def quarters(a):
     a_0, a_2 = tl.split(even)
     a_1, a_3 = tl.split(odd)
     return a_0, a_1, a_2, a_3
+
+
+@triton.jit
+def rows_at(sizes, offsets, k, stream, reverse, steps, B, EQUAL: tl.constexpr):
+    """Rows of u of these streams at the k-th step, and which of them take part in it."""
+    t = k
+    if reverse:
+        t = steps - 1 - k
+    size = B
+    row = t.to(tl.int64) * B
+    if not EQUAL:
+        there = (t >= 0) & (t < steps)
+        size = tl.load(sizes + t, mask=there, other=0)
+        row = tl.load(offsets + t, mask=there, other=0).to(tl.int64)
+    return row + stream, stream < size
+
+
+@triton.jit
+def state_at(h, part, k, reverse, steps, SIZE):
+    """Where a slice's state before the k-th step is, among those in the order of time."""
+    at = k
+    if reverse:
+        at = steps - k
+    return h + (part.to(tl.int64) * (steps + 1) + at) * SIZE

@@ -15,7 +15,9 @@ from srnn.sparse import SparseMatrix, stacked
 MOST_UNITS = 1 << 13  # h of so many fits the shared memory that a gather goes through
 
 
-# Values a program has at least, so that small networks take few programs and more streams at once. Not measured yet.
+# Values a program has at least, so that small networks take few programs and more streams at once. On an H100, 90 % of
+# single elements, us a step: GRU 512 takes 1.2 with one stream, with 512 of them 1.8, with 8192 1.6; GRU 256 with 16
+# streams 1.1, 1.1 and 1.3.
 LEAST_VALUES = 2048
 # Values of a tile, which stays in registers: 64 a thread. Half as many of fp32; twice as many of blocks, which have one
 # index each.
@@ -27,9 +29,13 @@ LONGEST = 64
 # Chunks of a program of ``recur_blocks``: two a warp of eight.
 CHUNKS = 16
 # Streams of a product of all blocks of a gate, and blocks that it may have: 512 rows of 64 streams are 64 registers a
-# thread. On an H100, 32x1 90 %, 64 streams: GRU 2560 takes 6.5 us a step so, in slices of 32 7.3, of 16 10.4; RNN 3072
-# 3.8, 4.7 and 5.4. Where several slices of 32 run at the same time they are faster: GRU 1760 4.0, by gates 5.4.
-BY_GATE, MOST_BY_GATE = 64, 512
+# thread. On an H100, 32x1 90 %, 64 streams: GRU 2560 takes 5.4 us a step so, in slices of 32 7.3, of 16 10.4; RNN 3072
+# 3.0, 4.7 and 5.4; GRU 3568 7.1, in slices of 16 16.2. Where several slices of 32 run at the same time they are faster,
+# unless there is one gate: GRU 1760 4.0 against 4.5, LSTM 1500 3.9 against 5.3, but RNN 1760 2.9 against 2.4.
+BY_GATE, MOST_BY_GATE = 64, 640
+# Of these, up to which the rows of the next gate are asked for early: GRU 2560 takes 5.8 without; with more, and with
+# four gates, registers run out: GRU 3568 takes 9.5 with it, LSTM 2150 6.3, without 5.9.
+MOST_AHEAD = 320
 # Registers that a thread's values and rows of h may take, by warps of its program, beside those for sums and addresses.
 # On an H100: GRU 3568 32x1 90 %, 64 streams, takes 16.2 us a step with 192 in 8 warps, and in 16 warps 20.0; GRU 2560
 # 80 %, 16 streams, 4.8 with 108 in 16 warps, and with values from the cache 10.6; GRU 1024 16x1 without zeros, which
@@ -188,7 +194,7 @@ def lay_out(matrices: Sequence[SparseMatrix], programs: int) -> Layout:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Sizes of ``recur_blocks``, which has a program for each group of units.
+    """Sizes of ``recur_blocks`` or ``recur_gates``, which have a program for each group of units.
 
     Attributes:
         programs: of a slice of streams and a direction.
@@ -198,8 +204,9 @@ class BlockPlan:
         k_2: blocks that a chunk has beyond, in a smaller tile of its own; 0 for none.
         tiles: that a chunk's blocks fall into; 1 keeps them in registers.
         warps: of a program.
+        each: groups of a program, 1 or 2.
 
-    With ``BY_GATE`` streams a slice there is one chunk a gate, which is one product.
+    With ``BY_GATE`` streams a slice it is ``recur_gates``, and a chunk is all blocks of a gate of a group, one product.
     """
 
     programs: int
@@ -209,6 +216,7 @@ class BlockPlan:
     k_2: int
     tiles: int
     warps: int
+    each: int = 1
 
     @property
     def resident(self) -> int:
@@ -220,16 +228,25 @@ class BlockPlan:
         """One product a gate."""
         return self.wide == BY_GATE
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the rows of the next gate are asked for before the product of one, which takes registers."""
+        return self.by_gate and self.warps == 8 and self.chunks < 4 and self.k + self.k_2 <= MOST_AHEAD
+
     def vectors(self, k: int, size: int) -> int:
         """Of 16 bytes, that a thread loads at a time of the rows of h for so many blocks a chunk."""
-        chunks = 1 if self.by_gate else self.chunks
-        return max(1, chunks * k * self.wide * size // (16 * 32 * self.warps))
+        return max(1, self.chunks * k * self.wide * size // (16 * 32 * self.warps))
+
+    def fits(self, processors: int, shared: int, height: int, size: int) -> bool:
+        """Whether all programs of a direction run at once on its processors, each of so many bytes of shared memory."""
+        enough = self.resident * self.shared_bytes(height, size) <= shared
+        return enough and self.programs <= self.resident * processors
 
     def shared_bytes(self, height: int, size: int) -> int:
         """Of shared memory that a program takes at most, with values of so many bytes."""
         values = self.chunks * height * (self.k + self.k_2) * size * (1 if self.tiles == 1 else 3)
         if self.by_gate:
-            return values + (self.k + self.k_2) * self.wide * size
+            return values + (self.k + self.k_2) * self.wide * size * (2 if self.ahead else 1)
         return values + max(self.chunks * self.k * self.wide * size, self.chunks * height * self.wide * 4)
 
 
@@ -250,16 +267,25 @@ class BlockLayout:
         return BlockLayout(self.plan, *(part.to(device) for part in parts))
 
 
-def plan_blocks(matrices: Sequence[SparseMatrix], processors: int, size: int, streams: int) -> BlockPlan:
-    """Sizes for matrices, one a direction, of 16x1 or 32x1 blocks whose values take ``size`` bytes."""
+def plan_blocks(
+    matrices: Sequence[SparseMatrix], processors: int, size: int, streams: int, shared: int = 228 << 10
+) -> BlockPlan:
+    """Sizes for matrices, one a direction, of 16x1 or 32x1 blocks whose values take ``size`` bytes.
+
+    Args:
+        matrices: on the CPU.
+        processors: of the device.
+        size: 2 or 4.
+        streams: at a time.
+        shared: bytes of memory that the programs of a processor share; those of an H100.
+    """
     matrix, directions = matrices[0], len(matrices)
     groups = matrix.groups // matrix.gates
     most = max(1, *(int(m.row_pointers.diff().max()) for m in matrices))
     at_once = processors // (directions * groups)  # slices, of a program a processor
-    if streams > 32 and size == 2 and at_once == 1 and matrix.height == 32:
-        k, k_2 = _two_powers(most, 32)  # that each thread of 8 warps loads a whole vector
-        if k + k_2 <= MOST_BY_GATE:
-            return BlockPlan(groups, BY_GATE, matrix.gates, k, k_2, 1, 8)
+    by_gate = _plan_gates(matrix, most, processors // directions, shared) if size == 2 else None
+    if by_gate and streams > 32 and (matrix.gates == 1 or at_once == 1 or (not at_once and matrix.gates == 3)):
+        return by_gate
     chunks = CHUNKS if matrix.gates == 1 else CHUNKS // 4
     needed = -(-most // chunks)
     k, k_2 = _two_powers(needed, 16)
@@ -271,8 +297,23 @@ def plan_blocks(matrices: Sequence[SparseMatrix], processors: int, size: int, st
     for wide, warps in forms:
         if CHUNKS * (k + k_2) * (matrix.height + wide) * size <= OPERAND_REGISTERS[warps] * 128 * warps:
             return BlockPlan(groups, wide, CHUNKS, k, k_2, 1, warps)
+    if by_gate:
+        return by_gate
     k = 32 if size == 4 else 64
     return BlockPlan(groups, narrow, CHUNKS, k, 0, -(-needed // k), 8 if at_once else 4)
+
+
+def _plan_gates(matrix: SparseMatrix, most: int, processors: int, shared: int) -> BlockPlan | None:
+    """For ``recur_gates``, if a gate's blocks are not too many.
+
+    Where groups outnumber the processors, programs of one gate fit two a processor, and others take two groups each.
+    """
+    groups, gates = matrix.groups // matrix.gates, matrix.gates
+    k, k_2 = _two_powers(most, 32)  # that each thread of 8 warps loads a whole vector
+    each = 2 if groups > processors and gates > 1 else 1
+    warps = 4 if groups > processors and gates == 1 else 8
+    plan = BlockPlan(-(-groups // each), BY_GATE, gates * each, k, k_2, 1, warps, each)
+    return plan if k + k_2 <= MOST_BY_GATE and plan.fits(processors, shared, matrix.height, 2) else None
 
 
 def lay_out_blocks(matrices: Sequence[SparseMatrix], plan: BlockPlan, dtype: torch.dtype) -> BlockLayout:
@@ -283,14 +324,16 @@ def lay_out_blocks(matrices: Sequence[SparseMatrix], plan: BlockPlan, dtype: tor
         plan: of these matrices.
         dtype: of the layers' inputs, which values are rounded to.
     """
-    matrix, programs = _joined(matrices), plan.programs * len(matrices)
+    matrix, directions = _joined(matrices), len(matrices)
+    programs, groups = plan.programs * directions, matrices[0].groups // matrix.gates
     pointers = matrix.row_pointers.numpy().astype(np.int64)
     counts = np.diff(pointers)
     row = np.repeat(np.arange(len(counts)), counts)  # of each block
     within = np.arange(len(row)) - pointers[row]
-    gate, program = row // programs, row % programs
+    gate, group = row // (directions * groups), row % (directions * groups)
+    program = group // groups * plan.programs + group % groups // plan.each
     if plan.by_gate:
-        chunk, k = gate, within
+        chunk, k = gate * plan.each + group % groups % plan.each, within
     elif matrix.gates == 1:
         chunk, k = within % plan.chunks, within // plan.chunks
     else:  # a warp's chunks are of one gate: chunk s is warp s % warps's
@@ -313,7 +356,8 @@ def lay_out_blocks(matrices: Sequence[SparseMatrix], plan: BlockPlan, dtype: tor
     chunks = programs * plan.chunks
     main = filled(first, place, k % plan.k, chunks * plan.tiles, plan.k)
     rest = filled(~first, place_2, k - plan.k, chunks, plan.k_2)
-    units = torch.arange(plan.programs * matrix.height, dtype=torch.int32).repeat(len(matrices))
+    units = torch.arange(plan.programs * plan.each * matrix.height, dtype=torch.int32)
+    units = units.view(plan.programs, plan.each, -1).transpose(1, 2).flatten().repeat(directions)
     return BlockLayout(plan, *main, *rest, units)
 
 

@@ -10,93 +10,132 @@ import triton.language as tl
 
 
 @triton.jit
+def transpose(
+    x,  # [M, I]
+    out,  # [I + 1, S]: S at least M; the last row, which places without a block multiply, is zero
+    M,
+    I,  # noqa: E741
+    S,
+    MT: tl.constexpr,
+    IT: tl.constexpr,
+):
+    """``out_IM = x_MI'``, and zeros beyond; six times as fast as torch's copy (13 us against 83 for 4096 x 2560)."""
+    m = tl.program_id(0) * MT + tl.arange(0, MT)
+    i = tl.program_id(1) * IT + tl.arange(0, IT)
+    where = m[:, None].to(tl.int64) * I + i[None, :]
+    tile = tl.load(x + where, mask=(m < M)[:, None] & (i < I)[None, :], other=0.0)
+    where = i[:, None].to(tl.int64) * S + m[None, :]
+    tl.store(out + where, tl.trans(tile), mask=(i <= I)[:, None] & (m < S)[None, :])
+
+
+@triton.jit
 def multiply_many(
-    x,  # [I, M]
+    x,  # [I + 1, S], as transpose leaves it; S is a multiple of MT
     y,  # [M, O]
     values,  # [blocks, N]
     columns,  # [blocks]
     pointers,  # [row groups + 1]
     bias,  # [O]
     M,
+    I,  # noqa: E741
+    S,
+    UNITS,  # of a gate
+    per_gate,  # row groups of a gate
+    y_row,  # strides of y
+    y_output,
+    N: tl.constexpr,
+    KT: tl.constexpr,
+    MT: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACROSS: tl.constexpr,
+    BIASED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """A row group times MT rows of x, which lies transposed so that a block's input is contiguous.
+
+    ACROSS makes the rows of x the first side of products, which a Hopper GPU's warpgroup instructions want larger; they
+    take it so of 16 bits only.
+    """
+    group = tl.program_id(0)
+    begin = tl.load(pointers + group)
+    end = tl.load(pointers + group + 1)
+    row = tl.program_id(1) * MT + tl.arange(0, MT)
+    lane = tl.arange(0, N)
+    sums = tl.zeros((MT, N) if ACROSS else (N, MT), tl.float32)
+    for start in tl.range(begin, end, KT, num_stages=STAGES):
+        block = start + tl.arange(0, KT)
+        used = block < end
+        column = tl.load(columns + block, mask=used, other=I).to(tl.int64)
+        value = tl.load(values + block[:, None].to(tl.int64) * N + lane[None, :], mask=used[:, None], other=0.0)
+        inputs = tl.load(x + column[:, None] * S + row[None, :])
+        if WIDEN:
+            value, inputs = value.to(tl.float32), inputs.to(tl.float32)
+        else:
+            value = value.to(inputs.dtype)
+        if ACROSS:
+            sums = tl.dot(tl.trans(inputs), value, sums, input_precision=PRECISION)
+        else:
+            sums = tl.dot(tl.trans(value), inputs, sums, input_precision=PRECISION)
+    if not ACROSS:
+        sums = tl.trans(sums)
+    unit = group % per_gate * N + lane
+    output = group // per_gate * UNITS + unit
+    if BIASED:
+        sums += tl.load(bias + output, mask=unit < UNITS, other=0.0)[None, :]
+    where = row[:, None].to(tl.int64) * y_row + output[None, :].to(tl.int64) * y_output
+    tl.store(y + where, sums.to(y.dtype.element_ty), mask=(row < M)[:, None] & (unit < UNITS)[None, :])
+
+
+@triton.jit
+def multiply_few(
+    x,  # [M / R, I, R]
+    y,  # [M, O]
+    values,  # [blocks, N]
+    columns,  # [blocks]
+    pointers,  # [row groups + 1]
+    bias,  # [O]
+    M,
+    I,  # noqa: E741
     UNITS,  # of a gate
     per_gate,  # row groups of a gate
     gates,
     y_row,  # strides of y
     y_output,
     N: tl.constexpr,
-    KT: tl.constexpr,
-    MT: tl.constexpr,
-    BIASED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """A row group times MT rows of x, which lies transposed so that a block's input is contiguous."""
-    group = tl.program_id(0)
-    begin = tl.load(pointers + group)
-    end = tl.load(pointers + group + 1)
-    row = tl.program_id(1) * MT + tl.arange(0, MT)
-    lane = tl.arange(0, N)
-    sums = tl.zeros((N, MT), tl.float32)
-    for start in range(begin, end, KT):
-        block = start + tl.arange(0, KT)
-        used = block < end
-        column = tl.load(columns + block, mask=used, other=0).to(tl.int64)
-        value = tl.load(values + block[:, None].to(tl.int64) * N + lane[None, :], mask=used[:, None], other=0.0)
-        inputs = tl.load(x + column[:, None] * M + row[None, :], mask=used[:, None] & (row < M)[None, :], other=0.0)
-        if WIDEN:
-            value, inputs = value.to(tl.float32), inputs.to(tl.float32)
-        else:
-            value = value.to(inputs.dtype)
-        sums = tl.dot(tl.trans(value), inputs, sums, input_precision=PRECISION)
-    unit = group % per_gate * N + lane
-    output = group // per_gate * UNITS + unit
-    if BIASED:
-        sums += tl.load(bias + output, mask=unit < UNITS, other=0.0)[:, None]
-    inside = (unit < UNITS)[:, None] & (row < M)[None, :]
-    where = row[None, :].to(tl.int64) * y_row + output[:, None].to(tl.int64) * y_output
-    tl.store(y + where, sums.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def multiply_few(
-    x,  # [M, I]
-    y,  # [M, O]
-    values,  # [blocks, N]
-    columns,  # [blocks]
-    pointers,  # [row groups + 1]
-    bias,  # [O]
-    inputs,
-    UNITS,
-    per_gate,
-    gates,
-    y_row,  # strides of y
-    y_output,
-    N: tl.constexpr,
+    R: tl.constexpr,
     GROUPS: tl.constexpr,
     KT: tl.constexpr,
     BIASED: tl.constexpr,
 ):
-    """GROUPS row groups times one row of x."""
+    """GROUPS row groups times R rows of x, which lie side by side: one look-up finds them all. R or N is 1."""
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     real = group < per_gate * gates
-    m = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(1)
+    x += part.to(tl.int64) * R * I
     begin = tl.load(pointers + group, mask=real, other=0)
     count = tl.load(pointers + group + 1, mask=real, other=0) - begin
-    lane = tl.arange(0, N)
+    n = tl.arange(0, N)
+    r = tl.arange(0, R)
     k = tl.arange(0, KT)
-    sums = tl.zeros((GROUPS, KT, N), tl.float32)
+    sums = tl.zeros((GROUPS, KT, N * R), tl.float32)
     for start in range(0, tl.max(count, axis=0), KT):
         used = (start + k)[None, :] < count[:, None]
         block = begin[:, None] + start + k[None, :]
-        column = tl.load(columns + block, mask=used, other=0).to(tl.int32)
-        h = tl.load(x + m * inputs + column, mask=used, other=0.0).to(tl.float32)
-        where = block.to(tl.int64)[:, :, None] * N + lane[None, None, :]
-        value = tl.load(values + where, mask=used[:, :, None], other=0.0).to(tl.float32)
-        sums += value * h[:, :, None]
-    out = tl.sum(sums, axis=1)
-    unit = (group % per_gate * N)[:, None] + lane[None, :]
+        column = (tl.load(columns + block, mask=used, other=0).to(tl.int32) * R)[:, :, None]
+        inputs = tl.load(x + column + r[None, None, :], mask=used[:, :, None], other=0.0).to(tl.float32)
+        if N == 1:
+            value = tl.load(values + block.to(tl.int64), mask=used, other=0.0).to(tl.float32)[:, :, None]
+        else:
+            where = (block.to(tl.int64) * N)[:, :, None] + n[None, None, :]
+            value = tl.load(values + where, mask=used[:, :, None], other=0.0).to(tl.float32)
+        sums += value * inputs
+    unit = (group % per_gate * N)[:, None] + n[None, :]
     output = (group // per_gate * UNITS)[:, None] + unit
-    inside = real[:, None] & (unit < UNITS)
+    row = (part * R + r)[None, :]
+    inside = real[:, None] & (unit < UNITS) & (row < M)
+    out = tl.sum(sums, axis=1)
     if BIASED:
-        out += tl.load(bias + output, mask=inside, other=0.0)
-    tl.store(y + m * y_row + output.to(tl.int64) * y_output, out.to(y.dtype.element_ty), mask=inside)
+        out += tl.load(bias + output, mask=real[:, None] & (unit < UNITS), other=0.0)
+    where = row.to(tl.int64) * y_row + output.to(tl.int64) * y_output
+    tl.store(y + where, out.to(y.dtype.element_ty), mask=inside)

@@ -1,8 +1,11 @@
 """Waiting, inside a kernel, for what other programs of the same launch write.
 
-The data is its own flag. Memory that is to be written starts as all ones, which no result is (kernels write another NaN
-instead), and a thread that finds a part of what it loaded unwritten loads that again, by itself: no other thread of its
-program waits with it, and nobody has to publish that data is complete.
+Of few data, the data is its own flag, ``written``. Memory that is to be written starts as all ones, which no result is
+(kernels write another NaN instead), and a thread that finds a part of what it loaded unwritten loads that again, by
+itself: no other thread of its program waits with it, and nobody has to publish that data is complete.
+
+Of many data, each program counts itself in once it has written all of its own, and others wait until ``all_in``:
+looking at each vector again and again would take the bandwidth that the data needs.
 """
 
 from __future__ import annotations
@@ -99,4 +102,52 @@ def written(bits, offset, base, failed, wait, VECTORS: tl.constexpr):
         TEXT, CONSTRAINTS,
         [bits, offset, base.to(tl.int64), failed.to(tl.int64), wait],
         dtype=bits.dtype, is_pure=False, pack=AT_A_TIME * 128 // SIZE,
+    )  # fmt: skip
+
+
+# A result, the addresses of the counter and of the flag for failures, and what to wait for.
+_ALL_IN = tl.constexpr(f"""{{
+    .reg .pred other;
+    .reg .b32 n, tries;
+    mov.b32 $0, 0;
+    mov.b32 tries, 0;
+    AGAIN:
+    ld.acquire.gpu.global.b32 n, [$1];
+    setp.ge.s32 other, n, $3;
+    @other bra FINISHED;
+    add.s32 tries, tries, 1;
+    and.b32 n, tries, 255;
+    setp.ne.b32 other, n, 0;
+    @other bra AGAIN;
+    ld.relaxed.sys.global.b32 n, [$2];
+    setp.ne.b32 other, n, 0;
+    @other bra GIVE_UP;
+    setp.lt.s32 other, tries, {PATIENCE};
+    @other bra AGAIN;
+    st.relaxed.sys.global.b32 [$2], 1;
+    GIVE_UP:
+    mov.b32 $0, 1;
+    FINISHED:
+}}""")
+
+
+@triton.jit
+def count_in(counter):
+    """Say that this program has written all that it stored so far."""
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release")
+
+
+@triton.jit
+def all_in(counter, wanted, failed):
+    """Wait until programs have counted themselves in so many times. Returns 0, or 1 if this gave up.
+
+    Args:
+        counter: pointer, of ``count_in``.
+        wanted: how many.
+        failed: pointer to the flag that is set when this gives up.
+    """
+    return tl.inline_asm_elementwise(
+        _ALL_IN, "=&r,l,l,r", [counter.to(tl.int64), failed.to(tl.int64), wanted],
+        dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
