@@ -59,10 +59,18 @@ def plot_plan(pruner: Pruner, path: Path) -> Path:
     method, total = pruner.method, pruner.run.total_steps
     steps = sorted({0, max(0, method.dense_until), *method.updates, total})
     figure, axes = plt.subplots(figsize=(8, 4.5))
+    lines: list[Any] = []
     for group in pruner.groups:
         shares = [method.expected(itr, group) for itr in steps]
-        if None not in shares:
-            axes.step(steps, [100 * (share or 0.0) for share in shares], where="post", label=group.name)
+        if None in shares:
+            continue
+        curve = [100 * (share or 0.0) for share in shares]
+        # One that lies on another, but for a weight that a share is rounded to, would hide it.
+        same = [line for line in lines if max(abs(a - b) for a, b in zip(line.get_ydata(), curve, strict=True)) < 0.3]
+        if same:
+            same[0].set_label(f"{same[0].get_label()}, {group.name}")
+        else:
+            lines += axes.step(steps, curve, where="post", label=group.name)
     schedule = getattr(method, "schedule", None)
     if isinstance(schedule, GradualSchedule):
         right = axes.twinx()
@@ -72,7 +80,7 @@ def plot_plan(pruner: Pruner, path: Path) -> Path:
         _mark_phases(axes, {"ramp_itr": schedule.ramp_itr})
     _mark_phases(axes, {"start_itr": max(0, method.dense_until), "end_itr": method.done_from})
     axes.set(xlabel="step", ylabel="expected sparsity, %", xlim=(0, total), ylim=(0, 100), title="Forecast")
-    if len(pruner.groups) <= LEGEND_ROWS:
+    if lines and len(pruner.groups) <= LEGEND_ROWS:
         axes.legend(loc="lower right", fontsize=8)
     return _save(figure, path)
 

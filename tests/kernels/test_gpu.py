@@ -134,17 +134,19 @@ def test_both_directions_take_little_longer_than_one():
     assert seconds["both"] < 1.4 * seconds["one"], seconds
 
 
-@pytest.mark.parametrize(("structure", "streams"), [("element", 1), ("16x1", 1), ("16x1", 16)])
-def test_a_hundred_thousand_launches(structure, streams):
+@pytest.mark.parametrize(
+    ("structure", "streams", "hidden"), [("element", 1, 512), ("16x1", 1, 512), ("16x1", 16, 512), ("32x1", 64, 2560)]
+)
+def test_a_hundred_thousand_launches(structure, streams, hidden):
     """None of which waits for ever, or in vain."""
     from srnn.kernels.contract import equal_lengths
 
     torch.manual_seed(0)
-    height = 1 if structure == "element" else 16
-    kept = (torch.rand(3 * 512 // height, 512) < 0.1).float().repeat_interleave(height, dim=0)
-    recurrence = recurrence_of(kept * torch.randn(3 * 512, 512) * 0.1, structure)
-    u = torch.randn(4 * streams, 1536, device="cuda", dtype=torch.float16)
-    state, sizes = (torch.zeros(streams, 512, device="cuda", dtype=torch.float16),), equal_lengths(4, streams)
+    height = 1 if structure == "element" else int(structure[:-2])
+    kept = (torch.rand(3 * hidden // height, hidden) < 0.1).float().repeat_interleave(height, dim=0)
+    recurrence = recurrence_of(kept * torch.randn(3 * hidden, hidden) * 0.1, structure)
+    u = torch.randn(4 * streams, 3 * hidden, device="cuda", dtype=torch.float16)
+    state, sizes = (torch.zeros(streams, hidden, device="cuda", dtype=torch.float16),), equal_lengths(4, streams)
     first, _ = recurrence(u, sizes, state)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
