@@ -61,11 +61,18 @@ def compiled_for(cell, hidden, height, streams, kernel, dtype, monkeypatch):
     monkeypatch.setattr(blocks, "write_outputs", Caught(blocks.write_outputs))
     monkeypatch.setattr(backend, "processors", lambda device: 132)
     monkeypatch.setattr(backend, "shared_memory", lambda device: 228 << 10)
+    monkeypatch.setattr(backend, "has_warpgroups", lambda device: True)
     ready = backend._Recurrence((LayerWeights(cell, matrix, matrix),), torch.device("cpu"), dtype, "ieee")
     state = tuple(torch.zeros(streams, hidden, dtype=dtype) for _ in range(2 if cell == "lstm" else 1))
-    ready(torch.zeros(3 * streams, gates * hidden, dtype=dtype), equal_lengths(3, streams), state)
+    u = torch.zeros(gates * hidden, 3 * streams, dtype=dtype).T  # as a layer's product leaves it for slices
+    if streams == 1:
+        u = u.contiguous()
+    ready(u, equal_lengths(3, streams), state)
     ((given, options),) = caught.launches
-    return compiled(caught.kernel, given, options), options
+    made = compiled(caught.kernel, given, options)
+    if kernel == "recur_gates":
+        assert made.metadata.shared <= ready.blocks(streams).plan.shared_bytes(height, dtype.itemsize)
+    return made, options
 
 
 @pytest.mark.parametrize(
@@ -100,13 +107,16 @@ def test_threads_wait_for_whole_vectors_of_their_own(cell, hidden, height, strea
             assert not re.search(rf"{operand} = ttg\.local_(load|alloc)", loop), "values are loaded anew at each step"
 
 
-@pytest.mark.parametrize(("cell", "hidden", "height"), [("gru", 2560, 32), ("lstm", 2150, 32), ("tanh", 3072, 16)])
+@pytest.mark.parametrize(
+    ("cell", "hidden", "height"),
+    [("gru", 2560, 32), ("lstm", 2150, 32), ("tanh", 3072, 16), ("tanh", 4500, 32), ("gru", 2560, 16)],
+)
 def test_products_of_a_gate_read_shared_memory(cell, hidden, height, monkeypatch):
     """Rows of h that went through registers would take two barriers a small piece; values have to be there already."""
     made, options = compiled_for(cell, hidden, height, 64, "recur_gates", torch.float16, monkeypatch)
     _, loop = re.split(r"scf\.while", made.asm["ttgir"], maxsplit=1)
     operands = re.findall(r"warp_group_dot (%\w+), (%\w+),.*? : (\S+)<", loop)
-    assert len(operands) == options["GATES"] * (2 if options["K_2"] else 1)
+    assert len(operands) == options["GATES"] * options["EACH"] * (2 if options["K_2"] else 1)
     for _, value, kind in operands:
         assert kind == "!ttg.memdesc"
         assert not re.search(rf"{value} = ttg\.local_(load|alloc)", loop), "values are loaded anew at each step"

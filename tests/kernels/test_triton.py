@@ -214,12 +214,30 @@ def test_many_streams_in_wide_slices(cell, reverse, dtype, height, processors, w
 
 @pytest.mark.gpu
 @here
-def test_both_directions_by_gates(monkeypatch):
-    monkeypatch.setattr("srnn.kernels.triton.backend.processors", lambda device: 6)
-    forward, backward = (layer("gru", 19, 90, 32, density=0.8, reverse=d == 1, seed=d) for d in range(2))
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize(("hidden", "processors"), [(70, 3), (33, 2)])
+def test_an_odd_number_of_groups_in_pairs(cell, hidden, processors, monkeypatch):
+    """The last program has one group, and that is not full."""
+    from srnn.kernels.triton import plan
+
+    monkeypatch.setattr("srnn.kernels.triton.backend.processors", lambda device: processors)
+    monkeypatch.setattr(plan, "OPERAND_REGISTERS", {4: 0})
+    weights = layer(cell, 19, hidden, 16, density=0.8)
+    assert plan.plan_blocks([weights.w_hh], processors, 2, 40).each == 2
+    check(weights, torch.float16, equal_lengths(2, 40))
+    check(weights, torch.float16, torch.tensor([130, 33, 1]))
+
+
+@pytest.mark.gpu
+@here
+@pytest.mark.parametrize(("hidden", "height", "processors", "each"), [(90, 32, 6, 1), (37, 16, 4, 2)])
+def test_both_directions_by_gates(hidden, height, processors, each, monkeypatch):
+    monkeypatch.setattr("srnn.kernels.triton.backend.processors", lambda device: processors)
+    forward, backward = (layer("gru", 19, hidden, height, density=0.8, reverse=d == 1, seed=d) for d in range(2))
     for sizes in (equal_lengths(3, 40), torch.tensor([40, 33, 1])):
         recurrence = check_both(forward, backward, torch.float16, sizes)
         assert recurrence.blocks(40).plan.by_gate
+        assert recurrence.blocks(40).plan.each == each
 
 
 @pytest.mark.gpu
@@ -336,6 +354,32 @@ def test_products(structure, rows, dtype):
         assert relative_error(y[others], wanted[others]) < TOLERANCE[dtype]
         if lost < rows:
             assert torch.equal(y[lost].isnan(), (dense != 0).any(1))
+
+
+@pytest.mark.gpu
+@here
+def test_products_of_so_many_inputs_that_columns_just_fit():
+    """Places without a block multiply a row of zeros after the last input, which 16 bits cannot name."""
+    from srnn.kernels.triton.backend import Triton
+
+    dense = torch.zeros(16, 1 << 16)
+    dense[:, 1:40] = 0.5
+    matrix = SparseMatrix.from_dense(dense, "16x1", "fp16")
+    assert matrix.columns.dtype == torch.uint16
+    x = torch.ones(5, 1 << 16, dtype=torch.float16)
+    x[:, 0] = torch.inf
+    y = Triton().product(matrix, None, DEVICE, torch.float16)(x.to(DEVICE))
+    assert (y == 0.5 * 39).all()
+
+
+@pytest.mark.gpu
+@here
+def test_a_gpu_without_warpgroups_multiplies_in_batches():
+    from srnn.kernels.triton.plan import plan_blocks
+
+    weights = layer("gru", 19, 90, 32, density=0.8)
+    assert plan_blocks([weights.w_hh], 3, 2, 70).by_gate
+    assert not plan_blocks([weights.w_hh], 3, 2, 70, warpgroups=False).by_gate
 
 
 @pytest.mark.gpu
@@ -491,8 +535,9 @@ def test_many_streams_that_wait_in_vain_give_up_too(name, streams, height, hidde
     monkeypatch.setattr(kernels, name, OneShort())
     y, _ = recurrence(u, sizes, state)
     torch.cuda.synchronize()
-    lost = y.view(5, streams, hidden)[2:, :, : hidden * 4 // 5]
-    assert lost.isnan().all(), "two steps on, all depend on what was never written"
+    # Units wait for those they depend on, or for all.
+    lost = y.view(5, streams, hidden)[(2 if name == "recur_blocks" else 1) :, :, : hidden * 4 // 5]
+    assert lost.isnan().all(), "all depend on what was never written"
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="gave up waiting"):
         recurrence(u, sizes, state)

@@ -72,6 +72,12 @@ def shared_memory(device: torch.device) -> int:
     return 228 << 10 if interpreted() else torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
+@functools.cache
+def has_warpgroups(device: torch.device) -> bool:
+    """Whether it is a Hopper GPU; the interpreter is one."""
+    return interpreted() or torch.cuda.get_device_capability(device)[0] == 9
+
+
 @register.kernel("triton")
 class Triton(Kernel):
     """A whole sequence in one launch, the weights on the chip.
@@ -172,6 +178,8 @@ class _Product:
     """``y_MO = x_MI W' + bias``."""
 
     def __init__(self, matrix: SparseMatrix, bias: Tensor | None, dtype: torch.dtype, precision: str) -> None:
+        if matrix.shape[1] > torch.iinfo(matrix.columns.dtype).max:  # to name the row after the last
+            matrix = replace(matrix, columns=matrix.columns.to(torch.int32))
         self.matrix, self.bias, self.dtype, self.precision = matrix, bias, dtype, precision
 
     @functools.cached_property
@@ -280,7 +288,7 @@ class _Recurrence(Recurrence):
         if streams == 1 or self.height < 16:
             return None
         size, shared = self.dtype.itemsize, shared_memory(self.device)
-        plan = plan_blocks(self.matrices, processors(self.device), size, streams, shared)
+        plan = plan_blocks(self.matrices, processors(self.device), size, streams, shared, has_warpgroups(self.device))
         if plan not in self.block_layouts:
             fits = plan.fits(processors(self.device) // self.count, shared, self.height, size)
             self.block_layouts[plan] = lay_out_blocks(self.matrices, plan, self.dtype).to(self.device) if fits else None

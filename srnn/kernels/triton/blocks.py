@@ -225,7 +225,7 @@ def recur_blocks(
 
 @triton.jit
 def write_outputs(
-    h,  # [D, slices, T + 1, H, BP], as ``recur_blocks`` leaves it
+    h,  # [D, slices, T + 1, H, BP], as ``recur_blocks`` or ``recur_gates`` leaves it
     y,  # [rows, D, H]
     sizes,  # [T], streams of a step
     offsets,  # [T], first row of a step
@@ -239,8 +239,8 @@ def write_outputs(
     REVERSE: tl.constexpr,
     BOTH: tl.constexpr,
 ):
-    """The states after each step, transposed. ``recur_blocks`` would write them in pieces of two bytes, H apart, which
-    takes a quarter of its time with 64 streams."""
+    """The states after each step, transposed. They would write them in pieces of two bytes, H apart, which takes a
+    quarter of their time with 64 streams."""
     t = tl.program_id(0)
     part = tl.program_id(1) % slices
     direction = tl.program_id(1) // slices

@@ -210,6 +210,7 @@ def recur_gates(
             if GATES > 3:
                 a_3 = sums[3]
 
+        a_0 += tl.where(lost != 0, float("nan"), 0.0)  # which every cell hands on to all of its state
         old = mine
         if CELL == "gru":
             new = gru(a_0, a_1, in_2, a_2, old.to(tl.float32))
@@ -220,12 +221,12 @@ def recur_gates(
                 tl.store(c + part * SIZE + place, cell, mask=unit < H)
         else:
             new = activated(a_0, CELL)
-        mine = tl.where(lost != 0, float("nan"), new).to(FLOAT)
+        mine = new.to(FLOAT)
         if not EQUAL:
             mine = tl.where(active, mine, old)
         tl.store(state_at(h, part, k + 1, reverse, steps, SIZE) + place, mine, mask=unit < H)
         if WAITS:
-            count_in(counters + part)
+            count_in(counters + part, lost)
 
         k, part, active = k_next, part_next, active_next
         now = state_at(h, part, tl.minimum(k, last), reverse, steps, SIZE)  # after the last step something to point to

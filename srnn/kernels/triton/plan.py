@@ -36,11 +36,16 @@ BY_GATE, MOST_BY_GATE = 64, 640
 # Of these, up to which the rows of the next gate are asked for early: GRU 2560 takes 5.8 without; with more, and with
 # four gates, registers run out: GRU 3568 takes 9.5 with it, LSTM 2150 6.3, without 5.9.
 MOST_AHEAD = 320
+# Streams up to which one after the other is faster than 64 at once where blocks are too many for registers. On an H100,
+# GRU 3568 16x1 90 % takes 3.2 us for each, and 17.5 for up to 64.
+ONE_BY_ONE = 5
+# Bytes of shared memory that the driver takes for a program.
+RESERVED = 1 << 10
 # Registers that a thread's values and rows of h may take, by warps of its program, beside those for sums and addresses.
 # On an H100: GRU 3568 32x1 90 %, 64 streams, takes 16.2 us a step with 192 in 8 warps, and in 16 warps 20.0; GRU 2560
-# 80 %, 16 streams, 4.8 with 108 in 16 warps, and with values from the cache 10.6; GRU 1024 16x1 without zeros, which
-# would need 128 in 16, takes 52 because they don't fit. GRU 2560 16x1 90 % needs the 160 of 4 warps: 5.1 us with 16
-# streams, and one at a time 40.
+# 80 %, 16 streams, 4.4 with 108 in 16 warps, and by gates about 10; GRU 1024 16x1 without zeros, which would need 128
+# in 16, takes 52 because they don't fit. GRU 2560 16x1 90 % needs the 160 of 4 warps: 5.4 us with 16 streams, and one
+# at a time 40.
 OPERAND_REGISTERS = {4: 160, 8: 192, 16: 108}
 
 
@@ -194,7 +199,7 @@ def lay_out(matrices: Sequence[SparseMatrix], programs: int) -> Layout:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Sizes of ``recur_blocks`` or ``recur_gates``, which have a program for each group of units.
+    """Sizes of ``recur_blocks``, which has a program for each group of units, or of ``recur_gates``.
 
     Attributes:
         programs: of a slice of streams and a direction.
@@ -202,7 +207,7 @@ class BlockPlan:
         chunks: that a program's blocks fall into, each of one gate.
         k: blocks of a chunk, in a tile.
         k_2: blocks that a chunk has beyond, in a smaller tile of its own; 0 for none.
-        tiles: that a chunk's blocks fall into; 1 keeps them in registers.
+        tiles: that a chunk's blocks fall into; 1 keeps them on the chip.
         warps: of a program.
         each: groups of a program, 1 or 2.
 
@@ -239,14 +244,15 @@ class BlockPlan:
 
     def fits(self, processors: int, shared: int, height: int, size: int) -> bool:
         """Whether all programs of a direction run at once on its processors, each of so many bytes of shared memory."""
-        enough = self.resident * self.shared_bytes(height, size) <= shared
+        enough = self.resident * (self.shared_bytes(height, size) + RESERVED) <= shared
         return enough and self.programs <= self.resident * processors
 
     def shared_bytes(self, height: int, size: int) -> int:
         """Of shared memory that a program takes at most, with values of so many bytes."""
         values = self.chunks * height * (self.k + self.k_2) * size * (1 if self.tiles == 1 else 3)
         if self.by_gate:
-            return values + (self.k + self.k_2) * self.wide * size * (2 if self.ahead else 1)
+            rows = (self.k + self.k_2) * self.wide * size
+            return values + rows * (2 if self.ahead else 1) + self.each * height * self.wide * 4
         return values + max(self.chunks * self.k * self.wide * size, self.chunks * height * self.wide * 4)
 
 
@@ -268,7 +274,12 @@ class BlockLayout:
 
 
 def plan_blocks(
-    matrices: Sequence[SparseMatrix], processors: int, size: int, streams: int, shared: int = 228 << 10
+    matrices: Sequence[SparseMatrix],
+    processors: int,
+    size: int,
+    streams: int,
+    shared: int = 228 << 10,
+    warpgroups: bool = True,
 ) -> BlockPlan:
     """Sizes for matrices, one a direction, of 16x1 or 32x1 blocks whose values take ``size`` bytes.
 
@@ -278,12 +289,14 @@ def plan_blocks(
         size: 2 or 4.
         streams: at a time.
         shared: bytes of memory that the programs of a processor share; those of an H100.
+        warpgroups: whether the device has instructions of four warps together, as Hopper GPUs do. On others
+            ``recur_gates`` runs out of registers: compiled for an A100, GRU 2560 32x1 spills 7,800 bytes a thread.
     """
     matrix, directions = matrices[0], len(matrices)
     groups = matrix.groups // matrix.gates
     most = max(1, *(int(m.row_pointers.diff().max()) for m in matrices))
     at_once = processors // (directions * groups)  # slices, of a program a processor
-    by_gate = _plan_gates(matrix, most, processors // directions, shared) if size == 2 else None
+    by_gate = _plan_gates(matrix, most, processors // directions, shared) if size == 2 and warpgroups else None
     if by_gate and streams > 32 and (matrix.gates == 1 or at_once == 1 or (not at_once and matrix.gates == 3)):
         return by_gate
     chunks = CHUNKS if matrix.gates == 1 else CHUNKS // 4
@@ -297,7 +310,7 @@ def plan_blocks(
     for wide, warps in forms:
         if CHUNKS * (k + k_2) * (matrix.height + wide) * size <= OPERAND_REGISTERS[warps] * 128 * warps:
             return BlockPlan(groups, wide, CHUNKS, k, k_2, 1, warps)
-    if by_gate:
+    if by_gate and streams > ONE_BY_ONE:
         return by_gate
     k = 32 if size == 4 else 64
     return BlockPlan(groups, narrow, CHUNKS, k, 0, -(-needed // k), 8 if at_once else 4)

@@ -33,7 +33,7 @@ def multiply_many(
     x,  # [I + 1, S], as transpose leaves it; S is a multiple of MT
     y,  # [M, O]
     values,  # [blocks, N]
-    columns,  # [blocks]
+    columns,  # [blocks], of a type that can hold I
     pointers,  # [row groups + 1]
     bias,  # [O]
     M,

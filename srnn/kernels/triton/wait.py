@@ -132,10 +132,10 @@ _ALL_IN = tl.constexpr(f"""{{
 
 
 @triton.jit
-def count_in(counter):
-    """Say that this program has written all that it stored so far."""
+def count_in(counter, lost):
+    """Say that this program has written all that it stored so far; not if it gave up, so that the others do, too."""
     tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="release")
+    tl.atomic_add(counter, 1 - lost, sem="release")
 
 
 @triton.jit
