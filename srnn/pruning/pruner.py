@@ -23,6 +23,7 @@ from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import masks_of
 from srnn.registry import register
 
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 COMPARE_EVERY = 100  # steps between two comparisons of the ranks, beside those at updates
 NAMED = 8  # parameters in a warning
 
@@ -64,7 +65,7 @@ class Row:
 class Pruner:
     """Prunes a model while it trains. Call ``step()`` after every ``optimizer.step()``.
 
-    Weights are multiplied by their masks in place: parameters keep their identity, names and memory, so cuDNN's
+    Weights are masked in place: parameters keep their identity, names and memory, so cuDNN's
     flat weights stay valid. The optimiser's state of a pruned weight (momentum, Adam's moments) is zeroed too.
 
     Example::
@@ -124,7 +125,7 @@ class Pruner:
         self._masks = masks_of(self.groups)
         self._parameters = {part.parameter_name: part.parameter for part in self.parts}
         self._averaged = _averaged(average, self._parameters)
-        self._factors: dict[str, Tensor] = {}
+        self._held_bits: dict[tuple[str, int], Tensor] = {}
         self._before: dict[str, Tensor] = {}
         self.method.prepare(self.run, self.groups, reference)
         self._start()
@@ -139,7 +140,7 @@ class Pruner:
         for name, parameter in self._parameters.items():
             if not bool(self._masks[name].all()):
                 self._before[name] = parameter.detach().clone()
-                parameter.mul_(self._masks[name])
+                parameter.masked_fill_(~self._masks[name], 0)
 
     @property
     def parts(self) -> list[Part]:
@@ -216,15 +217,13 @@ class Pruner:
             self.method.update(self.itr, group)
             for part, mask in zip(group.parts, before, strict=False):
                 part.revived += torch.stack([count(gate) for gate in part.of(part.mask) > mask])
-        self._factors.clear()
+        self._held_bits.clear()
 
     def _apply(self) -> None:
         if self.itr <= self.method.dense_until:
             return
         # Momentum is what lets a soft method's weights come back.
         with_state = self.method.zero_state and (not self.method.soft or self.itr >= self.method.done_from)
-        tensors: list[Tensor] = []
-        factors: list[Tensor] = []
         for name, parameter in self._parameters.items():
             masked = [parameter, *(self.state_of(parameter) if with_state else ()), *self._averaged.get(name, ())]
             if parameter.is_cuda:
@@ -232,22 +231,24 @@ class Pruner:
                 for tensor in masked:
                     tensor.masked_fill_(pruned, 0)
             else:
-                tensors += masked
-                factors += [self._factor(name, parameter)] * len(masked)
-        if tensors:
-            torch._foreach_mul_(tensors, factors)
+                for tensor in masked:
+                    bits = self._bits(name, tensor.itemsize)
+                    tensor.view(bits.dtype).bitwise_and_(bits)
 
     def state_of(self, parameter: nn.Parameter) -> list[Tensor]:
         """The optimisers' tensors that go with a parameter, element for element."""
         state = [value for each in self.optimizers for value in each.state.get(parameter, {}).values()]
         return [value for value in state if isinstance(value, Tensor) and value.shape == parameter.shape]
 
-    def _factor(self, name: str, parameter: nn.Parameter) -> Tensor:
-        """What to multiply by: the mask in the weight's own type, kept until the next update. 0.21 ms a step for the
-        weights and Adam state of a GRU 256, against 0.40 ms with the bytes of the mask itself."""
-        if name not in self._factors:
-            self._factors[name] = self._masks[name].to(parameter.dtype)
-        return self._factors[name]
+    def _bits(self, name: str, size: int) -> Tensor:
+        """The mask as numbers of so many bytes, of all ones where it keeps a weight; held until the next update.
+
+        Masking by them leaves zero, whatever there was: infinite times zero is NaN. It takes 0.26 ms a step for the
+        weights and Adam state of a GRU 256 on a CPU, products with a mask of floats 0.24, masked_fill 1.16.
+        """
+        if (name, size) not in self._held_bits:
+            self._held_bits[name, size] = self._masks[name].to(INTEGERS[size]).neg_()
+        return self._held_bits[name, size]
 
     def _compared(self) -> dict[str, Tensor]:
         """What has to be equal on all ranks."""
@@ -319,7 +320,7 @@ class Pruner:
         for name, weight in self._before.items():
             self._parameters[name].copy_(weight)
         self._before.clear()
-        self._factors.clear()
+        self._held_bits.clear()
 
 
 def build_method(method: str | Mapping[str, Any] | PruningMethod, options: Mapping[str, Any]) -> PruningMethod:

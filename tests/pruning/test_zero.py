@@ -151,6 +151,30 @@ def test_the_optimisers_state_may_be_left_alone():
     assert (optimizer.state[weight]["exp_avg"][gone] != 0).any()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_not_finite_is_zero_where_it_is_pruned(dtype, device):
+    """In a weight, and in the optimiser's state, whose type may be another; a product with zero would be NaN."""
+    model = nn.Linear(8, 6, bias=False).to(device, dtype)
+    optimizer = torch.optim.Adam(model.parameters())
+    pruner = Pruner(model, "hard", 10, optimizer, sparsity=0.5, prune_itr=1)
+    for itr in range(3):
+        model.weight.grad = torch.randn_like(model.weight)
+        optimizer.step()
+        state = optimizer.state[model.weight]
+        if itr == 2:
+            state["exp_avg_sq"] = state["exp_avg_sq"].float()
+            for tensor in (model.weight, state["exp_avg"], state["exp_avg_sq"]):
+                tensor.detach()[:] = torch.tensor([torch.inf, -torch.inf, torch.nan, -3.0], device=device).repeat(2)
+        pruner.step()
+    pruned = ~pruner.masks()["weight"]
+    assert pruned.sum() == 24
+    for tensor in (model.weight.detach(), state["exp_avg"], state["exp_avg_sq"]):
+        assert (tensor[pruned] == 0).all()
+        assert not tensor[pruned].signbit().any()
+        assert (tensor[~pruned] != 0).all()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_copies_files_and_the_compiler_see_plain_parameters(method, tmp_path):
     model = Net()
