@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -110,6 +110,10 @@ class Pruner:
         self.run = run if isinstance(run, RunLength) else RunLength(run)
         given = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         self.optimizers = [each for each in given if each is not None]
+        if wrong := [each for each in self.optimizers if not isinstance(each, torch.optim.Optimizer)]:
+            raise UserError(
+                f"Pruner: optimizer={type(wrong[0]).__name__}(...) must be a torch optimizer, or a sequence of them."
+            )
         self.groups = self.method.groups(unwrapped(model))
         if self.method.layer_types and not self.groups:
             raise UserError(
@@ -124,11 +128,24 @@ class Pruner:
         self.seconds = 0.0  # spent in here; on a GPU, masking between updates is launched and not awaited
         self._masks = masks_of(self.groups)
         self._parameters = {part.parameter_name: part.parameter for part in self.parts}
+        self._check_optimizers()
         self._averaged = _averaged(average, self._parameters)
         self._held_bits: dict[tuple[str, int], Tensor] = {}
         self._before: dict[str, Tensor] = {}
         self.method.prepare(self.run, self.groups, reference)
         self._start()
+
+    def _check_optimizers(self) -> None:
+        """Warn of weights whose state would be left as it is, because another optimiser has it."""
+        theirs = {id(p) for each in self.optimizers for group in each.param_groups for p in group["params"]}
+        others = [n for n, p in self._parameters.items() if p.requires_grad and id(p) not in theirs]
+        if self.optimizers and others:
+            more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+            warnings.warn(
+                f"no optimizer given to the Pruner updates {', '.join(others[:NAMED])}{more}: if another does, its "
+                f"state of pruned weights stays; give all optimizers as a list.",
+                stacklevel=3,
+            )
 
     @torch.no_grad()
     def _start(self) -> None:
@@ -141,6 +158,19 @@ class Pruner:
             if not bool(self._masks[name].all()):
                 self._before[name] = parameter.detach().clone()
                 parameter.masked_fill_(~self._masks[name], 0)
+
+    def _give_back(self) -> None:
+        """The weights that ``_start`` took, unless others have been loaded since."""
+        for name, weight in self._before.items():
+            left = weight.masked_fill(~self._masks[name], 0)
+            if torch.equal(self._parameters[name], left):
+                self._parameters[name].copy_(weight)
+        self._before.clear()
+
+    @property
+    def _settings(self) -> str:
+        """Of the method, as far as they can be compared."""
+        return repr(self.method) if is_dataclass(self.method) else type(self.method).__qualname__
 
     @property
     def parts(self) -> list[Part]:
@@ -288,7 +318,7 @@ class Pruner:
         revived = {part.name: part.revived.tolist() for part in self.parts}
         return {
             "itr": self.itr, "seconds": self.seconds, "thresholds": self.thresholds, "masks": packed,
-            "revived": revived, "method": self.method.state_dict(),
+            "revived": revived, "method": self.method.state_dict(), "settings": self._settings,
         }  # fmt: skip
 
     @torch.no_grad()
@@ -308,6 +338,12 @@ class Pruner:
                 f"the pruning state belongs to other settings: its thresholds are of {', '.join(state['thresholds'])}, "
                 f"and these of {', '.join(self.thresholds)}."
             )
+        if state.get("settings", self._settings) != self._settings:
+            raise UserError(
+                f"the pruning state belongs to other settings: it is of {state['settings']}, "
+                f"and these are {self._settings}."
+            )
+        self._give_back()
         self.itr, self.seconds = state["itr"], state["seconds"]
         for name, mask in self._masks.items():
             bits = np.unpackbits(packed[name], count=mask.numel())
@@ -317,9 +353,6 @@ class Pruner:
         for part in self.parts:
             part.revived.copy_(torch.tensor(state["revived"][part.name]))
         self.method.load_state_dict(state["method"])
-        for name, weight in self._before.items():
-            self._parameters[name].copy_(weight)
-        self._before.clear()
         self._held_bits.clear()
 
 

@@ -98,7 +98,9 @@ def resume(folder: Path) -> dict[str, Any]:
     if not environment.read(folder):
         environment.note(folder, environment.environment(["srnn", f"resume={folder}"]))
     if not (folder / LAST).exists():
-        console.print("It was stopped before its first checkpoint: it starts from the beginning.")
+        others = ", ".join(sorted(path.name for path in (folder / LAST).parent.glob("*.ckpt")))
+        why = f"{LAST} is not there, only {others}" if others else "It was stopped before its first checkpoint"
+        console.print(f"{why}: it starts from the beginning.")
         return _run(settings, folder, None)
     return _run(settings, folder, folder / LAST)
 

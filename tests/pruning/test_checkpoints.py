@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from srnn.config import plugin_folders
+from srnn.errors import UserError
 from srnn.pruning import Pruner, RunLength
 from srnn.registry import register
 from tests.pruning.test_zero import METHODS, OPTIMIZERS, Net, method_of, train
@@ -95,19 +96,48 @@ def test_a_checkpoint_grows_by_a_bit_a_weight(name):
     assert len(file.getvalue()) <= fp32_bytes / 32 + 64 * 1024
 
 
-def test_weights_that_first_masks_take_come_back_when_other_masks_are_loaded():
+@pytest.mark.parametrize("order", ["weights first", "pruner built first", "pruner's state first"])
+def test_going_on_is_the_same_in_any_order(order):
+    """The first masks of ``rigl`` take weights at once, of whoever goes on, too: they are of no more than its own."""
     model = nn.Linear(20, 10)
     pruner = Pruner(model, "rigl", 100)
-    trained, state = copy.deepcopy(model.state_dict()), None
-    with torch.no_grad():
-        model.weight[pruner.masks()["weight"]] += 1
-    for _ in range(3):
+    first = pruner.masks()["weight"].clone()
+    while torch.equal(first, pruner.masks()["weight"]):
         model.weight.grad = torch.randn(10, 20)
         pruner.step()
+    with torch.no_grad():
+        model.weight[pruner.masks()["weight"]] += 1  # what has grown, too
     trained, state = copy.deepcopy(model.state_dict()), pruner.state_dict()
     again = nn.Linear(20, 10)
-    again.load_state_dict(trained)
-    resumed = Pruner(again, {"name": "rigl", "seed": 5}, 100)
-    assert not torch.equal(again.weight, trained["weight"]), "other first masks"
+    if order == "weights first":
+        again.load_state_dict(trained)
+    resumed = Pruner(again, "rigl", 100)
+    if order == "weights first":
+        assert not torch.equal(again.weight, trained["weight"]), "other first masks"
+    if order == "pruner built first":
+        again.load_state_dict(trained)
     resumed.load_state_dict(state)
+    if order == "pruner's state first":
+        again.load_state_dict(trained)
     assert torch.equal(again.weight, trained["weight"])
+    resumed.finalize()
+    assert torch.equal(again.weight, trained["weight"])
+
+
+def test_a_state_of_other_settings_is_refused():
+    state = Pruner(nn.Linear(20, 10), "cubic", 100, sparsity=0.9).state_dict()
+    for options in ({"sparsity": 0.8}, {"sparsity": 0.9, "structure": "2x1"}):
+        with pytest.raises(UserError, match="belongs to other settings"):
+            Pruner(nn.Linear(20, 10), "cubic", 100, **options).load_state_dict(state)
+    with pytest.raises(UserError, match="belongs to other settings"):
+        Pruner(nn.Linear(20, 10), "gradual", 100, start_itr=1, ramp_itr=50, end_itr=90).load_state_dict(state)
+
+
+def test_optimizers_are_looked_at():
+    model = nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 5))
+    with pytest.raises(UserError, match="must be a torch optimizer"):
+        Pruner(model, "cubic", 100, "adam")
+    one, other = (torch.optim.SGD(part.parameters(), 0.1) for part in model)
+    with pytest.warns(UserWarning, match="no optimizer given to the Pruner updates 1.weight"):
+        Pruner(model, "cubic", 100, one)
+    Pruner(model, "cubic", 100, [one, other])
