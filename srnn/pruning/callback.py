@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import is_dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -52,12 +51,11 @@ class PruningCallback(pl.Callback):
     @property
     def state_key(self) -> str:
         """What tells it from others in the same Trainer and its checkpoints."""
-        method = repr(self.method) if is_dataclass(self.method) else type(self.method).__qualname__
         if self.model is None:
-            return self._generate_state_key(method=method)
+            return self._generate_state_key(method=self.method.settings)
         names = [f"{name} {tuple(parameter.shape)}" for name, parameter in self.model.named_parameters()]
         digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-        return self._generate_state_key(method=method, model=f"{type(self.model).__qualname__} {digest}")
+        return self._generate_state_key(method=self.method.settings, model=f"{type(self.model).__qualname__} {digest}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build the pruner, now that the length of the run and the optimiser are known."""

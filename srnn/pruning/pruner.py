@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,8 @@ class Row:
 class Pruner:
     """Prunes a model while it trains. Call ``step()`` after every ``optimizer.step()``.
 
-    Weights are masked in place: parameters keep their identity, names and memory, so cuDNN's
-    flat weights stay valid. The optimiser's state of a pruned weight (momentum, Adam's moments) is zeroed too.
+    Weights are masked in place: parameters keep their identity, names and memory, so cuDNN's flat weights stay valid.
+    The optimiser's state of a pruned weight (momentum, Adam's moments) is zeroed too.
 
     Example::
 
@@ -140,10 +140,9 @@ class Pruner:
         theirs = {id(p) for each in self.optimizers for group in each.param_groups for p in group["params"]}
         others = [n for n, p in self._parameters.items() if p.requires_grad and id(p) not in theirs]
         if self.optimizers and others:
-            more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
             warnings.warn(
-                f"no optimizer given to the Pruner updates {', '.join(others[:NAMED])}{more}: if another does, its "
-                f"state of pruned weights stays; give all optimizers as a list.",
+                f"no optimizer given to the Pruner updates {_named(others)}: if another does, its state of pruned "
+                f"weights stays; give all optimizers as a list.",
                 stacklevel=3,
             )
 
@@ -166,11 +165,6 @@ class Pruner:
             if torch.equal(self._parameters[name], left):
                 self._parameters[name].copy_(weight)
         self._before.clear()
-
-    @property
-    def _settings(self) -> str:
-        """Of the method, as far as they can be compared."""
-        return repr(self.method) if is_dataclass(self.method) else type(self.method).__qualname__
 
     @property
     def parts(self) -> list[Part]:
@@ -222,9 +216,8 @@ class Pruner:
                     stacklevel=2,
                 )
         if self.method.updates and (empty := self._empty()):
-            more = f" and {len(empty) - NAMED} more" if len(empty) > NAMED else ""
             warnings.warn(
-                f"pruning left no weight of {', '.join(empty[:NAMED])}{more}: nothing passes through them any more. "
+                f"pruning left no weight of {_named(empty)}: nothing passes through them any more. "
                 f"Lower pruning.sparsity, or give them a lower one of their own: pruning.scope={{{empty[0]}: "
                 f"{{sparsity: ...}}}}.",
                 stacklevel=2,
@@ -318,7 +311,7 @@ class Pruner:
         revived = {part.name: part.revived.tolist() for part in self.parts}
         return {
             "itr": self.itr, "seconds": self.seconds, "thresholds": self.thresholds, "masks": packed,
-            "revived": revived, "method": self.method.state_dict(), "settings": self._settings,
+            "revived": revived, "method": self.method.state_dict(), "settings": self.method.settings,
         }  # fmt: skip
 
     @torch.no_grad()
@@ -338,10 +331,10 @@ class Pruner:
                 f"the pruning state belongs to other settings: its thresholds are of {', '.join(state['thresholds'])}, "
                 f"and these of {', '.join(self.thresholds)}."
             )
-        if state.get("settings", self._settings) != self._settings:
+        if state.get("settings", self.method.settings) != self.method.settings:
             raise UserError(
                 f"the pruning state belongs to other settings: it is of {state['settings']}, "
-                f"and these are {self._settings}."
+                f"and these are {self.method.settings}."
             )
         self._give_back()
         self.itr, self.seconds = state["itr"], state["seconds"]
@@ -354,6 +347,12 @@ class Pruner:
             part.revived.copy_(torch.tensor(state["revived"][part.name]))
         self.method.load_state_dict(state["method"])
         self._held_bits.clear()
+
+
+def _named(parameters: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(parameters) - NAMED} more" if len(parameters) > NAMED else ""
+    return ", ".join(parameters[:NAMED]) + more
 
 
 def build_method(method: str | Mapping[str, Any] | PruningMethod, options: Mapping[str, Any]) -> PruningMethod:

@@ -14,7 +14,7 @@ def transpose(
     x,  # [M, I]
     out,  # [I + 1, S]: S at least M; the last row, which places without a block multiply, is zero
     M,
-    I,  # noqa: E741
+    I,
     S,
     MT: tl.constexpr,
     IT: tl.constexpr,
@@ -37,7 +37,7 @@ def multiply_many(
     pointers,  # [row groups + 1]
     bias,  # [O]
     M,
-    I,  # noqa: E741
+    I,
     S,
     UNITS,  # of a gate
     per_gate,  # row groups of a gate
@@ -96,7 +96,7 @@ def multiply_few(
     pointers,  # [row groups + 1]
     bias,  # [O]
     M,
-    I,  # noqa: E741
+    I,
     UNITS,  # of a gate
     per_gate,  # row groups of a gate
     gates,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from torch import Tensor, nn
@@ -97,6 +97,11 @@ class PruningMethod(ABC):
     def expected(self, itr: int, group: Group) -> float | None:
         """The group's sparsity after iteration ``itr``, as far as it can be told before training."""
         return None
+
+    @property
+    def settings(self) -> str:
+        """Its name and options, to tell it from others; only its name where it is no dataclass."""
+        return repr(self) if is_dataclass(self) else type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
         """What it has to remember besides masks and thresholds."""
