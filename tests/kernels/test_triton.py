@@ -192,9 +192,11 @@ def test_slices_of_streams_of_different_lengths(cell, reverse, streams):
     ("cell", "reverse", "dtype"),
     [("gru", False, torch.float16), ("lstm", True, torch.float16), ("tanh", False, torch.bfloat16)],
 )
-@pytest.mark.parametrize(("height", "processors", "wide"), [(32, 3, 64), (16, 6, 64), (16, 3, 64), (16, 12, 32)])
+@pytest.mark.parametrize(
+    ("height", "processors", "wide"), [(32, 3, 64), (16, 6, 64), (16, 3, 64), (16, 12, 64), (16, 18, 32)]
+)
 def test_many_streams_in_wide_slices(cell, reverse, dtype, height, processors, wide, monkeypatch):
-    """Of 64 in one product a gate where no second row of programs fits, else of 32; the last slice is not full."""
+    """Of 64 in one product a gate where slices of 32 would not all run at once; the last slice is not full."""
     from srnn.kernels.triton import plan as planner
 
     monkeypatch.setattr("srnn.kernels.triton.backend.processors", lambda device: processors)

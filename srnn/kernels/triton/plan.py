@@ -30,8 +30,9 @@ LONGEST = 64
 CHUNKS = 16
 # Streams of a product of all blocks of a gate, and blocks that it may have: 512 rows of 64 streams are 64 registers a
 # thread. On an H100, 32x1 90 %, 64 streams: GRU 2560 takes 5.4 us a step so, in slices of 32 7.3, of 16 10.4; RNN 3072
-# 3.0, 4.7 and 5.4; GRU 3568 7.1, in slices of 16 16.2. Where several slices of 32 run at the same time they are faster,
-# unless there is one gate: GRU 1760 4.0 against 4.5, LSTM 1500 3.9 against 5.3, but RNN 1760 2.9 against 2.4.
+# 3.0, 4.7 and 5.4; GRU 3568 7.1, in slices of 16 16.2. Slices that all run at the same time are faster, unless there is
+# one gate: GRU 1760 4.0 against 4.5, LSTM 1500 3.9 against 5.3, but RNN 1760 2.9 against 2.4. In two goes they are not:
+# GRU 1760, 128 streams, 6.5 against 4.8; GRU 3568, 32 streams, 8.2 against 7.0; GRU 2560 80 %, 24, 13.8 against 9.7.
 BY_GATE, MOST_BY_GATE = 64, 640
 # Of these, up to which the rows of the next gate are asked for early: GRU 2560 takes 5.8 without; with more, and with
 # four gates, registers run out: GRU 3568 takes 9.5 with it, LSTM 2150 6.3, without 5.9.
@@ -43,10 +44,10 @@ ONE_BY_ONE = 5
 RESERVED = 1 << 10
 # Registers that a thread's values and rows of h may take, by warps of its program, beside those for sums and addresses.
 # On an H100: GRU 3568 32x1 90 %, 64 streams, takes 16.2 us a step with 192 in 8 warps, and in 16 warps 20.0; GRU 2560
-# 80 %, 16 streams, 4.4 with 108 in 16 warps, and by gates about 10; GRU 1024 16x1 without zeros, which would need 128
-# in 16, takes 52 because they don't fit. GRU 2560 16x1 90 % needs the 160 of 4 warps: 5.4 us with 16 streams, and one
-# at a time 40.
-OPERAND_REGISTERS = {4: 160, 8: 192, 16: 108}
+# 80 %, 16 streams, 4.4 with 108 in 16 warps, 4.8 with 120, and by gates 8.6 and 10.2; GRU 1024 16x1 without zeros,
+# which would need 128 in 16, takes 52 because they don't fit. GRU 2560 16x1 90 % needs the 160 of 4 warps: 5.4 us with
+# 16 streams, and one at a time 40.
+OPERAND_REGISTERS = {4: 160, 8: 192, 16: 120}
 
 
 @dataclass(frozen=True)
@@ -297,23 +298,30 @@ def plan_blocks(
     most = max(1, *(int(m.row_pointers.diff().max()) for m in matrices))
     at_once = processors // (directions * groups)  # slices, of a program a processor
     by_gate = _plan_gates(matrix, most, processors // directions, shared) if size == 2 and warpgroups else None
-    if by_gate and streams > 32 and (matrix.gates == 1 or at_once == 1 or (not at_once and matrix.gates == 3)):
-        return by_gate
     chunks = CHUNKS if matrix.gates == 1 else CHUNKS // 4
     needed = -(-most // chunks)
     k, k_2 = _two_powers(needed, 16)
     narrow = 8 if streams <= 8 or size == 4 else 16
     # Slices and warps, the best first. Of 4 warps, two programs run on a multiprocessor.
-    forms = [(narrow, 8), (16, 16)] if at_once else [(narrow, 4)]
-    if at_once and size == 2 and streams > 16 * at_once:
-        forms = [(32, 16), *forms]
+    forms = [(narrow, 8 if at_once else 4)]
+    if at_once and size == 2:
+        forms = [*([(32, 16)] if streams > 16 * at_once else []), *forms, (16, 16)]
     for wide, warps in forms:
         if CHUNKS * (k + k_2) * (matrix.height + wide) * size <= OPERAND_REGISTERS[warps] * 128 * warps:
+            if by_gate and _crowded(streams, wide, at_once, matrix.gates):
+                return by_gate
             return BlockPlan(groups, wide, CHUNKS, k, k_2, 1, warps)
     if by_gate and streams > ONE_BY_ONE:
         return by_gate
     k = 32 if size == 4 else 64
     return BlockPlan(groups, narrow, CHUNKS, k, 0, -(-needed // k), 8 if at_once else 4)
+
+
+def _crowded(streams: int, wide: int, at_once: int, gates: int) -> bool:
+    """Whether slices of so many streams take longer than 64 at a time, one product a gate."""
+    if not at_once:  # two programs a multiprocessor; slower for LSTMs: 2150 16x1 90 %, 64 streams, 12.2 against 10.7
+        return gates < 4 and streams > 32
+    return streams > (min(32, wide * at_once) if gates == 1 else wide * at_once)
 
 
 def _plan_gates(matrix: SparseMatrix, most: int, processors: int, shared: int) -> BlockPlan | None:
