@@ -62,7 +62,8 @@ def compiled_for(cell, hidden, height, streams, kernel, dtype, monkeypatch):
     monkeypatch.setattr(backend, "processors", lambda device: 132)
     monkeypatch.setattr(backend, "shared_memory", lambda device: 228 << 10)
     monkeypatch.setattr(backend, "has_warpgroups", lambda device: True)
-    ready = backend._Recurrence((LayerWeights(cell, matrix, matrix),), torch.device("cpu"), dtype, "ieee")
+    monkeypatch.setattr(backend, "has_tf32", lambda device: True)
+    ready = backend._Recurrence((LayerWeights(cell, matrix, matrix),), torch.device("cpu"), dtype, "tf32x3")
     state = tuple(torch.zeros(streams, hidden, dtype=dtype) for _ in range(2 if cell == "lstm" else 1))
     u = torch.zeros(gates * hidden, 3 * streams, dtype=dtype).T  # as a layer's product leaves it for slices
     if streams == 1:

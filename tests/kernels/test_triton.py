@@ -58,7 +58,7 @@ def state_of(weights, streams, generator):
     return tuple(torch.randn(streams, weights.hidden_size, generator=generator) * 0.5 for _ in range(sizes))
 
 
-def check(weights, dtype, sizes, precision="ieee"):
+def check(weights, dtype, sizes, precision="tf32x3"):
     from srnn.kernels.triton.backend import Triton
 
     generator = torch.Generator().manual_seed(1)
@@ -72,7 +72,7 @@ def check(weights, dtype, sizes, precision="ieee"):
     kept = [part.clone() for part in given]
     y, after = ready.run(x.to(DEVICE), sizes, given)
     truth, end = run_layer(weights, x.double(), sizes, tuple(part.double() for part in state))
-    tolerance = TOLERANCE[dtype] if precision == "ieee" else 1e-3
+    tolerance = 1e-3 if precision == "tf32" else TOLERANCE[dtype]
     assert y.dtype == dtype
     assert relative_error(y.cpu(), truth) < tolerance
     for got, wanted in zip(after, end, strict=True):
@@ -139,8 +139,15 @@ def test_dtypes(dtype, values, height, streams):
 
 @pytest.mark.gpu
 @here
-def test_tf32():
-    check(layer("gru", 16, 64, 16), torch.float32, equal_lengths(3, 8), precision="tf32")
+@pytest.mark.parametrize(("precision", "tiles"), [("tf32x3", 1), ("ieee", 3), ("tf32", 1)])
+def test_precisions_of_fp32(precision, tiles, monkeypatch):
+    """On tensor cores more values fit the registers."""
+    from srnn.kernels.triton.plan import plan_blocks
+
+    monkeypatch.setattr("srnn.kernels.triton.backend.processors", lambda device: 40)
+    weights = layer("gru", 8, 300, 32, density=1.0)
+    assert plan_blocks([weights.w_hh], 40, 4, 9, ieee=precision == "ieee").tiles == tiles
+    check(weights, torch.float32, equal_lengths(2, 9), precision)
 
 
 @pytest.mark.gpu

@@ -46,8 +46,10 @@ RESERVED = 1 << 10
 # On an H100: GRU 3568 32x1 90 %, 64 streams, takes 16.2 us a step with 192 in 8 warps, and in 16 warps 20.0; GRU 2560
 # 80 %, 16 streams, 4.4 with 108 in 16 warps, 4.8 with 120, and by gates 8.6 and 10.2; GRU 1024 16x1 without zeros,
 # which would need 128 in 16, takes 52 because they don't fit. GRU 2560 16x1 90 % needs the 160 of 4 warps: 5.4 us with
-# 16 streams, and one at a time 40.
-OPERAND_REGISTERS = {4: 160, 8: 192, 16: 120}
+# 16 streams, and one at a time 40. GRU 2560 32x1 90 % of fp32 needs 200 in 8: 11.7 us with 16 streams, and 18 from the
+# cache; but as ieee, not on tensor cores, 153, and 31 from the cache.
+OPERAND_REGISTERS = {4: 160, 8: 200, 16: 120}
+IEEE_REGISTERS = 192
 
 
 @dataclass(frozen=True)
@@ -281,6 +283,7 @@ def plan_blocks(
     streams: int,
     shared: int = 228 << 10,
     warpgroups: bool = True,
+    ieee: bool = False,
 ) -> BlockPlan:
     """Sizes for matrices, one a direction, of 16x1 or 32x1 blocks whose values take ``size`` bytes.
 
@@ -292,6 +295,7 @@ def plan_blocks(
         shared: bytes of memory that the programs of a processor share; those of an H100.
         warpgroups: whether the device has instructions of four warps together, as Hopper GPUs do. On others
             ``recur_gates`` runs out of registers: compiled for an A100, GRU 2560 32x1 spills 7,800 bytes a thread.
+        ieee: whether products of fp32 are not on tensor cores.
     """
     matrix, directions = matrices[0], len(matrices)
     groups = matrix.groups // matrix.gates
@@ -307,7 +311,8 @@ def plan_blocks(
     if at_once and size == 2:
         forms = [*([(32, 16)] if streams > 16 * at_once else []), *forms, (16, 16)]
     for wide, warps in forms:
-        if CHUNKS * (k + k_2) * (matrix.height + wide) * size <= OPERAND_REGISTERS[warps] * 128 * warps:
+        registers = min(OPERAND_REGISTERS[warps], IEEE_REGISTERS if ieee else 255)
+        if CHUNKS * (k + k_2) * (matrix.height + wide) * size <= registers * 128 * warps:
             if by_gate and _crowded(streams, wide, at_once, matrix.gates):
                 return by_gate
             return BlockPlan(groups, wide, CHUNKS, k, k_2, 1, warps)
