@@ -182,7 +182,8 @@ def parse_override(text: str) -> Override:
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
-        raise UserError(f"{text}: not an override such as model.hidden_size=256: {_first_line(error)}") from None
+        hint = r" Brackets in a name are escaped, as in \[z\]." if re.search(r"\w\[\w", text) else ""
+        raise UserError(f"{text}: not an override such as model.hidden_size=256: {_first_line(error)}{hint}") from None
 
 
 def compose_settings(overrides: Sequence[str]) -> Settings:

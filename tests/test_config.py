@@ -89,6 +89,10 @@ def test_every_choice_composes():
         (["seed=x"], r"seed='x' must be int"),
         (["tracking.mode=off"], r"tracking\.mode='off' must be 'online' or 'offline' or 'disabled'"),
         (["model.hidden_size"], r"model\.hidden_size: not an override such as"),
+        (
+            ["pruning.scope={*_l0[z]: {sparsity: 0}}"],
+            r"not an override such as.*Brackets in a name are escaped, as in \\\[",
+        ),
         (["model.hidden_size=${nothing}"], r"nothing"),
         (["seed=0", "--nope", "model=gru"], r"--nope: no such flag; options are GROUP\.OPTION=VALUE"),
         (["seed=0", "--cfg", "jobs"], r"--cfg/-c: invalid choice: 'jobs'"),

@@ -15,13 +15,22 @@ from srnn.errors import UserError
 
 T = TypeVar("T")
 
+# Options that a bench takes; those of layers take all but ``config`` and ``run``.
+TAKES = {
+    "run": {"run", "limit"},
+    "network": {"bench", "device", "limit", "output"},
+    "pruning": {"bench", "device", "shapes", "output"},
+    "stream": {"bench", "steps", "threads", "output"},
+    "training": {"bench", "config", "output"},
+}
+
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print tables, write a CSV and a plot."""
     options = _parse(argv)
     if options.run is not None:
         return _bench_run(options)
-    if options.bench == "stream" and options.shapes is None:
+    if options.bench == "stream":
         return _bench_stream(options)
     if options.bench == "training":
         return _bench_training(options)
@@ -57,9 +66,19 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--config", default="", metavar="OPTIONS",
                         help="with bench=training: options of the run, such as 'model=lstm trainer=gpu'")  # fmt: skip
     options = parser.parse(argv)
+    _check_taken(options, {key for key, value in vars(options).items() if value != parser.get_default(key)})
     if not options.limit > 0:
         raise UserError(f"bench: --limit={options.limit:g} must be above 0 seconds.")
     return options
+
+
+def _check_taken(options: Namespace, given: set[str]) -> None:
+    """Refuse what would do nothing."""
+    kind, name = ("run", options.run) if options.run is not None else ("bench", options.bench)
+    takes = TAKES.get("run" if kind == "run" else name, set(vars(options)) - {"run", "config"})
+    if useless := sorted(given - takes):
+        allowed = ", ".join(sorted(takes - {kind}))
+        raise UserError(f"bench: --{useless[0]} does nothing with {kind}={name}, which takes {allowed}.")
 
 
 def _bench_layers(options: Namespace) -> int:
@@ -235,6 +254,8 @@ def _bench_network(options: Namespace) -> int:
     from srnn.terminal import console
 
     device = torch.device("cuda")
+    if options.device == "cpu":
+        raise UserError("bench: bench=network runs on a CUDA GPU, not with device=cpu.")
     if not torch.cuda.is_available():
         raise UserError("bench: bench=network: torch finds no CUDA GPU here.")
     folder = _folder(options)

@@ -106,7 +106,8 @@ class SparseModule(nn.Module):
         return child.matrix
 
     def _check(self, weights: LayerWeights | SparseMatrix, x: Tensor, batch: int) -> None:
-        reason = self.kernel.supports(weights, x.device, x.dtype, batch)
+        reason = None if x.is_floating_point() else f"inputs are {x.dtype}, and have to be floats"
+        reason = reason or self.kernel.supports(weights, x.device, x.dtype, batch)
         if reason is not None:
             raise UserError(f"{type(self).__name__} cannot run: {reason}.")
 

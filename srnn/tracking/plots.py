@@ -77,8 +77,7 @@ def plot_plan(pruner: Pruner, path: Path) -> Path:
         updates = list(schedule.updates)
         right.plot(updates, [schedule.epsilon(itr, 1.0) for itr in updates], color="0.5", linestyle=":")
         right.set(ylabel="threshold / q (dotted)", ylim=(0, None))
-        _mark_phases(axes, {"ramp_itr": schedule.ramp_itr})
-    _mark_phases(axes, {"start_itr": max(0, method.dense_until), "end_itr": method.done_from})
+    _mark_phases(axes, method.phases)
     axes.set(xlabel="step", ylabel="expected sparsity, %", xlim=(0, total), ylim=(0, 100), title="Forecast")
     if lines and len(pruner.groups) <= LEGEND_ROWS:
         axes.legend(loc="lower right", fontsize=8)
@@ -93,9 +92,12 @@ def _save(figure: Any, path: Path) -> Path:
 
 def _mark_phases(axes: Any, phases: Mapping[str, int]) -> None:
     for name, step in phases.items():
+        if step == 0:  # pruned from the first step, as rigl does
+            continue
         axes.axvline(step, color="0.6", linewidth=1, linestyle="--")
+        right = -11 if name == "start_itr" else 3  # of its line; hard pruning ends a step after it starts
         axes.annotate(
-            name, (step, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -4), textcoords="offset points",
+            name, (step, 1.0), xycoords=("data", "axes fraction"), xytext=(right, -4), textcoords="offset points",
             va="top", rotation=90, fontsize=8, color="0.4",
         )  # fmt: skip
 

@@ -64,7 +64,7 @@ def build_report(
         "scores": scores,
         "steps": pruner.run.total_steps,
         "epochs": pruner.run.epochs,
-        "phases": _phases(pruner.method),
+        "phases": pruner.method.phases if pruner.method.layer_types else None,
         "layers": _layers(pruner, weights),
         "sparsity": _sparsities(pruner, weights),
         "size": {
@@ -89,15 +89,6 @@ def build_report(
         },
         "validations": [vars(v) | {"scores": dict(v.scores)} for v in recorder.validations],
     }
-
-
-def _phases(method: PruningMethod) -> dict[str, int] | None:
-    """The steps where the schedule changes; None for a dense run."""
-    if not method.layer_types:
-        return None
-    ramp = getattr(getattr(method, "schedule", None), "ramp_itr", None)
-    start = {"start_itr": max(0, method.dense_until)}
-    return start | ({"ramp_itr": ramp} if ramp is not None else {}) | {"end_itr": method.done_from}
 
 
 def _layers(pruner: Pruner, weights: dict[str, Tensor]) -> list[dict[str, Any]]:

@@ -104,11 +104,18 @@ def test_dense_zeros_are_counted_as_slower(tmp_path, capsys):
         ("bench=all", "invalid choice: 'all'"),
         ("output=/dev/null/x", "--output=/dev/null/x: this folder cannot be written: Not a directory"),
         ("run=nowhere", "no such folder"),
+        (
+            "bench=pruning structure=16x1",
+            "--structure does nothing with bench=pruning, which takes device, output, shapes",
+        ),
+        ("bench=gpu config=x", "--config does nothing with bench=gpu, which takes batch, device"),
+        ("run=nowhere bench=gpu", "--bench does nothing with run=nowhere, which takes limit"),
+        ("bench=network device=cpu", "bench=network runs on a CUDA GPU, not with device=cpu"),
     ],
 )
 def test_mistakes_are_told(argument, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["bench", argument]) == 2
+    assert main(["bench", *argument.split()]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -166,6 +166,12 @@ def test_wrong_arguments_say_what_there_is(options, message):
         sparsify(pruned(nn.GRU(5, 9)), **options)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "cpu"])
+def test_inputs_that_are_no_floats_are_refused(kernel):
+    with pytest.raises(UserError, match=r"SparseRecurrent cannot run: inputs are torch\.int64, and have to be floats"):
+        sparsify(pruned(nn.GRU(5, 9)), kernel=kernel)(torch.zeros(2, 1, 5, dtype=torch.int64))
+
+
 def test_a_backend_asked_for_that_cannot_run_raises(monkeypatch):
     monkeypatch.setattr("srnn.kernels.csr.torch.backends.mkl.is_available", lambda: False)
     with pytest.raises(UserError, match=r"kernel=csr cannot run on cpu: torch\.sparse needs MKL"):

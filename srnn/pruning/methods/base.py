@@ -74,6 +74,14 @@ class PruningMethod(ABC):
         """A file with a trained dense model that the method wants to see, if any."""
         return None
 
+    @property
+    def phases(self) -> dict[str, int]:
+        """The steps where its schedule changes, by the names of its options: start_itr, ramp_itr (if any), end_itr."""
+        schedule = getattr(self, "schedule", None)
+        ramp = getattr(schedule, "ramp_itr", None)
+        start = {"start_itr": max(0, self.dense_until)} | ({} if ramp is None else {"ramp_itr": ramp})
+        return start | {"end_itr": getattr(schedule, "end_itr", self.done_from)}
+
     def is_update(self, itr: int) -> bool:
         """Whether masks are updated after iteration ``itr``."""
         return itr in self.updates
