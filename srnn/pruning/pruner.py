@@ -6,6 +6,8 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -101,20 +103,23 @@ class Pruner:
         model: nn.Module,
         method: str | Mapping[str, Any] | PruningMethod,
         run: int | RunLength,
-        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer] | None = None,
         reference: Mapping[str, Tensor] | None = None,
         average: nn.Module | None = None,
         **options: Any,
     ) -> None:
+        _check("model", model, (nn.Module,), "a torch module")
+        _check("run", run, (Integral, RunLength), "a number of optimiser steps, or a RunLength")
+        _check("average", average, (nn.Module, NoneType), "a torch module")
+        _check("reference", reference, (Mapping, NoneType), "weights by name, such as a state_dict")
         self.method = build_method(method, options)
-        self.run = run if isinstance(run, RunLength) else RunLength(run)
-        given = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+        self.run = run if isinstance(run, RunLength) else RunLength(int(run))
+        given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
         self.optimizers = [each for each in given if each is not None]
-        if wrong := [each for each in self.optimizers if not isinstance(each, torch.optim.Optimizer)]:
-            raise UserError(
-                f"Pruner: optimizer={type(wrong[0]).__name__}(...) must be a torch optimizer, or a sequence of them."
-            )
-        self.groups = self.method.groups(unwrapped(model))
+        for each in self.optimizers:
+            _check("optimizer", each, (torch.optim.Optimizer,), "a torch optimizer, or a list of them")
+        self._model = unwrapped(model)
+        self.groups = self.method.groups(self._model)
         if self.method.layer_types and not self.groups:
             raise UserError(
                 f"pruning.layer_types={list(self.method.layer_types)}: the model has no weights of these types to "
@@ -145,6 +150,21 @@ class Pruner:
                 f"weights stays; give all optimizers as a list.",
                 stacklevel=3,
             )
+
+    def _check_parameters(self) -> None:
+        """Raise UserError if the model no longer has the parameters that are masked, or has them on another device."""
+        now = dict(self._model.named_parameters(remove_duplicate=False))
+        for name, parameter in self._parameters.items():
+            if now.get(name) is not parameter:
+                raise UserError(
+                    f"{name} is not the parameter that the Pruner was built with, which goes on pruning that one: put "
+                    f"new values in place with `copy_`, or build the Pruner after the change."
+                )
+            if parameter.device != self._masks[name].device:
+                raise UserError(
+                    f"{name} is on {parameter.device} now, and was on {self._masks[name].device} when the Pruner was "
+                    f"built: move the model first."
+                )
 
     @torch.no_grad()
     def _start(self) -> None:
@@ -185,7 +205,8 @@ class Pruner:
             for device in {mask.device for mask in self._masks.values() if mask.is_cuda}:
                 torch.cuda.synchronize(device)
         began = time.perf_counter()
-        if update or self.itr % COMPARE_EVERY == 0:
+        if update or self.itr % COMPARE_EVERY == 0 or self.itr == 1:
+            self._check_parameters()
             ranks.compare(self._compared(), self.itr)
         if update and not self.method.delayed:
             self._update()
@@ -355,12 +376,20 @@ def _named(parameters: Sequence[str]) -> str:
     return ", ".join(parameters[:NAMED]) + more
 
 
+def _check(argument: str, value: object, types: tuple[type, ...], what: str) -> None:
+    """Raise UserError unless an argument is of one of the types."""
+    if not isinstance(value, types):
+        shown = repr(value) if isinstance(value, str | float | int | None) else f"{type(value).__name__}(...)"
+        raise UserError(f"Pruner: {argument}={shown} must be {what}.")
+
+
 def build_method(method: str | Mapping[str, Any] | PruningMethod, options: Mapping[str, Any]) -> PruningMethod:
     """A method from its name and options, from its config, or as it is. Raises UserError."""
     if isinstance(method, PruningMethod):
         if options:
             raise UserError(f"{', '.join(options)}: give options with a method's name, or to the method itself.")
         return method
+    _check("method", method, (str, Mapping), "a method's name, its config, or a method")
     config = {"name": method} if isinstance(method, str) else dict(method)
     built: PruningMethod = register.build("pruning", config | dict(options))
     return built

@@ -135,8 +135,9 @@ def test_a_state_of_other_settings_is_refused():
 
 def test_optimizers_are_looked_at():
     model = nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 5))
-    with pytest.raises(UserError, match="must be a torch optimizer"):
-        Pruner(model, "cubic", 100, "adam")
+    for wrong in ("adam", ["adam"]):
+        with pytest.raises(UserError, match="optimizer='adam' must be a torch optimizer"):
+            Pruner(model, "cubic", 100, wrong)
     one, other = (torch.optim.SGD(part.parameters(), 0.1) for part in model)
     with pytest.warns(UserWarning, match="no optimizer given to the Pruner updates 1.weight"):
         Pruner(model, "cubic", 100, one)

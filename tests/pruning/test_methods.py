@@ -257,6 +257,13 @@ def test_rigl_keeps_its_number_where_gradients_overflowed():
 def test_rigl_needs_gradients_and_says_what_to_do():
     with pytest.raises(UserError, match=r"before optimizer\.zero_grad\(\), or choose pruning\.grow=random"):
         walk(RigL())
+    model = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 8))
+    pruner = Pruner(model, RigL(freq=1, end_itr=100), 200)
+    model(torch.randn(2, 8)).sum().backward()
+    with pytest.raises(
+        UserError, match=r"0\.weight has none: it is frozen; leave it out by pruning\.scope=\{0\.weight"
+    ):
+        pruner.step()
 
 
 matrices = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)) | st.tuples(*[st.integers(1, 8)] * 4),

@@ -123,6 +123,36 @@ def test_a_diverged_training_is_named():
         steps(model, optimizer, pruner, 10)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("net", "cubic", 100), r"model='net' must be a torch module"),
+        ((nn.Linear(4, 4), 5, 100), r"method=5 must be a method's name, its config, or a method"),
+        ((nn.Linear(4, 4), "cubic", "100"), r"run='100' must be a number of optimiser steps, or a RunLength"),
+        ((nn.Linear(4, 4), "cubic", 100, None, [1]), r"reference=list\(\.\.\.\) must be weights by name"),
+        ((nn.Linear(4, 4), "cubic", 100, None, None, 5), r"average=5 must be a torch module"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        Pruner(*arguments)
+
+
+@pytest.mark.parametrize("change", ["replaced", "parametrized", pytest.param("moved", marks=pytest.mark.gpu)])
+def test_a_parameter_that_is_no_longer_the_models_is_noticed(change):
+    model = nn.GRU(4, 8)
+    pruner = Pruner(model, "cubic", 100, start_itr=10, end_itr=50)
+    if change == "replaced":
+        model.weight_hh_l0 = nn.Parameter(torch.randn(24, 8))
+    elif change == "parametrized":
+        nn.utils.parametrizations.weight_norm(model, "weight_hh_l0")
+    else:
+        model.cuda()
+    message = r"weight_\w+ is on cuda:0 now, and was on cpu.*move the model first"
+    with pytest.raises(UserError, match=message if change == "moved" else r"weight_hh_l0 is not the parameter that"):
+        pruner.step()
+
+
 def test_q_from_a_reference():
     model = Net()
     reference = {name: torch.randn_like(p) for name, p in model.named_parameters()}
@@ -134,6 +164,8 @@ def test_q_from_a_reference():
     steep = Gradual(q="dense.ckpt", phi_ratio=20.0)
     with pytest.raises(UserError, match=r"would rise to [\d.]+ at step \d+ and prune every weight.*phi_ratio=20"):
         Pruner(model, steep, RunLength(100, 10), reference=reference)
+    with pytest.raises(UserError, match=r"pruning\.q=dense\.ckpt names a dense model: give its weights by name as ref"):
+        Pruner(model, steep, 100)
     with pytest.raises(UserError, match=r"holds no weights of the kind of .*out\.weight"):
         Pruner(
             model,

@@ -163,9 +163,10 @@ class Gradual(Shared):
 
 def _like(group: Group, reference: Mapping[str, Tensor] | None, path: str) -> list[Piece]:
     """The group's weights in a reference, of any width. Raises UserError."""
+    if reference is None:
+        raise UserError(f"pruning.q={path} names a dense model: give its weights by name as reference=...")
     names = {part.parameter_name: part.parameter.ndim for part in group.parts}
-    missing = [n for n, ndim in names.items() if reference is None or n not in reference or reference[n].ndim != ndim]
-    if reference is None or missing:
+    if missing := [n for n, ndim in names.items() if n not in reference or reference[n].ndim != ndim]:
         raise UserError(
             f"pruning.q={path} holds no weights of the kind of {', '.join(missing)}; "
             "train a dense model of the same kind first."

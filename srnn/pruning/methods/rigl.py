@@ -99,9 +99,12 @@ class RigL(Structured):
         def scorer(piece: Piece) -> Tensor:
             gradient = piece.part.parameter.grad
             if gradient is None:
+                name, trains = piece.part.parameter_name, piece.part.parameter.requires_grad
+                frozen = f"it is frozen; leave it out by pruning.scope={{{name}: {{sparsity: 0}}}}"
                 raise UserError(
-                    f"pruning=rigl grows where gradients are large, and {piece.part.name} has none: call pruner.step() "
-                    f"before optimizer.zero_grad(), or choose pruning.grow=random."
+                    f"pruning=rigl grows where gradients are large, and {name} has none: "
+                    f"{'call pruner.step() before optimizer.zero_grad()' if trains else frozen}, or choose "
+                    f"pruning.grow=random."
                 )
             # What overflowed in a step that mixed precision skips tells nothing.
             finite = piece.of(gradient.detach()).abs().nan_to_num(0.0, 0.0, 0.0)
