@@ -142,11 +142,11 @@ def test_dtypes(dtype, values, height, streams):
 @pytest.mark.parametrize(("precision", "tiles"), [("tf32x3", 1), ("ieee", 3), ("tf32", 1)])
 def test_precisions_of_fp32(precision, tiles, monkeypatch):
     """On tensor cores more values fit the registers."""
-    from srnn.kernels.triton.plan import plan_blocks
+    from srnn.kernels.triton.backend import Triton
 
     monkeypatch.setattr("srnn.kernels.triton.backend.processors", lambda device: 40)
     weights = layer("gru", 8, 300, 32, density=1.0)
-    assert plan_blocks([weights.w_hh], 40, 4, 9, ieee=precision == "ieee").tiles == tiles
+    assert Triton(precision).recurrence(weights, DEVICE, torch.float32).blocks(9).plan.tiles == tiles
     check(weights, torch.float32, equal_lengths(2, 9), precision)
 
 
@@ -379,16 +379,6 @@ def test_products_of_so_many_inputs_that_columns_just_fit():
     x[:, 0] = torch.inf
     y = Triton().product(matrix, None, DEVICE, torch.float16)(x.to(DEVICE))
     assert (y == 0.5 * 39).all()
-
-
-@pytest.mark.gpu
-@here
-def test_a_gpu_without_warpgroups_multiplies_in_batches():
-    from srnn.kernels.triton.plan import plan_blocks
-
-    weights = layer("gru", 19, 90, 32, density=0.8)
-    assert plan_blocks([weights.w_hh], 3, 2, 70).by_gate
-    assert not plan_blocks([weights.w_hh], 3, 2, 70, warpgroups=False).by_gate
 
 
 @pytest.mark.gpu

@@ -32,7 +32,7 @@ CHUNKS = 16
 # thread. On an H100, 32x1 90 %, 64 streams: GRU 2560 takes 5.4 us a step so, in slices of 32 7.3, of 16 10.4; RNN 3072
 # 3.0, 4.7 and 5.4; GRU 3568 7.1, in slices of 16 16.2. Slices that all run at the same time are faster, unless there is
 # one gate: GRU 1760 4.0 against 4.5, LSTM 1500 3.9 against 5.3, but RNN 1760 2.9 against 2.4. In two goes they are not:
-# GRU 1760, 128 streams, 6.5 against 4.8; GRU 3568, 32 streams, 8.2 against 7.0; GRU 2560 80 %, 24, 13.8 against 9.7.
+# GRU 1760, 128 streams, 6.5 against 4.8; GRU 3568, 32 streams, 8.2 against 7.0; GRU 2560 80 %, 24, 14.0 against 10.0.
 BY_GATE, MOST_BY_GATE = 64, 640
 # Of these, up to which the rows of the next gate are asked for early: GRU 2560 takes 5.8 without; with more, and with
 # four gates, registers run out: GRU 3568 takes 9.5 with it, LSTM 2150 6.3, without 5.9.
@@ -44,10 +44,10 @@ ONE_BY_ONE = 5
 RESERVED = 1 << 10
 # Registers that a thread's values and rows of h may take, by warps of its program, beside those for sums and addresses.
 # On an H100: GRU 3568 32x1 90 %, 64 streams, takes 16.2 us a step with 192 in 8 warps, and in 16 warps 20.0; GRU 2560
-# 80 %, 16 streams, 4.4 with 108 in 16 warps, 4.8 with 120, and by gates 8.6 and 10.2; GRU 1024 16x1 without zeros,
-# which would need 128 in 16, takes 52 because they don't fit. GRU 2560 16x1 90 % needs the 160 of 4 warps: 5.4 us with
-# 16 streams, and one at a time 40. GRU 2560 32x1 90 % of fp32 needs 200 in 8: 11.7 us with 16 streams, and 18 from the
-# cache; but as ieee, not on tensor cores, 153, and 31 from the cache.
+# 80 %, 16 streams, 4.4 with 108 in 16 warps and by gates 8.6, with up to 640 blocks a gate instead of 576, which need
+# 120, 4.8 and 10.2; GRU 1024 16x1 without zeros, which would need 128 in 16, takes 52 because they don't fit. GRU 2560
+# 16x1 90 % needs the 160 of 4 warps: 5.4 us with 16 streams, and one at a time 40. GRU 2560 32x1 90 % of fp32 needs 200
+# in 8: 11.7 us with 16 streams, and 18 from the cache; but as ieee, not on tensor cores, 153, and 31 from the cache.
 OPERAND_REGISTERS = {4: 160, 8: 200, 16: 120}
 IEEE_REGISTERS = 192
 
@@ -295,7 +295,7 @@ def plan_blocks(
         shared: bytes of memory that the programs of a processor share; those of an H100.
         warpgroups: whether the device has instructions of four warps together, as Hopper GPUs do. On others
             ``recur_gates`` runs out of registers: compiled for an A100, GRU 2560 32x1 spills 7,800 bytes a thread.
-        ieee: whether products of fp32 are not on tensor cores.
+        ieee: whether products, if of fp32, are not on tensor cores.
     """
     matrix, directions = matrices[0], len(matrices)
     groups = matrix.groups // matrix.gates
@@ -311,11 +311,12 @@ def plan_blocks(
     if at_once and size == 2:
         forms = [*([(32, 16)] if streams > 16 * at_once else []), *forms, (16, 16)]
     for wide, warps in forms:
-        registers = min(OPERAND_REGISTERS[warps], IEEE_REGISTERS if ieee else 255)
-        if CHUNKS * (k + k_2) * (matrix.height + wide) * size <= registers * 128 * warps:
-            if by_gate and _crowded(streams, wide, at_once, matrix.gates):
-                return by_gate
-            return BlockPlan(groups, wide, CHUNKS, k, k_2, 1, warps)
+        registers = min(OPERAND_REGISTERS[warps], IEEE_REGISTERS if ieee and size == 4 else 255)
+        plan = BlockPlan(groups, wide, CHUNKS, k, k_2, 1, warps)
+        if CHUNKS * (k + k_2) * (matrix.height + wide) * size > registers * 128 * warps:
+            continue
+        if plan.fits(processors // directions, shared, matrix.height, size):
+            return by_gate if by_gate and _crowded(streams, wide, at_once, matrix.gates) else plan
     if by_gate and streams > ONE_BY_ONE:
         return by_gate
     k = 32 if size == 4 else 64
