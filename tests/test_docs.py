@@ -94,8 +94,8 @@ def test_commands_run(command, folder, monkeypatch, tmp_path, capsys):
     elif "bench=stream" in words:
         words += ["steps=20", f"output={tmp_path}"]
     elif words[0] == "bench":  # its options, on a small layer
-        words += ["limit=2", "threads=1", f"output={tmp_path}"]
-        words += [] if "run=outputs/RUN" in words else ["shapes=gru:64"]
+        small = ["threads=1", f"output={tmp_path}", "shapes=gru:64"]
+        words += ["limit=2", *([] if "run=outputs/RUN" in words else small)]
         words += ["device=cpu"] if "bench=gpu" in words else []
     elif words[0] == "export":  # the network here is not pruned in blocks
         words = [w for w in words if not w.startswith("structure")]

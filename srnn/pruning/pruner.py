@@ -103,18 +103,19 @@ class Pruner:
         model: nn.Module,
         method: str | Mapping[str, Any] | PruningMethod,
         run: int | RunLength,
-        optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer] | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         reference: Mapping[str, Tensor] | None = None,
         average: nn.Module | None = None,
         **options: Any,
     ) -> None:
         _check("model", model, (nn.Module,), "a torch module")
-        _check("run", run, (Integral, RunLength), "a number of optimiser steps, or a RunLength")
+        whole = isinstance(run, Integral) or (isinstance(run, float) and float(run).is_integer())
+        _check("run", 1 if whole else run, (int, RunLength), "a whole number of optimiser steps, or a RunLength")
         _check("average", average, (nn.Module, NoneType), "a torch module")
         _check("reference", reference, (Mapping, NoneType), "weights by name, such as a state_dict")
         self.method = build_method(method, options)
         self.run = run if isinstance(run, RunLength) else RunLength(int(run))
-        given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+        given = [*optimizer] if isinstance(optimizer, Sequence) and not isinstance(optimizer, str) else [optimizer]
         self.optimizers = [each for each in given if each is not None]
         for each in self.optimizers:
             _check("optimizer", each, (torch.optim.Optimizer,), "a torch optimizer, or a list of them")
@@ -137,6 +138,7 @@ class Pruner:
         self._averaged = _averaged(average, self._parameters)
         self._held_bits: dict[tuple[str, int], Tensor] = {}
         self._before: dict[str, Tensor] = {}
+        self._checked = False  # whether parameters have been since this was built or loaded
         self.method.prepare(self.run, self.groups, reference)
         self._start()
 
@@ -153,12 +155,13 @@ class Pruner:
 
     def _check_parameters(self) -> None:
         """Raise UserError if the model no longer has the parameters that are masked, or has them on another device."""
-        now = dict(self._model.named_parameters(remove_duplicate=False))
+        self._checked = True
+        there = {id(parameter) for parameter in self._model.parameters()}
         for name, parameter in self._parameters.items():
-            if now.get(name) is not parameter:
+            if id(parameter) not in there:
                 raise UserError(
-                    f"{name} is not the parameter that the Pruner was built with, which goes on pruning that one: put "
-                    f"new values in place with `copy_`, or build the Pruner after the change."
+                    f"{name} is no longer the parameter that the Pruner was built with, and prunes: put new values in "
+                    f"place with `copy_`, or build the Pruner after the change."
                 )
             if parameter.device != self._masks[name].device:
                 raise UserError(
@@ -205,7 +208,7 @@ class Pruner:
             for device in {mask.device for mask in self._masks.values() if mask.is_cuda}:
                 torch.cuda.synchronize(device)
         began = time.perf_counter()
-        if update or self.itr % COMPARE_EVERY == 0 or self.itr == 1:
+        if update or self.itr % COMPARE_EVERY == 0 or not self._checked:
             self._check_parameters()
             ranks.compare(self._compared(), self.itr)
         if update and not self.method.delayed:
@@ -368,6 +371,7 @@ class Pruner:
             part.revived.copy_(torch.tensor(state["revived"][part.name]))
         self.method.load_state_dict(state["method"])
         self._held_bits.clear()
+        self._checked = False
 
 
 def _named(parameters: Sequence[str]) -> str:

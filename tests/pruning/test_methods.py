@@ -254,6 +254,14 @@ def test_rigl_keeps_its_number_where_gradients_overflowed():
         assert int(pruner.masks()["weight"].sum()) == 100
 
 
+def test_phases_are_those_of_the_schedule():
+    model = nn.Linear(20, 10)
+    late = {"start_itr": 10, "end_itr": 60}
+    assert Pruner(model, RigL(freq=1, end_itr=60), 100).method.phases == {"start_itr": 0, "end_itr": 60}
+    assert Pruner(model, "cubic", 100, **late, freq=1, initial_sparsity=0.2).method.phases == late
+    assert Pruner(model, "gradual", 100, **late, ramp_itr=20, freq=1).method.phases == late | {"ramp_itr": 20}
+
+
 def test_rigl_needs_gradients_and_says_what_to_do():
     with pytest.raises(UserError, match=r"before optimizer\.zero_grad\(\), or choose pruning\.grow=random"):
         walk(RigL())

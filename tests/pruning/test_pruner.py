@@ -128,7 +128,7 @@ def test_a_diverged_training_is_named():
     [
         (("net", "cubic", 100), r"model='net' must be a torch module"),
         ((nn.Linear(4, 4), 5, 100), r"method=5 must be a method's name, its config, or a method"),
-        ((nn.Linear(4, 4), "cubic", "100"), r"run='100' must be a number of optimiser steps, or a RunLength"),
+        ((nn.Linear(4, 4), "cubic", "100"), r"run='100' must be a whole number of optimiser steps"),
         ((nn.Linear(4, 4), "cubic", 100, None, [1]), r"reference=list\(\.\.\.\) must be weights by name"),
         ((nn.Linear(4, 4), "cubic", 100, None, None, 5), r"average=5 must be a torch module"),
     ],
@@ -149,8 +149,27 @@ def test_a_parameter_that_is_no_longer_the_models_is_noticed(change):
     else:
         model.cuda()
     message = r"weight_\w+ is on cuda:0 now, and was on cpu.*move the model first"
-    with pytest.raises(UserError, match=message if change == "moved" else r"weight_hh_l0 is not the parameter that"):
+    with pytest.raises(UserError, match=message if change == "moved" else r"weight_hh_l0 is no longer the parameter"):
         pruner.step()
+
+
+def test_a_resumed_pruner_notices_it_at_its_first_step():
+    model = nn.GRU(4, 8)
+    state = Pruner(model, "cubic", 100).state_dict()
+    pruner = Pruner(model, "cubic", 100)
+    pruner.load_state_dict(state | {"itr": 7})
+    model.weight_hh_l0 = nn.Parameter(torch.randn(24, 8))
+    with pytest.raises(UserError, match="weight_hh_l0 is no longer the parameter that"):
+        pruner.step()
+
+
+def test_layers_may_be_wrapped_once_the_pruner_is_built():
+    model = nn.Sequential(nn.Linear(8, 8))
+    pruner = Pruner(model, "cubic", 60.0, sparsity=0.5)
+    model[0] = nn.Sequential(model[0], nn.ReLU())
+    for _ in range(60):
+        pruner.step()
+    assert (model[0][0].weight == 0).float().mean() == 0.5
 
 
 def test_q_from_a_reference():

@@ -79,8 +79,9 @@ class PruningMethod(ABC):
         """The steps where its schedule changes, by the names of its options: start_itr, ramp_itr (if any), end_itr."""
         schedule = getattr(self, "schedule", None)
         ramp = getattr(schedule, "ramp_itr", None)
-        start = {"start_itr": max(0, self.dense_until)} | ({} if ramp is None else {"ramp_itr": ramp})
-        return start | {"end_itr": getattr(schedule, "end_itr", self.done_from)}
+        start = getattr(schedule, "start_itr", max(0, self.dense_until))
+        end = getattr(schedule, "end_itr", self.done_from)
+        return {"start_itr": start} | ({} if ramp is None else {"ramp_itr": ramp}) | {"end_itr": end}
 
     def is_update(self, itr: int) -> bool:
         """Whether masks are updated after iteration ``itr``."""
