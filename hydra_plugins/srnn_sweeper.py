@@ -14,7 +14,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
-    from srnn.sweeps import Sweep
+    from srnn.config.sweeps import Sweep
 
 
 class SrnnSweeper(Sweeper):
@@ -46,7 +46,7 @@ class SrnnSweeper(Sweeper):
         from filelock import FileLock, Timeout
 
         from srnn.errors import UserError
-        from srnn.sweeps import Sweep, expand
+        from srnn.config.sweeps import Sweep, expand
 
         jobs = expand(arguments, self.params, self.rows)
         try:

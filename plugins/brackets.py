@@ -11,7 +11,8 @@ import random
 from typing import Annotated
 
 from srnn.datasets import Texts, TextStreams
-from srnn.registry import Range, register
+from srnn.registry import Range
+from srnn.registry import register
 
 PAIRS = ["()", "[]", "{}", "<>"]
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import torch
 from torch import nn
 
-from srnn.registry import Range, register
+from srnn.registry import Range
+from srnn.registry import register
 
 
 @register.optimizer("rmsprop")

@@ -12,7 +12,8 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from srnn.registry import Range, register
+from srnn.registry import Range
+from srnn.registry import register
 
 Count = Annotated[int, Range(ge=1, le=1_000_000)]
 

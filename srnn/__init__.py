@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from srnn.deploy.packed import load as load
-    from srnn.deploy.sparsify import desparsify as desparsify
-    from srnn.deploy.sparsify import sparsify as sparsify
     from srnn.errors import UserError as UserError
+    from srnn.inference.packed_file import load as load
+    from srnn.inference.sparsify import desparsify as desparsify
+    from srnn.inference.sparsify import sparsify as sparsify
     from srnn.pruning.callback import PruningCallback as PruningCallback
     from srnn.pruning.pruner import Pruner as Pruner
     from srnn.registry import register as register
@@ -24,10 +24,10 @@ _HOME = {
     "Pruner": "srnn.pruning.pruner",
     "PruningCallback": "srnn.pruning.callback",
     "UserError": "srnn.errors",
-    "desparsify": "srnn.deploy.sparsify",
-    "load": "srnn.deploy.packed",
+    "desparsify": "srnn.inference.sparsify",
+    "load": "srnn.inference.packed_file",
     "register": "srnn.registry",
-    "sparsify": "srnn.deploy.sparsify",
+    "sparsify": "srnn.inference.sparsify",
 }
 __all__ = ["Pruner", "PruningCallback", "UserError", "__version__", "desparsify", "load", "register", "sparsify"]
 

@@ -80,7 +80,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _load_plugins(argv: list[str]) -> None:
-    from srnn.config import plugin_folders
+    from srnn.config.composing import plugin_folders
     from srnn.registry import register
 
     if "srnn.plugins=off" in argv:

@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+PACKAGE = Path(__file__).parent  # the installed package
+
 
 def cache_folder() -> Path:
     """``$SRNN_CACHE``, else ``srnn`` in the user's cache folder."""

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from srnn.__main__ import COMMANDS, main
-from srnn.command_line import check_command_line
-from srnn.config import conf_folder, presets
+from srnn.config.command_line import check_command_line
+from srnn.config.composing import conf_folder, presets
 from srnn.datasets import PennTreebank
 from tests.conftest import ROOT, SMALL
 

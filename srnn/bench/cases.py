@@ -11,12 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from srnn.cells import GATES, Cell
 from srnn.errors import UserError
-from srnn.kernels.choose import zero_state
-from srnn.kernels.contract import GATES, Cell, Kernel, LayerWeights, equal_lengths
+from srnn.kernels.choosing import zero_state
+from srnn.kernels.contract import Kernel, LayerWeights, equal_lengths
 from srnn.kernels.reference import run_layer
 from srnn.kernels.timing import Call
-from srnn.sparse import STRUCTURES, SparseMatrix, Structure, Values
+from srnn.sparse import PACKED_STRUCTURES, PackedStructure, SparseMatrix, Values
 
 SHAPES = "gru:2560, lstm:1500, tanh:1760 (one layer with as many inputs), or product:7680x2560"
 
@@ -55,7 +56,7 @@ class Format:
     """How weights are pruned and stored."""
 
     sparsity: float
-    structure: Structure
+    structure: PackedStructure
     values: Values
 
     def __str__(self) -> str:
@@ -174,7 +175,7 @@ class Plan:
 
     shapes: tuple[Shape, ...]
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95)
-    structures: tuple[Structure, ...] = ("element", "16x1")
+    structures: tuple[PackedStructure, ...] = ("element", "16x1")
     values: tuple[Values, ...] = ("fp32",)
     batches: tuple[int, ...] = (1,)
     threads: tuple[int, ...] = (1,)
@@ -196,8 +197,8 @@ class Plan:
 def check_structures(names: tuple[str, ...]) -> None:
     """Raises UserError for a name there is not."""
     for name in names:
-        if name not in STRUCTURES:
-            raise UserError(f"structure={name}: there are {', '.join(STRUCTURES)}.")
+        if name not in PACKED_STRUCTURES:
+            raise UserError(f"structure={name}: there are {', '.join(PACKED_STRUCTURES)}.")
 
 
 NAMED = {

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from srnn.bench.cases import Format, pruned
-from srnn.deploy.sparsify import sparsify
+from srnn.inference.sparsify import sparsify
 from srnn.kernels.timing import Call, graphed, timed
-from srnn.sparse import Structure
+from srnn.sparse import PackedStructure
 
 SIZE, LAYERS, VOCABULARY, STEPS = 2560, 3, 10_000, 256
-STRUCTURES: tuple[Structure, ...] = ("element", "32x1")
+STRUCTURES: tuple[PackedStructure, ...] = ("element", "32x1")
 
 
 class Network(nn.Module):
@@ -32,7 +32,7 @@ class Network(nn.Module):
         return self.linear(y_TBH), state
 
 
-def prune(network: Network, sparsity: float, structure: Structure) -> Network:
+def prune(network: Network, sparsity: float, structure: PackedStructure) -> Network:
     """Random weights with so many blocks zero, in place; the embedding, which is only looked up, stays dense."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 
 import srnn
 from srnn.bench.cases import Case, Format, Plan, Problem, dense_format
-from srnn.kernels.choose import hardware
+from srnn.kernels.choosing import hardware
 from srnn.kernels.contract import Kernel
 from srnn.kernels.dense import Int8, OneDnn, Torch
 from srnn.kernels.timing import Call, graphed, interleaved

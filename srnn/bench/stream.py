@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from srnn.bench.cases import Format, pruned
-from srnn.deploy.sparsify import sparsify
+from srnn.inference.sparsify import sparsify
 from srnn.sparse import Values
 
 SIZE, LAYERS = 1024, 2

@@ -10,10 +10,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from srnn.config import Settings
+from srnn.config.settings import Settings
+from srnn.objectives.next_token import NextToken, sum_of_losses
 from srnn.pruning.callback import PruningCallback
 from srnn.registry import register
-from srnn.training.objectives import NextToken, sum_of_losses
+from srnn.training.cuda_graph import Graphed
 from srnn.training.run import quiet, trainer_for
 
 Module = Any
@@ -117,4 +118,5 @@ def _module(settings: Settings) -> NextToken:
     if settings.trainer.limit_train_batches is not None:
         data.limits["train"] = settings.trainer.limit_train_batches
     model = register.build("model", settings.model, **data.sizes)
-    return NextToken(model, settings.optimizer, data, settings.trainer.cuda_graph)
+    call = Graphed(model, data.batches("train").fetch(0, 0)[0]) if settings.trainer.cuda_graph else None
+    return NextToken(model, settings.optimizer, data, call)

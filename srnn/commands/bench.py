@@ -174,8 +174,8 @@ def _bench_run(options: Namespace) -> int:
     """A run's network, on its best dense modules and on each backend."""
     import torch
 
-    from srnn.bench.models import STEPS, latencies
-    from srnn.deploy.packed import read
+    from srnn.inference.latency import STEPS, latencies
+    from srnn.inference.packed_file import read
     from srnn.registry import register
 
     path = packed_file(options.run)
@@ -220,8 +220,8 @@ def _bench_stream(options: Namespace) -> int:
     """Two layers, one step after the other, 90 % in 16x1 blocks."""
     import torch
 
-    from srnn.bench.models import stream
     from srnn.bench.stream import networks
+    from srnn.inference.latency import stream
     from srnn.terminal import console
 
     steps = 10_000 if options.steps is None else options.steps
@@ -249,7 +249,7 @@ def _bench_network(options: Namespace) -> int:
 
     from srnn.bench.gpu import LAYERS, SIZE, STEPS, VOCABULARY, network_calls
     from srnn.files import write_atomically
-    from srnn.kernels.choose import hardware
+    from srnn.kernels.choosing import hardware
     from srnn.kernels.timing import interleaved
     from srnn.terminal import console
 
@@ -279,7 +279,7 @@ def _bench_training(options: Namespace) -> int:
     import torch
 
     from srnn.bench.training import compare
-    from srnn.config import compose_settings
+    from srnn.config.composing import compose_settings
     from srnn.files import write_atomically
     from srnn.terminal import console
 

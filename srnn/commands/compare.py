@@ -12,8 +12,8 @@ from srnn.commands.options import Parser, output_folder
 from srnn.errors import UserError
 
 if TYPE_CHECKING:
-    from srnn.tracking.comparison import Comparison
-    from srnn.tracking.runs import Run
+    from srnn.comparing.comparison import Comparison
+    from srnn.comparing.runs import Run
 
 NAME = "comparison"  # of the files
 
@@ -22,10 +22,10 @@ def main(argv: Sequence[str]) -> int:
     """Read the runs, print the table, write Markdown, CSV and plots, and keep them as a W&B run."""
     options = _parse(argv)
 
+    from srnn.comparing.comparison import compare, csv_text, markdown, rich_table, run_rows, setting_rows
+    from srnn.comparing.comparison_plots import plot_comparison
     from srnn.files import write_atomically
     from srnn.terminal import console
-    from srnn.tracking.comparison import compare, csv_text, markdown, rich_table, run_rows, setting_rows
-    from srnn.tracking.comparison_plots import plot_comparison
 
     comparison = compare(_runs(options), options.metric)
     for run in comparison.repeated:
@@ -63,10 +63,10 @@ def _runs(options: Namespace) -> list[Run]:
     from srnn.terminal import console
 
     if options.wandb:
-        from srnn.tracking.wandb_api import read_project
+        from srnn.comparing.wandb_projects import read_project
 
         return read_project(options.wandb)
-    from srnn.tracking.runs import read_runs
+    from srnn.comparing.runs import read_runs
 
     runs, unfinished = read_runs([Path(folder).expanduser() for folder in options.folders])
     for path in unfinished:
@@ -77,10 +77,10 @@ def _runs(options: Namespace) -> list[Run]:
 
 
 def _track(options: Namespace, comparison: Comparison, folder: Path, plots: Sequence[Path]) -> None:
-    from srnn.config import TrackingConfig
+    from srnn.comparing.comparison import run_rows, setting_rows
+    from srnn.config.settings import TrackingConfig
+    from srnn.recording.wandb import carefully, log_tables, sync_command, wandb_run
     from srnn.terminal import console
-    from srnn.tracking.comparison import run_rows, setting_rows
-    from srnn.tracking.wandb import carefully, log_tables, sync_command, wandb_run
 
     group = Path(options.folders[0]).resolve().name if len(options.folders) == 1 else None  # a sweep's own
     tracking = TrackingConfig(mode=options.mode, project=options.project, group=group)

@@ -142,7 +142,7 @@ def _plugins() -> Rows:
 
 
 def _tracking() -> Rows:
-    from srnn.tracking.wandb import has_key
+    from srnn.recording.wandb import has_key
 
     yield (
         "W&B key",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from srnn.commands.options import Parser, packed_file
 from srnn.errors import UserError
@@ -24,10 +24,9 @@ def main(argv: Sequence[str]) -> int:
 
     from rich.table import Table
 
-    from srnn.deploy.packed import read
+    from srnn.inference.packed_file import read
     from srnn.registry import register
     from srnn.terminal import console
-    from srnn.training.objectives import OBJECTIVES
 
     packed = read(path)
     if "dataset" not in packed.about:
@@ -35,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     data = register.build("dataset", packed.about["dataset"])
     data.setup(vocabulary=packed.vocabulary)
     model = packed.build_sparse(register.build("kernel", {"name": options.kernel}))
-    objective = OBJECTIVES[data.objective]
+    objective: Any = register.get("objective", data.objective).factory
     scores = {part: objective.score(model, data, part) for part in ("valid", "test")}
     table = Table(title=f"{packed.model['name']} on {packed.about['dataset']['name']}, from {path.name}")
     table.caption = "the packed file, on all of each part"

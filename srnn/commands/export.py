@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from srnn.commands.options import Parser, output_folder, packed_file
 from srnn.errors import UserError
 
 if TYPE_CHECKING:
-    from srnn.deploy.packed import PackedModel
+    from srnn.inference.packing import PackedModel
 
 CALIBRATION_BATCHES = 20
 
@@ -38,10 +38,11 @@ def main(argv: Sequence[str]) -> int:
 
     import torch
 
-    from srnn.deploy.packed import PackedModel, read, read_weights, write
+    from srnn.inference.packed_file import read, write
+    from srnn.inference.packing import PackedModel
+    from srnn.inference.weights import read_weights
     from srnn.registry import register
     from srnn.terminal import console
-    from srnn.training.objectives import OBJECTIVES
 
     packed = read(source)
     if "dataset" not in packed.about:
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     }
     if trained:
         rows = {"pruned, not packed, fp32": (dense_bytes, model)} | rows
-    objective = OBJECTIVES[data.objective]
+    objective: Any = register.get("objective", data.objective).factory
     scores = {name: (size, objective.score(network, data, "test")) for name, (size, network) in rows.items()}
     _print_scores(f"{packed.model['name']} on {packed.about['dataset']['name']}, test", scores)
     (before, (_, first)), *_, (_, (_, last)) = scores.items()

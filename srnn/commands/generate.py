@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     _check(-(2**63) <= options.seed < 2**63, f"--seed={options.seed} must fit in 64 bits")
     path = packed_file(options.run)
 
-    from srnn.deploy.packed import load
+    from srnn.inference.packed_file import load
 
     model: Any = load(path, options.kernel)
     vocabulary = model.vocabulary

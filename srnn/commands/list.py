@@ -9,8 +9,9 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from srnn.commands.options import Parser
-from srnn.config import GROUPS, SECTIONS, Settings, conf_folder, conf_folders, options_of, presets
-from srnn.registry import KINDS, Option, register, type_name
+from srnn.config.composing import conf_folder, conf_folders, presets
+from srnn.config.settings import COMPONENTS, GROUPS, SECTIONS, Settings, options_of
+from srnn.registry import Option, register, type_name
 
 # What belongs to no group.
 OTHERS = {
@@ -51,7 +52,7 @@ def _rows(group: str) -> Iterator[Row]:
     if group not in GROUPS:
         yield from _others()
         return
-    components = register.names(group) if group in KINDS else []
+    components = register.names(group) if group in COMPONENTS else []
     for name in presets(group):  # a plug-in's file may be another choice of options of a component
         yield _component(group, name) if name in components else _preset(group, name)
 

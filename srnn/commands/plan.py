@@ -20,10 +20,10 @@ def main(argv: Sequence[str]) -> int:
     if path.suffix != ".png":
         raise UserError(f"plan: --plot={options.plot} must be a file named *.png.")
 
-    from srnn.config import compose_settings
+    from srnn.config.composing import compose_settings
+    from srnn.recording.console import print_plan
+    from srnn.recording.plots import plot_plan
     from srnn.terminal import console
-    from srnn.tracking.console import print_plan
-    from srnn.tracking.plots import plot_plan
     from srnn.training.run import plan
 
     pruner = plan(compose_settings(options.overrides))

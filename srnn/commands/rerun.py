@@ -27,8 +27,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"rerun {source}: no finished run is there: it has no report.json.")
 
     from srnn.files import nearest_there
+    from srnn.recording import environment
     from srnn.terminal import console
-    from srnn.tracking import environment
     from srnn.training.run import read_settings, take_back, train
 
     before, settings = environment.read(source), read_settings(source)

@@ -16,12 +16,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from srnn import config
-from srnn.command_line import check_command_line
+from srnn.config.command_line import check_command_line
+from srnn.config.composing import conf_folder, connect_hydra, plugin_folders, settings_of
+from srnn.config.settings import Settings
+from srnn.config.sweeps import ERROR, identity, identity_of
 from srnn.errors import JobFailed, UserError, cannot_be_written
 from srnn.files import nearest_there, write_atomically
 from srnn.registry import register
-from srnn.sweeps import ERROR, identity, identity_of
 
 HELP = """usage: srnn [train] [GROUP=NAME] [GROUP.OPTION=VALUE] ...
 
@@ -52,12 +53,12 @@ def main(argv: Sequence[str]) -> int:
     line = check_command_line(argv)
     if line.sweep is not None:
         _open_sweep(line.sweep, argv)
-    config.connect_hydra()
+    connect_hydra()
     # Without it Hydra reports an error of its own work, such as a folder it cannot make, and exits by itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra reads the arguments from there; it must not see the command's name.
     sys.argv = ["srnn", *line.argv]
-    job = hydra.main(version_base="1.3", config_path=str(config.conf_folder().resolve()), config_name="config")(_job)
+    job = hydra.main(version_base="1.3", config_path=str(conf_folder().resolve()), config_name="config")(_job)
     there = nearest_there(line.folder)
     try:
         job()
@@ -84,8 +85,8 @@ def _open_sweep(folder: Path, argv: Sequence[str]) -> None:
 def _job(composed: DictConfig) -> float:
     """One job; returns what a sweeper can optimise: the best loss on the validation part."""
     if composed.srnn.plugins == "on":  # a worker of a launcher has not loaded them
-        register.load_plugins(config.plugin_folders())
-    settings = config.settings_of(composed)
+        register.load_plugins(plugin_folders())
+    settings = settings_of(composed)
     of_hydra = HydraConfig.get()
     folder = Path(of_hydra.runtime.output_dir)
     if of_hydra.mode == RunMode.MULTIRUN:
@@ -95,7 +96,7 @@ def _job(composed: DictConfig) -> float:
     return float(report["scores"]["best"]["loss"])
 
 
-def _single_job(settings: config.Settings, folder: Path) -> dict[str, Any]:
+def _single_job(settings: Settings, folder: Path) -> dict[str, Any]:
     from srnn.training.run import train
 
     try:
@@ -104,7 +105,7 @@ def _single_job(settings: config.Settings, folder: Path) -> dict[str, Any]:
         raise JobFailed(error, folder) from error
 
 
-def _sweep_job(settings: config.Settings, folder: Path, sweep: str) -> dict[str, Any]:
+def _sweep_job(settings: Settings, folder: Path, sweep: str) -> dict[str, Any]:
     """A job that may have been started before. Its error stays in its folder, wherever the job runs."""
     from srnn.training.run import resume, train
 

@@ -15,7 +15,6 @@ from srnn.vocabulary import Vocabulary
 
 Part = Literal["train", "valid", "test"]
 PARTS: tuple[Part, ...] = ("train", "valid", "test")
-ObjectiveName = Literal["next_token", "classification", "regression"]
 Batch = tuple[Tensor, Tensor]
 
 
@@ -73,7 +72,7 @@ class DataModule(pl.LightningDataModule):
     """Base of all data sets.
 
     Attributes:
-        objective: what is learned: ``next_token``, ``classification`` or ``regression``.
+        objective: the name of what is learned: ``next_token``, ``classification``, ``regression``, or a plug-in's.
         sizes: what a model has to fit: ``vocabulary_size``, or ``input_size`` and ``output_size``.
         vocabulary: of text; else None.
         counts: part -> its length in ``unit``.
@@ -81,7 +80,7 @@ class DataModule(pl.LightningDataModule):
         limits: part -> at most so many batches; absent takes all.
     """
 
-    objective: ObjectiveName
+    objective: str
     vocabulary: Vocabulary | None = None
     unit: str
 

@@ -1,7 +1,8 @@
 """Kernel backends: how sparse weights run."""
 
-from srnn.kernels.choose import Auto, Choice, Dense
-from srnn.kernels.contract import Cell, Kernel, Layer, LayerWeights, Product, Recurrence, State
+from srnn.cells import Cell
+from srnn.kernels.choosing import Auto, Choice, Dense
+from srnn.kernels.contract import Kernel, Layer, LayerWeights, Product, Recurrence, State
 from srnn.kernels.cpu.backend import Cpu
 from srnn.kernels.csr import Csr
 from srnn.kernels.dense import StepLoopKernel

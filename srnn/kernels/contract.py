@@ -14,17 +14,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from srnn.cells import Cell
 from srnn.sparse import SparseMatrix
-
-Cell = Literal["tanh", "relu", "clipped_relu", "gru", "lstm"]
-GATES: dict[Cell, int] = {"tanh": 1, "relu": 1, "clipped_relu": 1, "gru": 3, "lstm": 4}
-CELLS: tuple[Cell, ...] = tuple(GATES)
-CLIP = 20.0  # of the clipped ReLU min(max(x, 0), 20) of Deep Speech 2 (Amodei et al., 2015)
 
 State = tuple[Tensor, ...]  # (h_BP,), and (h_BP, c_BH) of an LSTM
 Product = Callable[[Tensor], Tensor]  # x_NI -> y_NO

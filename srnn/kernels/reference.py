@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srnn.kernels.contract import CLIP, Cell, LayerWeights, Product, Recurrence, State
+from srnn.cells import CLIP, Cell
+from srnn.kernels.contract import LayerWeights, Product, Recurrence, State
 
 
 def cell_step(cell: Cell, u_BG: Tensor, v_BG: Tensor, state: State, new_bias: Tensor | None) -> State:

@@ -121,8 +121,8 @@ class LanguageModel(nn.Module):
         top_k: int | None = None,
         seed: int = 0,
     ) -> Iterator[int]:
-        """Yield ``length`` tokens that go on from ``prompt``; see ``srnn.deploy.generate``."""
-        from srnn.deploy.generate import generate
+        """Yield ``length`` tokens that go on from ``prompt``; see ``srnn.inference.generating``."""
+        from srnn.inference.generating import generate
 
         return generate(self, prompt, length, temperature, top_k, seed)
 

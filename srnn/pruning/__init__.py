@@ -1,5 +1,6 @@
 """Pruning while training. Knows torch; only ``callback`` knows Lightning."""
 
+from srnn.formats import Structure
 from srnn.pruning.groups import Group
 from srnn.pruning.methods import (
     Block,
@@ -17,7 +18,6 @@ from srnn.pruning.methods import (
 from srnn.pruning.pruner import Pruner, Row
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import prunable
-from srnn.pruning.structures import Structure
 
 __all__ = ["Block", "Cubic", "Fixed", "Gradual", "Group", "Hard", "NoPruning", "Pruner", "PruningMethod", "Random",
            "RigL", "Row", "RunLength", "Shared", "Structure", "Structured", "prunable"]  # fmt: skip

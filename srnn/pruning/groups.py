@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from srnn.errors import UserError
+from srnn.formats import Structure
 from srnn.pruning.parts import Part, Piece, count
 from srnn.pruning.ranking import Ranking, Scorer
 from srnn.pruning.scores import Score, unit_scores
-from srnn.pruning.structures import Structure
 
 
 def magnitude(piece: Piece) -> Tensor:

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from srnn.pruning.structures import Shape
+from srnn.cells import GATE_LETTERS
+from srnn.formats import Shape
 
 PIECE = 1 << 22  # weights looked at together: temporaries of larger matrices stay this small
-# Gates of torch's recurrent layers, in torch's order, by how many there are.
-GATE_LETTERS = {1: "", 3: "rzn", 4: "ifgo"}
 
 
 def count(flags: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from srnn.cells import GATE_LETTERS
+from srnn.distributed import check_equal
 from srnn.errors import UserError
-from srnn.pruning import ranks
 from srnn.pruning.groups import Group
 from srnn.pruning.methods.base import PruningMethod
-from srnn.pruning.parts import GATE_LETTERS, Part, count
+from srnn.pruning.parts import Part, count
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import masks_of
 from srnn.registry import register
@@ -210,7 +211,7 @@ class Pruner:
         began = time.perf_counter()
         if update or self.itr % COMPARE_EVERY == 0 or not self._checked:
             self._check_parameters()
-            ranks.compare(self._compared(), self.itr)
+            check_equal(self._compared(), self.itr)
         if update and not self.method.delayed:
             self._update()
             self._apply()
@@ -229,7 +230,7 @@ class Pruner:
         Warns if the sparsity asked for was missed, and if nothing is left of a matrix or gate.
         """
         self._apply()
-        ranks.compare(self._compared(), self.itr)
+        check_equal(self._compared(), self.itr)
         for group in self.groups:
             want, have = self.method.wanted(group), group.pruned
             if want is not None and abs(have - want) > group.tolerance:

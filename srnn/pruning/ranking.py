@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from srnn.formats import Structure
 from srnn.pruning.parts import PIECE, Piece
-from srnn.pruning.structures import Structure
 
 Scorer = Callable[[Piece], Tensor]  # the scores of a piece's units, [U]
 BINS = 1 << 16

@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from srnn.cells import GATE_LETTERS, gates_of
 from srnn.errors import UserError
+from srnn.formats import Structure
 from srnn.pruning.groups import Group
-from srnn.pruning.parts import GATE_LETTERS, Part
+from srnn.pruning.parts import Part
 from srnn.pruning.scores import Score
-from srnn.pruning.structures import Structure
 from srnn.registry import Component, Range, check_options
 
 LayerType = Literal["recurrent", "linear", "embedding", "convolution"]
@@ -116,9 +117,7 @@ def _layer_type(module: nn.Module) -> str:
 def _gates(module: nn.Module, own: str) -> int:
     if not own.startswith(("weight_ih", "weight_hh")):  # a projection, weight_hr, has none
         return 1
-    if isinstance(module, nn.GRU | nn.GRUCell):
-        return 3
-    return 4 if isinstance(module, nn.LSTM | nn.LSTMCell) else 1
+    return gates_of(module)
 
 
 def build_groups(

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from srnn.pruning.structures import Shape, Structure
+from srnn.formats import Shape, Structure
 
 Score = Literal["max", "mean", "energy"]
 

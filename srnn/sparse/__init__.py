@@ -1,22 +1,13 @@
 """Sparse matrix formats: dense <-> packed, sizes, slicing. No kernels."""
 
-from srnn.sparse.matrix import (
-    DTYPES,
-    STRUCTURES,
-    SparseMatrix,
-    Structure,
-    Values,
-    cheapest_structure,
-    has_structure,
-    packed_nbytes,
-    stacked,
-)
+from srnn.formats import DTYPES, PACKED_STRUCTURES, PackedStructure, Values
+from srnn.sparse.matrix import SparseMatrix, cheapest_structure, has_structure, packed_nbytes, stacked
 
 __all__ = [
     "DTYPES",
-    "STRUCTURES",
+    "PACKED_STRUCTURES",
+    "PackedStructure",
     "SparseMatrix",
-    "Structure",
     "Values",
     "cheapest_structure",
     "has_structure",

@@ -4,30 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-Values = Literal["fp32", "fp16", "bf16", "int8"]
-Structure = Literal["element", "4x1", "8x1", "16x1", "32x1"]
-STRUCTURES: tuple[Structure, ...] = get_args(Structure)
-DTYPES: dict[Values, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "int8": torch.int8,
-}
+from srnn.formats import DTYPES, PACKED_STRUCTURES, PackedStructure, Values, block_height
+
 # Shares of the largest value that are tried as the largest representable one: clipping a few outliers makes
 # the steps of int8 finer for the rest.
 CLIPS = tuple(1 - i / 20 for i in range(11))
-
-
-def block_height(structure: str) -> int:
-    """N of an N x 1 structure; 1 for ``element``. Raises ``ValueError`` for a name there is not."""
-    if structure not in STRUCTURES:
-        raise ValueError(f"no structure {structure!r}; there are {', '.join(STRUCTURES)}")
-    return 1 if structure == "element" else int(structure.removesuffix("x1"))
 
 
 @dataclass(frozen=True)
@@ -57,7 +43,7 @@ class SparseMatrix:
     def from_dense(
         cls,
         weight: Tensor,
-        structure: Structure | Literal["auto"] = "element",
+        structure: PackedStructure | Literal["auto"] = "element",
         values: Values = "fp32",
         gates: int = 1,
         energy: Tensor | None = None,
@@ -151,7 +137,7 @@ class SparseMatrix:
         return self.gates * -(-self.units // self.height)
 
     @property
-    def structure(self) -> Structure:
+    def structure(self) -> PackedStructure:
         """``element`` or ``Nx1``."""
         return "element" if self.height == 1 else f"{self.height}x1"  # type: ignore[return-value]
 
@@ -231,7 +217,7 @@ class SparseMatrix:
         rows, columns = self.shape
         if rows < 0 or columns < 0 or self.gates < 1 or rows % self.gates:
             raise ValueError(f"rows {rows}, columns {columns} and gates {self.gates} do not fit")
-        if self.values.dtype not in DTYPES.values() or self.values.ndim != 2 or self.structure not in STRUCTURES:
+        if self.values.dtype not in DTYPES.values() or self.values.ndim != 2 or self.structure not in PACKED_STRUCTURES:
             raise ValueError("values must be [blocks, N] of fp32, fp16, bf16 or int8, N 1, 4, 8, 16 or 32")
         if self.columns.dtype not in (torch.uint16, torch.int32) or self.columns.shape != (self.blocks,):
             raise ValueError("columns must be uint16 or int32, one a block")
@@ -281,12 +267,12 @@ def stacked(matrices: Sequence[SparseMatrix]) -> SparseMatrix:
     )
 
 
-def cheapest_structure(weight: Tensor, values: Values = "fp32", gates: int = 1) -> Structure:
+def cheapest_structure(weight: Tensor, values: Values = "fp32", gates: int = 1) -> PackedStructure:
     """The structure that stores a matrix in the fewest bytes; the tallest of equals."""
-    return min(reversed(STRUCTURES), key=lambda structure: packed_nbytes(weight, structure, values, gates))
+    return min(reversed(PACKED_STRUCTURES), key=lambda structure: packed_nbytes(weight, structure, values, gates))
 
 
-def packed_nbytes(weight: Tensor, structure: Structure, values: Values = "fp32", gates: int = 1) -> int:
+def packed_nbytes(weight: Tensor, structure: PackedStructure, values: Values = "fp32", gates: int = 1) -> int:
     """Bytes that ``SparseMatrix.from_dense`` with the same arguments would take."""
     height = block_height(structure)
     used = _grouped(weight.detach() != 0, gates, height).any(dim=1)
@@ -295,7 +281,7 @@ def packed_nbytes(weight: Tensor, structure: Structure, values: Values = "fp32",
     return int(used.sum()) * block_bytes + 4 * (used.shape[0] + 1) + (4 * used.shape[0] if values == "int8" else 0)
 
 
-def has_structure(weight: Tensor, structure: Structure, values: Values = "fp32", gates: int = 1) -> bool:
+def has_structure(weight: Tensor, structure: PackedStructure, values: Values = "fp32", gates: int = 1) -> bool:
     """Whether a matrix is pruned in these blocks: they cost no more bytes than its single elements would."""
     return packed_nbytes(weight, structure, values, gates) <= packed_nbytes(weight, "element", values, gates)
 

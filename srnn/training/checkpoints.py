@@ -18,11 +18,11 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from srnn.deploy.packed import read_checkpoint
+from srnn.distributed import any_rank, gather, own
 from srnn.files import write_atomically
+from srnn.inference.weights import read_checkpoint
+from srnn.recording.metrics import MetricsFile
 from srnn.terminal import console
-from srnn.tracking.metrics import MetricsFile
-from srnn.training.devices import any_rank, gather, own
 
 LAST = Path("checkpoints/last.ckpt")  # in a run's folder
 

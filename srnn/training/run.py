@@ -23,33 +23,35 @@ from torch import nn
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 import srnn
-from srnn.bench.models import STEPS, latencies
-from srnn.config import Settings
+from srnn.config.settings import Settings
 from srnn.datasets.base import DataModule
-from srnn.deploy.packed import PackedModel, read_checkpoint, read_weights
-from srnn.deploy.packed import read as read_packed
-from srnn.deploy.packed import write as write_packed
 from srnn.errors import UserError, cannot_be_written
 from srnn.files import write_atomically
+from srnn.inference.latency import STEPS, latencies
+from srnn.inference.packed_file import read as read_packed
+from srnn.inference.packed_file import write as write_packed
+from srnn.inference.packing import PackedModel
+from srnn.inference.weights import read_checkpoint, read_weights
 from srnn.kernels import Auto, Dense, Kernel
+from srnn.objectives.base import Objective
 from srnn.pruning.callback import PruningCallback
 from srnn.pruning.methods import PruningMethod
 from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import RunLength
+from srnn.recording import environment
+from srnn.recording.console import RunProgress, print_report
+from srnn.recording.metrics import MetricsFile, WandbCurves
+from srnn.recording.plots import plot_run
+from srnn.recording.recorder import BestWhile, Recorder
+from srnn.recording.report import build_report, milestones, recurrent_matrix
+from srnn.recording.summary import summary_of
+from srnn.recording.wandb import carefully, define_scores, log_results, sync_command, wandb_run
 from srnn.registry import register
 from srnn.terminal import console
-from srnn.tracking import environment
-from srnn.tracking.console import RunProgress, print_report
-from srnn.tracking.metrics import MetricsFile, WandbCurves
-from srnn.tracking.plots import plot_run
-from srnn.tracking.record import BestWhile, Recorder
-from srnn.tracking.report import build_report, milestones, recurrent_matrix
-from srnn.tracking.runs import summary_of
-from srnn.tracking.wandb import carefully, define_scores, log_results, sync_command, wandb_run
 from srnn.training.checkpoints import LAST, AtomicCheckpoints, LastCheckpoint, stop_requests
-from srnn.training.devices import OwnRandomNumbers, Place, all_ranks
-from srnn.training.initial import Initial, load_weights, read_initial
-from srnn.training.objectives import OBJECTIVES, Objective
+from srnn.training.cuda_graph import Graphed
+from srnn.training.processes import OwnRandomNumbers, Place, all_ranks
+from srnn.training.start_from import Initial, load_weights, read_initial
 from srnn.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")  # where the packed model is checked and scored
@@ -184,7 +186,9 @@ def _prepare(settings: Settings, folder: Path, checkpoint: Path | None, place: P
     # A first look at the schedule, before anything is started; the callback makes the pruner that counts.
     length = run_length(settings, data)
     Pruner(model, method, length, reference=reference)
-    module = OBJECTIVES[data.objective](model, settings.optimizer, data, settings.trainer.cuda_graph)
+    call = Graphed(model, data.batches("train").fetch(0, 0)[0]) if settings.trainer.cuda_graph else None
+    objective: Any = register.get("objective", data.objective).factory
+    module: Objective = objective(model, settings.optimizer, data, call)
     pruning = PruningCallback(method, model, reference)
     recorder = Recorder(pruning, max(1, length.total_steps // LOGGED_POINTS))
     return _Training(place, method, module, pruning, recorder, match)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from srnn.__main__ import main
-from srnn.deploy.packed import read
+from srnn.inference.packed_file import read
 from tests.conftest import SMALL
 
 
@@ -49,7 +49,7 @@ def test_an_export_of_a_packed_file_is_compared_with_it(run, capsys):
 
 def test_nothing_costs_no_negative_zero(run, capsys, monkeypatch):
     scores = iter([2.0, 2.0, 1.99999])
-    monkeypatch.setattr("srnn.training.objectives.NextToken.score", lambda *_: {"bits_per_character": next(scores)})
+    monkeypatch.setattr("srnn.objectives.next_token.NextToken.score", lambda *_: {"bits_per_character": next(scores)})
     assert main(["export", f"run={run}", "values=fp32"]) == 0
     assert "costs +0.0000 bits per character" in capsys.readouterr().out
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from srnn.__main__ import main
-from srnn.config import GROUPS, SECTIONS, options_of, presets
-from srnn.deploy.packed import PackedModel, write
+from srnn.config.composing import presets
+from srnn.config.settings import GROUPS, SECTIONS, options_of
 from srnn.errors import UserError
+from srnn.inference.packed_file import write
+from srnn.inference.packing import PackedModel
 from srnn.registry import register
 from srnn.vocabulary import Vocabulary
 from tests.conftest import SMALL

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from srnn.__main__ import main
-from srnn.config import compose_settings
-from srnn.tracking.console import shown_updates
+from srnn.config.composing import compose_settings
+from srnn.recording.console import shown_updates
 from srnn.training.run import plan
 from tests.conftest import SMALL
 

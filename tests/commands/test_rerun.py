@@ -11,9 +11,9 @@ import torch
 
 from srnn.__main__ import main
 from srnn.commands.rerun import compare
-from srnn.config import compose_settings
+from srnn.config.composing import compose_settings
+from srnn.recording.environment import FILE, data_checksums, differences, environment, read
 from srnn.registry import register
-from srnn.tracking.environment import FILE, data_checksums, differences, environment, read
 from tests.conftest import ROOT, SMALL
 
 QUIET = [*SMALL, "tracking.mode=disabled", "kernel=dense"]

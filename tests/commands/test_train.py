@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 
 from srnn.__main__ import main
-from srnn.deploy.packed import read, read_weights
+from srnn.inference.packed_file import read
+from srnn.inference.weights import read_weights
 from srnn.kernels.cpu.backend import MESSAGE
 from tests.conftest import SMALL
 
@@ -196,7 +197,7 @@ def test_a_long_pass_is_not_silent_where_there_is_no_terminal(tmp_path, capsys, 
     shown = capsys.readouterr().out
     assert len(re.findall(r"^epoch \d/5, step \d+: valid loss", shown, re.MULTILINE)) == 5
     assert "\nstep " not in shown
-    monkeypatch.setattr("srnn.tracking.console.SILENCE", 0.0)
+    monkeypatch.setattr("srnn.recording.console.SILENCE", 0.0)
     train(tmp_path / "slow", "kernel=dense")
     shown = capsys.readouterr().out
     steps = re.findall(r"^step (\d+)/40: loss \d+\.\d{3}  sparsity ", shown, re.MULTILINE)

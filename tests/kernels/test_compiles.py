@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
+from srnn.cells import GATES
 from srnn.kernels import LayerWeights
-from srnn.kernels.contract import GATES, equal_lengths
+from srnn.kernels.contract import equal_lengths
 from srnn.sparse import SparseMatrix
 
 triton = pytest.importorskip("triton")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from srnn.deploy.sparsify import desparsify, sparsify
+from srnn.inference.sparsify import desparsify, sparsify
 from tests.kernels.common import prune, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -162,7 +162,7 @@ def test_a_hundred_thousand_launches(structure, streams, hidden):
 def test_a_graphed_layer_serves_several_streams_and_shapes():
     from srnn.kernels.contract import equal_lengths
     from srnn.kernels.dense import Torch
-    from srnn.kernels.graph import MOST_GRAPHS, Graphed
+    from srnn.kernels.replay import MOST_GRAPHS, Graphed
 
     torch.manual_seed(0)
     device = torch.device("cuda")

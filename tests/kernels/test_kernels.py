@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from srnn.deploy.modules import sparse_module
-from srnn.deploy.sparsify import desparsify, matrix_gates
+from srnn.cells import GATES
+from srnn.inference.modules import sparse_module
+from srnn.inference.sparsify import desparsify, matrix_gates
 from srnn.kernels import Auto, Cpu, Csr, Dense, LayerWeights
-from srnn.kernels.contract import GATES
 from srnn.kernels.cpu import backend
 from srnn.kernels.reference import run_layer
 from srnn.registry import register
-from srnn.sparse import DTYPES, STRUCTURES, SparseMatrix
+from srnn.sparse import DTYPES, PACKED_STRUCTURES, SparseMatrix
 from tests.kernels.common import prune, relative_error
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def as_tuple(state):
 @given(
     cell=st.sampled_from(["tanh", "relu", "gru", "lstm"]),
     kernel=st.sampled_from(["cpu", "cpu", "cpu", "csr", "dense"]),
-    structure=st.sampled_from(STRUCTURES),
+    structure=st.sampled_from(PACKED_STRUCTURES),
     values=st.sampled_from(list(DTYPES)),
     inputs=SIZES,
     hidden=SIZES,

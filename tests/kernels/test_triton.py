@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from srnn.cells import GATES
 from srnn.kernels import LayerWeights
-from srnn.kernels.contract import GATES, equal_lengths
+from srnn.kernels.contract import equal_lengths
 from srnn.kernels.reference import run_layer
 from srnn.sparse import SparseMatrix
 from tests.kernels.common import relative_error

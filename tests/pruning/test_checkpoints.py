@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from srnn.config import plugin_folders
+from srnn.config.composing import plugin_folders
 from srnn.errors import UserError
 from srnn.pruning import Pruner, RunLength
 from srnn.registry import register

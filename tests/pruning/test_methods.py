@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from srnn.config import plugin_folders
+from srnn.config.composing import plugin_folders
 from srnn.errors import UserError
 from srnn.pruning import Block, Cubic, Gradual, Hard, Pruner, Random, RigL, RunLength
 from srnn.pruning.methods.rigl import allocate, densities

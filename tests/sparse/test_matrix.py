@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srnn.sparse import DTYPES, STRUCTURES, SparseMatrix, cheapest_structure, has_structure, packed_nbytes
-from srnn.sparse.matrix import block_height
+from srnn.formats import block_height
+from srnn.sparse import DTYPES, PACKED_STRUCTURES, SparseMatrix, cheapest_structure, has_structure, packed_nbytes
 
 
 def random_weight(rows, columns, density, seed, height=1):
@@ -18,7 +18,7 @@ def random_weight(rows, columns, density, seed, height=1):
     columns=st.integers(0, 30),
     gates=st.sampled_from([1, 3, 4]),
     density=st.sampled_from([0, 0.1, 0.5, 1]),
-    structure=st.sampled_from(STRUCTURES),
+    structure=st.sampled_from(PACKED_STRUCTURES),
     values=st.sampled_from(list(DTYPES)),
     seed=st.integers(0, 99),
 )
@@ -79,12 +79,12 @@ def test_the_cheapest_structure_is_the_one_it_was_pruned_in(height):
     weight = random_weight(128, 50, 0.2, 1, height)
     assert block_height(cheapest_structure(weight)) == height
     matrix = SparseMatrix.from_dense(weight, "auto")
-    assert matrix.nbytes == min(packed_nbytes(weight, structure) for structure in STRUCTURES)
+    assert matrix.nbytes == min(packed_nbytes(weight, structure) for structure in PACKED_STRUCTURES)
 
 
 def test_a_matrix_has_the_blocks_it_was_pruned_in_and_smaller_ones():
     weight = random_weight(128, 50, 0.2, 1, 16)
-    assert [has_structure(weight, s) for s in STRUCTURES] == [True, True, True, True, False]
+    assert [has_structure(weight, s) for s in PACKED_STRUCTURES] == [True, True, True, True, False]
     assert not has_structure(random_weight(128, 50, 0.2, 1), "4x1")
 
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from srnn.kernels.contract import CELLS, Kernel, LayerWeights, Product, Recurrence, State
+from srnn.cells import CELLS
+from srnn.kernels.contract import Kernel, LayerWeights, Product, Recurrence, State
 from srnn.kernels.cpu.shapes import ROWS, TILES, chunk_size
 from srnn.registry import register
 from srnn.sparse import SparseMatrix

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from srnn.kernels.contract import CELLS, CLIP
+from srnn.cells import CELLS, CLIP
 from srnn.kernels.cpu.products import call_dot
 from srnn.kernels.cpu.shapes import ROWS
 

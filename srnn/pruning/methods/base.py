@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from torch import Tensor, nn
 
+from srnn.formats import Structure
 from srnn.pruning.groups import Group, magnitude
 from srnn.pruning.parts import Piece
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import DEFAULT_LAYER_TYPES, LayerType, Scope, Share, build_groups
 from srnn.pruning.scores import Score
-from srnn.pruning.structures import Structure
 from srnn.registry import Range, check_ranges
 
 if TYPE_CHECKING:

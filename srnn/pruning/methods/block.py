@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 
 from srnn.errors import UserError
+from srnn.formats import Structure
 from srnn.pruning.groups import Group
 from srnn.pruning.methods.gradual import Gradual, rank_pieces
 from srnn.pruning.parts import Piece
-from srnn.pruning.structures import Structure
 from srnn.registry import Range, register
 
 if TYPE_CHECKING:

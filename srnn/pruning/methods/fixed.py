@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from srnn.errors import UserError
+from srnn.formats import Structure
 from srnn.pruning.groups import Group
 from srnn.pruning.methods.base import LayerTypes, PruningMethod
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import DEFAULT_LAYER_TYPES, build_groups
-from srnn.pruning.structures import Structure
 from srnn.registry import register
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from srnn.errors import UserError
+from srnn.formats import Structure
 from srnn.pruning.groups import Group, magnitude
 from srnn.pruning.methods.base import Shared
 from srnn.pruning.parts import Piece
@@ -26,7 +27,6 @@ from srnn.pruning.schedules import (
 )
 from srnn.pruning.scope import LayerType
 from srnn.pruning.scores import unit_scores
-from srnn.pruning.structures import Structure
 from srnn.registry import Range, register
 
 Positive = Annotated[float, Range(gt=0, le=1e30)]

@@ -1,0 +1,1 @@
+"""What many runs say: tables, plots, and runs of W&B projects."""

@@ -1,0 +1,1 @@
+"""Configs: typed settings, composing them by Hydra, the command line, and sweeps."""

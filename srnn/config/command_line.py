@@ -1,0 +1,168 @@
+"""The command line of a run or a sweep, checked before Hydra sees it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from srnn.config.composing import (
+    check_choice,
+    compose_hydra,
+    compose_settings,
+    parse_override,
+    run_folder,
+    slug,
+)
+from srnn.config.hydra_internals import flags_parser
+from srnn.config.sweeps import choices_of, expand
+from srnn.errors import UserError
+
+OURS = "hydra_plugins.srnn_sweeper.SrnnSweeper"
+# Launchers and sweepers of the extra `launchers` -> the plug-in of Hydra's that has them.
+PLUGINS = {
+    "joblib": "hydra_joblib_launcher",
+    "ray": "hydra_ray_launcher",
+    "slurm": "hydra_submitit_launcher",
+    "submitit_local": "hydra_submitit_launcher",
+    "submitit_slurm": "hydra_submitit_launcher",
+    "optuna": "hydra_optuna_sweeper",
+    "search": "hydra_optuna_sweeper",
+}
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A checked command line of ``train``.
+
+    Attributes:
+        argv: what Hydra has to be given for it.
+        folder: of its run, but for the time in its name; or of its sweep.
+        sweep: the same folder if it is a sweep; None for a single run.
+    """
+
+    argv: list[str]
+    folder: Path
+    sweep: Path | None
+
+
+def check_command_line(argv: Sequence[str]) -> CommandLine:
+    """Compose and check every job a command line asks for, before Hydra starts the first.
+
+    Raises:
+        UserError: the first mistake in any of them.
+    """
+    arguments, argv = _parse(argv)
+    overrides = [parse_override(text) for text in arguments.overrides]
+    for override in overrides:
+        _check_installed(override)
+        if override.key_or_group == "experiment" and not override.is_sweep_override():
+            check_choice(override)
+    hydra = compose_hydra([text for text, o in zip(arguments.overrides, overrides, strict=True) if _is_hydras(o)])
+    if arguments.multirun or (hydra.mode == RunMode.MULTIRUN and not arguments.cfg):
+        if arguments.cfg:
+            raise UserError(f"--cfg {arguments.cfg} prints one job's config: leave out -m and name one value each.")
+        return _check_sweep(argv, overrides, hydra)
+    for override in overrides:
+        if override.is_sweep_override():
+            raise UserError(
+                f"{override.input_line}: several values make a sweep; add -m, or quote the value to mean one."
+            )
+    compose_settings(arguments.overrides)
+    return CommandLine(list(argv), run_folder(arguments.overrides), sweep=None)
+
+
+def _parse(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """Hydra's arguments, and the same words with its flags first: Hydra takes none between options."""
+    parser = flags_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; options are GROUP.OPTION=VALUE, flags are in `srnn train --help`.")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    arguments, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown:
+        refuse(f"{next((word for word in unknown if word.startswith('-')), unknown[0])}: no such flag")
+    left = list(arguments.overrides)
+    flags = [word for word in argv if not (left and word == left[0] and left.pop(0))]
+    return arguments, [*flags, *arguments.overrides]
+
+
+def _check_sweep(argv: Sequence[str], overrides: Sequence[Override], hydra: DictConfig) -> CommandLine:
+    """Check all jobs of a sweep, and find its folder."""
+    ours = hydra.sweeper._target_ == OURS
+    texts = [str(o.input_line) for o in overrides if not o.is_hydra_override()]
+    if ours:
+        expand(texts, hydra.sweeper.params, hydra.sweeper.rows or ((),))
+    else:
+        _check_space(texts)
+    to_hydra = {str(o.input_line): _as_values(o) for o in overrides} if ours else {}
+    words = [to_hydra.get(word, word) for word in argv]
+    folder = hydra.sweep.dir
+    if folder == "auto":
+        folder = f"outputs/{_folder_name(overrides) if ours else f'{datetime.now():%Y-%m-%d_%H-%M-%S}_search'}"
+        words.append(f"hydra.sweep.dir={folder}")
+    return CommandLine(words, Path(folder), sweep=Path(folder))
+
+
+def _is_hydras(override: Override) -> bool:
+    """Whether it says how jobs run: an option of Hydra's, or a preset, which may bring some."""
+    preset = override.key_or_group == "experiment" and not override.is_sweep_override()
+    return preset or override.is_hydra_override()
+
+
+def _as_values(override: Override) -> str:
+    """An override as a sweep over its one value, named twice: in ``choice(...)`` it would lose quotes and null.
+
+    Hydra composes the config of the sweep itself with what is not swept, and would refuse options that only some
+    of the jobs have.
+    """
+    text = str(override.input_line)
+    value = override.get_value_element_as_str() if not override.is_sweep_override() else ""
+    return text if _is_hydras(override) or not value else f"{override.get_key_element()}={value},{value}"
+
+
+def _check_space(texts: Sequence[str]) -> None:
+    """Check every value once, where a sweeper chooses which of them it combines; of an interval the ends."""
+    parsed = [parse_override(text) for text in texts]
+    values: list[list[str]] = []
+    for override in parsed:
+        key = override.get_key_element()
+        if override.is_interval_sweep():
+            interval: Any = override.value()
+            values.append([f"{key}={interval.start}", f"{key}={interval.end}"])
+        else:
+            values.append(choices_of([str(override.input_line)])[key])
+    for index in range(max(map(len, values), default=1)):
+        compose_settings([choices[min(index, len(choices) - 1)] for choices in values])
+
+
+def _folder_name(overrides: Sequence[Override]) -> str:
+    """The same for the same sweep: what is swept, readable, and a fingerprint of all of it."""
+    ours = sorted(((str(o.input_line), o) for o in overrides if not o.is_hydra_override()), key=lambda pair: pair[0])
+    shown = []
+    for text, override in ours:
+        key, _, value = text.partition("=")
+        if key == "experiment":
+            shown.append(value)
+        elif override.is_sweep_override():
+            shown.append(f"{key.rpartition('.')[2]}-{slug(value.removeprefix('choice'))}")
+    readable = slug("_".join(shown))[:60].strip("-._")
+    return f"sweep_{readable}_{hashlib.sha256(' '.join(text for text, _ in ours).encode()).hexdigest()[:6]}"
+
+
+def _check_installed(override: Override) -> None:
+    """Name the extra that brings a launcher or sweeper. Raises UserError."""
+    if override.key_or_group in ("hydra/launcher", "hydra/sweeper"):
+        package = PLUGINS.get(str(override.value()))
+        if package is not None and importlib.util.find_spec(f"hydra_plugins.{package}") is None:
+            raise UserError(f"{override.input_line} needs hydra_plugins.{package}: pip install 'srnn[launchers]'.")

@@ -1,0 +1,221 @@
+"""Configs composed by Hydra: where its files are, choices among groups, overrides, and one message for each mistake."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from srnn.config.hydra_internals import apply_overrides
+from srnn.config.settings import COMPONENTS, GROUPS, Settings
+from srnn.errors import UserError, did_you_mean
+from srnn.files import PACKAGE
+from srnn.registry import register
+
+# What a command line takes beside the keys of a config.
+BESIDE = ("experiment", "resume", "hydra")
+
+
+def conf_folder() -> Path:
+    """The folder with the YAML files: inside an installed package, or beside it in a checkout."""
+    inside = PACKAGE / "conf"
+    return inside if inside.is_dir() else PACKAGE.parent / "conf"
+
+
+def plugin_folders() -> list[Path]:
+    """Where plug-in files are looked for: srnn's own, then ``plugins/`` in the working directory."""
+    inside = PACKAGE / "plugins"
+    return [inside if inside.is_dir() else PACKAGE.parent / "plugins", Path.cwd() / "plugins"]
+
+
+def conf_folders() -> list[Path]:
+    """srnn's own, then those of installed plug-ins."""
+    return [conf_folder(), *register.conf_folders]
+
+
+class _PluginConf(SearchPathPlugin):
+    """Tells Hydra about the ``conf/`` folders of installed plug-ins."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append them: srnn's own names win."""
+        for folder in register.conf_folders:
+            search_path.append("srnn-plugin", f"file://{folder}")
+
+
+def presets(group: str) -> list[str]:
+    """The names ``group=`` takes: YAML files, and registered components without one."""
+    files = [path.stem for folder in conf_folders() for path in (folder / group).glob("*.yaml")]
+    return sorted({*files, *(register.names(group) if group in COMPONENTS else [])})
+
+
+def slug(text: str) -> str:
+    """A name for a folder: only letters, digits, dot, underscore and dash; at most 100 of them."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", str(text)).strip("-.")[:100] or "run"
+
+
+def connect_hydra() -> None:
+    """Tell Hydra about our resolver and about components that have no YAML file."""
+    OmegaConf.register_new_resolver("slug", slug, replace=True)
+    Plugins.instance().register(_PluginConf)
+    store = ConfigStore.instance()
+    for kind in COMPONENTS:
+        for name in register.names(kind):
+            if not any((folder / kind / f"{name}.yaml").exists() for folder in conf_folders()):
+                store.store(group=kind, name=name, node=register.get(kind, name).defaults())
+
+
+def parse_override(text: str) -> Override:
+    """One ``key=value`` of a command line. Raises UserError."""
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        hint = r" Brackets in a name are escaped, as in \[z\]." if re.search(r"\w\[\w", text) else ""
+        raise UserError(f"{text}: not an override such as model.hidden_size=256: {_first_line(error)}{hint}") from None
+
+
+def compose_settings(overrides: Sequence[str]) -> Settings:
+    """The checked config of one job. Raises UserError."""
+    compose = functools.cache(compose_config)
+    for error in unknown_options(overrides, compose).values():
+        raise error
+    return settings_of(with_options(overrides, compose))
+
+
+# Composes a config of choices among the groups; of many jobs with the same choices it need do so only once.
+Compose = Callable[[tuple[str, ...]], DictConfig]
+
+
+def unknown_options(overrides: Sequence[str], compose: Compose) -> dict[str, UserError]:
+    """The overrides of one job that set an option which its choices don't have, and what to say about each.
+
+    Raises:
+        UserError: a choice that is not there.
+    """
+    chosen, options = _split(overrides)
+    for override in chosen:
+        check_choice(override)
+    base = compose(_lines(chosen))
+    unknown = {}
+    for override in options:
+        key = str(override.key_or_group)
+        if not override.is_hydra_override():
+            try:  # what is added to a part of the config is checked with that part
+                _check_key(key.partition(".")[0] if override.is_add() else key, base)
+            except UserError as error:
+                unknown[str(override.input_line)] = error
+    return unknown
+
+
+def with_options(overrides: Sequence[str], compose: Compose) -> DictConfig:
+    """The config of one job: its choices composed, then its options set, as Hydra does. Raises UserError."""
+    chosen, options = _split(overrides)
+    config = copy.deepcopy(compose(_lines(chosen)))
+    try:
+        # Hydra applies options to a whole `hydra` node, too, which the config of a job has no more.
+        apply_overrides([o for o in options if not o.is_hydra_override()], config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_first_line(error)) from None
+    return config
+
+
+def _split(overrides: Sequence[str]) -> tuple[list[Override], list[Override]]:
+    """Choices among groups, and options."""
+    parsed = [parse_override(text) for text in overrides]
+    return [o for o in parsed if o.key_or_group in GROUPS], [o for o in parsed if o.key_or_group not in GROUPS]
+
+
+def _lines(overrides: Sequence[Override]) -> tuple[str, ...]:
+    return tuple(str(override.input_line) for override in overrides)
+
+
+def check_choice(override: Override) -> None:
+    """Refuse ``group=name`` where there is no such name, with the nearest one."""
+    group, value = override.key_or_group, str(override.value())
+    names = presets(group)
+    if value not in names:
+        raise UserError(
+            f"{group}={value}: no {group} has that name.{did_you_mean(value, names)} There are: {', '.join(names)}."
+        )
+
+
+def _check_key(key: str, base: DictConfig) -> None:
+    """Refuse a key that the config does not have, naming the nearest one it has."""
+    node: Any = base
+    for depth, part in enumerate(key.split(".")):
+        # `part in node` would say no to an option that must be given still.
+        if not isinstance(node, DictConfig) or part not in list(node):
+            path = key.split(".")[:depth]
+            allowed = [str(k) for k in node] if isinstance(node, DictConfig) else []
+            where = ".".join(path) or "the config"
+            if where in COMPONENTS:  # its name is its group's value
+                allowed.remove("name")
+                where += f"={node['name']}"
+            elif not path:
+                allowed += BESIDE
+            raise UserError(
+                f"{key}: unknown option of {where}.{did_you_mean(part, allowed)} "
+                f"Allowed: {', '.join(allowed) or 'nothing'}."
+            )
+        node = None if OmegaConf.is_missing(node, part) else node[part]
+        if node is None or (isinstance(node, DictConfig) and key.startswith("pruning.q.")):
+            return
+
+
+def compose_hydra(overrides: Sequence[str]) -> DictConfig:
+    """Hydra's own part of a config: how and where jobs run. Raises UserError."""
+    return compose_config(overrides, return_hydra_config=True).hydra
+
+
+def run_folder(overrides: Sequence[str]) -> Path:
+    """Where Hydra will put a run, but for the time in its name. Raises UserError."""
+    config = compose_config(overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(config)  # for ${hydra:...} in it
+    try:
+        return Path(config.hydra.run.dir)
+    except OmegaConfBaseException as error:
+        raise UserError(f"hydra.run.dir: {_first_line(error)}") from None
+
+
+def compose_config(overrides: Sequence[str], return_hydra_config: bool = False) -> DictConfig:
+    """A config as Hydra composes it, not checked yet. Raises UserError."""
+    connect_hydra()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_folder().resolve()), version_base="1.3"):
+            return compose("config", list(overrides), return_hydra_config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_first_line(error)) from None
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_first_line(error)) from None
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items() if key != "hydra"}
+
+
+def settings_of(config: DictConfig) -> Settings:
+    """Check what Hydra hands to a job."""
+    return Settings.check(_plain(config))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") + "."

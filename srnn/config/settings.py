@@ -1,0 +1,112 @@
+"""A run's config as typed data, checked against the registry before anything else happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from srnn.errors import UserError
+from srnn.registry import Component, Option, Range, check_options, register
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The training loop."""
+
+    max_epochs: Annotated[int, Range(ge=1, le=1_000_000)] = 8
+    gradient_clip_val: Annotated[float, Range(gt=0)] | None = 1.0
+    accumulate_grad_batches: Annotated[int, Range(ge=1, le=1_000_000)] = 1
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: Annotated[int, Range(ge=1, le=1024)] = 1
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    cuda_graph: bool = False
+    checkpoint_minutes: Annotated[float, Range(gt=0, le=1e6)] = 10.0
+    limit_epochs: Annotated[int, Range(ge=1)] | None = None
+    limit_train_batches: Annotated[int, Range(ge=1)] | None = None
+    limit_eval_batches: Annotated[int, Range(ge=1)] | None = None
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training data."""
+        return min(self.max_epochs, self.limit_epochs or self.max_epochs)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Weights & Biases."""
+
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    project: str = "srnn"
+    group: str | None = None
+    name: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PackedConfig:
+    """The packed file."""
+
+    values: Literal["fp32", "fp16", "bf16", "int8"] = "fp16"
+    structure: Literal["auto", "element", "4x1", "8x1", "16x1", "32x1"] = "auto"
+
+
+@dataclass(frozen=True)
+class SrnnConfig:
+    """srnn itself."""
+
+    plugins: Literal["on", "off"] = "on"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole config, checked. Components are mappings of ``name`` and options, complete with defaults."""
+
+    model: dict[str, Any]
+    dataset: dict[str, Any]
+    pruning: dict[str, Any]
+    kernel: dict[str, Any]
+    optimizer: dict[str, Any]
+    trainer: TrainerConfig
+    tracking: TrackingConfig
+    packed: PackedConfig
+    srnn: SrnnConfig
+    seed: Annotated[int, Range(ge=0, le=2**32 - 1)] = 0
+    init_from: str | None = None
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any]) -> Settings:
+        """Check a plain config. Raises UserError for the first thing wrong."""
+        root = options_of(cls)
+        given = check_options(
+            {k: Option(k, Any) if k in SECTIONS or k in COMPONENTS else root[k] for k in root}, config, ""
+        )
+        for key in (*COMPONENTS, *SECTIONS):
+            if not isinstance(given[key], Mapping):
+                raise UserError(f"{key}={given[key]!r} must be a mapping, such as {key}.OPTION=value.")
+        parts: dict[str, Any] = {kind: register.check(kind, given[kind]) for kind in COMPONENTS}
+        sections = {key: make(**check_options(options_of(make), given[key], key)) for key, make in SECTIONS.items()}
+        return cls(**parts, **sections, seed=given["seed"], init_from=given["init_from"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data again."""
+        return {key: dict(vars(value)) if key in SECTIONS else value for key, value in vars(self).items()}
+
+
+# What a config chooses by name from the registry. The data set names its own objective.
+COMPONENTS = ("model", "dataset", "pruning", "kernel", "optimizer")
+SECTIONS: dict[str, type] = {
+    "trainer": TrainerConfig,
+    "tracking": TrackingConfig,
+    "packed": PackedConfig,
+    "srnn": SrnnConfig,
+}
+
+
+# What `group=name` can choose: components, and presets of a section.
+GROUPS = (*COMPONENTS, "trainer", "tracking", "experiment")
+
+
+def options_of(section: type) -> dict[str, Option]:
+    """What a config may set in a section: name -> option."""
+    return Component("", "", section, "").options

@@ -1,0 +1,210 @@
+"""Sweeps: the jobs of a command line, and the folder in which the same sweep goes on."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from rich.markup import escape
+from rich.table import Table
+
+from srnn.config.composing import (
+    compose_config,
+    parse_override,
+    settings_of,
+    slug,
+    unknown_options,
+    with_options,
+)
+from srnn.config.settings import GROUPS, Settings
+from srnn.errors import UserError
+from srnn.registry import register
+from srnn.terminal import console
+
+ERROR = "error.txt"  # in a job's folder: why it failed
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep: what to give Hydra for it, and a name that says how it differs from the others."""
+
+    overrides: tuple[str, ...]
+    name: str
+    identity: str
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """A fingerprint of all in a config that a run's numbers depend on."""
+    relevant = {key: value for key, value in config.items() if key not in ("tracking", "srnn")}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+
+
+def expand(
+    arguments: Sequence[str], params: Mapping[str, Any] | None = None, rows: Sequence[Sequence[str]] = ((),)
+) -> list[Job]:
+    """The jobs of a sweep, each once, in the order of their values.
+
+    An option that a job's choices don't have is dropped for that job, if another job has it: ``pruning=none,gradual
+    pruning.sparsity=0.8,0.9`` is three jobs.
+
+    Args:
+        arguments: overrides, of which some have several values.
+        params: option -> values; arguments win.
+        rows: overrides, each list of which is combined with all the rest.
+
+    Raises:
+        UserError: the first mistake in any job.
+    """
+    before = [f"{key}={value}" for key, value in (params or {}).items()]
+    combined = [
+        list(job) for row in rows for job in itertools.product(*choices_of([*before, *row, *arguments]).values())
+    ]
+    compose = functools.cache(compose_config)
+    unknown = [unknown_options(job, compose) for job in combined]
+    _check_known(combined, unknown)
+    jobs: dict[str, tuple[Settings, tuple[str, ...]]] = {}
+    for job, wrong in zip(combined, unknown, strict=True):
+        kept = tuple(text for text in job if text not in wrong)
+        settings = settings_of(with_options(kept, compose))
+        jobs.setdefault(identity(settings.as_dict()), (settings, kept))
+    names = _names(list(jobs.values()))
+    return [Job(kept, name, key) for (key, (_, kept)), name in zip(jobs.items(), names, strict=True)]
+
+
+def _check_known(jobs: Sequence[Sequence[str]], unknown: Sequence[Mapping[str, UserError]]) -> None:
+    """Refuse an option that none of the jobs has."""
+    known = {_key(text) for job, wrong in zip(jobs, unknown, strict=True) for text in job if text not in wrong}
+    errors = [error for wrong in unknown for text, error in wrong.items() if _key(text) not in known]
+    if errors:
+        raise next((error for error in errors if "Did you mean" in str(error)), errors[0])
+
+
+def choices_of(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Key -> an override for each of its values, once; what comes later wins."""
+    choices: dict[str, list[str]] = {}
+    for text in texts:
+        override = parse_override(text)
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            choices[key] = [text]
+        elif override.is_discrete_sweep():
+            choices[key] = list(dict.fromkeys(f"{key}={value}" for value in override.sweep_string_iterator()))
+        else:
+            raise UserError(f"{text}: a sweep takes values, such as {key}=1,2; an interval needs hydra/sweeper=search.")
+    return choices
+
+
+def _key(text: str) -> str:
+    return text.partition("=")[0]
+
+
+def _names(jobs: Sequence[tuple[Settings, tuple[str, ...]]]) -> list[str]:
+    """Model, pruning, whatever else differs between the jobs, and the seed."""
+    options = [dict(text.partition("=")[::2] for text in kept) for _, kept in jobs]
+    shown = {"model", "pruning", "seed"}  # always
+    keys = [key for key in dict.fromkeys(itertools.chain(*options)) if key not in shown]
+    keys = [key for key in keys if len({given[key] for given in options if key in given}) > 1]
+    names = []
+    for (settings, _), given in zip(jobs, options, strict=True):
+        words = {key: slug(given[key]) for key in keys if key in given}
+        differing = [word if key in GROUPS else f"{key.rpartition('.')[2]}-{word}" for key, word in words.items()]
+        parts = [settings.model["name"], settings.pruning["name"], *differing, f"s{settings.seed}"]
+        names.append(slug("_".join(parts)))
+    return names
+
+
+class Sweep:
+    """A sweep's folder, with a folder for each job. A job is known again by its config, whatever its folder's name.
+
+    Attributes:
+        folders: job -> its folder, there or not.
+    """
+
+    def __init__(self, folder: Path, jobs: Sequence[Job]) -> None:
+        self.folder = folder
+        self.jobs = list(jobs)
+        there = {key: path for path in sorted(folder.glob("*/config.yaml")) if (key := identity_of(path)) is not None}
+        self.folders = {job: there[job.identity].parent for job in jobs if job.identity in there}
+        taken = Counter(job.name for job in jobs if job not in self.folders)
+        for job in jobs:
+            if job not in self.folders:
+                alone = taken[job.name] == 1 and not (folder / job.name).exists()
+                self.folders[job] = folder / (job.name if alone else f"{job.name}_{job.identity[:6]}")
+
+    def finished(self, job: Job) -> bool:
+        """Whether it ended well: the report is the last file of a run."""
+        return (self.folders[job] / "report.json").is_file()
+
+    def left(self) -> list[Job]:
+        """The jobs to run or to go on with."""
+        return [job for job in self.jobs if not self.finished(job)]
+
+    def announce(self) -> None:
+        """What will be done."""
+        left = self.left()
+        begun = sum((self.folders[job] / "config.yaml").is_file() for job in left)
+        counts = [
+            (len(self.jobs) - len(left), "finished already"),
+            (begun, "to go on with"),
+            (len(left) - begun, "new"),
+        ]
+        words = ", ".join(f"{count} {word}" for count, word in counts if count)
+        console.print(f"Sweep {self.folder}: {len(self.jobs)} jobs: {words}", markup=False, soft_wrap=True)
+
+    def summarize(self, ran: Sequence[Job]) -> bool:
+        """A table of all jobs, what failed and why, and the ways on. Returns whether all jobs are finished."""
+        table = Table(title=f"Sweep {self.folder}", title_justify="left")
+        for column in ("job", "", "test", "sparsity"):
+            table.add_column(column, justify="right" if column in ("test", "sparsity") else "left", overflow="fold")
+        for job in self.jobs:
+            table.add_row(escape(self.folders[job].name), *self._row(job, job in ran))
+        console.print(table)
+        failed = self.left()
+        for job in failed:
+            console.print(f"failed: {self.folders[job]}: {_error(self.folders[job])}", markup=False, soft_wrap=True)
+        if failed:
+            again = "the same command goes on with them"
+            console.print(f"{len(failed)} of {len(self.jobs)} jobs failed; {again}.", soft_wrap=True)
+        if len(failed) < len(self.jobs):
+            console.print(f"Compare them: srnn compare {self.folder}", soft_wrap=True)
+        if any(self.folder.glob("*/wandb/offline-run-*")):
+            console.print(f"Upload all to W&B: wandb sync {self.folder}/*/wandb/offline-run-*", soft_wrap=True)
+        return not failed
+
+    def _row(self, job: Job, ran: bool) -> list[str]:
+        if not self.finished(job):
+            return ["failed", "", ""]
+        report = json.loads((self.folders[job] / "report.json").read_text())
+        objective: Any = register.get("objective", report["objective"]).factory
+        score = str(objective.telling)
+        test, sparsity = report["scores"]["test_packed"][score], report["sparsity"]["reached"]
+        return [
+            "finished" if ran else "finished before",
+            f"{test:.4f} {score.replace('_', ' ')}",
+            f"{100 * sparsity:.2f} %",
+        ]
+
+
+def identity_of(path: Path) -> str | None:
+    """Of a run's ``config.yaml``; None if it is damaged."""
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return identity(config) if isinstance(config, dict) else None
+
+
+def _error(folder: Path) -> str:
+    """The last line of what a job left; a killed one leaves nothing."""
+    try:
+        return (folder / ERROR).read_text().strip().splitlines()[-1].removeprefix("srnn.errors.UserError: ")
+    except (OSError, IndexError):
+        return "it was stopped or killed, and left no error"

@@ -1,0 +1,1 @@
+"""Networks on sparse kernels: sparse modules, packing, the packed file, generating, latency."""

@@ -1,0 +1,159 @@
+"""The packed model file: non-zeros only, and all that rebuilds the model.
+
+A safetensors file. A pruned matrix ``name`` is stored as ``name.values``, ``name.columns``, ``name.row_pointers`` and,
+for int8, ``name.scales``, as ``srnn.sparse.SparseMatrix`` explains them; every other tensor under its own name, in
+fp32. The file's metadata has one key, ``srnn``: JSON with the format's version, the model's config, the vocabulary, the
+shape, gates, structure and values of each matrix, and a SHA-256 over all of it and every tensor. There is no code in
+it.
+
+Versions: 3 has tied weights; 2 N x 1 blocks, bf16 and int8; 1 single elements in fp32 or fp16. All are read.
+docs/packed_format.md is the specification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from srnn.errors import UserError
+from srnn.files import write_atomically
+from srnn.inference.meta_device import without_memory
+from srnn.inference.packing import PackedModel
+from srnn.inference.sparsify import matrix_gates
+from srnn.kernels.contract import Kernel
+from srnn.registry import register
+from srnn.sparse import SparseMatrix
+from srnn.vocabulary import Vocabulary
+
+FORMAT = 3
+
+
+def write(path: Path, packed: PackedModel) -> None:
+    """Write the file atomically."""
+    tensors = packed.tensors()
+    header: dict[str, Any] = {
+        "format": FORMAT,
+        "model": packed.model,
+        "supplied": packed.supplied,
+        "matrices": {name: _describe(matrix) for name, matrix in packed.matrices.items()},
+        "vocabulary": packed.vocabulary.to_dict() if packed.vocabulary else None,
+        "about": packed.about,
+        "tied": packed.tied,
+    }
+    header["sha256"] = _checksum(header, tensors)
+    write_atomically(Path(path), to_safetensors(tensors, {"srnn": json.dumps(header)}))
+
+
+def _describe(matrix: SparseMatrix) -> dict[str, Any]:
+    return {
+        "structure": matrix.structure,
+        "values": matrix.values_name,
+        "shape": list(matrix.shape),
+        "gates": matrix.gates,
+    }
+
+
+def read(path: Path) -> PackedModel:
+    """Read and check a packed file. Tensors stay mapped to the file, so that processes share their memory.
+
+    Raises:
+        UserError: no such file, not a packed file, of a newer format, truncated or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such packed model file.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path} is damaged or no packed model: {error}.") from None
+    try:
+        header = json.loads(metadata["srnn"])
+        version = header["format"]
+    except (KeyError, ValueError, TypeError, RecursionError):
+        raise UserError(f"{path} is no packed model of srnn: it has no srnn header.") from None
+    if version not in range(1, FORMAT + 1) or isinstance(version, bool | float):
+        raise UserError(f"{path} is of format {version!r}; this srnn reads 1 to {FORMAT}: upgrade srnn.")
+    try:
+        if header.pop("sha256") != _checksum(header, tensors):
+            raise ValueError("its checksum does not match")
+        return _from_header(header, tensors)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}. Take it again from where it was made.") from None
+
+
+def load(path: str | Path, kernel: str | Kernel = "auto") -> nn.Module:
+    """The network of a packed file, on sparse kernels.
+
+    A language model is called as ``logits_BTV, state = model(tokens_BT, state)`` for sequences and as
+    ``logits_BV, state = model.step(tokens_B, state)`` for a stream; ``model.generate(...)`` writes, and
+    ``model.vocabulary`` translates. Calls from several threads are safe, each with a state of its own.
+
+    Args:
+        path: the file.
+        kernel: a backend's name or the backend; ``auto`` measures them at the first call and keeps what it found.
+
+    Raises:
+        UserError: no such file, not a packed file, truncated or damaged, or the kernel cannot run here.
+    """
+    packed = read(Path(path))
+    model = packed.build_sparse(register.rebuild("kernel", {"name": kernel}) if isinstance(kernel, str) else kernel)
+    model.vocabulary = packed.vocabulary  # type: ignore[assignment]
+    return model
+
+
+def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> PackedModel:
+    matrices = {}
+    for name, entry in header["matrices"].items():
+        rows, columns = (int(size) for size in entry["shape"])
+        parts = {part: tensors.pop(f"{name}.{part}") for part in ("values", "columns", "row_pointers")}
+        if header["format"] == 1:
+            parts["values"] = parts["values"][:, None]
+            entry |= {"gates": 1, "values": None}
+        elif entry["values"] == "int8":
+            parts["scales"] = tensors.pop(f"{name}.scales")
+        matrix = SparseMatrix((rows, columns), int(entry["gates"]), **parts)
+        matrix.check()
+        if matrix.structure != entry["structure"] or entry["values"] not in (None, matrix.values_name):
+            raise ValueError(f"{name} is {matrix.structure} {matrix.values_name}, not what its header says")
+        matrices[name] = matrix
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{name} is {tensor.dtype}, not fp32")
+    vocabulary = Vocabulary.from_dict(header["vocabulary"]) if header["vocabulary"] else None
+    tied = header["tied"] if header["format"] > 2 else {}
+    if not all(isinstance(n, str) and s in matrices.keys() | tensors.keys() for n, s in tied.items()):
+        raise ValueError("a weight is tied to one that is not there")
+    packed = PackedModel(header["model"], header["supplied"], matrices, tensors, vocabulary, header["about"], tied)
+    return packed if header["format"] > 1 else _with_gates(packed)
+
+
+def _with_gates(packed: PackedModel) -> PackedModel:
+    """Format 1 did not say which gates rows belong to; for single elements that changes nothing but the number."""
+    with without_memory():
+        module: nn.Module = register.rebuild("model", packed.model, **packed.supplied)
+    for prefix, child in module.named_modules():
+        for name in child._parameters:
+            full = f"{prefix}.{name}" if prefix else name
+            if full in packed.matrices:
+                packed.matrices[full] = replace(packed.matrices[full], gates=matrix_gates(name, child))
+    return packed
+
+
+def _checksum(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,377 @@
+"""Choosing a backend by measuring: ``kernel=auto`` and ``kernel=dense``.
+
+A candidate is timed at the user's own weights, threads and number of streams, once; what was found is kept in the cache
+folder, under the hardware and the versions it was found with. The measurement is of the whole layer for sequences, and
+of single steps for streaming, because different backends win there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import platform
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from srnn.files import cache_folder, write_atomically
+from srnn.kernels.contract import Kernel, Layer, LayerWeights, Product, Recurrence, State, equal_lengths
+from srnn.kernels.dense import Int8, OneDnn, Torch
+from srnn.kernels.replay import Graphed
+from srnn.kernels.timing import Call, interleaved
+from srnn.kernels.triton.backend import Triton
+from srnn.registry import register
+from srnn.sparse import SparseMatrix
+
+log = logging.getLogger("srnn.kernels")
+
+DENSE = ("torch", "torch+graph", "onednn", "int8")  # candidates that compute all zeros, too
+STEPS = {"cpu": 16, "cuda": 128}  # of a sequence that is timed; on a GPU a launch costs as much as many steps
+ROUNDS = 7
+SECONDS = 1.0  # after which no further round is begun
+# A sparse candidate has to be so much faster than the best dense one; less is noise.
+MARGIN = 0.97
+
+P = TypeVar("P")
+_measuring = threading.RLock()  # two measurements side by side would both be wrong
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for a shape, and the measurement behind it.
+
+    Attributes:
+        what: the shape, streams and threads.
+        winner: name of the candidate.
+        seconds: candidate -> median time of a call; empty where there was only one candidate.
+        left_out: candidate -> why it cannot run.
+    """
+
+    what: str
+    winner: str
+    seconds: dict[str, float]
+    left_out: dict[str, str]
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {1e6 * s:,.0f} us" for name, s in sorted(self.seconds.items(), key=lambda x: x[1]))
+        reasons = "".join(f"; not {name}: {reason}" for name, reason in self.left_out.items())
+        return f"{self.what}: {self.winner} ({times or 'the only one that can run'}{reasons})"
+
+
+class _Chooser(Kernel):
+    """Runs the fastest of several backends."""
+
+    def __init__(self) -> None:
+        self.choices: dict[str, Choice] = {}  # what was chosen so far, by shape
+
+    def candidates(self) -> dict[str, Kernel]:
+        """Name -> backend."""
+        raise NotImplementedError
+
+    def supports(
+        self,
+        weights: LayerWeights | SparseMatrix | None,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        batch: int = 1,
+    ) -> str | None:
+        """What any candidate can run."""
+        reasons = {name: k.supports(weights, device, dtype, batch) for name, k in self.candidates().items()}
+        return None if None in reasons.values() else "; ".join(f"{name}: {why}" for name, why in reasons.items())
+
+    def product(self, matrix: SparseMatrix, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> Product:
+        """Measured at the first call with so many rows."""
+        matrix = matrix.to(device)
+
+        def prepare(kernel: Kernel) -> Product:
+            return kernel.product(matrix, bias, device, dtype)
+
+        def call(ready: Product, batch: int, steps: int) -> Call:
+            x_BI = torch.randn(batch, matrix.shape[1], device=device, dtype=dtype)
+            return lambda: ready(x_BI)
+
+        pick = _Pick[Product](self, f"product {_describe(matrix)}", matrix, device, dtype, prepare, call)
+        return lambda x_NI: pick(x_NI.shape[0], 1)(x_NI)
+
+    def recurrence(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Recurrence:
+        """Measured at the first call with so many streams."""
+        weights = weights.to(device)
+
+        def prepare(kernel: Kernel) -> Recurrence:
+            return kernel.recurrence(weights, device, dtype)
+
+        def call(ready: Recurrence, batch: int, steps: int) -> Call:
+            u_NG = torch.randn(steps * batch, weights.w_hh.shape[0], device=device, dtype=dtype)
+            sizes, state = equal_lengths(steps, batch), zero_state(weights, batch, device, dtype)
+            return lambda: ready(u_NG, sizes, state)
+
+        what = f"{weights.cell} recurrence {_describe(weights.w_hh)}"
+        return _ChosenRecurrence(_Pick[Recurrence](self, what, weights, device, dtype, prepare, call))
+
+    def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
+        """Measured at the first call with so many streams, for sequences and single steps apart."""
+        weights = weights.to(device)
+
+        def prepare(kernel: Kernel) -> Layer:
+            return kernel.layer(weights, device, dtype)
+
+        def call(ready: Layer, batch: int, steps: int) -> Call:
+            x_NI = torch.randn(steps * batch, weights.w_ih.shape[1], device=device, dtype=dtype)
+            sizes, state = equal_lengths(steps, batch), zero_state(weights, batch, device, dtype)
+            return lambda: ready.run(x_NI, sizes, state)
+
+        direction = " reversed" if weights.reverse else ""
+        what = f"{weights.cell}{direction} {' '.join(_describe(m) for m in weights.matrices.values())}"
+        return _ChosenLayer(_Pick[Layer](self, what, weights, device, dtype, prepare, call))
+
+    def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
+        """Measured at the first call with so many streams, for both directions together."""
+        forward, backward = forward.to(device), backward.to(device)
+
+        def prepare(kernel: Kernel) -> Layer:
+            return kernel.both(forward, backward, device, dtype)
+
+        def call(ready: Layer, batch: int, steps: int) -> Call:
+            x_NI = torch.randn(steps * batch, forward.w_ih.shape[1], device=device, dtype=dtype)
+            state = tuple(torch.stack([part, part]) for part in zero_state(forward, batch, device, dtype))
+            return lambda: ready.run(x_NI, equal_lengths(steps, batch), state)
+
+        what = f"{forward.cell} both ways {' '.join(_describe(m) for m in forward.matrices.values())}"
+        return _ChosenLayer(_Pick[Layer](self, what, forward, device, dtype, prepare, call))
+
+    def choose(
+        self, what: str, where: tuple[torch.device, torch.dtype], calls: Mapping[str, Callable[[], Call]],
+        left_out: dict[str, str],
+    ) -> Choice:  # fmt: skip
+        """Measure, or remember; logs one line either way."""
+        device, dtype = where
+        key = f"{hardware(device)}; {dtype}; {' '.join(calls)}"
+        known = _remembered(key, what)
+        choice = known or measure(what, _that_run(calls, left_out), device, left_out)
+        if known is None:
+            _remember(key, choice)
+        self.choices[what] = choice
+        log.info("%s", choice)
+        return choice
+
+
+def zero_state(weights: LayerWeights, batch: int, device: torch.device, dtype: torch.dtype) -> State:
+    """The state of streams that have seen nothing."""
+    sizes = (weights.output_size, weights.hidden_size) if weights.cell == "lstm" else (weights.output_size,)
+    return tuple(torch.zeros(batch, size, device=device, dtype=dtype) for size in sizes)
+
+
+@dataclass
+class _Pick(Generic[P]):
+    """The chosen candidate for a number of streams, made ready."""
+
+    chooser: _Chooser
+    what: str
+    weights: LayerWeights | SparseMatrix
+    device: torch.device
+    dtype: torch.dtype
+    prepare: Callable[[Kernel], P]
+    call: Callable[[P, int, int], Call]
+
+    def __post_init__(self) -> None:
+        self._chosen: dict[tuple[int, bool, int], str] = {}
+        self._ready: dict[str, P] = {}
+
+    def __call__(self, batch: int, steps: int) -> P:
+        key = (1 << max(0, batch - 1).bit_length(), steps > 1, torch.get_num_threads())
+        name = self._chosen.get(key)
+        return self._ready[name] if name is not None else self._first(key)
+
+    def _first(self, key: tuple[int, bool, int]) -> P:
+        with _measuring:
+            name = self._chosen.get(key) or self._choose(*key)
+            ready = self._prepared(name)
+            self._chosen[key] = name  # last, because other threads look without the lock
+            self._ready = {n: r for n, r in self._ready.items() if n in self._chosen.values()}
+            return ready
+
+    def _prepared(self, name: str) -> P:
+        if name not in self._ready:
+            self._ready[name] = self.prepare(self.chooser.candidates()[name])
+        return self._ready[name]
+
+    def _choose(self, batch: int, sequence: bool, threads: int) -> str:
+        reasons = {
+            name: kernel.supports(self.weights, self.device, self.dtype, batch)
+            for name, kernel in self.chooser.candidates().items()
+            if kernel.device_types is None or self.device.type in kernel.device_types
+        }
+        able = [name for name, reason in reasons.items() if reason is None]
+        left_out = {name: reason for name, reason in reasons.items() if reason is not None}
+        if not able:
+            raise RuntimeError(f"no kernel can run {self.what}: {left_out}")
+        steps = STEPS.get(self.device.type, 16) if sequence else 1
+        kind = f"{batch} at a time, {'sequences' if sequence else 'single steps'}, {threads} threads"
+        what = f"{self.what}, {kind}"
+
+        calls = {name: partial(self._call, name, batch, steps) for name in able}
+        return self.chooser.choose(what, (self.device, self.dtype), calls, left_out).winner
+
+    def _call(self, name: str, batch: int, steps: int) -> Call:
+        return self.call(self._prepared(name), batch, steps)
+
+
+@dataclass(frozen=True)
+class _ChosenRecurrence(Recurrence):
+    pick: _Pick[Recurrence]
+
+    def __call__(self, u_NG: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.pick(state[0].shape[0], len(batch_sizes))(u_NG, batch_sizes, state)
+
+
+@dataclass(frozen=True)
+class _ChosenLayer(Layer):
+    pick: _Pick[Layer]
+
+    def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.pick(state[0].shape[-2], len(batch_sizes)).run(x_NI, batch_sizes, state)
+
+
+@register.kernel("dense")
+class Dense(_Chooser):
+    """The best dense layer: torch's own or oneDNN's packed products, whichever is faster; or dynamic int8."""
+
+    def __init__(self, values: Literal["fp32", "int8"] = "fp32") -> None:
+        super().__init__()
+        self._candidates: dict[str, Kernel] = (
+            {"int8": Int8()} if values == "int8" else {"torch": Torch(), "onednn": OneDnn()}
+        )
+        self.tolerance = max(kernel.tolerance for kernel in self._candidates.values())
+
+    def candidates(self) -> dict[str, Kernel]:
+        """Of fp32, or int8."""
+        return self._candidates
+
+
+@register.kernel("auto")
+class Auto(_Chooser):
+    """Whatever is fastest here: measures every backend once and never takes one slower than dense.
+
+    On a GPU also torch's modules and ``triton`` as CUDA graphs, and ``triton`` with dense blocks where those fit the
+    chip, because a persistent kernel can beat torch without any sparsity.
+    """
+
+    def candidates(self) -> dict[str, Kernel]:
+        """Dense in fp32, and every registered sparse backend."""
+        return self._all
+
+    @functools.cached_property
+    def _all(self) -> dict[str, Kernel]:
+        names = [name for name in register.names("kernel") if name not in ("dense", "auto")]
+        sparse: dict[str, Kernel] = {name: register.rebuild("kernel", {"name": name}) for name in names}
+        unasked = {name: kernel for name, kernel in sparse.items() if kernel.unasked}
+        on_gpu: dict[str, Kernel] = {"torch+graph": Graphed(Torch())}
+        if "triton" in unasked:
+            on_gpu |= {"triton+graph": Graphed(Triton())}
+            # The faster ones without zeros, for one stream and for several: GRU 1024 2.7 us a step, GRU 512 3.1 with 16
+            on_gpu |= {"triton+8x1": Triton(structure="8x1"), "triton+16x1": Triton(structure="16x1")}
+        return Dense().candidates() | unasked | on_gpu
+
+
+def measure(what: str, calls: Mapping[str, Call], device: torch.device, left_out: Mapping[str, str]) -> Choice:
+    """Time calls against each other, interleaved, and take the fastest."""
+    if len(calls) == 1:
+        return Choice(what, next(iter(calls)), {}, dict(left_out))
+    times = interleaved(calls, device, ROUNDS, SECONDS)
+    seconds = {name: median(many) for name, many in times.items()}
+    dense = min((name for name in seconds if name in DENSE), key=seconds.__getitem__, default=None)
+    winner = min(seconds, key=seconds.__getitem__)
+    if dense is not None and seconds[winner] > MARGIN * seconds[dense]:
+        winner = dense
+    return Choice(what, winner, seconds, dict(left_out))
+
+
+def _that_run(calls: Mapping[str, Callable[[], Call]], left_out: dict[str, str]) -> dict[str, Call]:
+    """Candidates made ready and tried once: a sparse one that fails, for lack of memory say, is left out, and why."""
+    able: dict[str, Call] = {}
+    for name, make in calls.items():
+        try:
+            call = make()
+            with torch.inference_mode():
+                call()
+        except Exception as error:
+            if name in DENSE:
+                raise
+            left_out[name] = f"failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            log.warning("%s cannot be used: %s", name, left_out[name])
+        else:
+            able[name] = call
+    return able
+
+
+@functools.cache
+def hardware(device: torch.device) -> str:
+    """What a measurement is good for: the processor and the versions of what runs on it."""
+    versions = [f"torch {torch.__version__}"]
+    for package in ("srnn", "numba", "triton"):
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return f"{processor(device)}; {'; '.join(versions)}"
+
+
+@functools.cache
+def processor(device: torch.device) -> str:
+    """Its name, as the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _describe(matrix: SparseMatrix) -> str:
+    """A matrix's shape, format and number of blocks, to two digits: what is measured is good for about as many."""
+    rows, columns = matrix.shape
+    unit = "non-zeros" if matrix.structure == "element" else "blocks"
+    about = float(f"{matrix.blocks:.1e}")
+    return f"{rows}x{columns} {matrix.structure} {matrix.values_name} (about {about:,.0f} {unit})"
+
+
+def _cache_file() -> Path:
+    return cache_folder() / "kernels.json"
+
+
+def _read_cache() -> dict[str, Any]:
+    try:
+        found = json.loads(_cache_file().read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _remembered(key: str, what: str) -> Choice | None:
+    try:
+        choice = Choice(**_read_cache()[key][what])
+    except (KeyError, TypeError):
+        return None
+    return choice if choice.what == what and choice.winner in key.split() else None
+
+
+def _remember(key: str, choice: Choice) -> None:
+    cache = _read_cache()
+    entries = cache.get(key)
+    cache[key] = (entries if isinstance(entries, dict) else {}) | {choice.what: asdict(choice)}
+    try:
+        write_atomically(_cache_file(), json.dumps(cache, indent=1).encode())
+    except OSError as error:
+        log.info("the choice of kernels cannot be kept: %s", error)

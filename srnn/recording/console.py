@@ -1,0 +1,235 @@
+"""What a person sees: the plan before, one progress bar while, one table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ProgressBar
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from srnn.pruning.callback import PruningCallback
+from srnn.pruning.pruner import Pruner
+from srnn.pruning.schedules import GradualSchedule
+from srnn.registry import register
+from srnn.terminal import console, plural
+
+SHORT = {"bits_per_character": "bpc", "perplexity": "ppl"}  # of scores, in the line of a validation
+SILENCE = 60.0  # seconds
+FORECAST_ROWS = 7  # of a schedule's updates in the table
+
+
+def print_plan(pruner: Pruner) -> None:
+    """What will be pruned, and the schedule's forecast."""
+    if not pruner.groups:
+        console.print("Nothing is pruned: this is a dense run.")
+        return
+    table = Table(title="What will be pruned")
+    for column in ("parameter", "shape", "weights", "structure", "sparsity", "threshold of"):
+        right = column in ("weights", "sparsity")
+        table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=column == "parameter")
+    for group in pruner.groups:
+        for part in group.parts:
+            gates, *sizes = part.shape
+            shape = " x ".join(map(str, (gates * sizes[0], sizes[1])))
+            wanted = "as it is" if group.sparsity is None else f"{100 * group.target / group.size:.1f} %"
+            row = (part.name, shape, f"{part.size:,}", str(group.structure), wanted, group.name)
+            table.add_row(*map(escape, row))
+    table.add_section()
+    table.add_row("total", "", f"{sum(g.size for g in pruner.groups):,}")
+    console.print(table)
+    if pruner.method.updates:
+        _print_forecast(pruner)
+
+
+def _print_forecast(pruner: Pruner) -> None:
+    """Some updates of the schedule: steps, sparsities, and for Algorithm 1 thresholds."""
+    run, method = pruner.run, pruner.method
+    schedule = getattr(method, "schedule", None)
+    over_q = schedule if isinstance(schedule, GradualSchedule) else None
+    q = getattr(method, "fixed_q", None)
+    table = Table(title=f"Forecast: {run.total_steps:,} steps, {run.epochs:.3g} epochs")
+    columns = ["step", "epoch", *(["threshold / q"] if over_q else [])]
+    columns += [f"threshold {name}" for name in q or ()]
+    columns += [f"sparsity {group.name}" for group in pruner.groups[:4]]
+    for column in columns:
+        table.add_column(escape(column), justify="right", overflow="fold")
+    for itr in shown_updates(method.updates):
+        row = [str(itr), f"{itr / run.steps_per_epoch:.2f}"]
+        if over_q:
+            share = over_q.epsilon(itr, 1.0)
+            row += [f"{share:.3f}", *(f"{share * value:.4f}" for value in (q or {}).values())]
+        expected = [method.expected(itr, group) for group in pruner.groups[:4]]
+        row += ["" if share is None else f"{100 * share:.1f} %" for share in expected]
+        table.add_row(*row)
+    notes = [plural(len(method.updates), "update")]
+    if over_q:
+        told = "q is estimated at each update" if q is None else "q is fixed"
+        notes.append(f"sparsities if weights are normally distributed; {told}")
+    if len(pruner.groups) > 4:
+        notes.append(f"the first 4 of {len(pruner.groups)} groups")
+    table.caption = "; ".join(notes)
+    console.print(table)
+
+
+def shown_updates(updates: Sequence[int]) -> list[int]:
+    """The first, the last, and some between."""
+    if len(updates) <= FORECAST_ROWS:
+        return list(updates)
+    places = [round(i * (len(updates) - 1) / (FORECAST_ROWS - 1)) for i in range(FORECAST_ROWS)]
+    return [updates[place] for place in places]
+
+
+class RunProgress(ProgressBar):
+    """One bar over all steps with the loss, sparsity and threshold; and a line an epoch with all scores.
+
+    Where the output is no terminal there is no bar, but a line after each ``SILENCE`` seconds without one.
+    """
+
+    def __init__(self, pruning: PruningCallback) -> None:
+        super().__init__()
+        self.pruning = pruning
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._shown = 0.0
+
+    def disable(self) -> None:
+        """Lightning calls this on all ranks but the first."""
+        self._progress = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the plan, then the bar."""
+        assert self.pruning.pruner is not None
+        print_plan(self.pruning.pruner)
+        if trainer.global_step:
+            console.print(f"Going on from step {trainer.global_step:,}")
+        self._shown = time.monotonic()
+        if not console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        total = self.pruning.pruner.run.total_steps
+        self._task = self._progress.add_task("", total=total, completed=trainer.global_step, numbers="")
+        self._progress.start()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Ten times a second at most: reading the loss waits for the device."""
+        now = time.monotonic()
+        if now - self._shown < (SILENCE if self._progress is None else 0.1):
+            return
+        self._shown = now
+        numbers = f"loss {float(pl_module.train_loss):.3f}{self._pruning()}"  # type: ignore[arg-type]
+        if self._progress is not None:
+            self._progress.update(self._task, completed=trainer.global_step, numbers=numbers)
+        else:
+            assert self.pruning.pruner is not None
+            console.print(f"step {trainer.global_step}/{self.pruning.pruner.run.total_steps}: {numbers}")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A line that stays."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=trainer.global_step)
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}"
+        self._shown = time.monotonic()
+        console.print(f"{epoch}: valid {self._scores(trainer)}{self._pruning()}")
+
+    def _scores(self, trainer: pl.Trainer) -> str:
+        metrics = trainer.callback_metrics.items()
+        scores = {name.removeprefix("valid_"): value for name, value in metrics if name.startswith("valid_")}
+        return "  ".join(f"{SHORT.get(name, name)} {float(value):.3f}" for name, value in scores.items())
+
+    def _pruning(self) -> str:
+        assert self.pruning.pruner is not None
+        pruner = self.pruning.pruner
+        if not pruner.groups:
+            return ""
+        kind, epsilon = next(iter(pruner.thresholds.items()))
+        return f"  sparsity {100 * pruner.sparsity:.1f} %  threshold {epsilon:.4f} ({kind})"
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.refresh()
+            self._progress.stop()
+            self._progress = None
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the terminal as it was."""
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the terminal as it was."""
+        self._stop()
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The run in one table."""
+    table = Table(title=f"{report['model']} on {report['dataset']}, pruning={report['pruning']}", show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    scores, objective = report["scores"], register.get("objective", report["objective"])
+    words: str = objective.factory.words  # type: ignore[attr-defined]
+    for key, title in MILESTONES.items():
+        if scores.get(key):
+            table.add_row(title.format(**scores[key]), words.format(**scores[key]))
+    table.add_section()
+    for layer in report["layers"]:
+        table.add_row(
+            f"{layer['parameter']}: {layer['nonzeros']:,} of {layer['weights']:,} weights left",
+            f"{100 * layer['sparsity']:.2f} % sparse",
+        )
+    table.add_section()
+    sparsity = report["sparsity"]
+    if report["layers"]:
+        wanted = "what there was" if sparsity["wanted"] is None else f"{100 * sparsity['wanted']:.2f} %"
+        table.add_row("sparsity reached, wanted", f"{100 * sparsity['reached']:.2f} %, {wanted}")
+    sizes = report["size"]
+    table.add_row("parameters, of which non-zero", f"{sizes['parameters']:,}, {sizes['nonzeros']:,}")
+    ratio = sizes["dense_bytes"] / sizes["packed_bytes"]
+    table.add_row(
+        "bytes dense (fp32), packed file",
+        f"{sizes['dense_bytes']:,}, {sizes['packed_bytes']:,} ({ratio:.1f}x smaller)",
+    )
+    latency = report["latency"]
+    for kind, words in (("sequence", f"one stream, {latency['steps']} steps"), ("step", "one stream, one step")):
+        if kind in latency:
+            dense, sparse = latency[kind]["dense"], latency[kind]["sparse"]
+            table.add_row(
+                f"{words}: best dense, packed ({plural(latency['threads'], 'thread')})",
+                f"{1e6 * dense:,.0f} us, {1e6 * sparse:,.0f} us ({dense / sparse:.2f}x)",
+            )
+    seconds = report["seconds"]
+    share = 100 * seconds["pruning"] / seconds["training_loop"]
+    table.add_row("time in the training loop, inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
+    console.print(table)
+    for part, batches in report["limits"].items():
+        words = f"Only the first {batches} batches of the {part} part were used (trainer.limit_...)"
+        console.print(f"{words}." if part == "train" else f"{words}; `srnn evaluate` takes all.", soft_wrap=True)
+    for line in latency["choices"]:
+        console.print(f"kernel: {line}", markup=False, highlight=False)
+    if sparsity["wanted"] is not None and abs(sparsity["reached"] - sparsity["wanted"]) > MISSED:
+        fixed = report["config"]["pruning"].get("q", "auto") != "auto"
+        reason = ": with a fixed q it results from the schedule; pruning.q=auto meets it exactly" if fixed else ""
+        console.print(
+            f"The sparsity is {100 * sparsity['reached']:.2f} %, not {100 * sparsity['wanted']:.4g} %{reason}.",
+        )
+
+
+MISSED = 0.001  # a tenth of a percent: sparsities further apart get a warning
+# Report key -> row title.
+MILESTONES = {
+    "pruning_started": "validation when pruning started (step {step})",
+    "best_dense": "best validation while dense (step {step})",
+    "best": "best validation at the end (step {step})",
+    "test": "test, the same checkpoint",
+    "test_packed": "test, packed file read back",
+}

@@ -1,0 +1,143 @@
+"""What a run was made in: ``environment.json``, by which ``srnn rerun`` tells why numbers differ."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srnn.datasets.base import PARTS, DataModule
+from srnn.errors import UserError
+from srnn.files import PACKAGE, write_atomically
+
+FILE = "environment.json"  # in a run's folder
+LONGEST_PATCH = 1 << 20  # bytes of uncommitted changes that are kept
+
+
+def environment(command: Sequence[str]) -> dict[str, Any]:
+    """The command, the folder it ran in, the state of git, all packages' versions, and the hardware."""
+    return {
+        "command": shlex.join(command),
+        "folder": os.getcwd(),
+        "python": sys.version.split()[0],
+        "git": _git(),
+        "packages": _packages(),
+        "hardware": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        },
+    }
+
+
+def data_checksums(data: DataModule) -> dict[str, str]:
+    """Part -> SHA-256 of all its batches, in the order of the first pass."""
+    sums: dict[str, str] = {}
+    for part in PARTS:
+        batches, sha = data.batches(part), hashlib.sha256()
+        for index in range(len(batches)):
+            for tensor in batches.fetch(0, index):
+                sha.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                sha.update(tensor.contiguous().numpy().tobytes())
+        sums[part] = sha.hexdigest()
+    return sums
+
+
+def note(folder: Path, made_in: Mapping[str, Any]) -> None:
+    """Write it into a run's folder."""
+    write_atomically(folder / FILE, json.dumps(made_in, indent=1).encode())
+
+
+def note_data(folder: Path, data: DataModule) -> None:
+    """Add the data's checksums; a run that goes on must find the data it was started with. Raises UserError."""
+    made_in, sums = read(folder), data_checksums(data)
+    before = made_in.get("data", sums)
+    if before != sums:
+        changed = " and ".join(part for part in sums if before.get(part) != sums[part])
+        raise UserError(f"{folder} cannot go on: its data have changed since it was started ({changed}).")
+    if "data" not in made_in:
+        note(folder, {**made_in, "data": sums})
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Of a run's folder; empty if it has none. Raises UserError for a damaged file."""
+    path = folder / FILE
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}.") from None
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two environments, a line each, as far as the earlier one was recorded."""
+    lines = []
+    for kind in (kind for kind in ("python", "git", "packages", "hardware", "data") if kind in before):
+        one, two = before.get(kind), now.get(kind)
+        if not isinstance(one, Mapping) or not isinstance(two, Mapping):
+            one, two = {kind: one}, {kind: two}
+        changed = [name for name in {**one, **two} if one.get(name) != two.get(name)]
+        lines += [f"{kind}: {name}: {_short(one.get(name))} -> {_short(two.get(name))}" for name in changed]
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@functools.cache
+def _packages() -> dict[str, str]:
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return dict(sorted(found.items()))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _git() -> dict[str, Any]:
+    """Commit and uncommitted changes: of srnn's own repository, and of the working folder's if that is another."""
+    state: dict[str, Any] = {}
+    roots: dict[str, None] = {}
+    for folder in (PACKAGE, Path.cwd()):
+        if root := _ask_git(folder, "rev-parse", "--show-toplevel"):
+            roots[root] = None
+    for root in roots:
+        patch = _ask_git(Path(root), "diff", "HEAD") or ""
+        state[root] = {
+            "commit": _ask_git(Path(root), "rev-parse", "HEAD"),
+            "status": _ask_git(Path(root), "status", "--porcelain"),
+            "patch": patch if len(patch) <= LONGEST_PATCH else f"longer than {LONGEST_PATCH} bytes, not kept",
+        }
+    return state
+
+
+def _ask_git(folder: Path, *question: str) -> str | None:
+    """Git's answer; None where there is no git or no repository."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *question], capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,103 @@
+"""What a run logs, step by step: ``metrics.csv``, and the curves of its W&B run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from srnn.files import write_atomically
+from srnn.recording.wandb import carefully
+
+SECONDS = 5.0  # between two writes while a run goes on
+
+
+class MetricsFile(Logger):
+    """Lightning's logger for a CSV file that a stopped run goes on with. Always whole on disk.
+
+    Attributes:
+        rows: what was logged, a row a call.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self._saved = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        """Lightning wants one."""
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        """Lightning wants one."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """They are in ``config.yaml``."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add a row."""
+        self.rows.append({**metrics, "step": step})
+        if time.monotonic() - self._saved > SECONDS:
+            self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write all rows."""
+        self._saved = time.monotonic()
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.path, text.getvalue().encode())
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write the rest."""
+        self.save()
+
+    def go_on_from(self, count: int) -> None:
+        """Take over the first ``count`` rows of the file; later ones are logged again."""
+        if not self.path.is_file():  # a run whose checkpoint was carried elsewhere
+            return
+        with self.path.open(newline="") as file:
+            rows = [{name: cell for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+        self.rows = rows[:count]
+
+
+class WandbCurves(WandbLogger):
+    """Lightning's logger for a W&B run that has been started. When W&B fails, training goes on without it."""
+
+    def __init__(self, run: Any) -> None:
+        super().__init__(experiment=run)
+        self._failed = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Send a row, until one could not be sent: each further one might wait again."""
+        if not self._failed:
+            self._failed = True
+            with carefully("a row, and will get no more"):
+                super().log_metrics(metrics, step)
+                self._failed = False
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """They were given at its start."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """The run is finished by whoever started it."""

@@ -1,0 +1,137 @@
+"""What is recorded while training: pruning metrics, the scores of each validation, and time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from srnn.distributed import mean_over_ranks
+from srnn.pruning.callback import PruningCallback
+from srnn.pruning.pruner import Pruner
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One validation: after which step, with which scores, at which sparsity."""
+
+    step: int
+    scores: Mapping[str, float]
+    sparsity: float
+    dense: bool
+    finished: bool
+
+
+class Recorder(pl.Callback):
+    """Logs sparsities and thresholds, keeps the validations, measures the loop.
+
+    Attributes:
+        validations: all of them, in order.
+        loop_seconds: wall time of the training loop, validation excluded.
+
+    Args:
+        pruning: whose pruner is recorded.
+        every: steps between two entries of the training loss.
+    """
+
+    def __init__(self, pruning: PruningCallback, every: int) -> None:
+        self.pruning = pruning
+        self.every = every
+        self._step = 0
+        self.validations: list[Validation] = []
+        self.loop_seconds = 0.0
+        self._began = 0.0
+
+    @property
+    def pruner(self) -> Pruner:
+        """The run's pruner; there once training has started."""
+        assert self.pruning.pruner is not None
+        return self.pruning.pruner
+
+    def is_dense(self) -> bool:
+        """Whether no weight has been touched yet."""
+        return self.pruner.itr <= self.pruner.method.dense_until
+
+    def is_finished(self) -> bool:
+        """Whether pruning is over at the sparsity asked for."""
+        return self.pruner.reached()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Goes into checkpoints."""
+        rows = [vars(v) | {"scores": dict(v.scores)} for v in self.validations]
+        return {"validations": rows, "loop_seconds": self.loop_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the record of a stopped run."""
+        self.validations = [Validation(**row) for row in state_dict["validations"]]
+        self.loop_seconds = state_dict["loop_seconds"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock and note where everything starts."""
+        self._step = trainer.global_step
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Log the loss now and then, and pruning's metrics at each update."""
+        pruner = self.pruner
+        if trainer.global_step == self._step:  # gradients are being added up
+            return
+        self._step = trainer.global_step
+        if self._step % self.every == 0:
+            loss = mean_over_ranks(pl_module.train_loss)  # type: ignore[arg-type]
+            for logger in trainer.loggers:
+                logger.log_metrics({"train_loss": float(loss)}, step=self._step)
+        if pruner.method.is_update(pruner.itr):
+            sparsities = {f"sparsity/{name}": value for name, value in pruner.sparsities().items()}
+            thresholds = {f"threshold/{kind}": value for kind, value in pruner.thresholds.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics({"sparsity/total": pruner.sparsity} | sparsities | thresholds, step=pruner.itr)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
+        self.loop_seconds += time.perf_counter() - self._began
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the scores and go on."""
+        scores = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("valid_")}
+        self.validations.append(
+            Validation(trainer.global_step, scores, self.pruner.sparsity, self.is_dense(), self.is_finished())
+        )
+        self._began = time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock for good."""
+        self.loop_seconds += time.perf_counter() - self._began
+
+
+class BestWhile(ModelCheckpoint):
+    """Keeps the best checkpoint among those taken while a condition holds.
+
+    Args:
+        eligible: asked after each validation.
+        dirpath, filename: where; one file, replaced when a better one comes.
+    """
+
+    def __init__(self, eligible: Any, dirpath: str, filename: str) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename=filename,
+            monitor="valid_loss",
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+        self.eligible = eligible
+
+    @property
+    def state_key(self) -> str:
+        """Apart from the other checkpoint callbacks' state."""
+        return f"BestWhile-{self.filename}"
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compete only while eligible."""
+        if self.eligible():
+            super().on_validation_end(trainer, pl_module)

@@ -1,0 +1,213 @@
+"""Weights & Biases: offline unless asked otherwise, everything inside the run's folder.
+
+Whatever W&B does, a run goes on: its results are in its own folder, and W&B only gets a copy.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from srnn.config.settings import TrackingConfig
+from srnn.errors import UserError
+from srnn.registry import register
+
+ONLINE_TIMEOUT = 20.0  # seconds a dead network may cost before the run goes on offline
+STEP = "trainer/global_step"  # what curves go over
+_unreachable: set[str] = set()  # servers that a run of this process has waited for in vain
+
+
+@contextmanager
+def wandb_run(
+    tracking: TrackingConfig, folder: Path, config: Mapping[str, Any], job_type: str, tags: Sequence[str] = ()
+) -> Iterator[Any]:
+    """A W&B run, finished at the end whatever happens; None when disabled or when it cannot start.
+
+    Args:
+        tracking: mode and names.
+        folder: the run's folder; W&B keeps its files in ``wandb/`` there.
+        config: the resolved config, plain data.
+        job_type: ``train`` or ``compare``.
+        tags: beside those of ``tracking``.
+
+    A run whose folder holds a W&B run already goes on as the same one.
+
+    Raises:
+        UserError: ``mode=online`` without an API key.
+    """
+    if tracking.mode == "disabled":
+        yield None
+        return
+    # W&B stages artifacts and reads settings in the user's home unless told otherwise, for each run anew.
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR"):
+        os.environ[name] = str(folder / "wandb" / "staging")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    run = _start(tracking, folder, config, job_type, [*tags, *tracking.tags])
+    if run is None:
+        yield None
+        return
+    failed = True
+    try:
+        yield run
+        failed = False
+    finally:
+        with carefully("the end of the run"):
+            _finish(run, int(failed))
+
+
+def define_scores(run: Any, objective: str) -> None:
+    """Curves go over training steps, and a run's summary keeps the best validation, by which runs are sorted."""
+    run.define_metric(STEP)
+    run.define_metric("*", step_metric=STEP, step_sync=True)
+    learned: Any = register.get("objective", objective).factory
+    for score in dict.fromkeys([learned.telling, "loss"]):
+        best = "max" if score in learned.higher_is_better else "min"
+        run.define_metric(f"valid_{score}", step_metric=STEP, step_sync=True, summary=f"{best},last")
+
+
+def _start(
+    tracking: TrackingConfig, folder: Path, config: Mapping[str, Any], job_type: str, tags: Sequence[str]
+) -> Any:
+    import wandb
+
+    if tracking.mode == "online" and not has_key():
+        raise UserError(
+            "tracking.mode=online needs a W&B API key: set WANDB_API_KEY or run `wandb login`, or use "
+            "tracking.mode=offline."
+        )
+    options: dict[str, Any] = {
+        "project": tracking.project,
+        "group": tracking.group,
+        "name": tracking.name or folder.name,
+        "job_type": job_type,
+        "tags": list(dict.fromkeys(tags)),
+        "dir": str(folder),
+        "config": dict(config),
+        "settings": wandb.Settings(init_timeout=ONLINE_TIMEOUT, silent=True),
+    }
+    if earlier := _runs(folder):
+        options |= {"id": _id_of(earlier[-1]), "resume": "allow"}
+    # Whatever W&B raises, it must not cost the run: offline where online fails, and without it where that fails.
+    modes = dict.fromkeys([tracking.mode, "offline"])
+    if _host() in _unreachable:
+        modes.pop("online", None)
+    for mode in modes:
+        try:
+            return wandb.init(mode=mode, **options)
+        except Exception as error:
+            kept = ""
+            if mode == "online":
+                _unreachable.add(_host())
+                kept = ". This run is kept offline, and so are later ones of this process"
+            print(f"srnn: W&B does not start {mode}: {str(error).partition('. ')[0]}{kept}.", file=sys.stderr)
+    return None
+
+
+def _finish(run: Any, exit_code: int) -> None:
+    """Finish it; where W&B's own process is gone, let the next run of this one start another."""
+    import wandb
+
+    try:
+        run.finish(exit_code=exit_code)
+    except Exception:
+        with suppress(Exception):
+            wandb.teardown(exit_code)
+        raise
+
+
+def has_key() -> bool:
+    """In the environment, or where `wandb login` puts it. Asking W&B itself might prompt or wait."""
+    from requests.utils import get_netrc_auth
+
+    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(_host()))
+
+
+def _host() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def sync_command(folder: Path) -> str | None:
+    """What uploads an offline run later, the parts of a resumed one in order; None if there is none."""
+    runs = [run for run in _runs(folder) if run.name.startswith("offline")]
+    return f"wandb sync {' '.join(map(str, runs))}" if runs else None
+
+
+def _runs(folder: Path) -> list[Path]:
+    """The W&B runs in a run's folder, oldest first: a resumed run has several, of one id."""
+    runs = {file.parent for file in (folder / "wandb").glob("*run-*-*/run-*.wandb")}
+    return sorted(runs, key=lambda path: path.name.partition("run-")[2])
+
+
+def _id_of(run: Path) -> str:
+    """By the file's name: the folder's ends in a number where two were made within a second."""
+    return next(run.glob("run-*.wandb")).stem.removeprefix("run-")
+
+
+def log_results(
+    run: Any, folder: Path, summary: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], plots: Sequence[Path]
+) -> None:
+    """Send the end of a training run: summary, a table of layers, the plots, and the networks as artifacts."""
+    with carefully("the results"):
+        run.summary.update(dict(summary))
+        log_tables(run, {"layers": layers} if layers else {}, plots)
+    with carefully("the artifacts"):
+        _log_networks(run, folder)
+
+
+def log_tables(run: Any, tables: Mapping[str, Sequence[Mapping[str, Any]]], plots: Sequence[Path]) -> None:
+    """Rows as tables, and pictures."""
+    import wandb
+
+    for name, rows in tables.items():
+        columns: list[str | int] = list(dict.fromkeys(key for row in rows for key in row))
+        run.log({name: wandb.Table(columns=columns, data=[[row.get(str(key)) for key in columns] for row in rows])})
+    run.log({path.stem: wandb.Image(str(path)) for path in plots})
+
+
+def _log_networks(run: Any, folder: Path) -> None:
+    """The networks of a run, named as its files; each says what it was made from: dense, pruned, packed.
+
+    W&B draws lineage of what a run used, which it takes only online; ``made_from`` is there in any case.
+    """
+    import wandb
+
+    dense = run.config["pruning"]["name"] == "none"
+    files = {
+        "best-dense": "checkpoints/best-dense.ckpt",
+        "best": "checkpoints/best.ckpt",
+        "packed": "model.safetensors",
+    }
+    made_from = _initial_artifact(run)
+    for name, file in files.items():
+        if (folder / file).is_file() and not (dense and name == "best-dense"):
+            artifact = wandb.Artifact(f"{run.id}-{name}", type="model", metadata={"made_from": made_from})
+            artifact.add_file(str(folder / file), policy="immutable")
+            run.log_artifact(artifact)
+            made_from = artifact.name
+
+
+def _initial_artifact(run: Any) -> str | None:
+    """The artifact that ``init_from`` names, if it is of a run with a W&B run."""
+    source = run.config.get("init_from")
+    folders = [] if source is None else [path for path in (Path(source), *Path(source).parents) if _runs(path)]
+    if not folders:
+        return None
+    stem = Path(source).stem if Path(source).suffix == ".ckpt" else "best"
+    name = f"{_id_of(_runs(folders[0])[-1])}-{'packed' if Path(source).suffix == '.safetensors' else stem}"
+    if not run.offline:
+        with carefully(f"the use of {name}"):
+            run.use_artifact(f"{name}:latest")
+    return name
+
+
+@contextmanager
+def carefully(what: str) -> Iterator[None]:
+    """Whatever W&B raises inside is said and costs nothing more."""
+    try:
+        yield
+    except Exception as error:
+        print(f"srnn: W&B did not take {what}: {error}", file=sys.stderr)

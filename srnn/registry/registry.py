@@ -1,0 +1,163 @@
+"""The registry: every model, dataset, pruning method, kernel and optimiser srnn can name.
+
+A component is a class or function with typed arguments, and those arguments *are* its schema::
+
+    @register.dataset("brackets")
+    class Brackets(TextStreams):
+        def __init__(self, pairs: int = 3, *, batch_size: int = 32): ...
+
+Its name is then selectable as ``dataset=brackets``, with a YAML file in ``conf/`` or without. Keyword-only
+arguments without a default (``*, vocabulary_size: int``) are not options: the run supplies them; ``**sizes`` takes all
+that it supplies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from srnn.errors import UserError, did_you_mean
+from srnn.registry.plugins import import_file, plugin_files
+from srnn.registry.schema import Component, _ranges, check_options
+
+# The package that registers srnn's own components of each kind. Only the kind that is asked for gets
+# imported: rebuilding a model must not import the data pipeline.
+KINDS = {
+    "model": "srnn.models",
+    "dataset": "srnn.datasets",
+    "objective": "srnn.objectives",
+    "pruning": "srnn.pruning",
+    "kernel": "srnn.kernels",
+    "optimizer": "srnn.training.optimizers",
+}
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass
+class Registry:
+    """Names -> components, by kind. ``register`` below is the one srnn uses."""
+
+    components: dict[tuple[str, str], Component] = field(default_factory=dict)
+    broken_plugins: dict[str, str] = field(default_factory=dict)
+    conf_folders: list[Path] = field(default_factory=list)  # of installed plug-ins
+    _plugin: str | None = None
+
+    def add(self, kind: str, name: str) -> Callable[[F], F]:
+        """Decorator that registers a class or function as ``kind=name``. A name already taken raises."""
+
+        def decorate(factory: F) -> F:
+            taken = self.components.get((kind, name))
+            if taken is not None:
+                raise UserError(f"{kind} '{name}' is registered already, by {taken.origin}; pick another name.")
+            origin = self._plugin or f"{factory.__module__}.{factory.__qualname__}"
+            self.components[kind, name] = Component(kind, name, factory, origin)
+            return factory
+
+        return decorate
+
+    def __getattr__(self, kind: str) -> Callable[[str], Callable[[F], F]]:
+        if kind in KINDS:
+            return partial(self.add, kind)
+        raise AttributeError(f"no kind '{kind}'; the kinds are {', '.join(KINDS)}")
+
+    def names(self, kind: str) -> list[str]:
+        """All names of a kind, srnn's own first."""
+        importlib.import_module(KINDS[kind])
+        return [name for k, name in self.components if k == kind]
+
+    def get(self, kind: str, name: str) -> Component:
+        """The component, or a UserError with the nearest name and all the names there are."""
+        names = self.names(kind)
+        if name not in names:
+            raise UserError(
+                f"{kind}={name}: no such {kind}.{did_you_mean(str(name), names)} There are: {', '.join(sorted(names))}."
+            )
+        return self.components[kind, name]
+
+    def check(self, kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Check ``config`` (``name`` and options) and return it complete."""
+        if not isinstance(config.get("name"), str):
+            raise UserError(
+                f"{kind}.name={config.get('name')!r} must be the name of a {kind}: {', '.join(self.names(kind))}."
+            )
+        component = self.get(kind, config["name"])
+        given = {key: value for key, value in config.items() if key != "name"}
+        return {"name": component.name} | check_options(component.options, given, kind)
+
+    def build(self, kind: str, config: Mapping[str, Any], **supplied: Any) -> Any:
+        """Check ``config`` and make the component. ``supplied`` holds what the run gives, if it takes it."""
+        options = self.check(kind, config)
+        component = self.get(kind, options.pop("name"))
+        return component.factory(**options, **component.pick(supplied))
+
+    def rebuild(self, kind: str, config: Mapping[str, Any], **supplied: Any) -> Any:
+        """``build`` for a config out of a file that srnn wrote: without pydantic, which the runtime need not import.
+
+        Names and bounds are checked here, types by the component itself.
+        """
+        component = self.get(kind, str(config.get("name")))
+        options = {key: value for key, value in config.items() if key != "name"}
+        for key, value in options.items():
+            if key not in component.options:
+                raise UserError(f"{kind}={component.name} has no option {key}: the file is of another version.")
+            for mark in _ranges(component.options[key].type):
+                try:
+                    mark.check(value)
+                except ValueError as error:
+                    raise UserError(f"{kind}.{key}={value!r} {error}.") from None
+        try:
+            return component.factory(**options, **component.pick(supplied))
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"{kind}={component.name} cannot be built of {options} and {supplied}: {error}") from None
+
+    def load_plugins(self, folders: list[Path]) -> None:
+        """Import installed plug-ins, then every ``*.py`` of the folders, each once.
+
+        An installed package is one by an entry point of the group ``srnn.plugins`` that names a module; a folder
+        ``conf/`` beside that module joins srnn's own. A plug-in that raises, or takes a name that is taken, is left
+        out whole and named in ``broken_plugins``.
+        """
+        for entry in sorted(importlib.metadata.entry_points(group="srnn.plugins"), key=lambda entry: entry.name):
+            origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.name
+            if entry.module not in sys.modules and self._isolated(f"plug-in {origin}", origin, entry.load):
+                self._add_conf(sys.modules[entry.module])
+        for path in plugin_files(folders):
+            name = f"srnn_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+            if name not in sys.modules:
+                self._isolated(f"plug-in {path.name}", str(path), partial(import_file, name, path))
+
+    def _isolated(self, origin: str, named: str, load: Callable[[], object]) -> bool:
+        """Import a plug-in; undo all it registered if it fails. Returns whether it is there."""
+        for package in KINDS.values():  # first, so that a clash with a name of srnn's own is the plug-in's fault
+            importlib.import_module(package)
+        before = dict(self.components)
+        self._plugin = origin
+        try:
+            load()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plug-in is anybody's code: whatever it raises must not stop srnn
+            self.components = before
+            self.broken_plugins[named] = f"{type(error).__name__}: {error}"
+            return False
+        finally:
+            self._plugin = None
+        return True
+
+    def _add_conf(self, module: Any) -> None:
+        folder = Path(module.__file__).parent / "conf" if module.__file__ else None
+        if folder is not None and folder.is_dir():
+            self.conf_folders.append(folder)
+
+
+register = Registry()

@@ -1,0 +1,148 @@
+"""A run's folder: the names of its files, and the lock of the process that works in it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from srnn.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The only place that knows what a run's files are called.
+
+    Example::
+
+        folder = RunFolder(Path("outputs/RUN"))
+        if folder.finished:
+            report = json.loads(folder.report.read_text())
+
+    Args:
+        path: the folder; it need not be there.
+    """
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def config(self) -> Path:
+        """The resolved config, YAML: with ``environment`` the first file of a run."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Command, git, packages, hardware, checksums of the data."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """What was logged, a row a call."""
+        return self.path / "metrics.csv"
+
+    @property
+    def report(self) -> Path:
+        """What the run measured; the last of its own files: it says that the run is finished."""
+        return self.path / "report.json"
+
+    @property
+    def packed(self) -> Path:
+        """The packed network."""
+        return self.path / "model.safetensors"
+
+    @property
+    def plots(self) -> Path:
+        """The folder of pictures."""
+        return self.path / "plots"
+
+    @property
+    def wandb(self) -> Path:
+        """The folder of W&B's own files."""
+        return self.path / "wandb"
+
+    @property
+    def error(self) -> Path:
+        """Of a sweep's job: why it failed."""
+        return self.path / "error.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint that a stopped run is resumed from."""
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        """The best checkpoint at the sparsity asked for."""
+        return self.checkpoints / "best.ckpt"
+
+    @property
+    def best_dense(self) -> Path:
+        """The best checkpoint before pruning began."""
+        return self.checkpoints / "best-dense.ckpt"
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run ended well here."""
+        return self.report.is_file()
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run trained here, to its end or not."""
+        return self.checkpoints.exists()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training here, while inside. A lock ends with the process that holds it.
+
+        Raises:
+            UserError: another process trains here now.
+            OSError: the folder cannot be made or written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._lock, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"{self.path}: another process trains in this folder now; wait for it, or set another hydra.run.dir."
+            ) from None
+        try:
+            yield
+        finally:
+            self._lock.unlink(missing_ok=True)  # before it is released: whoever waits would hold a file that is gone
+            lock.release()
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / ".lock"
+
+    def take_back(self, there: Path) -> None:
+        """Remove the folder of a run that was refused, and the parents made with it: as if it had not been started.
+
+        Args:
+            there: what was there of its path before the run; it stays, whatever it holds.
+        """
+        folder = Path(os.path.abspath(self.path))
+        first = {self.config.name, self.environment.name}
+        if folder == there or not folder.is_dir() or not {path.name for path in folder.iterdir()} <= first:
+            return
+        for name in first:
+            (folder / name).unlink(missing_ok=True)
+        for made in itertools.takewhile(lambda path: path != there, (folder, *folder.parents)):
+            try:
+                made.rmdir()
+            except OSError:  # something else has come into it
+                return

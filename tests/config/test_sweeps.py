@@ -1,0 +1,253 @@
+"""Sweeps: which jobs there are, what becomes of them, and going on with the same command."""
+
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+from filelock import FileLock
+
+from srnn.__main__ import main
+from srnn.config.command_line import check_command_line
+from srnn.config.sweeps import Sweep, expand
+from srnn.errors import UserError
+from tests.conftest import SMALL
+from tests.long_sweep import sample_sweep
+
+QUIET = [*SMALL, "tracking.mode=disabled", "kernel=dense"]
+
+
+def jobs(*arguments, **how):
+    return [job.overrides for job in expand(arguments, **how)]
+
+
+def test_an_option_that_a_choice_lacks_is_dropped_and_no_job_comes_twice():
+    swept = ["pruning=none,hard,gradual", "pruning.sparsity=0.8,0.9,0.95", "pruning.prune_itr=0.5", "seed=0,1"]
+    found = expand(swept)
+    assert [job.name for job in found] == [
+        *(f"gru_none_s{seed}" for seed in (0, 1)),
+        *(
+            f"gru_{how}_sparsity-{s}_s{seed}"
+            for how in ("hard", "gradual")
+            for s in (0.8, 0.9, 0.95)
+            for seed in (0, 1)
+        ),
+    ]
+    assert found[0].overrides == ("pruning=none", "seed=0")
+    assert found[2].overrides == ("pruning=hard", "pruning.sparsity=0.8", "pruning.prune_itr=0.5", "seed=0")
+    assert len({job.identity for job in found}) == 14
+    assert len(jobs("pruning.sparsity=0.9,0.90,9e-1")) == 1, "the same value, spelt otherwise"
+
+
+def test_params_and_rows():
+    rows = [["pruning=none", "model.hidden_size=50"], ["pruning=gradual"]]
+    found = jobs("model=lstm", params={"seed": "0,1", "model": "gru,rnn"}, rows=rows)
+    assert found == [
+        ("seed=0", "model=lstm", "pruning=none", "model.hidden_size=50"),
+        ("seed=1", "model=lstm", "pruning=none", "model.hidden_size=50"),
+        ("seed=0", "model=lstm", "pruning=gradual"),
+        ("seed=1", "model=lstm", "pruning=gradual"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pruning=none,hard", "pruning.sparcity=0.8"], r"pruning\.sparcity: .* of pruning=hard\. Did you mean 'spars"),
+        (["pruning=none", "pruning.sparsity=0.8,0.9"], r"pruning\.sparsity: unknown option of pruning=none"),
+        (["pruning=none,hard", "pruning.sparsity=0.8,7"], r"pruning\.sparsity=7 must be above 0 and below 1"),
+        (["pruning.sparsity=interval(0.1,0.9)"], r"an interval needs hydra/sweeper=search"),
+        (["--cfg", "job", "seed=0,1"], r"--cfg job prints one job's config"),
+        (["hydra/launcher=here"], r"hydra/launcher/here"),
+    ],
+)
+def test_mistakes(arguments, message):
+    with pytest.raises(UserError, match=message):
+        check_command_line(["-m", *arguments])
+
+
+def test_the_folder_is_the_same_for_the_same_sweep():
+    one = check_command_line(["-m", "pruning=none,hard", "seed=0,1", "model.hidden_size=8"])
+    two = check_command_line(["-m", "model.hidden_size=8", "seed=0,1", "pruning=none,hard"])
+    three = check_command_line(["-m", "model.hidden_size=9", "seed=0,1", "pruning=none,hard"])
+    assert one.sweep == two.sweep != three.sweep
+    assert one.sweep.name.startswith("sweep_pruning-none-hard_seed-0-1_")
+    assert check_command_line(["-m", "seed=0,1", "hydra.sweep.dir=a/b"]).sweep.name == "b"
+    assert check_command_line(["seed=0"]).sweep is None
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_flags_may_stand_anywhere(flag):
+    words = ["model=lstm", "seed=0,1", "hydra.sweep.dir=a/b"]
+    first = check_command_line([flag, *words])
+    assert first.argv == [flag, "model=lstm,lstm", "seed=0,1", "hydra.sweep.dir=a/b"]
+    for place in range(1, 4):
+        assert check_command_line([*words[:place], flag, *words[place:]]) == first
+    assert check_command_line(["seed=0", "--cfg", "job", "model=lstm"]).argv == ["--cfg", "job", "seed=0", "model=lstm"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["trainer.gradient_clip_val=null", "tracking.name='null'", "tracking.name='007'", r"tracking.name='it\'s'"],
+)
+def test_a_single_value_reaches_the_jobs_as_it_was_typed(option):
+    words = check_command_line(["-m", option, "seed=0,1"]).argv
+    jobs = expand([word for word in words if word.startswith(("trainer.", "tracking.", "seed="))])
+    assert [job.overrides for job in jobs] == [(option, "seed=0"), (option, "seed=1")]
+
+
+def test_presets_sweep_by_themselves():
+    line = check_command_line(["experiment=paper_table", "dataset=text", "dataset.path=x", "seed=0"])
+    assert line.sweep.name.startswith("sweep_paper_table_")
+    assert check_command_line(["experiment=pareto"]).sweep is not None
+
+
+def test_two_jobs_never_share_a_folder(tmp_path):
+    found = expand(["dataset=text", "dataset.path='a b','a/b'"])
+    sweep = Sweep(tmp_path, found)
+    assert len({folder.name for folder in sweep.folders.values()}) == 2
+    (tmp_path / "gru_gradual_s0").mkdir()
+    (tmp_path / "gru_gradual_s0/config.yaml").write_text("[")  # something else is there
+    (job,) = expand([])
+    assert Sweep(tmp_path, [job]).folders[job].name == f"gru_gradual_s0_{job.identity[:6]}"
+
+
+def test_a_failed_job_stops_no_other_and_the_same_command_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "It was the best of times, it was the worst of times.\n" * 200
+    (tmp_path / "there.txt").write_text(text)
+    command = ["-m", *QUIET, "dataset=text", "dataset.path=gone.txt,there.txt", "hydra.sweep.dir=sweep"]
+    assert main(command) == 1
+    told = capsys.readouterr()
+    assert "Traceback" not in told.out + told.err
+    assert "2 jobs: 2 new" in told.out
+    assert "failed: sweep/gru_gradual_path-gone.txt_s0: dataset.path=" in told.out
+    assert "1 of 2 jobs failed" in told.out
+    assert "no such file" in (tmp_path / "sweep/gru_gradual_path-gone.txt_s0/error.txt").read_text()
+    finished = tmp_path / "sweep/gru_gradual_path-there.txt_s0/report.json"
+    first = finished.stat().st_mtime_ns
+    (tmp_path / "gone.txt").write_text(text)
+    assert main(command) == 0
+    assert "1 finished already, 1 to go on with" in capsys.readouterr().out
+    assert not list(tmp_path.glob("sweep/*/error.txt"))
+    assert main([*command, "seed=0,1"]) == 0, "a larger sweep finds the jobs of a smaller one"
+    assert "4 jobs: 2 finished already, 2 new" in capsys.readouterr().out
+    assert main([*command, "seed=1,0"]) == 0
+    assert "4 jobs: 4 finished already" in capsys.readouterr().out
+    assert finished.stat().st_mtime_ns == first
+    assert (tmp_path / "sweep/command.txt").read_text().startswith("srnn -m trainer=fast")
+
+
+def test_a_sweep_runs_once_at_a_time(tmp_path, capsys):
+    with FileLock(tmp_path / ".lock"):
+        assert main(["-m", *QUIET, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]) == 2
+    assert "this sweep is running already" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/config.yaml"))
+
+
+def test_an_option_of_a_choice_that_is_not_the_default(tmp_path):
+    """Hydra composes the sweep's own config with what is not swept, where pruning is gradual."""
+    where = f"hydra.sweep.dir={tmp_path}"
+    assert (
+        main(["-m", *QUIET, "pruning=none,hard", "pruning.prune_itr=0.5", "pruning.layer_types=[linear]", where]) == 0
+    )
+    reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/report.json"))]
+    assert [report["pruning"] for report in reports] == ["hard", "none"]
+    assert [row["parameter"] for row in reports[0]["layers"]] == ["decoder.weight"]
+    assert {report["config"]["tracking"]["group"] for report in reports} == {tmp_path.name}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_sweep_goes_on_and_ends_as_if_never_stopped(tmp_path, how, srnn_command):
+    longer = ["trainer.max_epochs=24", "trainer.limit_epochs=24"]
+    command = ["-m", *QUIET, *longer, "pruning=none,gradual", "pruning.sparsity=0.8,0.9", "hydra.sweep.dir=two"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "srnn", *command], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+    running = tmp_path / "two/gru_gradual_sparsity-0.8_s0/checkpoints/last.ckpt"
+    deadline = time.monotonic() + 120
+    while not running.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert not (running.parent.parent / "report.json").exists()
+    done = srnn_command(*command)
+    assert done.returncode == 0, done.stderr
+    assert "3 jobs: 1 finished already, 1 to go on with, 1 new" in done.stdout
+    again = srnn_command(*command)
+    assert "3 jobs: 3 finished already" in again.stdout
+    assert "What will be pruned" not in again.stdout
+    whole = srnn_command(*command[:-1], "hydra.sweep.dir=one")
+    assert whole.returncode == 0
+    for job in (tmp_path / "one").glob("*/metrics.csv"):
+        assert job.read_bytes() == (tmp_path / "two" / job.parent.name / "metrics.csv").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "plugin"),
+    [
+        ("joblib", "hydra_joblib_launcher"),
+        ("submitit_local", "hydra_submitit_launcher"),
+        ("ray", "hydra_ray_launcher"),
+    ],
+)
+def test_launchers_run_two_jobs_side_by_side(launcher, plugin, srnn_command, tmp_path):
+    """With a plug-in's data set, which every worker has to know, and a job that fails."""
+    pytest.importorskip(f"hydra_plugins.{plugin}")
+    jobs = ["dataset=brackets", "dataset.train_characters=5000", "model.hidden_size=24,1000000"]
+    options = [o for o in QUIET if not o.startswith("model.hidden")]
+    many = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    command = ["-m", *options, *jobs, f"hydra/launcher={launcher}", *many, "hydra.sweep.dir=sweep"]
+    done = srnn_command(*command)
+    assert done.returncode == 1, done.stderr
+    assert "2 jobs: 2 new" in done.stdout
+    assert "failed: sweep/gru_gradual_hidden_size-1000000_s0: model=gru does not fit into memory" in done.stdout
+    assert "Warning" not in done.stderr
+    assert json.loads((tmp_path / "sweep/gru_gradual_hidden_size-24_s0/report.json").read_text())["seed"] == 0
+
+
+@pytest.mark.slow
+def test_a_search_finds_a_value(srnn_command, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    space = ["optimizer.lr=interval(0.0001,0.1)", "pruning=none", "hydra.sweeper.n_trials=2"]
+    done = srnn_command("-m", *QUIET, "hydra/sweeper=search", *space, "hydra.sweep.dir=search")
+    assert done.returncode == 0, done.stderr
+    losses = [json.loads(p.read_text())["scores"]["best"]["loss"] for p in tmp_path.glob("search/trial_*/report.json")]
+    assert len(losses) == 2
+    assert str(min(losses))[:8] in (tmp_path / "search/optimization_results.yaml").read_text()
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("srnn.config.command_line.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"hydra/launcher=slurm needs .*: pip install 'srnn\[launchers\]'"):
+        check_command_line(["-m", "hydra/launcher=slurm", "seed=0,1"])
+    with pytest.raises(UserError, match=r"hydra/sweeper=search needs"):
+        check_command_line(["-m", "hydra/sweeper=search", "seed=0,1"])
+
+
+def test_the_slurm_preset_composes():
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    assert check_command_line(["-m", "hydra/launcher=slurm", "hydra.launcher.partition=gpu", "seed=0,1"]).sweep
+    assert check_command_line(["-m", "hydra/sweeper=search", "optimizer.lr=interval(0.001,0.1)"]).sweep
+    with pytest.raises(UserError, match=r"optimizer\.lr=-1\.0 must be above 0"):
+        check_command_line(["-m", "hydra/sweeper=search", "optimizer.lr=interval(-1,0.1)"])
+
+
+@pytest.mark.slow
+def test_a_long_sweep_stays_as_it_is(tmp_path):
+    """Memory, open files and time a job, of the last quarter of the jobs against those before it."""
+    samples = sample_sweep(tmp_path / "sweep", 24)
+    times = [after.cpu_seconds - before.cpu_seconds for before, after in itertools.pairwise(samples)]
+    middle, last = samples[6:18], samples[18:]
+    assert len({sample.files for sample in last} | {sample.files for sample in middle}) <= 3
+    assert max(s.memory_mb for s in last) < 1.1 * statistics.fmean(s.memory_mb for s in middle)
+    assert statistics.median(times[18:]) < 1.3 * statistics.median(times[6:18])
+    assert {sample.children for sample in last} <= {0, 1}, "W&B's process is not started again and again"

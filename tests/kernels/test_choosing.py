@@ -1,0 +1,161 @@
+import json
+import time
+
+import pytest
+import torch
+
+from srnn.kernels import Auto, Dense, LayerWeights
+from srnn.kernels.choosing import _cache_file, _describe, measure
+from srnn.kernels.dense import Torch
+from srnn.sparse import SparseMatrix
+
+CPU = torch.device("cpu")
+
+
+def layer():
+    weight = torch.randn(3 * 8, 8) * (torch.rand(3 * 8, 8) < 0.3)
+    return LayerWeights("gru", *(SparseMatrix.from_dense(weight, gates=3) for _ in range(2)))
+
+
+def run(kernel, batch=1, steps=4):
+    ready = kernel.layer(layer_fixed, CPU, torch.float32)
+    return ready.run(torch.randn(steps * batch, 8), torch.full((steps,), batch), (torch.zeros(batch, 8),))
+
+
+torch.manual_seed(0)
+layer_fixed = layer()
+
+
+def sleeper(milliseconds):
+    return lambda: time.sleep(milliseconds / 1000)
+
+
+@pytest.mark.parametrize(
+    ("times", "winner"),
+    [
+        ({"torch": 6, "onednn": 9, "cpu": 2}, "cpu"),
+        ({"torch": 2, "onednn": 9, "cpu": 6}, "torch"),
+        ({"torch": 9, "onednn": 2, "csr": 6, "cpu": 6}, "onednn"),
+        ({"cpu": 2, "csr": 6}, "cpu"),
+    ],
+)
+def test_the_fastest_wins(times, winner):
+    choice = measure("something", {name: sleeper(t) for name, t in times.items()}, CPU, {})
+    assert choice.winner == winner
+    assert set(choice.seconds) == set(times)
+
+
+def test_a_tie_goes_to_dense(monkeypatch):
+    monkeypatch.setattr("srnn.kernels.choosing.interleaved", lambda *_: {"torch": [1.0], "cpu": [0.99]})
+    assert measure("something", {"torch": None, "cpu": None}, CPU, {}).winner == "torch"
+
+
+def test_a_backend_can_wait_to_be_asked(monkeypatch):
+    from srnn.kernels import Csr
+
+    assert "csr" in Auto()._all
+    monkeypatch.setattr(Csr, "unasked", False)
+    assert "csr" not in Auto()._all
+
+
+def test_a_sparse_backend_that_fails_is_left_out(monkeypatch, caplog):
+    from srnn.kernels import Csr
+
+    def fail(*_):
+        raise MemoryError("out of shared memory\nat some line")
+
+    monkeypatch.setattr(Csr, "layer", fail)
+    auto = Auto()
+    run(auto, batch=3)
+    (choice,) = auto.choices.values()
+    assert choice.left_out["csr"] == "failed: out of shared memory"
+    assert "csr" not in choice.seconds
+    assert "csr cannot be used: failed: out of shared memory" in caplog.text
+    monkeypatch.setattr(Torch, "layer", fail)
+    with pytest.raises(MemoryError):
+        run(Auto(), batch=9)
+
+
+@pytest.mark.parametrize(
+    ("structure", "words"), [("element", "(about 8,200 non-zeros)"), ("16x1", "(about 510 blocks)")]
+)
+def test_a_shape_is_told_in_plain_figures(structure, words):
+    matrix = SparseMatrix.from_dense(torch.ones(96, 85), structure, "fp16")
+    assert _describe(matrix) == f"96x85 {structure} fp16 {words}"
+
+
+def test_auto_measures_once_and_remembers(monkeypatch, caplog):
+    caplog.set_level("INFO", "srnn.kernels")
+    first = Auto()
+    run(first)
+    (choice,) = first.choices.values()
+    assert set(choice.seconds) == {"torch", "onednn", "csr", "cpu"}
+    assert choice.winner in caplog.text
+    assert len(caplog.records) == 1, "one line"
+    assert "us" in str(choice)
+
+    def refuse(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("srnn.kernels.choosing.measure", refuse)
+    again = Auto()
+    run(again)
+    assert again.choices == first.choices
+    with pytest.raises(AssertionError, match="measured again"):
+        run(again, batch=5)  # other streams are another question
+    monkeypatch.setattr("srnn.kernels.choosing.hardware", lambda _: "another machine")
+    with pytest.raises(AssertionError, match="measured again"):
+        run(Auto())
+
+
+def test_single_steps_are_measured_apart_from_sequences():
+    kernel = Auto()
+    run(kernel, batch=2)
+    run(kernel, batch=2, steps=1)
+    assert len(kernel.choices) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"[1]", b'{"x": 3', b"\xff\xfe"])
+def test_a_damaged_cache_is_measured_anew(damage):
+    run(Dense())
+    _cache_file().write_bytes(damage)
+    kernel = Dense()
+    run(kernel)
+    assert len(kernel.choices) == 1
+    assert isinstance(json.loads(_cache_file().read_bytes()), dict)
+
+
+def test_entries_of_another_kind_are_measured_anew():
+    kernel = Dense()
+    run(kernel)
+    cache = json.loads(_cache_file().read_bytes())
+    for entries in cache.values():
+        for entry in entries.values():
+            entry["winner"] = "nonsense"
+    _cache_file().write_text(json.dumps(cache))
+    again = Dense()
+    run(again)
+    assert next(iter(again.choices.values())).winner in ("torch", "onednn")
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SRNN_CACHE", str(tmp_path / "file"))
+    kernel = Dense()
+    run(kernel)
+    assert len(kernel.choices) == 1
+
+
+def test_who_cannot_run_is_left_out_with_the_reason(monkeypatch):
+    monkeypatch.setattr("srnn.kernels.cpu.backend.Cpu.supports", lambda *_: "it is Monday")
+    kernel = Auto()
+    run(kernel)
+    (choice,) = kernel.choices.values()
+    assert choice.left_out == {"cpu": "it is Monday"}
+    assert "not cpu: it is Monday" in str(choice)
+
+
+def test_dense_is_never_worse_than_its_parts():
+    assert set(Dense().candidates()) == {"torch", "onednn"}
+    assert isinstance(Dense().candidates()["torch"], Torch)
+    assert set(Dense("int8").candidates()) == {"int8"}

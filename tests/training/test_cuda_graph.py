@@ -1,0 +1,76 @@
+"""Training from CUDA graphs. On a CPU: refused with advice."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from srnn.__main__ import main
+from srnn.models import gru, lstm, rnn
+from srnn.training.cuda_graph import Graphed
+from tests.conftest import SMALL
+
+
+def losses(model, calls, dtype):
+    """Of some steps of training with masks in place, as a run does it."""
+    call = Graphed(model, torch.zeros(5, 12, dtype=torch.int64)) if calls == "graphed" else model
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    random = torch.Generator(device="cuda").manual_seed(0)
+    state, found = None, []
+    for step in range(8):
+        tokens = torch.randint(0, 30, (5, 12 if step != 6 else 7), device="cuda", generator=random)
+        with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
+            logits, state = call(tokens, state if step != 4 else None)
+        state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.rnn.weight_hh_l0.mul_(torch.arange(model.rnn.weight_hh_l0.shape[1], device="cuda") % 2)
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", [gru, lstm, rnn])
+def test_a_graph_trains_as_eager_does(make, dtype):
+    results = []
+    for calls in ("eager", "graphed"):
+        torch.manual_seed(0)
+        model = make(24, 8, num_layers=2, vocabulary_size=30).cuda()
+        results.append(losses(model, calls, dtype))
+    assert results[0][-1] < results[0][0]
+    assert results[1] == pytest.approx(results[0], rel=1e-4 if dtype is None else 2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("data", [[], ["dataset=adding", "dataset.train_sequences=400"]], ids=["text", "adding"])
+def test_runs_on_a_gpu(tmp_path, precision, data):
+    small = [o for o in SMALL if not data or not o.startswith(("dataset.sequence", "model.embedding"))]
+    chosen = [*small, "trainer=gpu", f"trainer.precision={precision}", "trainer.limit_epochs=5",
+              "trainer.limit_train_batches=8", "trainer.limit_eval_batches=8", *data]  # fmt: skip
+    chosen.remove("trainer=fast")
+    assert main([*chosen, "tracking.mode=disabled", f"hydra.run.dir={tmp_path}/run"]) == 0
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["sparsity"]["reached"] == pytest.approx(0.9, abs=0.002)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
+    run = ["tracking.mode=disabled", f"hydra.run.dir={tmp_path}/run"]
+    assert main([*SMALL, "trainer.cuda_graph=true", *run]) == 2
+    assert "trainer.cuda_graph=true needs a CUDA GPU" in capsys.readouterr().err
+    assert main(["trainer=gpu", f"hydra.run.dir={tmp_path}/other", "tracking.mode=disabled"]) == 2
+    assert "trainer.accelerator=gpu cannot be used here" in capsys.readouterr().err
+
+
+def test_mixed_precision_on_a_cpu(tmp_path):
+    run = ["tracking.mode=disabled", "kernel=dense", f"hydra.run.dir={tmp_path}/run"]
+    assert main([*SMALL, "trainer.precision=bf16-mixed", *run]) == 0
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["sparsity"]["reached"] == pytest.approx(0.9, abs=0.002)
