@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -32,6 +34,12 @@ class RunFolder:
 
     def __str__(self) -> str:
         return str(self.path)
+
+    @classmethod
+    def below(cls, folder: Path, pattern: str = "**") -> list[RunFolder]:
+        """The folders of runs in a folder, by name: at any depth, or those that a glob ``pattern`` finds."""
+        configs = folder.glob(f"{pattern}/{cls(folder).config.name}")
+        return [cls(path.parent) for path in sorted(configs)]
 
     @property
     def config(self) -> Path:
@@ -94,6 +102,11 @@ class RunFolder:
         return self.checkpoints / "best-dense.ckpt"
 
     @property
+    def trial(self) -> Path:
+        """The packed file of the untrained network; there for a moment only."""
+        return self.path / ".untrained.safetensors"
+
+    @property
     def finished(self) -> bool:
         """Whether a run ended well here."""
         return self.report.is_file()
@@ -102,6 +115,10 @@ class RunFolder:
     def begun(self) -> bool:
         """Whether a run trained here, to its end or not."""
         return self.checkpoints.exists()
+
+    def read_report(self) -> dict[str, Any]:
+        """The report. Raises OSError or ValueError if it is not there or damaged."""
+        return dict(json.loads(self.report.read_text()))
 
     @contextmanager
     def locked(self) -> Iterator[None]:

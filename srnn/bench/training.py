@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -11,11 +11,11 @@ import pytorch_lightning as pl
 import torch
 
 from srnn.config.settings import Settings
-from srnn.objectives.next_token import NextToken, sum_of_losses
+from srnn.objectives.next_token import sum_of_losses
 from srnn.pruning.callback import PruningCallback
 from srnn.registry import register
-from srnn.training.cuda_graph import Graphed
-from srnn.training.run import quiet, trainer_for
+from srnn.training.fitting import quiet, trainer_for
+from srnn.training.preparing import prepare
 
 Module = Any
 
@@ -89,34 +89,24 @@ def compare(settings: Settings, repeats: int = 3) -> list[Pass]:
         repeats: turns.
     """
     quiet()
-    trainer = trainer_for(settings, [])
+    none = register.check("pruning", {"name": "none"})
+    trainer = trainer_for(settings.trainer, [])
     device = trainer.strategy.root_device
     times: dict[str, list[float]] = {"bare": [], "srnn": [], "srnn, pruned": []}
     share, steps = 0.0, 0
     for _ in range(repeats):
-        module = _module(settings)
+        module = prepare(settings).objective
         steps = len(module.data.train_dataloader())
         precision = settings.trainer.precision
         dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
         with torch.autocast(device.type, dtype, enabled=precision != "32-true"):
             times["bare"] += bare_loop(module, settings.trainer.gradient_clip_val, settings.trainer.epochs, device)[1:]
         for name in ("srnn", "srnn, pruned"):
-            clock, module = _Clock(), _module(settings)
-            method = register.build("pruning", settings.pruning if "pruned" in name else {"name": "none"})
-            pruning = PruningCallback(method, module.model)
-            trainer_for(settings, [pruning, clock]).fit(module, module.data.train_dataloader())
+            run = prepare(settings if "pruned" in name else replace(settings, pruning=none))
+            clock, module = _Clock(), run.objective
+            pruning = PruningCallback(run.method, run.model, run.reference)
+            trainer_for(settings.trainer, [pruning, clock]).fit(module, module.data.train_dataloader())
             times[name] += clock.seconds[1:]
             if "pruned" in name and pruning.pruner is not None:
                 share = pruning.pruner.seconds / sum(clock.seconds)
     return [Pass(name, median(t), steps, share if "pruned" in name else 0.0) for name, t in times.items()]
-
-
-def _module(settings: Settings) -> NextToken:
-    pl.seed_everything(settings.seed, workers=True, verbose=False)
-    data = register.build("dataset", settings.dataset)
-    data.setup()
-    if settings.trainer.limit_train_batches is not None:
-        data.limits["train"] = settings.trainer.limit_train_batches
-    model = register.build("model", settings.model, **data.sizes)
-    call = Graphed(model, data.batches("train").fetch(0, 0)[0]) if settings.trainer.cuda_graph else None
-    return NextToken(model, settings.optimizer, data, call)

@@ -176,6 +176,7 @@ def _bench_run(options: Namespace) -> int:
 
     from srnn.inference.latency import STEPS, latencies
     from srnn.inference.packed_file import read
+    from srnn.inference.unpacking import unpack
     from srnn.registry import register
 
     path = packed_file(options.run)
@@ -184,14 +185,14 @@ def _bench_run(options: Namespace) -> int:
     for name in ["dense", *(n for n in register.names("kernel") if n != "dense")]:
         kernel = register.build("kernel", {"name": name})
         if kernel.unasked and kernel.supports(None, torch.device("cpu")) is None:
-            models[name] = packed.build_sparse(kernel)
+            models[name] = unpack(packed, kernel)
     random = torch.Generator().manual_seed(0)
     if "vocabulary_size" in packed.supplied:
         inputs_T = torch.randint(packed.supplied["vocabulary_size"], (STEPS,), generator=random)
     else:
         inputs_T = torch.randn(STEPS, packed.supplied["input_size"], generator=random)
     with torch.inference_mode():
-        truth = packed.build().double()(inputs_T[None].double() if inputs_T.is_floating_point() else inputs_T[None])[0]
+        truth = unpack(packed).double()(inputs_T[None].double() if inputs_T.is_floating_point() else inputs_T[None])[0]
         for name, model in models.items():
             error = float((model(inputs_T[None])[0] - truth).norm() / truth.norm())
             if not error <= 1e-4:

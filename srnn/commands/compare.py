@@ -13,7 +13,7 @@ from srnn.errors import UserError
 
 if TYPE_CHECKING:
     from srnn.comparing.comparison import Comparison
-    from srnn.comparing.runs import Run
+    from srnn.comparing.runs import FinishedRun
 
 NAME = "comparison"  # of the files
 
@@ -59,7 +59,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     return options
 
 
-def _runs(options: Namespace) -> list[Run]:
+def _runs(options: Namespace) -> list[FinishedRun]:
     from srnn.terminal import console
 
     if options.wandb:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from srnn.commands.options import Parser, packed_file
-from srnn.errors import UserError
+from srnn.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from srnn.datasets.base import Part
@@ -24,23 +23,21 @@ def main(argv: Sequence[str]) -> int:
 
     from rich.table import Table
 
-    from srnn.inference.packed_file import read
+    from srnn.inference.unpacking import unpack
     from srnn.registry import register
     from srnn.terminal import console
+    from srnn.training.preparing import read_back
 
-    packed = read(path)
-    if "dataset" not in packed.about:
-        raise UserError(f"{path} does not say which data it was trained on.")
-    data = register.build("dataset", packed.about["dataset"])
-    data.setup(vocabulary=packed.vocabulary)
-    model = packed.build_sparse(register.build("kernel", {"name": options.kernel}))
-    objective: Any = register.get("objective", data.objective).factory
-    scores = {part: objective.score(model, data, part) for part in ("valid", "test")}
+    trained = read_back(path)
+    packed, data = trained.packed, trained.data
+    model = unpack(packed, register.build("kernel", {"name": options.kernel}))
+    scores = {part: trained.objective.score(model, data, part) for part in ("valid", "test")}
     table = Table(title=f"{packed.model['name']} on {packed.about['dataset']['name']}, from {path.name}")
     table.caption = "the packed file, on all of each part"
     for column in ("part", data.unit, *(name.replace("_", " ") for name in scores["test"])):
         table.add_column(column, justify="right" if column != "part" else "left")
-    for part, words in (("valid", "validation"), ("test", "test")):
+    titles: dict[Part, str] = {"valid": "validation", "test": "test"}
+    for part, words in titles.items():
         table.add_row(words, f"{data.counts[part]:,}", *(f"{value:.4f}" for value in scores[part].values()))
     console.print(table)
     for part, limit in _limits(path.parent).items():
@@ -56,6 +53,6 @@ def main(argv: Sequence[str]) -> int:
 def _limits(folder: Path) -> dict[Part, int]:
     """Part -> how many batches of it the run scored, where it did not take all; empty where there is no report."""
     try:
-        return dict(json.loads((folder / "report.json").read_text())["limits"])
+        return dict(RunFolder(folder).read_report()["limits"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}

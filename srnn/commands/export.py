@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from srnn.commands.options import Parser, output_folder, packed_file
 from srnn.errors import UserError
+from srnn.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from srnn.inference.packing import PackedModel
-
-CALIBRATION_BATCHES = 20
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,46 +35,36 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"export: --output={target} must be a file named *.safetensors.")
     output_folder(target.parent)  # before anything is scored
 
-    import torch
-
     from srnn.inference.packed_file import read, write
-    from srnn.inference.packing import PackedModel
+    from srnn.inference.packing import pack
+    from srnn.inference.unpacking import unpack
     from srnn.inference.weights import read_weights
-    from srnn.registry import register
     from srnn.terminal import console
+    from srnn.training.preparing import read_back
+    from srnn.training.verifying import calibration
 
-    packed = read(source)
-    if "dataset" not in packed.about:
-        raise UserError(f"{source} does not say which data it was trained on.")
-    model = packed.build()
-    checkpoint = source.parent / "checkpoints" / "best.ckpt"
+    run = read_back(source)
+    packed, data = run.packed, run.data
+    model = unpack(packed)
+    checkpoint = RunFolder(source.parent).best
     trained = Path(options.run).expanduser().is_dir() and checkpoint.exists()
     if trained:  # fp32, where the packed file is rounded
         model.load_state_dict(read_weights(checkpoint))
-    data = register.build("dataset", packed.about["dataset"])
-    data.setup(vocabulary=packed.vocabulary)
-
-    def calibrate(network: torch.nn.Module) -> None:
-        for inputs, _ in islice(data.val_dataloader(), CALIBRATION_BATCHES):
-            network(inputs)
-
-    exported = PackedModel.from_model(
-        model, packed.model, packed.supplied, options.values, options.structure, packed.vocabulary, packed.about,
-        calibrate,
-    )  # fmt: skip
+    energies = calibration(model, data) if options.values == "int8" else None
+    exported = pack(model, packed.model, packed.supplied, options.values, options.structure, energies)
+    exported = replace(exported, vocabulary=packed.vocabulary, about=packed.about)
     if not exported.matrices:
         raise UserError(f"export: no matrix of {options.run} holds enough zeros to be packed.")
     dense_bytes, source_bytes = 4 * sum(weight.numel() for weight in model.parameters()), source.stat().st_size
     write(target, exported)
     target_bytes = target.stat().st_size
     rows = {
-        f"{source.name}, {_formats(packed)}": (source_bytes, packed.build()),
-        f"exported, {_formats(exported)}": (target_bytes, read(target).build()),
+        f"{source.name}, {_formats(packed)}": (source_bytes, unpack(packed)),
+        f"exported, {_formats(exported)}": (target_bytes, unpack(read(target))),
     }
     if trained:
         rows = {"pruned, not packed, fp32": (dense_bytes, model)} | rows
-    objective: Any = register.get("objective", data.objective).factory
-    scores = {name: (size, objective.score(network, data, "test")) for name, (size, network) in rows.items()}
+    scores = {name: (size, run.objective.score(network, data, "test")) for name, (size, network) in rows.items()}
     _print_scores(f"{packed.model['name']} on {packed.about['dataset']['name']}, test", scores)
     (before, (_, first)), *_, (_, (_, last)) = scores.items()
     told = "bits_per_character" if "bits_per_character" in first else "loss"

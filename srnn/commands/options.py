@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from srnn.errors import UserError, cannot_be_written
+from srnn.run_folder import RunFolder
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +61,7 @@ def packed_file(run: str) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"run={run}: no such folder; give the folder of a finished run, such as outputs/RUN.")
-    if not (path / "model.safetensors").is_file():
+    packed = RunFolder(path).packed
+    if not packed.is_file():
         raise UserError(f"run={run}: this folder holds no model.safetensors, so it is no finished run of srnn.")
-    return path / "model.safetensors"
+    return packed

@@ -24,9 +24,9 @@ def main(argv: Sequence[str]) -> int:
     from srnn.recording.console import print_plan
     from srnn.recording.plots import plot_plan
     from srnn.terminal import console
-    from srnn.training.run import plan
+    from srnn.training.preparing import prepare
 
-    pruner = plan(compose_settings(options.overrides))
+    pruner = prepare(compose_settings(options.overrides)).pruner()
     print_plan(pruner)
     if pruner.groups:
         path.parent.mkdir(parents=True, exist_ok=True)

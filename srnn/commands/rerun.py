@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from srnn.commands.options import Parser, output_folder
 from srnn.errors import UserError
+from srnn.run_folder import RunFolder
 
 TOLERANCE = 0.001  # relative: what other hardware or versions may round to
 
@@ -23,15 +23,17 @@ def main(argv: Sequence[str]) -> int:
                         help="relative difference that still counts as the same (%(default)g)")  # fmt: skip
     options = parser.parse(argv)
     source = Path(options.folder).expanduser()
-    if not (source / "report.json").is_file():
+    finished = RunFolder(source)
+    if not finished.finished:
         raise UserError(f"rerun {source}: no finished run is there: it has no report.json.")
 
+    from srnn.config.composing import read_settings
     from srnn.files import nearest_there
     from srnn.recording import environment
     from srnn.terminal import console
-    from srnn.training.run import read_settings, take_back, train
+    from srnn.training.run import train
 
-    before, settings = environment.read(source), read_settings(source)
+    before, settings = environment.read_environment(finished), read_settings(finished.config)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_rerun_{source.resolve().name}"
     folder = Path(options.output) if options.output else Path("outputs") / name
     there = nearest_there(folder.expanduser())
@@ -39,12 +41,16 @@ def main(argv: Sequence[str]) -> int:
     try:
         report = train(settings, folder, command=["srnn", "rerun", str(source)])
     except UserError:
-        take_back(folder, there)
+        RunFolder(folder).take_back(there)
         raise
-    then = json.loads((source / "report.json").read_text())
-    verdict, agree = compare(then, report, options.tolerance)
+    then = finished.read_report()
+    verdict, agree = agreement(then, report, options.tolerance)
     console.print(verdict, markup=False, soft_wrap=True)
-    changed = environment.differences(before, environment.read(folder)) if before else ["nothing was recorded then"]
+    changed = (
+        environment.differences(before, environment.read_environment(RunFolder(folder)))
+        if before
+        else ["nothing was recorded then"]
+    )
     for line in changed:
         console.print(f"differs: {line}", markup=False, soft_wrap=True)
     if not changed:
@@ -52,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     return 0 if agree else 1
 
 
-def compare(then: Mapping[str, Any], now: Mapping[str, Any], tolerance: float) -> tuple[str, bool]:
+def agreement(then: Mapping[str, Any], now: Mapping[str, Any], tolerance: float) -> tuple[str, bool]:
     """What came out again: every score, each validation, sparsities and sizes. Times are not numbers of a run."""
     one, two = dict(_numbers(then)), dict(_numbers(now))
     missing = sorted(one.keys() ^ two.keys())

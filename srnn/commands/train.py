@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -19,10 +18,11 @@ from omegaconf import DictConfig
 from srnn.config.command_line import check_command_line
 from srnn.config.composing import conf_folder, connect_hydra, plugin_folders, settings_of
 from srnn.config.settings import Settings
-from srnn.config.sweeps import ERROR, identity, identity_of
+from srnn.config.sweeps import identity, identity_of
 from srnn.errors import JobFailed, UserError, cannot_be_written
 from srnn.files import nearest_there, write_atomically
 from srnn.registry import register
+from srnn.run_folder import RunFolder
 
 HELP = """usage: srnn [train] [GROUP=NAME] [GROUP.OPTION=VALUE] ...
 
@@ -64,9 +64,7 @@ def main(argv: Sequence[str]) -> int:
         job()
     except JobFailed as failed:
         if isinstance(failed.error, UserError):
-            from srnn.training.run import take_back
-
-            take_back(failed.folder, there)
+            RunFolder(failed.folder).take_back(there)
         raise failed.error from None
     except OSError as error:  # Hydra makes the folder; what a job raises is a JobFailed
         if line.sweep is not None:
@@ -109,16 +107,15 @@ def _sweep_job(settings: Settings, folder: Path, sweep: str) -> dict[str, Any]:
     """A job that may have been started before. Its error stays in its folder, wherever the job runs."""
     from srnn.training.run import resume, train
 
-    (folder / ERROR).unlink(missing_ok=True)
+    run = RunFolder(folder)
+    run.error.unlink(missing_ok=True)
     try:
-        if identity_of(folder / "config.yaml") == identity(settings.as_dict()):
-            if (folder / "report.json").is_file():
-                return dict(json.loads((folder / "report.json").read_text()))
-            return resume(folder)
+        if identity_of(run.config) == identity(settings.as_dict()):
+            return run.read_report() if run.finished else resume(folder)
         return train(settings, folder, sweep, command=["srnn", *HydraConfig.get().overrides.task])
     except Exception as error:
         print(f"srnn: {folder}: {error}", file=sys.stderr)
-        write_atomically(folder / ERROR, traceback.format_exc().encode())
+        write_atomically(run.error, traceback.format_exc().encode())
         raise
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from srnn.comparing.runs import Run
+from srnn.comparing.runs import FinishedRun
 from srnn.errors import UserError
 from srnn.registry import register
 
@@ -43,7 +43,7 @@ class Setting:
     """
 
     options: Mapping[str, Any]
-    runs: Sequence[Run]
+    runs: Sequence[FinishedRun]
 
     def values(self, key: str) -> list[float]:
         """A number of the summary, of each run that measured it."""
@@ -78,7 +78,7 @@ class Comparison:
 
     metric: str
     settings: Sequence[Setting]
-    repeated: Sequence[Run] = ()
+    repeated: Sequence[FinishedRun] = ()
 
     @property
     def key(self) -> str:
@@ -103,7 +103,7 @@ class Comparison:
         return self.metric.replace("_", " ")
 
 
-def compare(runs: Sequence[Run], metric: str | None = None) -> Comparison:
+def compare(runs: Sequence[FinishedRun], metric: str | None = None) -> Comparison:
     """Group runs by their config without the seed. Of several with the same seed the first counts.
 
     Args:
@@ -121,9 +121,9 @@ def compare(runs: Sequence[Run], metric: str | None = None) -> Comparison:
     scores = sorted(name.partition("/")[2] for name in runs[0].summary if name.startswith("test/"))
     if any(f"test/{metric}" not in run.summary for run in runs):
         raise UserError(f"--metric={metric}: these runs have no such score; they have {', '.join(scores)}.")
-    groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    groups: dict[tuple[tuple[str, str], ...], list[FinishedRun]] = {}
     flat: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
-    repeated: list[Run] = []
+    repeated: list[FinishedRun] = []
     for run in runs:
         options = dict(_flat(run.config))
         key = tuple(sorted((name, repr(value)) for name, value in options.items()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 from srnn.errors import UserError
 from srnn.recording.summary import Points, read_metrics, summary_of
+from srnn.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run.
 
     Attributes:
@@ -29,30 +29,30 @@ class Run:
     curves: Mapping[str, Points]
 
 
-def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
+def read_runs(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[Path]]:
     """The finished runs in folders, at any depth, each once; and the folders of those that are not finished.
 
     Raises:
         UserError: a folder is not there or holds no run; or a run's report is damaged.
     """
-    finished: dict[Path, Run] = {}
+    finished: dict[Path, FinishedRun] = {}
     unfinished: dict[Path, None] = {}
     for folder in folders:
-        configs = sorted(path for path in folder.rglob("config.yaml") if "wandb" not in path.parts)
-        if not configs:
+        runs = [run for run in RunFolder.below(folder) if "wandb" not in run.path.parts]
+        if not runs:
             raise UserError(f"{folder}: no run is there; give the folders of runs or sweeps, such as outputs/RUN.")
-        for run in (path.parent.resolve() for path in configs):
-            if (run / "report.json").is_file():
-                finished[run] = _read_run(run)
+        for run in (RunFolder(run.path.resolve()) for run in runs):
+            if run.finished:
+                finished[run.path] = _read_run(run)
             else:
-                unfinished[run] = None
+                unfinished[run.path] = None
     return list(finished.values()), list(unfinished)
 
 
-def _read_run(folder: Path) -> Run:
+def _read_run(folder: RunFolder) -> FinishedRun:
     try:
-        report = json.loads((folder / "report.json").read_text())
-        curves = read_metrics(folder / "metrics.csv")
-        return Run(folder.name, report["config"], summary_of(report), curves)
+        report = folder.read_report()
+        curves = read_metrics(folder.metrics)
+        return FinishedRun(folder.path.name, report["config"], summary_of(report), curves)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: its report or metrics are damaged: {type(error).__name__}: {error}.") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from srnn.comparing.runs import Run
+from srnn.comparing.runs import FinishedRun
 from srnn.errors import UserError
 from srnn.recording.summary import Points
 from srnn.recording.wandb import STEP, has_key
@@ -12,7 +12,7 @@ from srnn.recording.wandb import STEP, has_key
 TIMEOUT = 30  # seconds to wait for an answer
 
 
-def read_project(path: str) -> list[Run]:
+def read_project(path: str) -> list[FinishedRun]:
     """The finished training runs of ``entity/project``, or of a group in it: ``entity/project/group``.
 
     Raises:
@@ -37,7 +37,7 @@ def read_project(path: str) -> list[Run]:
     return finished
 
 
-def _run(run: Any) -> Run:
+def _run(run: Any) -> FinishedRun:
     curves: dict[str, Points] = {}
     for row in run.scan_history():
         step = row.get(STEP)
@@ -46,4 +46,4 @@ def _run(run: Any) -> Run:
                 steps, values = curves.setdefault(name, ([], []))
                 steps.append(int(step))
                 values.append(float(value))
-    return Run(run.name, run.config, dict(run.summary), curves)
+    return FinishedRun(run.name, run.config, dict(run.summary), curves)

@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from srnn.config.hydra_internals import apply_overrides
 from srnn.config.settings import COMPONENTS, GROUPS, Settings
@@ -215,6 +216,28 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 def settings_of(config: DictConfig) -> Settings:
     """Check what Hydra hands to a job."""
     return Settings.check(_plain(config))
+
+
+def read_settings(path: Path, with_plugins: bool = False) -> Settings:
+    """The checked config of a run's ``config.yaml``.
+
+    Args:
+        path: the file.
+        with_plugins: whether to load plug-ins first, if the run did; a command has loaded them already.
+
+    Raises:
+        UserError: the file is damaged, or an option is none.
+    """
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged: it holds no options.")
+    of_srnn = config.get("srnn")
+    if with_plugins and isinstance(of_srnn, dict) and of_srnn.get("plugins") == "on":
+        register.load_plugins(plugin_folders())
+    return Settings.check({str(key): value for key, value in config.items()})
 
 
 def _first_line(error: Exception) -> str:

@@ -27,9 +27,8 @@ from srnn.config.composing import (
 from srnn.config.settings import GROUPS, Settings
 from srnn.errors import UserError
 from srnn.registry import register
+from srnn.run_folder import RunFolder
 from srnn.terminal import console
-
-ERROR = "error.txt"  # in a job's folder: why it failed
 
 
 @dataclass(frozen=True)
@@ -131,8 +130,8 @@ class Sweep:
     def __init__(self, folder: Path, jobs: Sequence[Job]) -> None:
         self.folder = folder
         self.jobs = list(jobs)
-        there = {key: path for path in sorted(folder.glob("*/config.yaml")) if (key := identity_of(path)) is not None}
-        self.folders = {job: there[job.identity].parent for job in jobs if job.identity in there}
+        there = {key: run.path for run in RunFolder.below(folder, "*") if (key := identity_of(run.config)) is not None}
+        self.folders = {job: there[job.identity] for job in jobs if job.identity in there}
         taken = Counter(job.name for job in jobs if job not in self.folders)
         for job in jobs:
             if job not in self.folders:
@@ -141,7 +140,7 @@ class Sweep:
 
     def finished(self, job: Job) -> bool:
         """Whether it ended well: the report is the last file of a run."""
-        return (self.folders[job] / "report.json").is_file()
+        return RunFolder(self.folders[job]).finished
 
     def left(self) -> list[Job]:
         """The jobs to run or to go on with."""
@@ -150,7 +149,7 @@ class Sweep:
     def announce(self) -> None:
         """What will be done."""
         left = self.left()
-        begun = sum((self.folders[job] / "config.yaml").is_file() for job in left)
+        begun = sum(RunFolder(self.folders[job]).config.is_file() for job in left)
         counts = [
             (len(self.jobs) - len(left), "finished already"),
             (begun, "to go on with"),
@@ -182,7 +181,7 @@ class Sweep:
     def _row(self, job: Job, ran: bool) -> list[str]:
         if not self.finished(job):
             return ["failed", "", ""]
-        report = json.loads((self.folders[job] / "report.json").read_text())
+        report = RunFolder(self.folders[job]).read_report()
         objective: Any = register.get("objective", report["objective"]).factory
         score = str(objective.telling)
         test, sparsity = report["scores"]["test_packed"][score], report["sparsity"]["reached"]
@@ -205,6 +204,6 @@ def identity_of(path: Path) -> str | None:
 def _error(folder: Path) -> str:
     """The last line of what a job left; a killed one leaves nothing."""
     try:
-        return (folder / ERROR).read_text().strip().splitlines()[-1].removeprefix("srnn.errors.UserError: ")
+        return RunFolder(folder).error.read_text().strip().splitlines()[-1].removeprefix("srnn.errors.UserError: ")
     except (OSError, IndexError):
         return "it was stopped or killed, and left no error"

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from srnn.errors import UserError
 from srnn.files import write_atomically
-from srnn.inference.meta_device import without_memory
-from srnn.inference.packing import PackedModel
-from srnn.inference.sparsify import matrix_gates
+from srnn.inference.packing import PackedModel, matrix_gates
+from srnn.inference.unpacking import unpack
 from srnn.kernels.contract import Kernel
+from srnn.meta_device import without_memory
 from srnn.registry import register
 from srnn.sparse import SparseMatrix
 from srnn.vocabulary import Vocabulary
@@ -107,7 +107,7 @@ def load(path: str | Path, kernel: str | Kernel = "auto") -> nn.Module:
         UserError: no such file, not a packed file, truncated or damaged, or the kernel cannot run here.
     """
     packed = read(Path(path))
-    model = packed.build_sparse(register.rebuild("kernel", {"name": kernel}) if isinstance(kernel, str) else kernel)
+    model = unpack(packed, register.rebuild("kernel", {"name": kernel}) if isinstance(kernel, str) else kernel)
     model.vocabulary = packed.vocabulary  # type: ignore[assignment]
     return model
 

@@ -1,27 +1,97 @@
-"""A network's weights as the packed file holds them: packed, and unpacked into a dense or a sparse network."""
+"""Packing: a network's weights -> non-zeros, the same for the packed file and for ``sparsify``.
+
+A matrix is packed if its zeros make it smaller. ``pack`` and ``unpack`` (``unpacking``) turn a whole registered network
+into a ``PackedModel`` and back; ``packed_file`` writes and reads it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from srnn.cells import CELL_TYPES, GATES
 from srnn.errors import UserError
-from srnn.inference.meta_device import without_memory
-from srnn.inference.modules import replaceable, sparse_module
-from srnn.inference.sparsify import Wanted, matrix_gates, pack, record_inputs, replaced, worth_packing
-from srnn.kernels.contract import Kernel
-from srnn.registry import register
-from srnn.sparse import SparseMatrix, Values
+from srnn.formats import DTYPES, PACKED_STRUCTURES, PackedStructure, Values
+from srnn.sparse import SparseMatrix, cheapest_structure, has_structure, packed_nbytes
 from srnn.vocabulary import Vocabulary
+
+WantedStructure = PackedStructure | Literal["auto"]
+Energies = Mapping[str, Tensor]  # parameter name -> [columns], the mean square of what each column multiplies
+
+_LAYERS: dict[Any, int] = {kind.layer: GATES[cell] for cell, kind in CELL_TYPES.items()}  # not what derives from them
+
+
+def matrix_gates(name: str, module: nn.Module) -> int:
+    """Gates that the rows of a module's matrix fall into."""
+    return 1 if name.startswith("weight_hr") else _LAYERS.get(type(module), 1)
+
+
+class Packer:
+    """Packs matrices one way, each of them once: a weight that two modules share is the same object in both.
+
+    Args:
+        structure: the blocks of every packed matrix; ``auto`` takes the fewest bytes for each.
+        values: what non-zeros are stored as.
+        energies: from ``record_inputs``; int8 scales are then chosen for the least error of the products.
+
+    Raises:
+        UserError: there is no such structure or type of values.
+    """
+
+    def __init__(self, structure: WantedStructure, values: Values, energies: Energies | None = None) -> None:
+        if structure not in (*PACKED_STRUCTURES, "auto"):
+            raise UserError(f"structure={structure!r}: there are auto, {', '.join(PACKED_STRUCTURES)}.")
+        if values not in DTYPES:
+            raise UserError(f"values={values!r}: there are {', '.join(DTYPES)}.")
+        self.structure, self.values, self.energies = structure, values, energies or {}
+        self._done: dict[tuple[str, int], SparseMatrix] = {}
+
+    def is_worth(self, weight: Tensor, gates: int) -> bool:
+        """Whether a matrix is smaller for its zeros, not only for the width of its values."""
+        if weight.ndim != 2:
+            return False
+        width = torch.empty((), dtype=DTYPES[self.values]).element_size()
+        structure = cheapest_structure(weight, self.values, gates)
+        return packed_nbytes(weight, structure, self.values, gates) < width * weight.numel()
+
+    def matrix(self, name: str, weight: Tensor, gates: int) -> SparseMatrix:
+        """Pack a parameter.
+
+        Args:
+            name: of the parameter in its network.
+            weight: [rows, columns].
+            gates: that the rows fall into.
+
+        Raises:
+            UserError: it is not pruned in the blocks asked for, or a value is not finite in ``values``.
+        """
+        if (name, gates) not in self._done:
+            self._done[name, gates] = self._packed(name, weight.detach().float(), gates)
+        return self._done[name, gates]
+
+    def _packed(self, name: str, weight: Tensor, gates: int) -> SparseMatrix:
+        if self.structure != "auto" and not has_structure(weight, self.structure, self.values, gates):
+            taken = packed_nbytes(weight, self.structure, self.values, gates)
+            least = packed_nbytes(weight, "element", self.values, gates)
+            raise UserError(
+                f"{name} is not pruned in {self.structure} blocks: they would take {taken:,} bytes, its single "
+                f"elements {least:,}. Use structure=element, or auto."
+            )
+        try:
+            return SparseMatrix.from_dense(weight, self.structure, self.values, gates, self.energies.get(name))
+        except ValueError as error:
+            diverged = "the training has probably diverged"
+            fp16 = f", at most 65,504: {diverged}; else use values=fp32 or bf16"
+            raise UserError(f"{name} {error}{fp16 if self.values == 'fp16' else f': {diverged}'}.") from None
 
 
 @dataclass(frozen=True)
 class PackedModel:
-    """A model as the packed file holds it.
+    """A registered network as the packed file holds it.
 
     Attributes:
         model: the config that builds it, ``name`` and options.
@@ -41,131 +111,10 @@ class PackedModel:
     about: dict[str, Any] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def from_model(
-        cls,
-        module: nn.Module,
-        model: Mapping[str, Any],
-        supplied: Mapping[str, Any],
-        values: Values = "fp32",
-        structure: Wanted = "auto",
-        vocabulary: Vocabulary | None = None,
-        about: Mapping[str, Any] | None = None,
-        calibrate: Callable[[nn.Module], object] | None = None,
-    ) -> PackedModel:
-        """Pack a network: each matrix that gets smaller for its zeros.
-
-        Args:
-            module: the network, dense.
-            model: the config that builds it.
-            supplied: what the run supplied to build it.
-            values: what non-zeros are stored as.
-            structure: the blocks of every packed matrix; ``auto`` takes the fewest bytes for each.
-            vocabulary: of a language model.
-            about: facts to keep in the file.
-            calibrate: runs a model on data; int8 scales are then chosen for the least error on it.
-
-        Raises:
-            UserError: a weight is not finite, too large for fp16 values, or not pruned in these blocks.
-        """
-        energies = record_inputs(module, calibrate) if calibrate is not None and values == "int8" else {}
-        gates = {
-            f"{prefix}.{name}" if prefix else name: matrix_gates(name, child)
-            for prefix, child in module.named_modules()
-            for name, _ in child.named_parameters(recurse=False)
-        }
-        matrices, dense = {}, {}
-        tied = tied_names(module)
-        for name, tensor in module.state_dict().items():
-            if name in tied:
-                continue
-            weight, parts = tensor.detach().cpu().float(), gates.get(name, 1)
-            if worth_packing(weight, values, parts):
-                matrices[name] = pack(name, weight, structure, values, parts, energies.get(name))
-            else:
-                dense[name] = weight.contiguous().clone()
-        return cls(dict(model), dict(supplied), matrices, dense, vocabulary, dict(about or {}), tied)
-
     def state_dict(self) -> dict[str, Tensor]:
         """All weights, dense, fp32, under the model's own names."""
         once = self.dense | {name: matrix.to_dense() for name, matrix in self.matrices.items()}
         return once | {name: once[source] for name, source in self.tied.items()}
-
-    @property
-    def _untied(self) -> PackedModel:
-        """The same with each tied weight under its own name too; no memory is copied."""
-        matrices = {n: self.matrices[s] for n, s in self.tied.items() if s in self.matrices}
-        dense = {n: self.dense[s] for n, s in self.tied.items() if s in self.dense}
-        return replace(self, matrices=self.matrices | matrices, dense=self.dense | dense, tied={})
-
-    def build(self) -> nn.Module:
-        """The network with these weights, on torch's own dense modules, in eval mode.
-
-        Raises:
-            UserError: weights and config do not belong together.
-        """
-        module = self._skeleton()
-        module.load_state_dict(self.state_dict(), assign=True)
-        for name, source in self.tied.items():  # assigning made two parameters of one
-            owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, module.get_parameter(source))
-        return module.eval()
-
-    def build_sparse(self, kernel: Kernel) -> nn.Module:
-        """The network on sparse kernels, in eval mode. Nothing is unpacked that a kernel does not need dense.
-
-        Raises:
-            UserError: weights and config do not belong together, or the kernel cannot run here.
-        """
-        reason = kernel.supports(None, torch.device("cpu"))
-        if reason is not None:
-            raise UserError(f"the kernel cannot run on this CPU: {reason}.")
-        if self.tied:
-            return self._untied.build_sparse(kernel)
-        skeleton = self._skeleton()
-        memo: dict[int, Any] = {}
-        rest = dict(self.dense)
-        for prefix, module in skeleton.named_modules():
-            names = {name: f"{prefix}.{name}" if prefix else name for name in module._parameters}
-            if replaceable(module) and any(name in self.matrices for name in names.values()):
-                weights = {name: self._weight(full, name, module) for name, full in names.items()}
-                memo[id(module)] = sparse_module(module, weights, kernel)
-                for full in names.values():
-                    rest.pop(full, None)
-        rest |= {name: m.to_dense() for name, m in self.matrices.items() if not _inside(name, skeleton, memo)}
-        sparse = replaced(skeleton, memo)
-        sparse.load_state_dict(rest, strict=False, assign=True)
-        return sparse.requires_grad_(False)
-
-    def _weight(self, full: str, name: str, module: nn.Module) -> SparseMatrix | Tensor | None:
-        if full in self.matrices:
-            return self.matrices[full]
-        weight = self.dense.get(full)
-        if weight is None or weight.ndim != 2:
-            return weight
-        return SparseMatrix.from_dense(weight, "auto", "fp32", matrix_gates(name, module))
-
-    def _skeleton(self) -> nn.Module:
-        """The model without memory for its weights, once these are known to fit."""
-        with without_memory():
-            module: nn.Module = register.rebuild("model", self.model, **self.supplied)
-        wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        given = {name: tuple(tensor.shape) for name, tensor in self.dense.items()}
-        given |= {name: matrix.shape for name, matrix in self.matrices.items()}
-        given |= {name: given[source] for name, source in self.tied.items() if source in given}
-        wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
-        if wrong:
-            name = wrong[0]
-            raise UserError(
-                f"the packed weights do not fit the model they name: {name} has shape {given.get(name)}, "
-                f"{self.model['name']} wants {wanted.get(name)}."
-            )
-        for prefix, child in module.named_modules():
-            for name in child._parameters:
-                matrix = self.matrices.get(f"{prefix}.{name}" if prefix else name)
-                if matrix is not None and matrix.gates != matrix_gates(name, child):
-                    raise UserError(f"the packed weights do not fit the model they name: gates of {prefix}.{name}.")
-        return module
 
     @property
     def nonzeros(self) -> dict[str, int]:
@@ -177,8 +126,45 @@ class PackedModel:
         return self.dense | {f"{name}.{part}": t for name, m in self.matrices.items() for part, t in m.parts.items()}
 
 
-def _inside(name: str, skeleton: nn.Module, memo: Mapping[int, Any]) -> bool:
-    return id(skeleton.get_submodule(name.rpartition(".")[0])) in memo
+def pack(
+    module: nn.Module,
+    model: Mapping[str, Any],
+    supplied: Mapping[str, Any],
+    values: Values = "fp32",
+    structure: WantedStructure = "auto",
+    energies: Energies | None = None,
+) -> PackedModel:
+    """Pack a registered network: each matrix that gets smaller for its zeros.
+
+    Vocabulary and facts are added by ``dataclasses.replace(packed, vocabulary=..., about=...)``.
+
+    Args:
+        module: the network, dense.
+        model: the config that builds it.
+        supplied: what the run supplied to build it.
+        values: what non-zeros are stored as.
+        structure: the blocks of every packed matrix; ``auto`` takes the fewest bytes for each.
+        energies: from ``record_inputs``, for int8.
+
+    Raises:
+        UserError: a weight is not finite, too large for fp16 values, or not pruned in these blocks.
+    """
+    packer = Packer(structure, values, energies)
+    gates = {
+        f"{prefix}.{name}" if prefix else name: matrix_gates(name, child)
+        for prefix, child in module.named_modules()
+        for name, _ in child.named_parameters(recurse=False)
+    }
+    matrices, dense, tied = {}, {}, tied_names(module)
+    for name, tensor in module.state_dict().items():
+        if name in tied:
+            continue
+        weight, parts = tensor.detach().cpu().float(), gates.get(name, 1)
+        if packer.is_worth(weight, parts):
+            matrices[name] = packer.matrix(name, weight, parts)
+        else:
+            dense[name] = weight.contiguous().clone()
+    return PackedModel(dict(model), dict(supplied), matrices, dense, tied=tied)
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:

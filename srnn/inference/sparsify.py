@@ -1,37 +1,24 @@
-"""A network whose weights hold zeros -> the same network on sparse kernels, and back: what to pack, and how."""
+"""A network whose weights hold zeros -> the same network on sparse kernels, and back."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from srnn.cells import CELL_TYPES, GATES
 from srnn.errors import UserError
-from srnn.inference.modules import Recorder, SparseModule, Weights, replaceable, sparse_module
+from srnn.formats import Values
+from srnn.inference.base import SparseModule, Weights
+from srnn.inference.modules import replaceable, sparse_module
+from srnn.inference.packing import Energies, Packer, WantedStructure, matrix_gates
 from srnn.kernels.contract import Kernel
 from srnn.registry import register
-from srnn.sparse import (
-    DTYPES,
-    PACKED_STRUCTURES,
-    PackedStructure,
-    SparseMatrix,
-    Values,
-    cheapest_structure,
-    has_structure,
-    packed_nbytes,
-)
-
-Wanted = PackedStructure | Literal["auto"]
-Energies = Mapping[str, Tensor]
 
 
 def sparsify(
     model: nn.Module,
-    structure: Wanted = "auto",
+    structure: WantedStructure = "auto",
     values: Values = "fp32",
     kernel: str | Kernel = "auto",
     energies: Energies | None = None,
@@ -49,16 +36,30 @@ def sparsify(
         kernel: a backend's name or the backend; ``auto`` measures them when the network is first run.
         energies: parameter name -> mean square of what each column multiplies, from ``record_inputs``; for int8.
 
+    Returns:
+        The copy, in eval mode. Backward through its outputs raises.
+
     Raises:
         UserError: a matrix is not pruned in the blocks asked for, holds numbers that are not finite, or the kernel
             cannot run here.
+
+    Example:
+        >>> import torch, srnn
+        >>> gru = torch.nn.GRU(16, 32)
+        >>> for weight in gru.parameters():
+        ...     _ = weight.data.mul_(torch.rand_like(weight) < 0.1)
+        >>> sparse = srnn.sparsify(gru, kernel="csr")
+        >>> x_TBI = torch.randn(5, 2, 16)
+        >>> (sparse(x_TBI)[0] - gru(x_TBI)[0]).abs().max().item() < 1e-5
+        True
     """
     chosen = register.rebuild("kernel", {"name": kernel}) if isinstance(kernel, str) else kernel
-    packer = _Packer(model, structure, values, energies or {})
+    packer = Packer(structure, values, energies)
+    names = {id(weight): name for name, weight in model.named_parameters()}
     memo: dict[int, Any] = {}
     for module in model.modules():
-        if packer.is_sparse(module):
-            memo[id(module)] = sparse_module(module, packer.weights(module), chosen)
+        if replaceable(module) and _is_sparse(module, packer):
+            memo[id(module)] = sparse_module(module, _weights(module, packer, names), chosen)
     for made in memo.values():
         for matrix in made.matrices().values():
             reason = chosen.supports(None, matrix.device)
@@ -68,7 +69,22 @@ def sparsify(
 
 
 def desparsify(model: nn.Module) -> nn.Module:
-    """A copy with torch's own modules again; weights kept as fp32 are bit for bit what they were."""
+    """A copy with torch's own modules again; weights kept as fp32 are bit for bit what they were.
+
+    Args:
+        model: what ``sparsify`` or ``load`` gave.
+
+    Returns:
+        The copy, in eval mode, its parameters trainable.
+
+    Example:
+        >>> import torch, srnn
+        >>> linear = torch.nn.Linear(16, 8)
+        >>> _ = linear.weight.data.mul_(torch.rand(8, 16) < 0.1)
+        >>> dense = srnn.desparsify(srnn.sparsify(linear, kernel="csr"))
+        >>> torch.equal(dense.weight, linear.weight)
+        True
+    """
     return replaced(model, {id(m): m.original() for m in model.modules() if isinstance(m, SparseModule)})
 
 
@@ -78,104 +94,15 @@ def replaced(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return copied.eval()
 
 
-def record_inputs(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, Tensor]:
-    """Mean squares of what each matrix multiplies, for ``sparsify(values="int8", energies=...)``.
-
-    Args:
-        model: the network, dense.
-        run: runs a model on the data that counts.
-
-    Returns:
-        Parameter name -> [columns].
-    """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def recorder_of(prefix: str) -> Recorder:
-        def record(name: str, x_NI: Tensor) -> None:
-            key = f"{prefix}.{name}" if prefix else name
-            sums[key] = sums.get(key, 0) + x_NI.double().square().sum(dim=0)
-            counts[key] = counts.get(key, 0) + x_NI.shape[0]
-
-        return record
-
-    recording = sparsify(model, kernel="dense")
-    for name, module in recording.named_modules():
-        if isinstance(module, SparseModule):
-            module.recorder = recorder_of(name)
-    with torch.inference_mode():
-        run(recording)
-    return {name: (total / counts[name]).float() for name, total in sums.items()}
+def _is_sparse(module: nn.Module, packer: Packer) -> bool:
+    """Whether any of its matrices is smaller for being sparse, not only for its values' width."""
+    weights = module.named_parameters(recurse=False)
+    return any(packer.is_worth(weight, matrix_gates(name, module)) for name, weight in weights)
 
 
-class _Packer:
-    """Packs the weights of a model's modules; a weight that two of them share is packed once."""
-
-    def __init__(self, model: nn.Module, structure: Wanted, values: Values, energies: Energies) -> None:
-        if structure not in (*PACKED_STRUCTURES, "auto"):
-            raise UserError(f"structure={structure!r}: there are auto, {', '.join(PACKED_STRUCTURES)}.")
-        if values not in DTYPES:
-            raise UserError(f"values={values!r}: there are {', '.join(DTYPES)}.")
-        self.structure, self.values, self.energies = structure, values, energies
-        self.names = {id(weight): name for name, weight in model.named_parameters()}
-        self.done: dict[tuple[int, int], SparseMatrix] = {}
-
-    def is_sparse(self, module: nn.Module) -> bool:
-        """Whether any of its matrices is smaller for being sparse, not only for its values' width."""
-        return replaceable(module) and any(
-            worth_packing(weight, self.values, matrix_gates(name, module))
-            for name, weight in module.named_parameters(recurse=False)
-        )
-
-    def weights(self, module: nn.Module) -> Weights:
-        """Name -> packed matrix, bias, or None for a bias it does not have."""
-        return {
-            name: w if w is None or w.ndim != 2 else self._pack(w, matrix_gates(name, module))
-            for name, w in module._parameters.items()
-        }
-
-    def _pack(self, weight: Tensor, gates: int) -> SparseMatrix:
-        key, name = (id(weight), gates), self.names[id(weight)]
-        if key not in self.done:
-            self.done[key] = pack(name, weight, self.structure, self.values, gates, self.energies.get(name))
-        return self.done[key]
-
-
-def matrix_gates(name: str, module: nn.Module) -> int:
-    """Gates that the rows of a module's matrix fall into."""
-    layers: dict[Any, int] = {
-        kind.layer: GATES[cell] for cell, kind in CELL_TYPES.items()
-    }  # not what derives from them
-    return 1 if name.startswith("weight_hr") else layers.get(type(module), 1)
-
-
-def worth_packing(weight: Tensor, values: Values, gates: int) -> bool:
-    """Whether a matrix is smaller for its zeros, not only for the width of its values."""
-    if weight.ndim != 2:
-        return False
-    width = torch.empty((), dtype=DTYPES[values]).element_size()
-    return packed_nbytes(weight, cheapest_structure(weight, values, gates), values, gates) < width * weight.numel()
-
-
-def pack(
-    name: str, weight: Tensor, structure: Wanted, values: Values, gates: int, energy: Tensor | None = None
-) -> SparseMatrix:
-    """``SparseMatrix.from_dense`` that refuses blocks a weight is not pruned in.
-
-    Raises:
-        UserError: names the weight.
-    """
-    weight = weight.detach().float()
-    if structure != "auto" and not has_structure(weight, structure, values, gates):
-        taken = packed_nbytes(weight, structure, values, gates)
-        least = packed_nbytes(weight, "element", values, gates)
-        raise UserError(
-            f"{name} is not pruned in {structure} blocks: they would take {taken:,} bytes, its single elements "
-            f"{least:,}. Use structure=element, or auto."
-        )
-    try:
-        return SparseMatrix.from_dense(weight, structure, values, gates, energy)
-    except ValueError as error:
-        diverged = "the training has probably diverged"
-        advice = f", at most 65,504: {diverged}; else use values=fp32 or bf16" if values == "fp16" else f": {diverged}"
-        raise UserError(f"{name} {error}{advice}.") from None
+def _weights(module: nn.Module, packer: Packer, names: dict[int, str]) -> Weights:
+    """Name -> packed matrix, bias, or None for a bias it does not have."""
+    return {
+        name: w if w is None or w.ndim != 2 else packer.matrix(names[id(w)], w, matrix_gates(name, module))
+        for name, w in module._parameters.items()
+    }

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from srnn.inference.meta_device import without_memory
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, Product, Recurrence, State
 from srnn.kernels.reference import StepLoop
+from srnn.meta_device import without_memory
 from srnn.sparse import SparseMatrix
 
 

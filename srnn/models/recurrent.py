@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
+from srnn.models.generating import generate
 from srnn.registry import Range, register
 
 Count = Annotated[int, Range(ge=1, le=1_000_000)]
@@ -121,9 +122,7 @@ class LanguageModel(nn.Module):
         top_k: int | None = None,
         seed: int = 0,
     ) -> Iterator[int]:
-        """Yield ``length`` tokens that go on from ``prompt``; see ``srnn.inference.generating``."""
-        from srnn.inference.generating import generate
-
+        """Yield ``length`` tokens that follow ``prompt``; see ``srnn.models.generating``."""
         return generate(self, prompt, length, temperature, top_k, seed)
 
 

@@ -12,10 +12,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from srnn.datasets.base import DataModule
 from srnn.pruning.callback import PruningCallback
 from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import GradualSchedule
+from srnn.recording.wandb import sync_command
 from srnn.registry import register
+from srnn.run_folder import RunFolder
 from srnn.terminal import console, plural
 
 SHORT = {"bits_per_character": "bpc", "perplexity": "ppl"}  # of scores, in the line of a validation
@@ -222,6 +225,15 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(
             f"The sparsity is {100 * sparsity['reached']:.2f} %, not {100 * sparsity['wanted']:.4g} %{reason}.",
         )
+
+
+def print_ways_on(folder: RunFolder, data: DataModule) -> None:
+    """Where the run's files are, and what can be done with them."""
+    console.print(f"Everything is in {folder}", soft_wrap=True)
+    if data.vocabulary is not None:
+        console.print(f"Try it: srnn generate --run {folder} --prompt 'def f(x):'", soft_wrap=True)
+    if command := sync_command(folder.path):
+        console.print(f"Upload to W&B: {command}", soft_wrap=True)
 
 
 MISSED = 0.001  # a tenth of a percent: sparsities further apart get a warning

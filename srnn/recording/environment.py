@@ -20,8 +20,8 @@ import torch
 from srnn.datasets.base import PARTS, DataModule
 from srnn.errors import UserError
 from srnn.files import PACKAGE, write_atomically
+from srnn.run_folder import RunFolder
 
-FILE = "environment.json"  # in a run's folder
 LONGEST_PATCH = 1 << 20  # bytes of uncommitted changes that are kept
 
 
@@ -56,25 +56,25 @@ def data_checksums(data: DataModule) -> dict[str, str]:
     return sums
 
 
-def note(folder: Path, made_in: Mapping[str, Any]) -> None:
+def write_environment(folder: RunFolder, made_in: Mapping[str, Any]) -> None:
     """Write it into a run's folder."""
-    write_atomically(folder / FILE, json.dumps(made_in, indent=1).encode())
+    write_atomically(folder.environment, json.dumps(made_in, indent=1).encode())
 
 
-def note_data(folder: Path, data: DataModule) -> None:
+def record_data(folder: RunFolder, data: DataModule) -> None:
     """Add the data's checksums; a run that goes on must find the data it was started with. Raises UserError."""
-    made_in, sums = read(folder), data_checksums(data)
+    made_in, sums = read_environment(folder), data_checksums(data)
     before = made_in.get("data", sums)
     if before != sums:
         changed = " and ".join(part for part in sums if before.get(part) != sums[part])
         raise UserError(f"{folder} cannot go on: its data have changed since it was started ({changed}).")
     if "data" not in made_in:
-        note(folder, {**made_in, "data": sums})
+        write_environment(folder, {**made_in, "data": sums})
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read_environment(folder: RunFolder) -> dict[str, Any]:
     """Of a run's folder; empty if it has none. Raises UserError for a damaged file."""
-    path = folder / FILE
+    path = folder.environment
     if not path.is_file():
         return {}
     try:

@@ -13,6 +13,7 @@ from srnn.cells import GATE_LETTERS
 from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import GradualSchedule
 from srnn.recording.summary import Points, read_metrics
+from srnn.run_folder import RunFolder
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt  # after the backend that needs no display
@@ -21,12 +22,12 @@ LEGEND_ROWS = 12  # more would hide the curves
 
 
 def plot_run(
-    folder: Path,
+    folder: RunFolder,
     phases: Mapping[str, int] | None,
     layers: list[dict[str, Any]],
     mask: tuple[str, Tensor] | None,
 ) -> list[Path]:
-    """Draw all plots of a run into ``folder/plots``.
+    """Draw all plots of a run into its folder of plots.
 
     Args:
         folder: the run's folder, with ``metrics.csv``.
@@ -37,8 +38,8 @@ def plot_run(
     Returns:
         The PNG files.
     """
-    metrics = read_metrics(folder / "metrics.csv")
-    target = folder / "plots"
+    metrics = read_metrics(folder.metrics)
+    target = folder.plots
     target.mkdir(exist_ok=True)
     drawn = [_loss_and_sparsity(metrics, phases, target / "loss_and_sparsity.png")]
     if phases is not None and mask is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -113,13 +114,13 @@ class BestWhile(ModelCheckpoint):
 
     Args:
         eligible: asked after each validation.
-        dirpath, filename: where; one file, replaced when a better one comes.
+        path: where; one file, replaced when a better one comes.
     """
 
-    def __init__(self, eligible: Any, dirpath: str, filename: str) -> None:
+    def __init__(self, eligible: Callable[[], bool], path: Path) -> None:
         super().__init__(
-            dirpath=dirpath,
-            filename=filename,
+            dirpath=str(path.parent),
+            filename=path.stem,
             monitor="valid_loss",
             save_on_train_epoch_end=False,
             enable_version_counter=False,

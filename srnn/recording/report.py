@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import srnn
-from srnn.config.settings import Settings
 from srnn.inference.packing import PackedModel
 from srnn.pruning.methods import PruningMethod
 from srnn.pruning.pruner import Pruner
@@ -43,11 +41,11 @@ def _scores(validation: Validation) -> dict[str, float]:
 
 
 def build_report(
-    settings: Settings,
+    config: Mapping[str, Any],
     objective: str,
-    folder: Path,
     model: nn.Module,
     packed: PackedModel,
+    packed_bytes: int,
     scores: dict[str, Any],
     recorder: Recorder,
 ) -> dict[str, Any]:
@@ -55,12 +53,12 @@ def build_report(
     pruner = recorder.pruner
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}  # shared ones once
     return {
-        "model": settings.model["name"],
-        "dataset": settings.dataset["name"],
+        "model": config["model"]["name"],
+        "dataset": config["dataset"]["name"],
         "objective": objective,
-        "pruning": settings.pruning["name"],
-        "seed": settings.seed,
-        "config": settings.as_dict(),
+        "pruning": config["pruning"]["name"],
+        "seed": config["seed"],
+        "config": dict(config),
         "scores": scores,
         "steps": pruner.run.total_steps,
         "epochs": pruner.run.epochs,
@@ -71,8 +69,8 @@ def build_report(
             "parameters": sum(w.numel() for w in weights.values()),
             "nonzeros": sum(int((w != 0).sum()) for w in weights.values()),
             "dense_bytes": 4 * sum(w.numel() for w in weights.values()),
-            "packed_bytes": (folder / "model.safetensors").stat().st_size,
-            "packed_values": settings.packed.values,
+            "packed_bytes": packed_bytes,
+            "packed_values": config["packed"]["values"],
             "bytes_per_nonzero": _bytes_per_nonzero(packed),
         },
         "seconds": {"training_loop": recorder.loop_seconds, "pruning": pruner.seconds},

@@ -15,6 +15,7 @@ from typing import Any
 from srnn.config.settings import TrackingConfig
 from srnn.errors import UserError
 from srnn.registry import register
+from srnn.run_folder import RunFolder
 
 ONLINE_TIMEOUT = 20.0  # seconds a dead network may cost before the run goes on offline
 STEP = "trainer/global_step"  # what curves go over
@@ -44,7 +45,7 @@ def wandb_run(
         return
     # W&B stages artifacts and reads settings in the user's home unless told otherwise, for each run anew.
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR"):
-        os.environ[name] = str(folder / "wandb" / "staging")
+        os.environ[name] = str(RunFolder(folder).wandb / "staging")
     os.environ.setdefault("WANDB_SILENT", "true")
     run = _start(tracking, folder, config, job_type, [*tags, *tracking.tags])
     if run is None:
@@ -138,7 +139,7 @@ def sync_command(folder: Path) -> str | None:
 
 def _runs(folder: Path) -> list[Path]:
     """The W&B runs in a run's folder, oldest first: a resumed run has several, of one id."""
-    runs = {file.parent for file in (folder / "wandb").glob("*run-*-*/run-*.wandb")}
+    runs = {file.parent for file in RunFolder(folder).wandb.glob("*run-*-*/run-*.wandb")}
     return sorted(runs, key=lambda path: path.name.partition("run-")[2])
 
 
@@ -148,7 +149,7 @@ def _id_of(run: Path) -> str:
 
 
 def log_results(
-    run: Any, folder: Path, summary: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], plots: Sequence[Path]
+    run: Any, folder: RunFolder, summary: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], plots: Sequence[Path]
 ) -> None:
     """Send the end of a training run: summary, a table of layers, the plots, and the networks as artifacts."""
     with carefully("the results"):
@@ -168,7 +169,7 @@ def log_tables(run: Any, tables: Mapping[str, Sequence[Mapping[str, Any]]], plot
     run.log({path.stem: wandb.Image(str(path)) for path in plots})
 
 
-def _log_networks(run: Any, folder: Path) -> None:
+def _log_networks(run: Any, folder: RunFolder) -> None:
     """The networks of a run, named as its files; each says what it was made from: dense, pruned, packed.
 
     W&B draws lineage of what a run used, which it takes only online; ``made_from`` is there in any case.
@@ -176,16 +177,12 @@ def _log_networks(run: Any, folder: Path) -> None:
     import wandb
 
     dense = run.config["pruning"]["name"] == "none"
-    files = {
-        "best-dense": "checkpoints/best-dense.ckpt",
-        "best": "checkpoints/best.ckpt",
-        "packed": "model.safetensors",
-    }
+    files = {"best-dense": folder.best_dense, "best": folder.best, "packed": folder.packed}
     made_from = _initial_artifact(run)
     for name, file in files.items():
-        if (folder / file).is_file() and not (dense and name == "best-dense"):
+        if file.is_file() and not (dense and name == "best-dense"):
             artifact = wandb.Artifact(f"{run.id}-{name}", type="model", metadata={"made_from": made_from})
-            artifact.add_file(str(folder / file), policy="immutable")
+            artifact.add_file(str(file), policy="immutable")
             run.log_artifact(artifact)
             made_from = artifact.name
 

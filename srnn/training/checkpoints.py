@@ -24,8 +24,6 @@ from srnn.inference.weights import read_checkpoint
 from srnn.recording.metrics import MetricsFile
 from srnn.terminal import console
 
-LAST = Path("checkpoints/last.ckpt")  # in a run's folder
-
 
 class AtomicCheckpoints(TorchCheckpointIO):
     """Checkpoints that are written whole or not at all, and read without running any code in them."""

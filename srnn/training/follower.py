@@ -1,29 +1,31 @@
-"""``python -m srnn.training.follower``: a rank of a run other than the first, started by it."""
+"""``python -m srnn.training.follower``: a rank of a run other than the first, started by it.
+
+It trains with the others, and writes and prints nothing.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from srnn.config.composing import plugin_folders
+from srnn.config.composing import read_settings
 from srnn.errors import UserError
-from srnn.registry import register
+from srnn.run_folder import RunFolder
 from srnn.terminal import console
+from srnn.training.fitting import fit, quiet
+from srnn.training.preparing import prepare
 from srnn.training.processes import Place
-from srnn.training.run import follow, read_settings
 
 
 def main() -> int:
     """Train with the others; returns 1 if that fails."""
-    folder, *numbers = sys.argv[1:]
-    rank, count, port, resumes = map(int, numbers)
+    folder = RunFolder(Path(sys.argv[1]))
+    rank, count, port, resumes = map(int, sys.argv[2:])
     console.quiet = True
     try:
-        if OmegaConf.load(Path(folder) / "config.yaml").srnn.plugins == "on":
-            register.load_plugins(plugin_folders())
-        follow(read_settings(Path(folder)), Path(folder), Place(rank, count, port), bool(resumes))
+        settings = read_settings(folder.config, with_plugins=True)
+        quiet()
+        fit(prepare(settings, Place(rank, count, port), folder.last if resumes else None), folder)
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

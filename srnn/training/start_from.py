@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from srnn.errors import UserError
 from srnn.inference.weights import read_checkpoint, read_packed_or_plain, weights_of
+from srnn.run_folder import RunFolder
 from srnn.vocabulary import Vocabulary
 
 
@@ -56,7 +57,8 @@ def read_initial(path: str) -> Initial:
     """
     file = Path(path).expanduser()
     if file.is_dir():
-        found = [file / name for name in ("checkpoints/best.ckpt", "model.safetensors") if (file / name).is_file()]
+        run = RunFolder(file)
+        found = [path for path in (run.best, run.packed) if path.is_file()]
         if not found:
             raise UserError(f"init_from={path}: this folder is no finished run: it has no best checkpoint.")
         file = found[0]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from srnn.config.composing import presets
 from srnn.config.settings import GROUPS, SECTIONS, options_of
 from srnn.errors import UserError
 from srnn.inference.packed_file import write
-from srnn.inference.packing import PackedModel
+from srnn.inference.packing import pack
 from srnn.registry import register
 from srnn.vocabulary import Vocabulary
 from tests.conftest import SMALL
@@ -40,7 +41,7 @@ def run_folder(tmp_path):
     about = {"dataset": register.get("dataset", "python_source").defaults()}
     write(
         tmp_path / "model.safetensors",
-        PackedModel.from_model(model, config, supplied, "fp16", "auto", vocabulary, about),
+        replace(pack(model, config, supplied, "fp16"), vocabulary=vocabulary, about=about),
     )
     return tmp_path
 
@@ -97,11 +98,11 @@ def test_a_refused_run_leaves_folders_of_others_alone(capsys, tmp_path, monkeypa
 
 
 def test_a_refused_run_that_wrote_more_stays(capsys, tmp_path, monkeypatch):
-    def refuse(_, folder, *__):
-        (folder / "notes").write_text("mine")
+    def refuse(_, folder):
+        (folder.path / "notes").write_text("mine")
         raise UserError("refused")
 
-    monkeypatch.setattr("srnn.training.run._prepare", refuse)
+    monkeypatch.setattr("srnn.training.run.rehearse", refuse)
     assert "refused" in mistake(capsys, *QUIET, f"hydra.run.dir={tmp_path}/run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "environment.json", "notes"}
 

@@ -7,7 +7,7 @@ import pytest
 from srnn.__main__ import main
 from srnn.config.composing import compose_settings
 from srnn.recording.console import shown_updates
-from srnn.training.run import plan
+from srnn.training.preparing import prepare
 from tests.conftest import SMALL
 
 
@@ -36,7 +36,7 @@ def test_prints_and_plots(tmp_path, monkeypatch, capsys, overrides, words):
 
 def test_the_forecast_is_what_a_run_does(tmp_path):
     chosen = [*SMALL, "pruning=cubic", "tracking.mode=disabled", "kernel=dense"]
-    pruner = plan(compose_settings(chosen))
+    pruner = prepare(compose_settings(chosen)).pruner()
     assert main([*chosen, f"hydra.run.dir={tmp_path}/run"]) == 0
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["steps"] == pruner.run.total_steps

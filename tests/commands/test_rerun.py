@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from srnn.__main__ import main
-from srnn.commands.rerun import compare
+from srnn.commands.rerun import agreement
 from srnn.config.composing import compose_settings
-from srnn.recording.environment import FILE, data_checksums, differences, environment, read
+from srnn.recording.environment import data_checksums, differences, environment, read_environment
 from srnn.registry import register
+from srnn.run_folder import RunFolder
 from tests.conftest import ROOT, SMALL
 
 QUIET = [*SMALL, "tracking.mode=disabled", "kernel=dense"]
@@ -27,7 +28,7 @@ def run(tmp_path_factory):
 
 
 def test_a_folder_says_what_it_was_made_in(run):
-    made_in = json.loads((run / FILE).read_text())
+    made_in = json.loads((run / "environment.json").read_text())
     assert made_in["command"] == shlex.join(["srnn", *QUIET, "seed=3", f"hydra.run.dir={run}"])
     assert made_in["packages"]["torch"] == importlib.metadata.version("torch")
     assert made_in["hardware"]["threads"] == torch.get_num_threads()
@@ -45,17 +46,17 @@ def test_rerun_gives_the_same_numbers(run, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "numbers are the same, bit for bit." in shown
     assert "Code, packages, hardware and data are the same." in shown
-    assert read(tmp_path / "again")["command"] == f"srnn rerun {run}"
+    assert read_environment(RunFolder(tmp_path / "again"))["command"] == f"srnn rerun {run}"
 
 
 def test_rerun_tells_what_differs(run, tmp_path, capsys):
     changed = tmp_path / "run"
     changed.mkdir()
-    for name in ("config.yaml", "report.json", FILE):
+    for name in ("config.yaml", "report.json", "environment.json"):
         (changed / name).write_text((run / name).read_text())
-    made_in = read(changed)
+    made_in = read_environment(RunFolder(changed))
     made_in["packages"]["torch"], made_in["data"]["test"] = "1.0", "0" * 64
-    (changed / FILE).write_text(json.dumps(made_in))
+    (changed / "environment.json").write_text(json.dumps(made_in))
     report = json.loads((changed / "report.json").read_text())
     report["scores"]["test"]["loss"] *= 1.01
     (changed / "report.json").write_text(json.dumps(report))
@@ -73,7 +74,7 @@ def test_mistakes(run, tmp_path, capsys):
         ([tmp_path], "no finished run is there"),
         ([run, "--output", run], "holds a run already"),
         ([run, "--tolerance", "much"], "--tolerance"),
-        ([run, "--output", run / FILE / "x"], "--output="),
+        ([run, "--output", run / "environment.json" / "x"], "--output="),
     ):
         assert main(["rerun", *map(str, arguments)]) == 2
         assert words in capsys.readouterr().err
@@ -94,15 +95,15 @@ def test_agreement():
         "steps": 4,
     }
     near = report | {"scores": {"test": {"loss": 2.001}}}
-    assert compare(report, report, 0.0) == ("All 2 numbers are the same, bit for bit.", True)
-    assert compare(report, near, 0.001)[1]
-    assert not compare(report, near, 0.0001)[1]
-    assert "loss: 2 then, 2.001 now" in compare(report, near, 0.001)[0]
+    assert agreement(report, report, 0.0) == ("All 2 numbers are the same, bit for bit.", True)
+    assert agreement(report, near, 0.001)[1]
+    assert not agreement(report, near, 0.0001)[1]
+    assert "loss: 2 then, 2.001 now" in agreement(report, near, 0.001)[0]
     nearer = report | {"scores": {"test": {"loss": 2.0000000003}}}
-    assert "loss: 2 then, 2.0000000003 now" in compare(report, nearer, 0.001)[0]
+    assert "loss: 2 then, 2.0000000003 now" in agreement(report, nearer, 0.001)[0]
     next_to_it = report | {"scores": {"test": {"loss": math.nextafter(2, 3)}}}
-    assert "loss: 2 then, 2.0000000000000004 now" in compare(report, next_to_it, 0.001)[0]
-    assert not compare(report, report | {"scores": {}}, 1.0)[1]
+    assert "loss: 2 then, 2.0000000000000004 now" in agreement(report, next_to_it, 0.001)[0]
+    assert not agreement(report, report | {"scores": {}}, 1.0)[1]
     assert differences(environment(["srnn"]), environment(["other"])) == []
 
 
@@ -111,7 +112,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, capsys, monkeypatch):
     text = tmp_path / "text"
     text.write_text("It was the best of times, it was the worst of times.\n" * 200)
     with monkeypatch.context() as patch:
-        patch.setattr("srnn.training.run._pack", lambda *_: 1 / 0)
+        patch.setattr("srnn.training.run.pack_and_verify", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main([*QUIET, "dataset=text", "dataset.path=text", "hydra.run.dir=run"])
     text.write_text("It was the best of times, it was the age of wisdom.\n" * 200)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from srnn.__main__ import main
 from srnn.comparing.comparison import ABOUT_TIMES, Setting, compare, markdown, pareto, setting_rows
 from srnn.comparing.comparison_plots import aligned
-from srnn.comparing.runs import Run, read_runs
+from srnn.comparing.runs import FinishedRun, read_runs
 from srnn.comparing.wandb_projects import read_project
 from srnn.errors import UserError
 from tests.conftest import SMALL
@@ -167,7 +167,7 @@ def test_mistakes(sweep, tmp_path, capsys):
 
 def run(score, seed=0, name="bits_per_character", objective="next_token", **config):
     summary = {"objective": objective, f"test/{name}": score, "final/sparsity": 0.0, "final/nonzeros": 10}
-    return Run(f"run{seed}", {"seed": seed, "tracking": {"mode": str(seed)}, **config}, summary, {})
+    return FinishedRun(f"run{seed}", {"seed": seed, "tracking": {"mode": str(seed)}, **config}, summary, {})
 
 
 def test_settings_are_told_apart_by_what_differs_but_the_seed():

@@ -1,5 +1,6 @@
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from safetensors.torch import load_file, save_file
 import srnn
 from srnn.errors import UserError
 from srnn.inference.packed_file import _checksum, _describe, load, read, write
-from srnn.inference.packing import PackedModel
+from srnn.inference.packing import PackedModel, pack
+from srnn.inference.unpacking import unpack
 from srnn.inference.weights import read_weights
 from srnn.kernels import Dense
 from srnn.models import gru
@@ -34,28 +36,29 @@ def sparse_model(density=0.1, height=1, config=CONFIG, vocabulary_size=11):
     return model
 
 
-def pack(model, values="fp32", structure="auto"):
+def packed_model(model, values="fp32", structure="auto"):
     vocabulary = Vocabulary.build("characters", "abcdefghij")
     about = {"note": 1}
-    return PackedModel.from_model(model, CONFIG, {"vocabulary_size": 11}, values, structure, vocabulary, about)
+    packed = pack(model, CONFIG, {"vocabulary_size": 11}, values, structure)
+    return replace(packed, vocabulary=vocabulary, about=about)
 
 
 @pytest.fixture
 def file(tmp_path):
-    write(tmp_path / "model.safetensors", pack(sparse_model(), structure="element"))
+    write(tmp_path / "model.safetensors", packed_model(sparse_model(), structure="element"))
     return tmp_path / "model.safetensors"
 
 
 def test_there_and_back(tmp_path):
     model = sparse_model()
     path = tmp_path / "model.safetensors"
-    write(path, pack(model, structure="element"))
+    write(path, packed_model(model, structure="element"))
     packed = read(path)
     state = packed.state_dict()
     assert all(torch.equal(state[name], weight) for name, weight in model.state_dict().items())
     tokens = torch.randint(0, 11, (3, 9))
     with torch.no_grad():
-        assert torch.equal(packed.build()(tokens)[0], model(tokens)[0])
+        assert torch.equal(unpack(packed)(tokens)[0], model(tokens)[0])
         rebuilt = srnn.load(path)
         torch.testing.assert_close(rebuilt(tokens)[0], model(tokens)[0], rtol=1e-5, atol=1e-6)
     assert not rebuilt.training
@@ -69,7 +72,7 @@ def test_there_and_back(tmp_path):
 def test_values_are_rounded_and_nothing_else(tmp_path, values, structure):
     config, supplied = CONFIG | {"hidden_size": 64, "embedding_size": 32}, {"vocabulary_size": 64}
     model = sparse_model(0.3, 32, config, 64)
-    packed = PackedModel.from_model(model, config, supplied, values, structure)
+    packed = pack(model, config, supplied, values, structure)
     write(tmp_path / "m.safetensors", packed)
     back = read(tmp_path / "m.safetensors")
     assert {m.values_name for m in back.matrices.values()} == {values}
@@ -85,7 +88,7 @@ def test_values_are_rounded_and_nothing_else(tmp_path, values, structure):
     tokens = torch.randint(0, 11, (2, 5))
     with torch.no_grad():
         torch.testing.assert_close(
-            srnn.load(tmp_path / "m.safetensors", "cpu")(tokens)[0], back.build()(tokens)[0], rtol=1e-5, atol=1e-6
+            srnn.load(tmp_path / "m.safetensors", "cpu")(tokens)[0], unpack(back)(tokens)[0], rtol=1e-5, atol=1e-6
         )
 
 
@@ -105,7 +108,7 @@ def test_tensors_stay_mapped_to_the_file(file):
 
 def test_dense_matrices_stay_dense(tmp_path):
     model = sparse_model(density=1.1)
-    packed = pack(model)
+    packed = packed_model(model)
     assert packed.matrices == {}
     write(tmp_path / "m.safetensors", packed)
     assert torch.equal(read(tmp_path / "m.safetensors").state_dict()["decoder.weight"], model.decoder.weight)
@@ -118,7 +121,7 @@ def test_eight_times_smaller_at_90_percent(tmp_path):
         for weight in model.parameters():
             if weight.ndim == 2:
                 weight.mul_(torch.rand_like(weight) < 0.1)
-    write(tmp_path / "m", PackedModel.from_model(model, config, {"vocabulary_size": 99}, "fp16"))
+    write(tmp_path / "m", pack(model, config, {"vocabulary_size": 99}, "fp16"))
     dense = sum(4 * w.numel() for w in model.parameters())
     assert dense / (tmp_path / "m").stat().st_size > 8
 
@@ -139,7 +142,7 @@ def test_the_file_holds_no_pickle_and_says_what_it_is(file):
 def test_files_of_format_1_are_still_read(tmp_path):
     """As the first version wrote them: single elements, no gates."""
     model = sparse_model()
-    packed = pack(model, structure="element")
+    packed = packed_model(model, structure="element")
     tensors = {n: t[:, 0] if n.endswith(".values") else t for n, t in packed.tensors().items()}
     header = {
         "format": 1,
@@ -162,7 +165,7 @@ def test_files_of_format_1_are_still_read(tmp_path):
 def exact_or_refused(path, wanted):
     """A clear error, or exactly the right numbers; never a silent wrong answer."""
     try:
-        state = read(path).build().state_dict()
+        state = unpack(read(path)).state_dict()
     except UserError:
         return "refused"
     assert all(torch.equal(state[name], weight) for name, weight in wanted.items())
@@ -193,7 +196,7 @@ def test_every_byte_of_the_header_matters(file):
 
 @pytest.mark.parametrize("values", ["fp32", "int8"])
 def test_flipped_bits_of_the_body_are_refused(file, values):
-    write(file, pack(sparse_model(), values))
+    write(file, packed_model(sparse_model(), values))
     data = file.read_bytes()
     wanted = read(file).state_dict()
     begin = 8 + int.from_bytes(data[:8], "little")
@@ -228,7 +231,7 @@ def rewritten(file, change):
 
 def test_files_of_format_2_are_still_read(tmp_path):
     """As the second version wrote them: no tied weights."""
-    packed = pack(sparse_model())
+    packed = packed_model(sparse_model())
     header = {
         "format": 2,
         "model": packed.model,
@@ -251,12 +254,12 @@ def test_a_tied_weight_is_stored_once(tmp_path, sparse):
         for weight in model.parameters():
             if sparse and weight.ndim == 2:
                 weight.mul_(torch.rand_like(weight) < 0.1)
-    packed = PackedModel.from_model(model, config, {"vocabulary_size": 40})
+    packed = pack(model, config, {"vocabulary_size": 40})
     write(tmp_path / "m.safetensors", packed)
     back = read(tmp_path / "m.safetensors")
     assert back.tied == {"decoder.weight": "embedding.weight"}
     assert not [name for name in back.tensors() if name.startswith("decoder.weight")]
-    built, tokens = back.build(), torch.randint(0, 40, (2, 9))
+    built, tokens = unpack(back), torch.randint(0, 40, (2, 9))
     assert built.decoder.weight is built.embedding.weight
     torch.testing.assert_close(built(tokens)[0], model(tokens)[0])
     for kernel in (Dense(), "auto"):
@@ -279,9 +282,9 @@ def test_a_changed_header_is_refused(file):
 
 
 def test_weights_of_another_shape_are_refused():
-    packed = pack(sparse_model())
+    packed = packed_model(sparse_model())
     wrong = PackedModel(CONFIG | {"hidden_size": 1_000_000}, packed.supplied, packed.matrices, packed.dense)
-    for build in (wrong.build, lambda: wrong.build_sparse(Dense())):
+    for build in (lambda: unpack(wrong), lambda: unpack(wrong, Dense())):
         with pytest.raises(UserError, match="do not fit"):
             build()
 
@@ -290,10 +293,10 @@ def test_not_finite_weights_say_what_happened():
     model = sparse_model()
     model.decoder.weight.data[0, 0] = float("nan")
     with pytest.raises(UserError, match=r"decoder\.weight .*diverged"):
-        pack(model)
+        packed_model(model)
     model.decoder.weight.data[0, 0] = 1e6
     with pytest.raises(UserError, match="use values=fp32 or bf16"):
-        pack(model, "fp16")
+        packed_model(model, "fp16")
 
 
 def test_weights_from_checkpoints(tmp_path, file):
@@ -324,6 +327,6 @@ def test_writing_is_atomic(file, monkeypatch):
     good = file.read_bytes()
     monkeypatch.setattr("srnn.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):
-        write(file, pack(sparse_model()))
+        write(file, packed_model(sparse_model()))
     assert file.read_bytes() == good
     assert [p.name for p in file.parent.iterdir()] == [file.name], "no temporary file stays behind"

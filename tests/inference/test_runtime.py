@@ -10,12 +10,12 @@ import torch
 
 import srnn
 from srnn.errors import UserError
-from tests.inference.test_packed_file import pack, sparse_model, write
+from tests.inference.test_packed_file import packed_model, sparse_model, write
 
 
 @pytest.fixture
 def path(tmp_path):
-    write(tmp_path / "model.safetensors", pack(sparse_model(), "fp16"))
+    write(tmp_path / "model.safetensors", packed_model(sparse_model(), "fp16"))
     return tmp_path / "model.safetensors"
 
 

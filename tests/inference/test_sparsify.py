@@ -7,8 +7,9 @@ from torch import nn
 
 import srnn
 from srnn.errors import UserError
+from srnn.inference.calibration import record_inputs
 from srnn.inference.modules import SparseEmbedding, SparseLinear, SparseRecurrent
-from srnn.inference.sparsify import desparsify, record_inputs, sparsify
+from srnn.inference.sparsify import desparsify, sparsify
 from tests.kernels.common import prune
 
 

@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from srnn.cells import GATES
 from srnn.inference.modules import sparse_module
-from srnn.inference.sparsify import desparsify, matrix_gates
+from srnn.inference.packing import matrix_gates
+from srnn.inference.sparsify import desparsify
 from srnn.kernels import Auto, Cpu, Csr, Dense, LayerWeights
 from srnn.kernels.cpu import backend
 from srnn.kernels.reference import run_layer

@@ -1,0 +1,179 @@
+"""The sparse counterpart of ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM``.
+
+Shapes: T steps, B streams, N rows, I inputs, H hidden units, P outputs (H, or an LSTM's projection), L layers times
+directions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from srnn.cells import Cell, cell_of
+from srnn.inference.base import SparseModule, Weights, filled, no_grad, without_gradient
+from srnn.kernels.contract import Kernel, Layer, LayerWeights, State, equal_lengths
+from srnn.meta_device import without_memory
+
+
+class SparseRecurrent(SparseModule):
+    """``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` on sparse kernels: the same call, outputs and states.
+
+    Dropout between layers is that of a trained network: none.
+    """
+
+    def __init__(self, original: nn.RNNBase, weights: Weights, kernel: Kernel) -> None:
+        super().__init__(kernel, weights)
+        self.kind: Any = type(original)
+        self.cell: Cell = cell_of(original)
+        self.input_size, self.hidden_size, self.proj_size = (
+            original.input_size,
+            original.hidden_size,
+            original.proj_size,
+        )
+        self.num_layers, self.bidirectional, self.bias = original.num_layers, original.bidirectional, original.bias
+        self.batch_first, self.dropout = original.batch_first, original.dropout
+        self.suffixes = [
+            f"_l{layer}{direction}"
+            for layer in range(original.num_layers)
+            for direction in (["", "_reverse"] if original.bidirectional else [""])
+        ]
+
+    def layer_weights(self, index: int) -> LayerWeights:
+        """The weights of a layer and direction, in the order of torch's states."""
+        suffix = self.suffixes[index]
+        return LayerWeights(
+            self.cell,
+            self._matrix(f"weight_ih{suffix}"),
+            self._matrix(f"weight_hh{suffix}"),
+            getattr(self, f"bias_ih{suffix}", None),
+            getattr(self, f"bias_hh{suffix}", None),
+            self._matrix(f"weight_hr{suffix}") if self.proj_size else None,
+            suffix.endswith("_reverse"),
+        )
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do; for code that calls it on torch's modules."""
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+        """As torch's module: ``output, h_n`` or ``output, (h_n, c_n)``.
+
+        Raises:
+            RuntimeError: shapes do not fit; also backward through the outputs.
+        """
+        if isinstance(input, PackedSequence):
+            begin = self._state(hx, int(input.batch_sizes[0]), input.data, input.sorted_indices)
+            y_NP, state = self._run(input.data, input.batch_sizes, begin)
+            if input.unsorted_indices is not None:
+                state = tuple(part.index_select(1, input.unsorted_indices) for part in state)
+            packed = PackedSequence(y_NP, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+            return packed, self._as_torch(state)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"input must have 2 or 3 dimensions, not {input.dim()}")
+        batched = input.dim() == 3
+        if not batched:
+            hx = hx if hx is None else tuple(p[:, None] for p in hx) if isinstance(hx, tuple) else hx[:, None]
+        x_TBI = input[:, None] if not batched else input.transpose(0, 1) if self.batch_first else input
+        steps, streams, _ = x_TBI.shape
+        if steps == 0 or streams == 0:
+            raise RuntimeError(f"sequences of {steps} steps and {streams} streams hold nothing to run over")
+        y_TBP, *after = self._outputs([x_TBI, *self._state(hx, streams, input)])
+        state = tuple(after)
+        if not batched:
+            return y_TBP[:, 0], self._as_torch(tuple(part[:, 0] for part in state))
+        return (y_TBP.transpose(0, 1) if self.batch_first else y_TBP), self._as_torch(state)
+
+    def step(self, x_BI: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        """One step of B streams: y_BP and the state to go on from, as torch shapes it; None starts from zero.
+
+        Safe to call from several threads, each with a state of its own.
+        """
+        if self.bidirectional:
+            raise RuntimeError("a bidirectional network sees the end of a sequence first: it cannot run step by step")
+        y_BP, state = self._run(x_BI, equal_lengths(1, x_BI.shape[0]), self._state(hx, x_BI.shape[0], x_BI))
+        return y_BP, self._as_torch(state)
+
+    def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """y_TBP and the state of x_TBI and the state before."""
+        x_TBI, *state = inputs
+        steps, streams, _ = x_TBI.shape
+        rows = x_TBI.reshape(steps * streams, -1)
+        y_NP, after = self._run(rows, equal_lengths(steps, streams), tuple(state))
+        return y_NP.view(steps, streams, -1), *after
+
+    def shapes(self, inputs: list[Tensor]) -> list[Tensor]:
+        """y_TBP and the state."""
+        x_TBI, *state = inputs
+        outputs = (self.proj_size or self.hidden_size) * (2 if self.bidirectional else 1)
+        return [x_TBI.new_empty(*x_TBI.shape[:2], outputs), *(torch.empty_like(part) for part in state)]
+
+    def _as_torch(self, state: State) -> Any:
+        return state if self.cell == "lstm" else state[0]
+
+    def _state(self, hx: Any, streams: int, x: Tensor, order: Tensor | None = None) -> State:
+        """[L, B, P] (and [L, B, H]), the streams in the order of the rows."""
+        layers, outputs = len(self.suffixes), self.proj_size or self.hidden_size
+        shapes = [(layers, streams, outputs)] + [(layers, streams, self.hidden_size)] * (self.cell == "lstm")
+        if hx is None:
+            return tuple(torch.zeros(shape, device=x.device, dtype=x.dtype) for shape in shapes)
+        state = tuple(hx) if self.cell == "lstm" else (hx,)
+        given = [tuple(part.shape) for part in state]
+        if given != shapes:
+            raise RuntimeError(f"the state must have shape {shapes}, not {given}")
+        return state if order is None else tuple(part.index_select(1, order) for part in state)
+
+    def _run(self, x_NI: Tensor, sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        if x_NI.shape[-1] != self.input_size:
+            raise RuntimeError(f"input must have {self.input_size} features, not {x_NI.shape[-1]}")
+        directions = 2 if self.bidirectional else 1
+        y, ends = x_NI, []
+        with no_grad():
+            for first in range(0, len(self.suffixes), directions):
+                begin = tuple(part[first : first + 2] if self.bidirectional else part[first] for part in state)
+                out, end = self._layer(first, y, begin[0].shape[-2]).run(y, sizes, begin)
+                if self.recorder is not None:
+                    for d, y_NP in enumerate(out.chunk(directions, dim=1)):
+                        self._record(first + d, y, sizes, state[0][first + d], y_NP)
+                ends.append(end if self.bidirectional else tuple(part[None] for part in end))
+                y = out
+            after = ends[0] if len(ends) == 1 else tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
+        return without_gradient(y, x_NI, *state), tuple(without_gradient(part, x_NI, *state) for part in after)
+
+    def _layer(self, index: int, x: Tensor, streams: int) -> Layer:
+        key = (index, x.device, x.dtype)
+        ready: Layer | None = self._ready.get(key)
+        if ready is None:
+            weights = self.layer_weights(index)
+            self._check(weights, x, streams)
+            if self.bidirectional:
+                ready = self.kernel.both(weights, self.layer_weights(index + 1), x.device, x.dtype)
+            else:
+                ready = self.kernel.layer(weights, x.device, x.dtype)
+            self._ready[key] = ready
+        return ready
+
+    def _record(self, index: int, x_NI: Tensor, sizes: Tensor, h_BP: Tensor, y_NP: Tensor) -> None:
+        assert self.recorder is not None
+        suffix = self.suffixes[index]
+        self.recorder(f"weight_ih{suffix}", x_NI)
+        self.recorder(f"weight_hh{suffix}", torch.cat([h_BP, y_NP]))
+        if self.proj_size:  # what a projection multiplies stays inside the kernel; a column counts as the next
+            self.recorder(f"weight_hr{suffix}", x_NI.new_ones(1, self.hidden_size))
+
+    def original(self) -> nn.Module:
+        """Torch's module with these weights, trainable."""
+        options: dict[str, Any] = {"nonlinearity": self.cell} if self.kind is nn.RNN else {}
+        if self.proj_size:
+            options["proj_size"] = self.proj_size
+        with without_memory():
+            module = self.kind(
+                self.input_size, self.hidden_size, self.num_layers, bias=self.bias, batch_first=self.batch_first,
+                dropout=self.dropout, bidirectional=self.bidirectional, **options,
+            )  # fmt: skip
+        return filled(module, self)
+
+    def extra_repr(self) -> str:
+        """The cell."""
+        return f"{self.cell}, {self.input_size}, {self.hidden_size}"

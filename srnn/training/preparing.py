@@ -1,0 +1,190 @@
+"""Preparing: a config -> the run it describes, built once. After it no function takes a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from srnn.config.settings import PackedConfig, Settings, TrackingConfig, TrainerConfig
+from srnn.datasets.base import DataModule
+from srnn.errors import UserError
+from srnn.inference.packed_file import read
+from srnn.inference.packing import PackedModel
+from srnn.inference.weights import read_checkpoint, read_weights
+from srnn.kernels import Kernel
+from srnn.objectives import Objective
+from srnn.pruning.methods import PruningMethod
+from srnn.pruning.pruner import Pruner
+from srnn.pruning.schedules import RunLength
+from srnn.registry import register
+from srnn.terminal import console
+from srnn.training.cuda_graph import Graphed
+from srnn.training.processes import Place
+from srnn.training.start_from import Initial, load_weights, read_initial
+from srnn.vocabulary import Vocabulary
+
+CPU = torch.device("cpu")  # where the packed model is checked and scored
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run is.
+
+    Attributes:
+        config: the whole config as plain data, as ``config.yaml`` has it.
+        data: the data set, read, with this rank's rows.
+        model: the network, with the weights that training starts from.
+        method: the pruning method.
+        kernel: the backend that will run the packed network.
+        objective: the Lightning module that trains the model on the data.
+        length: optimiser steps, and those of an epoch.
+        trainer, tracking, packed: options of the loop, of W&B, of the packed file.
+        place: which of the run's processes this is.
+        reference: a dense model's weights by name, for a method that wants one.
+        match: what was taken from ``init_from``; None without.
+        checkpoint: what a resumed run goes on from; None for one that starts.
+    """
+
+    config: Mapping[str, Any]
+    data: DataModule
+    model: nn.Module
+    method: PruningMethod
+    kernel: Kernel
+    objective: Objective
+    length: RunLength
+    trainer: TrainerConfig
+    tracking: TrackingConfig
+    packed: PackedConfig
+    place: Place = field(default_factory=Place)
+    reference: Mapping[str, Tensor] | None = None
+    match: Mapping[str, Any] | None = None
+    checkpoint: Path | None = None
+
+    @property
+    def seed(self) -> int:
+        """Fixes all that is random."""
+        return int(self.config["seed"])
+
+    def pruner(self) -> Pruner:
+        """The pruner that the run starts with. Raises UserError if its schedule cannot run."""
+        return Pruner(self.model, self.method, self.length, reference=self.reference)
+
+
+def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | None = None) -> Run:
+    """Build all that a run is, the same in every rank but for its rows of each batch.
+
+    Random draws: the seed is set first; then the data may draw, then the model's initial weights.
+
+    Args:
+        settings: the checked config.
+        place: of this process among the run's; None for the only one.
+        checkpoint: of the same run, to go on from.
+
+    Raises:
+        UserError: data, network, pruning or kernel cannot be used as they are configured.
+    """
+    place = place or Place()
+    pl.seed_everything(settings.seed, workers=True, verbose=False)
+    method: PruningMethod = register.build("pruning", settings.pruning)
+    reference = read_weights(Path(method.reference_path)) if method.reference_path else None
+    initial = read_initial(settings.init_from) if settings.init_from and checkpoint is None else None
+    data = build_data(settings.dataset, _vocabulary(initial, checkpoint))
+    _limit(data, settings.trainer)
+    data.share(place.rank, place.count)
+    model = _build_model(settings.model, data.sizes)
+    match = _start_from(model, initial) if initial else None
+    if checkpoint is not None:  # for methods that look at the weights
+        model.load_state_dict(read_weights(checkpoint))
+    call = Graphed(model, data.batches("train").fetch(0, 0)[0]) if settings.trainer.cuda_graph else None
+    objective: Any = register.get("objective", data.objective).factory
+    return Run(
+        config=settings.as_dict(),
+        data=data,
+        model=model,
+        method=method,
+        kernel=register.build("kernel", settings.kernel),
+        objective=objective(model, settings.optimizer, data, call),
+        length=_length(data, settings.trainer),
+        trainer=settings.trainer,
+        tracking=settings.tracking,
+        packed=settings.packed,
+        place=place,
+        reference=reference,
+        match=match,
+        checkpoint=checkpoint,
+    )
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run, read back from its packed file: what it takes to score or export it.
+
+    Attributes:
+        packed: the network.
+        data: the data set it was trained on, read.
+        objective: the class that scores it.
+    """
+
+    packed: PackedModel
+    data: DataModule
+    objective: type[Objective]
+
+
+def read_back(path: Path) -> TrainedRun:
+    """The run of a packed file. Raises UserError if the file does not say which data it is of."""
+    packed = read(path)
+    if "dataset" not in packed.about:
+        raise UserError(f"{path} does not say which data it was trained on.")
+    data = build_data(packed.about["dataset"], packed.vocabulary)
+    objective: Any = register.get("objective", data.objective).factory
+    return TrainedRun(packed, data, objective)
+
+
+def build_data(config: Mapping[str, Any], vocabulary: Vocabulary | None = None) -> DataModule:
+    """A data set of its config, read. ``vocabulary`` is a trained network's own."""
+    data: DataModule = register.build("dataset", config)
+    data.setup(vocabulary=vocabulary)
+    return data
+
+
+def _vocabulary(initial: Initial | None, checkpoint: Path | None) -> Vocabulary | None:
+    """The vocabulary of the network that is trained further, if there is one."""
+    if checkpoint is not None and "vocabulary" in (saved := read_checkpoint(checkpoint)):
+        return Vocabulary.from_dict(saved["vocabulary"])
+    return initial.vocabulary if initial else None
+
+
+def _limit(data: DataModule, trainer: TrainerConfig) -> None:
+    if trainer.limit_train_batches is not None:
+        data.limits["train"] = trainer.limit_train_batches
+    if trainer.limit_eval_batches is not None:
+        data.limits |= {"valid": trainer.limit_eval_batches, "test": trainer.limit_eval_batches}
+
+
+def _length(data: DataModule, trainer: TrainerConfig) -> RunLength:
+    steps = -(-len(data.train_dataloader()) // trainer.accumulate_grad_batches)
+    return RunLength(steps * trainer.epochs, steps)
+
+
+def _build_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Module:
+    try:
+        model: nn.Module = register.build("model", config, **sizes)
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        raise UserError(f"model={config['name']} does not fit into memory: lower model.hidden_size.") from None
+    return model
+
+
+def _start_from(model: nn.Module, initial: Initial) -> dict[str, Any]:
+    match = load_weights(model, initial)
+    console.print(f"init_from {initial.path}: {match.lines()[0]}", soft_wrap=True)
+    for line in match.lines()[1:]:
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+    return {"path": str(initial.path), **vars(match)}

@@ -1,0 +1,55 @@
+"""An objective that a plug-in brings: trained, scored and compared by its own score."""
+
+import json
+
+from srnn.__main__ import main
+from srnn.objectives import Regression
+from srnn.registry import register
+from tests.conftest import SMALL
+
+CHOSEN = [o for o in SMALL if not o.startswith(("dataset.", "model.embedding"))]
+PLUGIN = '''
+from torch import Tensor
+from torch.nn import functional as F
+
+from srnn.datasets import Adding
+from srnn.objectives import Regression
+from srnn.registry import register
+
+
+@register.objective("huber")
+class Huber(Regression):
+    """Tell the numbers of a sequence, by Huber's loss."""
+
+    telling = "mae"
+    words = "mean absolute error {mae:.3f}"
+
+    @staticmethod
+    def loss(outputs_BO: Tensor, targets: Tensor) -> Tensor:
+        return F.huber_loss(outputs_BO, targets)
+
+
+@register.dataset("adding_huber")
+class AddingHuber(Adding):
+    """The adding problem, by Huber's loss."""
+
+    objective = "huber"
+'''
+
+
+def test_a_plugin_brings_an_objective(tmp_path, monkeypatch, capsys):
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins/huber.py").write_text(PLUGIN)
+    monkeypatch.chdir(tmp_path)
+    before = dict(register.components)
+    try:
+        chosen = [*CHOSEN, "dataset=adding_huber", "dataset.train_sequences=256", "dataset.sequence_length=8"]
+        assert main([*chosen, "kernel=dense", "tracking.mode=disabled", "hydra.run.dir=run"]) == 0
+        assert "mean absolute error" in capsys.readouterr().out
+        assert json.loads((tmp_path / "run/report.json").read_text())["objective"] == "huber"
+        assert main(["evaluate", "run=run"]) == 0
+        assert main(["compare", "run", "mode=disabled"]) == 0
+        assert "mae, test" in capsys.readouterr().out
+        assert issubclass(register.get("objective", "huber").factory, Regression)
+    finally:
+        register.components = before
