@@ -44,7 +44,7 @@ Train, prune, pack, measure, report. Everything lands in a folder of its own und
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check every job of the command line, then let Hydra run them. ``resume=FOLDER`` goes on with a stopped run."""
+    """Check every job of the command line, then let Hydra run them. ``resume=FOLDER`` resumes a stopped run."""
     if any(word in ("--help", "-h") for word in argv):
         print(HELP)
         return 0

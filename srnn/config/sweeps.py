@@ -1,4 +1,4 @@
-"""Sweeps: the jobs of a command line, and the folder in which the same sweep goes on."""
+"""Sweeps: the jobs of a command line, and the folder in which the same sweep is resumed."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class Sweep:
         return RunFolder(self.folders[job]).finished
 
     def left(self) -> list[Job]:
-        """The jobs to run or to go on with."""
+        """The jobs to run or to resume."""
         return [job for job in self.jobs if not self.finished(job)]
 
     def announce(self) -> None:

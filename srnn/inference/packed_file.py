@@ -37,8 +37,8 @@ from srnn.vocabulary import Vocabulary
 FORMAT = 3
 
 
-def write(path: Path, packed: PackedModel) -> None:
-    """Write the file atomically."""
+def write(path: str | Path, packed: PackedModel) -> None:
+    """Write the file atomically. Raises OSError if it cannot be written; an older file is still there then."""
     tensors = packed.tensors()
     header: dict[str, Any] = {
         "format": FORMAT,
@@ -103,8 +103,24 @@ def load(path: str | Path, kernel: str | Kernel = "auto") -> nn.Module:
         path: the file.
         kernel: a backend's name or the backend; ``auto`` measures them at the first call and keeps what it found.
 
+    Returns:
+        The network in eval mode; backward through its outputs raises.
+
     Raises:
         UserError: no such file, not a packed file, truncated or damaged, or the kernel cannot run here.
+
+    Example:
+        >>> import tempfile, torch, srnn
+        >>> from srnn.inference.packed_file import write
+        >>> from srnn.inference.packing import pack
+        >>> from srnn.models import gru
+        >>> config, sizes = {"name": "gru", "hidden_size": 16, "embedding_size": 8}, {"vocabulary_size": 50}
+        >>> path = tempfile.mkdtemp() + "/model.safetensors"
+        >>> write(path, pack(gru(16, 8, **sizes), config, sizes))
+        >>> model = srnn.load(path, kernel="dense")
+        >>> logits_BV, state = model.step(torch.tensor([7]))
+        >>> logits_BV.shape
+        torch.Size([1, 50])
     """
     packed = read(Path(path))
     model = unpack(packed, register.rebuild("kernel", {"name": kernel}) if isinstance(kernel, str) else kernel)

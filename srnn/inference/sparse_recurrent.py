@@ -86,7 +86,7 @@ class SparseRecurrent(SparseModule):
         return (y_TBP.transpose(0, 1) if self.batch_first else y_TBP), self._as_torch(state)
 
     def step(self, x_BI: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        """One step of B streams: y_BP and the state to go on from, as torch shapes it; None starts from zero.
+        """One step of B streams: y_BP and the next state, as torch shapes it; None starts from zero.
 
         Safe to call from several threads, each with a state of its own.
         """

@@ -18,8 +18,6 @@ from srnn.datasets.base import DataModule, Part
 from srnn.models.recurrent import State
 from srnn.registry import register
 
-CPU = torch.device("cpu")
-
 
 class Objective(pl.LightningModule):
     """Trains a model on a data set. Logs each score of the validation part, as ``valid_*``, after every pass.

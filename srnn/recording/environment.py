@@ -62,7 +62,7 @@ def write_environment(folder: RunFolder, made_in: Mapping[str, Any]) -> None:
 
 
 def record_data(folder: RunFolder, data: DataModule) -> None:
-    """Add the data's checksums; a run that goes on must find the data it was started with. Raises UserError."""
+    """Add the data's checksums; a resumed run must find the data it was started with. Raises UserError."""
     made_in, sums = read_environment(folder), data_checksums(data)
     before = made_in.get("data", sums)
     if before != sums:

@@ -16,11 +16,11 @@ from pytorch_lightning.utilities import rank_zero_only
 from srnn.files import write_atomically
 from srnn.recording.wandb import carefully
 
-SECONDS = 5.0  # between two writes while a run goes on
+_SECONDS = 5.0  # between two writes while a run goes on
 
 
 class MetricsFile(Logger):
-    """Lightning's logger for a CSV file that a stopped run goes on with. Always whole on disk.
+    """Lightning's logger for a CSV file that a resumed run continues. Always whole on disk.
 
     Attributes:
         rows: what was logged, a row a call.
@@ -50,7 +50,7 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add a row."""
         self.rows.append({**metrics, "step": step})
-        if time.monotonic() - self._saved > SECONDS:
+        if time.monotonic() - self._saved > _SECONDS:
             self.save()
 
     @rank_zero_only

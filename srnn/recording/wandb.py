@@ -35,7 +35,7 @@ def wandb_run(
         job_type: ``train`` or ``compare``.
         tags: beside those of ``tracking``.
 
-    A run whose folder holds a W&B run already goes on as the same one.
+    A run whose folder holds a W&B run already resumes that one.
 
     Raises:
         UserError: ``mode=online`` without an API key.

@@ -1,4 +1,4 @@
-"""Checkpoints from which a stopped run goes on, bit for bit on a CPU."""
+"""Checkpoints from which a stopped run is resumed, bit for bit on a CPU."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps the checkpoint a run goes on from: after every pass, every so many minutes, and when asked to stop.
+    """Keeps the checkpoint that a run is resumed from: after every pass, every so many minutes, and when asked to stop.
 
     Beside what Lightning saves it holds the state of every rank's random generators and the number of rows in
     ``metrics.csv``.

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor, nn
 
 from srnn.config.settings import PackedConfig, Settings, TrackingConfig, TrainerConfig
@@ -29,8 +28,6 @@ from srnn.training.processes import Place
 from srnn.training.start_from import Initial, load_weights, read_initial
 from srnn.vocabulary import Vocabulary
 
-CPU = torch.device("cpu")  # where the packed model is checked and scored
-
 
 @dataclass(frozen=True)
 class Run:
@@ -48,7 +45,7 @@ class Run:
         place: which of the run's processes this is.
         reference: a dense model's weights by name, for a method that wants one.
         match: what was taken from ``init_from``; None without.
-        checkpoint: what a resumed run goes on from; None for one that starts.
+        checkpoint: what a resumed run starts from; None for a new one.
     """
 
     config: Mapping[str, Any]
@@ -84,7 +81,7 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
     Args:
         settings: the checked config.
         place: of this process among the run's; None for the only one.
-        checkpoint: of the same run, to go on from.
+        checkpoint: of the same run, to resume from.
 
     Raises:
         UserError: data, network, pruning or kernel cannot be used as they are configured.

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from srnn.config.composing import read_settings
@@ -30,7 +31,7 @@ from srnn.registry import register
 from srnn.run_folder import RunFolder
 from srnn.terminal import console
 from srnn.training.fitting import check_devices, fit, quiet
-from srnn.training.preparing import CPU, Run, prepare
+from srnn.training.preparing import Run, prepare
 from srnn.training.processes import Place
 from srnn.training.verifying import pack_and_verify, rehearse, score
 
@@ -140,6 +141,7 @@ def _finish(run: Run, folder: RunFolder, recorder: Recorder) -> dict[str, Any]:
 def _check_kernel(config: Mapping[str, Any]) -> None:
     """Refuse now, and not after the training, a backend that cannot run the packed model."""
     kernel: Kernel = register.build("kernel", config)
-    reason = kernel.supports(None, CPU)
+    cpu = torch.device("cpu")  # where the packed network is checked and scored
+    reason = kernel.supports(None, cpu)
     if reason is not None:
-        raise UserError(f"kernel={config['name']} cannot run on the {CPU}: {reason}.")
+        raise UserError(f"kernel={config['name']} cannot run on the {cpu}: {reason}.")
