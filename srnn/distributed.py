@@ -60,6 +60,11 @@ def own(values: Sequence[Any]) -> Any:
     return values[dist.get_rank() if len(values) > 1 else 0]
 
 
+def forget_groups() -> None:
+    """Forget what belongs to a process group that this process leaves."""
+    _cpu_group.cache_clear()
+
+
 @functools.cache
 def _cpu_group() -> Any:
     """A group that exchanges what is on the CPU, as NCCL does not."""

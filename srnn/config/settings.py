@@ -101,8 +101,6 @@ SECTIONS: dict[str, type] = {
     "packed": PackedConfig,
     "srnn": SrnnConfig,
 }
-
-
 # What `group=name` can choose: components, and presets of a section.
 GROUPS = (*COMPONENTS, "trainer", "tracking", "experiment")
 

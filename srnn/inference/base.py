@@ -20,8 +20,6 @@ from srnn.sparse import SparseMatrix
 
 # By torch's name: a packed matrix, a bias, or None for a bias that is not there.
 Weights = Mapping[str, SparseMatrix | Tensor | None]
-
-
 # Called with the name of a matrix and the rows it multiplies; see ``sparsify.record_inputs``.
 InputRecorder = Callable[[str, Tensor], None]
 
@@ -54,8 +52,6 @@ class PackedWeight(nn.Module):
 
 # Modules by number, which an operator of a compiled graph knows them by.
 _modules: weakref.WeakValueDictionary[int, SparseModule] = weakref.WeakValueDictionary()
-
-
 _numbers = itertools.count()
 
 

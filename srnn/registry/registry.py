@@ -38,8 +38,6 @@ KINDS = {
     "kernel": "srnn.kernels",
     "optimizer": "srnn.training.optimizers",
 }
-
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -26,15 +26,11 @@ from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from pytorch_lightning.strategies import DDPStrategy
 
-from srnn.distributed import _cpu_group
+from srnn.distributed import forget_groups
 from srnn.errors import UserError
 
 GRACE = 3.0  # seconds in which a rank notices by itself that another has failed
-
-
 PATIENCE = 60.0  # seconds in which ranks have to end once one has failed or all are done
-
-
 SET = ("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")  # by Lightning, in the environment of this process
 
 
@@ -131,7 +127,7 @@ def _leave(alone: bool = False) -> None:
     Args:
         alone: not together with the others, of which one failed: NCCL's ranks wait for one another as they leave.
     """
-    _cpu_group.cache_clear()
+    forget_groups()
     if dist.is_initialized():
         if alone:
             _abort()
