@@ -7,7 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from srnn import __version__
 from srnn.errors import UserError, did_you_mean
+from srnn.terminal import close_output, show_what_can_be_shown
 
 COMMANDS = {
     "train": "train, prune, pack, measure, report (the default)",
@@ -52,8 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] in (["--help"], ["-h"], ["help"]):
         print(HELP.format(commands="\n".join(f"  {name:10}{word}" for name, word in COMMANDS.items())))
         return 0
+    if argv[:1] == ["--version"]:
+        print(f"srnn {__version__}")
+        return 0
+    show_what_can_be_shown()
     try:
         return _dispatch(argv)
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        close_output()
+        return 141  # as a shell has it for a program that SIGPIPE ended
     except (UserError, OSError) as error:
         if os.environ.get("SRNN_DEBUG") == "1":
             raise

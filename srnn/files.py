@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent  # the installed package
+UNFINISHED = ".unfinished"  # the end of a file's name while it is written
 
 
 def cache_folder() -> Path:
-    """``$SRNN_CACHE``, else ``srnn`` in the user's cache folder."""
-    named = os.environ.get("SRNN_CACHE")
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srnn"
+    """``$SRNN_CACHE``, else ``srnn`` in the user's cache folder; without a home, one in the temporary folder."""
+    for named, below in (("SRNN_CACHE", ""), ("XDG_CACHE_HOME", "srnn")):
+        if os.environ.get(named):
+            return expanded(os.environ[named]) / below
+    home = home_folder()
+    return home / ".cache" / "srnn" if home else Path(tempfile.gettempdir()) / f"srnn-{os.getuid()}"
+
+
+def home_folder() -> Path | None:
+    """The user's home; None for a user id without an account where HOME is not set, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with ``~`` replaced; as it is where there is no home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def sweep_unfinished(folder: Path) -> None:
+    """Remove what a process left that was killed while it wrote into a folder, which no other process may use now."""
+    for path in folder.glob(f".*{UNFINISHED}"):
+        path.unlink(missing_ok=True)
 
 
 def nearest_there(path: Path) -> Path:
@@ -30,16 +55,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         OSError: the folder cannot be written or the disk is full; an older file is still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        # Made by the system call itself, so that the umask decides who may read it, as for any other file.
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename, error.filename2 = str(path), None  # the file that was meant, for the message
         raise

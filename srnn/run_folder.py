@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from srnn.errors import UserError
+from srnn.files import sweep_unfinished
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ class RunFolder:
                 f"{self.path}: another process trains in this folder now; wait for it, or set another hydra.run.dir."
             ) from None
         try:
+            for folder in (self.path, self.checkpoints, self.plots):
+                sweep_unfinished(folder)
             yield
         finally:
             self._lock.unlink(missing_ok=True)  # before it is released: whoever waits would hold a file that is gone

@@ -24,6 +24,7 @@ def main(argv: Sequence[str]) -> int:
     from rich.table import Table
 
     from srnn.inference.unpacking import unpack
+    from srnn.recording.environment import changed_data
     from srnn.registry import register
     from srnn.terminal import console
     from srnn.training.preparing import read_back
@@ -40,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
     for part, words in titles.items():
         table.add_row(words, f"{data.counts[part]:,}", *(f"{value:.4f}" for value in scores[part].values()))
     console.print(table)
+    if changed := changed_data(RunFolder(path.parent), data):
+        console.print(changed, soft_wrap=True)
     for part, limit in _limits(path.parent).items():
         if part in scores and limit < len(data.batches(part)):
             console.print(

@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     from srnn.inference.packing import pack
     from srnn.inference.unpacking import unpack
     from srnn.inference.weights import read_weights
+    from srnn.recording.environment import changed_data
     from srnn.terminal import console
     from srnn.training.preparing import read_back
     from srnn.training.verifying import calibration
@@ -66,6 +67,8 @@ def main(argv: Sequence[str]) -> int:
         rows = {"pruned, not packed, fp32": (dense_bytes, model)} | rows
     scores = {name: (size, run.objective.score(network, data, "test")) for name, (size, network) in rows.items()}
     _print_scores(f"{packed.model['name']} on {packed.about['dataset']['name']}, test", scores)
+    if words := changed_data(RunFolder(source.parent), data):
+        console.print(words, soft_wrap=True)
     (before, (_, first)), *_, (_, (_, last)) = scores.items()
     told = "bits_per_character" if "bits_per_character" in first else "loss"
     cost = f"{last[told] - first[told]:+z.4f} {told.replace('_', ' ')}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
                         help="relative difference that still counts as the same (%(default)g)")  # fmt: skip
     options = parser.parse(argv)
     source = Path(options.folder).expanduser()
-    finished = RunFolder(source)
+    finished = RunFolder(source.resolve())
     if not finished.finished:
         raise UserError(f"rerun {source}: no finished run is there: it has no report.json.")
 
@@ -37,9 +38,10 @@ def main(argv: Sequence[str]) -> int:
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_rerun_{source.resolve().name}"
     folder = Path(options.output) if options.output else Path("outputs") / name
     there = nearest_there(folder.expanduser())
-    folder = output_folder(folder)
+    folder = output_folder(folder).resolve()
     try:
-        report = train(settings, folder, command=["srnn", "rerun", str(source)])
+        with environment.started_in(finished):
+            report = train(settings, folder, command=["srnn", "rerun", str(source)])
     except UserError:
         RunFolder(folder).take_back(there)
         raise
@@ -64,7 +66,7 @@ def agreement(then: Mapping[str, Any], now: Mapping[str, Any], tolerance: float)
     missing = sorted(one.keys() ^ two.keys())
     if missing:
         return f"The numbers differ: only one of the runs has {', '.join(missing)}.", False
-    off = {name: _relative(value, two[name]) for name, value in one.items() if value != two[name]}
+    off = {name: _relative(value, two[name]) for name, value in one.items() if not _same(value, two[name])}
     if not off:
         return f"All {len(one)} numbers are the same, bit for bit.", True
     worst = max(off, key=lambda name: off[name])
@@ -80,7 +82,14 @@ def _told_apart(then: float, now: float) -> str:
     return f"{then:.{digits}g} then, {now:.{digits}g} now"
 
 
+def _same(one: float, two: float) -> bool:
+    """NaN is the same as NaN alone."""
+    return one == two or (math.isnan(one) and math.isnan(two))
+
+
 def _relative(one: float, two: float) -> float:
+    if not (math.isfinite(one) and math.isfinite(two)):
+        return math.inf
     return abs(one - two) / max(abs(one), abs(two))
 
 

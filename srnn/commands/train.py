@@ -7,6 +7,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,12 @@ def _job(composed: DictConfig) -> float:
     settings = settings_of(composed)
     of_hydra = HydraConfig.get()
     folder = Path(of_hydra.runtime.output_dir)
-    if of_hydra.mode == RunMode.MULTIRUN:
-        report = _sweep_job(settings, folder, Path(of_hydra.sweep.dir).name)
-    else:
-        report = _single_job(settings, folder)
+    # Relative paths are those of the folder where srnn was started, also with hydra.job.chdir=true.
+    with chdir(of_hydra.runtime.cwd):
+        if of_hydra.mode == RunMode.MULTIRUN:
+            report = _sweep_job(settings, folder, Path(of_hydra.sweep.dir).name)
+        else:
+            report = _single_job(settings, folder)
     return float(report["scores"]["best"]["loss"])
 
 

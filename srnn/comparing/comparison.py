@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from srnn.comparing.runs import FinishedRun
@@ -191,9 +190,9 @@ def rich_table(comparison: Comparison) -> Table:
     table.caption, table.caption_justify = ABOUT_TIMES, "left"
     for index, (title, _) in enumerate(rows[0]):
         option, score = index < len(comparison.options), index == len(comparison.options)
-        table.add_column(escape(title), justify="left" if option else "right", overflow="fold", no_wrap=score)
+        table.add_column(title, justify="left" if option else "right", overflow="fold", no_wrap=score)
     for row in rows:
-        table.add_row(*(escape(text) for _, text in row))
+        table.add_row(*(text for _, text in row))
     return table
 
 

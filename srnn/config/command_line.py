@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ from srnn.config.composing import (
 from srnn.config.hydra_internals import flags_parser
 from srnn.config.sweeps import choices_of, expand
 from srnn.errors import UserError
+from srnn.registry import register
 
+REFUSED = ("config_path", "config_name", "experimental_rerun")  # flags of Hydra's
 OURS = "hydra_plugins.srnn_sweeper.SrnnSweeper"
 # Launchers and sweepers of the extra `launchers` -> the plug-in of Hydra's that has them.
 PLUGINS = {
@@ -61,7 +64,7 @@ def check_command_line(argv: Sequence[str]) -> CommandLine:
     Raises:
         UserError: the first mistake in any of them.
     """
-    arguments, argv = _parse(argv)
+    arguments, argv = _parse([_literal(word) for word in argv])
     overrides = [parse_override(text) for text in arguments.overrides]
     for override in overrides:
         _check_installed(override)
@@ -92,9 +95,36 @@ def _parse(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
     arguments, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
         refuse(f"{next((word for word in unknown if word.startswith('-')), unknown[0])}: no such flag")
+    for flag in REFUSED:
+        if getattr(arguments, flag) is not None:
+            raise UserError(
+                f"--{flag.replace('_', '-')}: srnn has one config; presets of your own are taken from --config-dir DIR."
+            )
+    if arguments.config_dir is not None:
+        _add_config_dir(Path(arguments.config_dir))
     left = list(arguments.overrides)
     flags = [word for word in argv if not (left and word == left[0] and left.pop(0))]
     return arguments, [*flags, *arguments.overrides]
+
+
+def _literal(word: str) -> str:
+    """An override whose value Hydra cannot read without quotes, such as a name of a file with ``=`` in it, quoted."""
+    key, equals, value = word.partition("=")
+    if not equals or not re.fullmatch(r"[+~]{0,2}[\w./@]+", key) or re.search(r"['\"\[\]{}(),$\\]", value):
+        return word
+    try:
+        parse_override(word)
+    except UserError:
+        return f"{key}='{value}'"
+    return word
+
+
+def _add_config_dir(folder: Path) -> None:
+    """Take presets from a folder of the user's, as from those of installed plug-ins."""
+    if not folder.is_dir():
+        raise UserError(f"--config-dir {folder}: no such folder.")
+    if folder.resolve() not in register.conf_folders:
+        register.conf_folders.append(folder.resolve())
 
 
 def _check_sweep(argv: Sequence[str], overrides: Sequence[Override], hydra: DictConfig) -> CommandLine:

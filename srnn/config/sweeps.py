@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from rich.markup import escape
 from rich.table import Table
 
 from srnn.config.composing import (
@@ -156,7 +156,7 @@ class Sweep:
             (len(left) - begun, "new"),
         ]
         words = ", ".join(f"{count} {word}" for count, word in counts if count)
-        console.print(f"Sweep {self.folder}: {len(self.jobs)} jobs: {words}", markup=False, soft_wrap=True)
+        console.print(f"Sweep {self.folder}: {len(self.jobs)} jobs: {words}", soft_wrap=True)
 
     def summarize(self, ran: Sequence[Job]) -> bool:
         """A table of all jobs, what failed and why, and the ways on. Returns whether all jobs are finished."""
@@ -164,18 +164,20 @@ class Sweep:
         for column in ("job", "", "test", "sparsity"):
             table.add_column(column, justify="right" if column in ("test", "sparsity") else "left", overflow="fold")
         for job in self.jobs:
-            table.add_row(escape(self.folders[job].name), *self._row(job, job in ran))
+            table.add_row(self.folders[job].name, *self._row(job, job in ran))
         console.print(table)
         failed = self.left()
         for job in failed:
-            console.print(f"failed: {self.folders[job]}: {_error(self.folders[job])}", markup=False, soft_wrap=True)
+            console.print(f"failed: {self.folders[job]}: {_error(self.folders[job])}", soft_wrap=True)
         if failed:
             again = "the same command goes on with them"
             console.print(f"{len(failed)} of {len(self.jobs)} jobs failed; {again}.", soft_wrap=True)
         if len(failed) < len(self.jobs):
-            console.print(f"Compare them: srnn compare {self.folder}", soft_wrap=True)
+            console.print(f"Compare them: srnn compare {shlex.quote(str(self.folder))}", soft_wrap=True)
         if any(self.folder.glob("*/wandb/offline-run-*")):
-            console.print(f"Upload all to W&B: wandb sync {self.folder}/*/wandb/offline-run-*", soft_wrap=True)
+            console.print(
+                f"Upload all to W&B: wandb sync {shlex.quote(str(self.folder))}/*/wandb/offline-run-*", soft_wrap=True
+            )
         return not failed
 
     def _row(self, job: Job, ran: bool) -> list[str]:

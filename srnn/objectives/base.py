@@ -27,6 +27,7 @@ class Objective(pl.LightningModule):
     Attributes:
         telling: the score that runs are compared by.
         higher_is_better: the scores of which more is better; of all others less is.
+        loss_name: what the loss is called in plots, with its unit.
         words: how scores are written in tables, as a format string of their names.
         train_loss: of the last batch. Logging it at every step would cost a small network on a GPU a fifth of its time.
 
@@ -40,6 +41,7 @@ class Objective(pl.LightningModule):
     telling: str = "loss"
     higher_is_better: frozenset[str] = frozenset()
     words: str = "loss {loss:.4f}"
+    loss_name: str = "loss"
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class Classification(WholeSequence):
     """Name the class of a sequence, by cross-entropy."""
 
     telling = "accuracy"
+    loss_name = "cross-entropy, nats a sequence"
     higher_is_better = frozenset({"accuracy", "f1"})
     words = "accuracy {accuracy:.4f}, F1 {f1:.4f}, loss {loss:.4f}"
 

@@ -75,6 +75,7 @@ class NextToken(Objective):
     """
 
     telling = "bits_per_character"
+    loss_name = "loss, nats a token"
     words = "{bits_per_character:.4f} bits/char, perplexity {perplexity:.3f}"
 
     def __init__(

@@ -18,6 +18,7 @@ from srnn.registry import register
 class Regression(WholeSequence):
     """Tell the numbers of a sequence, by mean squared error."""
 
+    loss_name = "mean squared error"
     words = "mean squared error {loss:.6f}, mean absolute error {mae:.5f}"
 
     @classmethod

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -20,8 +20,10 @@ from srnn.recording.wandb import sync_command
 from srnn.registry import register
 from srnn.run_folder import RunFolder
 from srnn.terminal import console, plural
+from srnn.vocabulary import Vocabulary
 
 SHORT = {"bits_per_character": "bpc", "perplexity": "ppl"}  # of scores, in the line of a validation
+PROMPT = 20  # characters
 SILENCE = 60.0  # seconds
 FORECAST_ROWS = 7  # of a schedule's updates in the table
 
@@ -41,7 +43,7 @@ def print_plan(pruner: Pruner) -> None:
             shape = " x ".join(map(str, (gates * sizes[0], sizes[1])))
             wanted = "as it is" if group.sparsity is None else f"{100 * group.target / group.size:.1f} %"
             row = (part.name, shape, f"{part.size:,}", str(group.structure), wanted, group.name)
-            table.add_row(*map(escape, row))
+            table.add_row(*row)
     table.add_section()
     table.add_row("total", "", f"{sum(g.size for g in pruner.groups):,}")
     console.print(table)
@@ -60,7 +62,7 @@ def _print_forecast(pruner: Pruner) -> None:
     columns += [f"threshold {name}" for name in q or ()]
     columns += [f"sparsity {group.name}" for group in pruner.groups[:4]]
     for column in columns:
-        table.add_column(escape(column), justify="right", overflow="fold")
+        table.add_column(column, justify="right", overflow="fold")
     for itr in shown_updates(method.updates):
         row = [str(itr), f"{itr / run.steps_per_epoch:.2f}"]
         if over_q:
@@ -218,7 +220,7 @@ def print_report(report: dict[str, Any]) -> None:
         words = f"Only the first {batches} batches of the {part} part were used (trainer.limit_...)"
         console.print(f"{words}." if part == "train" else f"{words}; `srnn evaluate` takes all.", soft_wrap=True)
     for line in latency["choices"]:
-        console.print(f"kernel: {line}", markup=False, highlight=False)
+        console.print(f"kernel: {line}", highlight=False)
     if sparsity["wanted"] is not None and abs(sparsity["reached"] - sparsity["wanted"]) > MISSED:
         fixed = report["config"]["pruning"].get("q", "auto") != "auto"
         reason = ": with a fixed q it results from the schedule; pruning.q=auto meets it exactly" if fixed else ""
@@ -227,11 +229,19 @@ def print_report(report: dict[str, Any]) -> None:
         )
 
 
+def _prompt(data: DataModule, vocabulary: Vocabulary) -> str:
+    """The beginning of a line of the validation text, to go on from."""
+    inputs_BT, _ = data.batches("valid").fetch(0, 0)
+    lines = [line.strip() for line in vocabulary.decode(inputs_BT[0].tolist()).splitlines()]
+    return max(lines, key=lambda line: min(len(line), PROMPT), default="")[:PROMPT].strip()
+
+
 def print_ways_on(folder: RunFolder, data: DataModule) -> None:
     """Where the run's files are, and what can be done with them."""
     console.print(f"Everything is in {folder}", soft_wrap=True)
     if data.vocabulary is not None:
-        console.print(f"Try it: srnn generate --run {folder} --prompt 'def f(x):'", soft_wrap=True)
+        prompt = shlex.quote(_prompt(data, data.vocabulary))
+        console.print(f"Try it: srnn generate --run {shlex.quote(str(folder))} --prompt {prompt}", soft_wrap=True)
     if command := sync_command(folder.path):
         console.print(f"Upload to W&B: {command}", soft_wrap=True)
 

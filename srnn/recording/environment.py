@@ -11,7 +11,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,36 @@ def read_environment(folder: RunFolder) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}.") from None
+
+
+@contextmanager
+def started_in(folder: RunFolder) -> Iterator[None]:
+    """Work in the folder that a run was started in, while inside: what its config names by a relative path is there.
+
+    Where that folder is gone, as for a run that was carried to another machine, it stays the working folder.
+    """
+    there = read_environment(folder).get("folder")
+    here = os.getcwd()
+    if not isinstance(there, str) or not os.path.isdir(there):
+        yield
+        return
+    os.chdir(there)
+    try:
+        yield
+    finally:
+        os.chdir(here)
+
+
+def changed_data(folder: RunFolder, data: DataModule) -> str | None:
+    """What to say where the data are not those of a run any more; None if they are, or if it was not recorded."""
+    before, sums = read_environment(folder).get("data"), data_checksums(data)
+    if not isinstance(before, Mapping):
+        return None
+    changed = [part for part in sums if part in before and before[part] != sums[part]]
+    if not changed:
+        return None
+    told = ", ".join(f"{part} was SHA-256 {before[part][:12]}..., is {sums[part][:12]}..." for part in changed)
+    return f"These are not the data of the run: {told}. The scores are no scores of that run."
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

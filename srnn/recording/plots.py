@@ -26,6 +26,7 @@ def plot_run(
     phases: Mapping[str, int] | None,
     layers: list[dict[str, Any]],
     mask: tuple[str, Tensor] | None,
+    loss: str = "loss",
 ) -> list[Path]:
     """Draw all plots of a run into its folder of plots.
 
@@ -34,6 +35,7 @@ def plot_run(
         phases: start_itr, ramp_itr (if any) and end_itr; None for a dense run.
         layers: rows with ``parameter`` and ``sparsity``.
         mask: name and weight of a recurrent matrix to show; None for a dense run.
+        loss: what the loss is called, with its unit.
 
     Returns:
         The PNG files.
@@ -41,7 +43,7 @@ def plot_run(
     metrics = read_metrics(folder.metrics)
     target = folder.plots
     target.mkdir(exist_ok=True)
-    drawn = [_loss_and_sparsity(metrics, phases, target / "loss_and_sparsity.png")]
+    drawn = [_loss_and_sparsity(metrics, phases, loss, target / "loss_and_sparsity.png")]
     if phases is not None and mask is not None:
         if any(name.startswith("threshold/") for name in metrics):
             drawn.append(_thresholds(metrics, phases, target / "thresholds.png"))
@@ -103,12 +105,12 @@ def _mark_phases(axes: Any, phases: Mapping[str, int]) -> None:
         )  # fmt: skip
 
 
-def _loss_and_sparsity(metrics: dict[str, Points], phases: Mapping[str, int] | None, path: Path) -> Path:
+def _loss_and_sparsity(metrics: dict[str, Points], phases: Mapping[str, int] | None, loss: str, path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(8, 4.5))
     none: Points = ([], [])
     axes.plot(*metrics.get("train_loss", none), color="tab:blue", alpha=0.4, linewidth=1, label="training loss")
     axes.plot(*metrics.get("valid_loss", none), color="tab:blue", marker="o", markersize=4, label="validation loss")
-    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.set(xlabel="step", ylabel=loss)
     handles, labels = axes.get_legend_handles_labels()
     if phases is not None:
         _mark_phases(axes, phases)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from srnn.distributed import mean_over_ranks
+from srnn.errors import UserError
 from srnn.pruning.callback import PruningCallback
 from srnn.pruning.pruner import Pruner
 
@@ -45,7 +47,7 @@ class Recorder(pl.Callback):
         self._step = 0
         self.validations: list[Validation] = []
         self.loop_seconds = 0.0
-        self._began = 0.0
+        self._began: float | None = None
 
     @property
     def pruner(self) -> Pruner:
@@ -64,7 +66,7 @@ class Recorder(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Goes into checkpoints."""
         rows = [vars(v) | {"scores": dict(v.scores)} for v in self.validations]
-        return {"validations": rows, "loop_seconds": self.loop_seconds}
+        return {"validations": rows, "loop_seconds": self.loop_seconds + self._running()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the record of a stopped run."""
@@ -94,11 +96,16 @@ class Recorder(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
-        self.loop_seconds += time.perf_counter() - self._began
+        self._stop()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the scores and go on."""
         scores = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("valid_")}
+        if not math.isfinite(scores["valid_loss"]):
+            raise UserError(
+                f"the training has diverged: the validation loss is {scores['valid_loss']} after step "
+                f"{trainer.global_step}; lower optimizer.lr, or clip gradients with trainer.gradient_clip_val."
+            )
         self.validations.append(
             Validation(trainer.global_step, scores, self.pruner.sparsity, self.is_dense(), self.is_finished())
         )
@@ -106,7 +113,14 @@ class Recorder(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock for good."""
-        self.loop_seconds += time.perf_counter() - self._began
+        self._stop()
+
+    def _running(self) -> float:
+        """Seconds since the clock was started; 0 while it stands."""
+        return 0.0 if self._began is None else time.perf_counter() - self._began
+
+    def _stop(self) -> None:
+        self.loop_seconds, self._began = self.loop_seconds + self._running(), None
 
 
 class BestWhile(ModelCheckpoint):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import srnn
 from srnn.inference.packing import PackedModel
-from srnn.pruning.methods import PruningMethod
 from srnn.pruning.pruner import Pruner
 from srnn.recording.recorder import Recorder, Validation
 
@@ -126,8 +125,9 @@ def _bytes_per_nonzero(packed: PackedModel) -> float | None:
     return stored / entries if entries else None
 
 
-def recurrent_matrix(model: nn.Module, method: PruningMethod) -> tuple[str, Tensor] | None:
-    """Name and weight of the matrix to show: the first recurrent one, else the first that is pruned."""
-    matrices = {name: w for name, w in model.state_dict().items() if w.ndim == 2 and method.layer_types}
+def recurrent_matrix(model: nn.Module, pruner: Pruner) -> tuple[str, Tensor] | None:
+    """Name and weight of the matrix to show: the first recurrent one that is pruned, else the first that is."""
+    pruned = pruner.masks()
+    matrices = {name: w for name, w in model.state_dict().items() if w.ndim == 2 and name in pruned}
     names = sorted(matrices, key=lambda name: "weight_hh" not in name)
     return (names[0], matrices[names[0]]) if names else None

@@ -6,6 +6,8 @@ Whatever W&B does, a run goes on: its results are in its own folder, and W&B onl
 from __future__ import annotations
 
 import os
+import secrets
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +21,19 @@ from srnn.run_folder import RunFolder
 
 ONLINE_TIMEOUT = 20.0  # seconds a dead network may cost before the run goes on offline
 STEP = "trainer/global_step"  # what curves go over
+# Of the environment -> what decides instead.
+PASSED_OVER = {
+    "WANDB_MODE": "tracking.mode decides",
+    "WANDB_PROJECT": "tracking.project decides",
+    "WANDB_NAME": "tracking.name decides",
+    "WANDB_RUN_GROUP": "tracking.group decides",
+    "WANDB_TAGS": "tracking.tags decides",
+    "WANDB_RUN_ID": "each run has an id of its own",
+    "WANDB_RESUME": "srnn resume=RUN resumes the W&B run of its folder",
+    "WANDB_DIR": "W&B's files are in the run's folder",
+    "WANDB_JOB_TYPE": "it is train or compare",
+}
+_said: set[str] = set()  # lines that are printed once a process
 _unreachable: set[str] = set()  # servers that a run of this process has waited for in vain
 
 
@@ -40,9 +55,10 @@ def wandb_run(
     Raises:
         UserError: ``mode=online`` without an API key.
     """
-    if tracking.mode == "disabled":
+    if tracking.mode == "disabled" or _is_off():
         yield None
         return
+    _say_what_is_passed_over()
     # W&B stages artifacts and reads settings in the user's home unless told otherwise, for each run anew.
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR"):
         os.environ[name] = str(RunFolder(folder).wandb / "staging")
@@ -58,6 +74,28 @@ def wandb_run(
     finally:
         with carefully("the end of the run"):
             _finish(run, int(failed))
+
+
+def _is_off() -> bool:
+    """Whether the environment switches W&B off, as W&B's own documents tell; said once."""
+    for name, values in (("WANDB_MODE", ("disabled",)), ("WANDB_DISABLED", ("true", "1", "yes"))):
+        if os.environ.get(name, "").lower() in values:
+            _say_once(f"{name}={os.environ[name]}: no W&B run is kept.")
+            return True
+    return False
+
+
+def _say_what_is_passed_over() -> None:
+    """A run's config says all about its W&B run, so that it can be repeated; say what the environment says in vain."""
+    for name, option in PASSED_OVER.items():
+        if name in os.environ:
+            _say_once(f"{name}={os.environ[name]} is passed over: {option}.")
+
+
+def _say_once(line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        print(f"srnn: {line}", file=sys.stderr)
 
 
 def define_scores(run: Any, objective: str) -> None:
@@ -90,8 +128,9 @@ def _start(
         "config": dict(config),
         "settings": wandb.Settings(init_timeout=ONLINE_TIMEOUT, silent=True),
     }
-    if earlier := _runs(folder):
-        options |= {"id": _id_of(earlier[-1]), "resume": "allow"}
+    # Of its own, or an earlier one's: an id in the environment would make one run of all jobs of a sweep.
+    earlier = _runs(folder)
+    options |= {"id": _id_of(earlier[-1]) if earlier else secrets.token_hex(4), "resume": "allow"}
     # Whatever W&B raises, it must not cost the run: offline where online fails, and without it where that fails.
     modes = dict.fromkeys([tracking.mode, "offline"])
     if _host() in _unreachable:
@@ -134,7 +173,7 @@ def _host() -> str:
 def sync_command(folder: Path) -> str | None:
     """What uploads an offline run later, the parts of a resumed one in order; None if there is none."""
     runs = [run for run in _runs(folder) if run.name.startswith("offline")]
-    return f"wandb sync {' '.join(map(str, runs))}" if runs else None
+    return f"wandb sync {shlex.join(map(str, runs))}" if runs else None
 
 
 def _runs(folder: Path) -> list[Path]:

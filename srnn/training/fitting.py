@@ -51,7 +51,7 @@ def fit(run: Run, folder: RunFolder, wandb: Any = None) -> Recorder:
             enable_checkpointing=True,
             enable_progress_bar=first,
             plugins=[AtomicCheckpoints()],
-            **run.place.trainer_options(),
+            place=run.place,
         )
         with all_ranks(folder.path, run.place, run.checkpoint is not None):
             try:
@@ -79,8 +79,20 @@ def _callbacks(run: Run, folder: RunFolder, recorder: Recorder, last: LastCheckp
     ]
 
 
-def trainer_for(chosen: TrainerConfig, callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
-    """Lightning's Trainer of a config's ``trainer``. Raises UserError for what cannot be used here."""
+def trainer_for(
+    chosen: TrainerConfig, callbacks: list[pl.Callback], place: Place | None = None, **options: Any
+) -> pl.Trainer:
+    """Lightning's Trainer of a config's ``trainer``. Raises UserError for what cannot be used here.
+
+    Args:
+        chosen: the options.
+        callbacks: all there are.
+        place: of this process among the run's; None for the only one.
+        options: more, of Lightning's Trainer.
+    """
+    placed = (place or Place()).trainer_options()
+    plugins = [*placed.pop("plugins", []), *options.pop("plugins", [])]
+    quiet_by_default = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     try:
         trainer = pl.Trainer(
             accelerator=chosen.accelerator,
@@ -92,7 +104,8 @@ def trainer_for(chosen: TrainerConfig, callbacks: list[pl.Callback], **options: 
             num_sanity_val_steps=0,
             enable_model_summary=False,
             callbacks=callbacks,
-            **({"devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False} | options),
+            plugins=plugins,
+            **(quiet_by_default | placed | options),
         )
     except MisconfigurationException as error:
         asked = f"trainer.accelerator={chosen.accelerator}"
@@ -114,7 +127,7 @@ def check_devices(chosen: TrainerConfig, place: Place) -> None:
             f"trainer.devices={chosen.devices} starts its own processes, and this one was started as one of several "
             f"(LOCAL_RANK={os.environ['LOCAL_RANK']}): start srnn once, without torchrun or the like."
         )
-    trainer_for(chosen, [], **place.trainer_options())
+    trainer_for(chosen, [], place)
 
 
 def _check_graph(chosen: TrainerConfig, trainer: pl.Trainer) -> None:

@@ -14,11 +14,12 @@ from srnn.run_folder import RunFolder
 from srnn.terminal import console
 from srnn.training.fitting import fit, quiet
 from srnn.training.preparing import prepare
-from srnn.training.processes import Place
+from srnn.training.processes import Place, keep_channel
 
 
 def main() -> int:
     """Train with the others; returns 1 if that fails."""
+    keep_channel()
     folder = RunFolder(Path(sys.argv[1]))
     rank, count, port, resumes = map(int, sys.argv[2:])
     console.quiet = True

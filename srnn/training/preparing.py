@@ -183,5 +183,5 @@ def _start_from(model: nn.Module, initial: Initial) -> dict[str, Any]:
     match = load_weights(model, initial)
     console.print(f"init_from {initial.path}: {match.lines()[0]}", soft_wrap=True)
     for line in match.lines()[1:]:
-        console.print(f"  {line}", markup=False, soft_wrap=True)
+        console.print(f"  {line}", soft_wrap=True)
     return {"path": str(initial.path), **vars(match)}

@@ -7,6 +7,7 @@ resumed, part of a sweep or run by a launcher. Gradients are averaged by torch's
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -25,11 +26,13 @@ import torch.distributed as dist
 from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities import rank_zero_only
 
 from srnn.distributed import forget_groups
 from srnn.errors import UserError
 
 GRACE = 3.0  # seconds in which a rank notices by itself that another has failed
+READY = 600.0  # seconds in which all ranks have to have read the data and be ready to train
 PATIENCE = 60.0  # seconds in which ranks have to end once one has failed or all are done
 SET = ("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")  # by Lightning, in the environment of this process
 
@@ -54,9 +57,13 @@ class Place:
         return cls(0, count, find_free_network_port() if count > 1 else 0)
 
     def trainer_options(self) -> dict[str, Any]:
-        """For Lightning's Trainer."""
+        """For Lightning's Trainer, which would take its rank from whatever allocation this process runs in.
+
+        A task of ``srun`` or a container may have RANK, LOCAL_RANK or SLURM_PROCID set though it is a run of its own.
+        """
+        rank_zero_only.rank = self.rank  # type: ignore[attr-defined]  # read from the environment when Lightning is imported
         if self.count == 1:
-            return {}
+            return {"devices": 1, "plugins": [_OneHost(self)]}
         strategy = DDPStrategy(cluster_environment=_OneHost(self))
         return {"devices": self.count, "strategy": strategy, "use_distributed_sampler": False}
 
@@ -148,10 +155,9 @@ def _others(folder: Path, place: Place, resumes: bool) -> Iterator[None]:
         for rank in range(1, place.count):
             errors.append(tempfile.TemporaryFile())  # noqa: SIM115
             processes.append(_start(folder, Place(rank, place.count, place.port), resumes, errors[-1]))
-        for process in processes:
-            assert process.stdout is not None
-            if process.stdout.read() != b"ready":
-                raise RuntimeError("a rank ended before training")
+        deadline = time.monotonic() + READY
+        for rank, process in enumerate(processes, start=1):
+            _await_ready(rank, process, deadline)
         threading.Thread(target=_watch, args=(processes, left), daemon=True).start()
         yield
         _wait(processes)
@@ -165,6 +171,28 @@ def _others(folder: Path, place: Place, resumes: bool) -> Iterator[None]:
         left.set()
         for file in errors:
             file.close()
+
+
+def _await_ready(rank: int, process: subprocess.Popen[bytes], deadline: float) -> None:
+    """Until a rank has said that it is ready to train.
+
+    Raises:
+        RuntimeError: it ended before.
+        UserError: it is still not ready at the deadline; a plug-in may hang in its import.
+    """
+    assert process.stdout is not None
+    said = b""
+    while said != b"ready":
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
+            raise UserError(
+                f"rank {rank} was not ready to train within {READY:.0f} seconds; the run is stopped. Does a plug-in "
+                f"wait for something when it is imported? SRNN_DEBUG=1 shows all that ranks say."
+            )
+        some = os.read(process.stdout.fileno(), 64)
+        if not some:
+            raise RuntimeError("a rank ended before training")
+        said += some
 
 
 def _start(folder: Path, place: Place, resumes: bool, errors: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -216,9 +244,22 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]], left: threading.Event) 
             return
 
 
+_channel = 1  # where a rank says that it is ready
+
+
+def keep_channel() -> None:
+    """In another rank, before anything else: keep what was stdout for itself, and print to stderr from now on.
+
+    Plug-ins are anybody's code, and may print: what they say is not to be taken for the rank's own word.
+    """
+    global _channel
+    _channel = os.dup(1)
+    os.dup2(2, 1)
+
+
 @contextmanager
 def _announced() -> Iterator[None]:
-    """In another rank: tell rank 0 that it is ready, by closing its stdout, and end when rank 0 is gone."""
+    """In another rank: tell rank 0 that it is ready, and end when rank 0 is gone."""
     parent = os.getppid()
 
     def follow() -> None:
@@ -227,8 +268,7 @@ def _announced() -> Iterator[None]:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-    os.write(1, b"ready")
-    os.dup2(2, 1)
+    os.write(_channel, b"ready")
     yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -79,17 +80,24 @@ def resume(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"resume={folder}: this run is finished. To train its network further, start a run with init_from={folder}."
         )
+    home = RunFolder(folder.resolve())
     with home.locked():
         settings = read_settings(home.config)
         if not environment.read_environment(home):
             environment.write_environment(home, environment.environment(["srnn", f"resume={folder}"]))
-        if home.last.exists():
-            return _run(settings, home, home.last)
-        others = ", ".join(sorted(path.name for path in home.checkpoints.glob("*.ckpt")))
-        last = home.last.relative_to(home.path)
-        why = f"{last} is not there, only {others}" if others else "It was stopped before its first checkpoint"
-        console.print(f"{why}: it starts from the beginning.")
-        return _run(settings, home, None)
+        with environment.started_in(home):
+            return _run(settings, home, _last_checkpoint(home))
+
+
+def _last_checkpoint(folder: RunFolder) -> Path | None:
+    """What a stopped run is resumed from; None, and a word on it, if there is nothing."""
+    if folder.last.exists():
+        return folder.last
+    others = ", ".join(sorted(path.name for path in folder.checkpoints.glob("*.ckpt")))
+    last = folder.last.relative_to(folder.path)
+    why = f"{last} is not there, only {others}" if others else "It was stopped before its first checkpoint"
+    console.print(f"{why}: it starts from the beginning.")
+    return None
 
 
 def _run(settings: Settings, folder: RunFolder, checkpoint: Path | None) -> dict[str, Any]:
@@ -111,12 +119,12 @@ def _run(settings: Settings, folder: RunFolder, checkpoint: Path | None) -> dict
         try:
             recorder = fit(run, folder, wandb)
         except KeyboardInterrupt:
-            console.print(f"Go on with it: srnn resume={folder}", soft_wrap=True)
+            console.print(f"Go on with it: srnn {shlex.quote(f'resume={folder}')}", soft_wrap=True)
             raise
         report = _finish(run, folder, recorder)
         report["seconds"]["total"] = time.perf_counter() - began
-        matrix = recurrent_matrix(run.model, run.method)
-        plots = plot_run(folder, report["phases"], report["layers"], matrix)
+        matrix = recurrent_matrix(run.model, recorder.pruner)
+        plots = plot_run(folder, report["phases"], report["layers"], matrix, run.objective.loss_name)
         write_atomically(folder.report, json.dumps(report, indent=2).encode())
         if wandb is not None:
             log_results(wandb, folder, summary_of(report), report["layers"], plots)
