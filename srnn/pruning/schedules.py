@@ -10,11 +10,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Annotated, Literal
 
 from srnn.errors import UserError
-from srnn.pruning.scores import Score
 from srnn.registry import Range
 
 When = int | float | str  # steps, a fraction of the whole run, "3 epochs", or "auto": the paper's heuristic
@@ -263,53 +261,3 @@ def _resolve_freq(freq: Freq, start_itr: int, end_itr: int, ended: str, run: Run
             f"{end_itr - start_itr}, so at most {coarsest}; or leave it at auto."
         )
     return chosen
-
-
-def expected_sparsity(epsilon_over_q: float, sparsity: float, block: int = 1, score: Score = "max") -> float:
-    """Share of units under the threshold if weights are normal and ``sparsity`` of the units lie under q.
-
-    Args:
-        epsilon_over_q: the threshold.
-        sparsity: the share under q.
-        block: weights of a unit.
-        score: what stands for a block.
-    """
-    unit = NormalDist()
-    if block == 1 or score == "max":  # P(all of a block's |w| < x) = erf(x / sqrt 2)^block
-        q = unit.inv_cdf((1 + sparsity ** (1 / block)) / 2)
-        return float(math.erf(max(0.0, epsilon_over_q) * q / math.sqrt(2)) ** block)
-    if score == "mean":
-        mean = math.sqrt(2 / math.pi)
-        blocks = NormalDist(mean, math.sqrt((1 - mean**2) / block))
-        return blocks.cdf(epsilon_over_q * blocks.inv_cdf(sparsity))
-    variance = 2 / (9 * block)  # Wilson and Hilferty: the cube root of a mean square is nearly normal
-    roots = NormalDist(1 - variance, math.sqrt(variance))
-    return roots.cdf(max(0.0, epsilon_over_q) ** (2 / 3) * roots.inv_cdf(sparsity))
-
-
-def expected_n_of_m(epsilon_over_q: float, keep: int, of: int, runs: int | None = None) -> float:
-    """Share of weights under the threshold and not among the ``keep`` largest of their run of ``of``, if normal.
-
-    Args:
-        epsilon_over_q: the threshold.
-        keep: weights that stay of each run.
-        of: weights of a run.
-        runs: None if ``q`` is what the share 1 - keep / of of all single weights lies under; else it is the largest
-            weight that may go in so many runs, which is what ``q="auto"`` estimates.
-    """
-    if runs is None:
-        q = NormalDist().inv_cdf(1 - keep / of / 2)
-    else:  # the median of the largest: runs * P(a run's largest that may go exceeds q) = log 2
-        low, q = 0.0, 40.0
-        while q - low > 1e-6:
-            middle = (low + q) / 2
-            more = runs * sum(
-                _binomial(of, math.erfc(middle / math.sqrt(2)), above) for above in range(keep + 1, of + 1)
-            )
-            low, q = (middle, q) if more > math.log(2) else (low, middle)
-    under = math.erf(max(0.0, epsilon_over_q) * q / math.sqrt(2))
-    return sum(_binomial(of, under, count) * min(count, of - keep) for count in range(of + 1)) / of
-
-
-def _binomial(n: int, share: float, count: int) -> float:
-    return math.comb(n, count) * share**count * (1 - share) ** (n - count)

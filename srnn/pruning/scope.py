@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,14 @@ from srnn.formats import Structure
 from srnn.pruning.groups import Group
 from srnn.pruning.parts import Part
 from srnn.pruning.scores import Score
-from srnn.registry import Component, Range, check_options
+from srnn.registry import Component, check_options
+from srnn.registry.option_types import Share
 
 LayerType = Literal["recurrent", "linear", "embedding", "convolution"]
 LAYER_TYPES: tuple[LayerType, ...] = get_args(LayerType)
 DEFAULT_LAYER_TYPES: tuple[LayerType, ...] = ("recurrent", "linear", "embedding")  # the paper's, and embeddings
 _ORDER = (*LAYER_TYPES, "other")
-Share = Literal["layer_type", "matrix", "global"]
+Sharing = Literal["layer_type", "matrix", "global"]
 Scope = dict[str, dict[str, Any]]  # pattern -> settings, those of Rule
 
 
@@ -39,7 +40,7 @@ class Rule:
         keep_diagonal: the recurrent diagonal stays.
     """
 
-    sparsity: Annotated[float, Range(ge=0, lt=1)] | None = None
+    sparsity: Share | None = None
     structure: str | None = None
     score: Score | None = None
     keep_diagonal: bool | None = None
@@ -124,7 +125,7 @@ def build_groups(
     model: nn.Module,
     layer_types: Sequence[str],
     scope: Scope | None,
-    share: Share,
+    share: Sharing,
     sparsity: float | None,
     structure: Structure,
     score: Score,

@@ -14,7 +14,20 @@ from srnn.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, written in its annotation: ``Annotated[float, Range(gt=0, lt=1)]``."""
+    """Bounds of a number, written in its annotation: ``Annotated[float, Range(gt=0, lt=1)]``.
+
+    Example:
+        >>> print(Range(gt=0, lt=1))
+        above 0 and below 1
+        >>> Range(gt=0, lt=1).check(0.9)
+        0.9
+
+    Attributes:
+        gt: the number is above it.
+        ge: the number is at least that.
+        lt: the number is below it.
+        le: the number is at most that. None, for all four, sets no bound.
+    """
 
     gt: float | None = None
     ge: float | None = None
@@ -28,9 +41,14 @@ class Range:
         )
 
     def check(self, value: Any) -> Any:
-        """Return ``value``, or raise ``ValueError`` saying what is allowed. Only numbers have bounds."""
+        """Return ``value`` as it is. Only numbers have bounds: ``"auto"`` or null beside them pass.
+
+        Raises:
+            ValueError: a number out of bounds, NaN among them; says what is allowed.
+        """
         if isinstance(value, bool) or not isinstance(value, int | float):
             return value
+        # Written so that NaN, of which every comparison is false, is out of any bounds.
         inside = (
             (self.gt is None or value > self.gt)
             and (self.ge is None or value >= self.ge)
@@ -50,7 +68,13 @@ class Range:
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a component: what its signature says."""
+    """One option of a component: what its signature says.
+
+    Attributes:
+        name: of the argument.
+        type: its annotation, with ``Range`` where it has bounds.
+        default: ``inspect.Parameter.empty`` where there is none.
+    """
 
     name: str
     type: Any
@@ -68,7 +92,14 @@ def _fields(factory: Callable[..., Any]) -> tuple[Field[Any], ...]:
 
 @dataclass(frozen=True)
 class Component:
-    """A registered class or function and where it comes from."""
+    """A registered class or function, its schema, and where it comes from.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        name: what configs call it.
+        factory: the class or function.
+        origin: the module and name, or the plug-in, for messages and ``srnn list``.
+    """
 
     kind: str
     name: str
@@ -99,7 +130,11 @@ class Component:
         return [p.name for p, _ in self._arguments if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
     def pick(self, supplied: Mapping[str, Any]) -> dict[str, Any]:
-        """Of what the run supplies, what this component takes. Raises UserError for what it wants and is not there."""
+        """Of what the run supplies, what this component takes.
+
+        Raises:
+            UserError: it needs something that is not supplied.
+        """
         target = self.factory.__init__ if inspect.isclass(self.factory) else self.factory
         if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values()):
             return dict(supplied)
@@ -122,7 +157,14 @@ class Component:
 
 
 def check_ranges(component: object) -> None:
-    """Check the bounds in a dataclass's annotations, for those who build it in code and not from a config."""
+    """Check the bounds in a dataclass's annotations, for those who build it in code and not from a config.
+
+    Args:
+        component: an instance of a dataclass.
+
+    Raises:
+        UserError: a number is out of bounds; names the attribute.
+    """
     for name, annotation in typing.get_type_hints(type(component), include_extras=True).items():
         for mark in _ranges(annotation):
             try:
