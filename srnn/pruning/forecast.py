@@ -60,7 +60,7 @@ def expected_n_of_m(epsilon_over_q: float, keep: int, of: int, runs: int | None 
 
     Example:
         >>> round(expected_n_of_m(2.0, 2, 4), 2)
-        0.46
+        0.49
     """
     if runs is None:
         q = NormalDist().inv_cdf(1 - keep / of / 2)

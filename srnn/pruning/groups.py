@@ -56,7 +56,7 @@ class Group:
     soft: bool = False
 
     def __post_init__(self) -> None:
-        # Cut once: pieces are views, and the parameters keep their memory as long as the pruner is used.
+        # Cut once: a piece holds a place in its parameter, not values, so that it never goes stale.
         self.pieces = [piece for part in self.parts for piece in part.pieces(self.structure.rows)]
         if self.sparsity is not None:
             self.target = self.zeros_for(self.sparsity)
@@ -80,7 +80,7 @@ class Group:
     def zeros_for(self, sparsity: float) -> int:
         """How many weights have to be zero for a sparsity, to the nearest; those that must stay are left out."""
         # One weight stays, however few there are: a group of zeros has no threshold, and passes nothing on. Rounded
-        # half up, because Python's own rounding, half to even, would depend on the parity of the size.
+        # half up: Python's own rounding, half to even, goes now up and now down.
         wanted = min(self.size - 1, math.floor(sparsity * self.size + 0.5))
         return min(wanted, self._prunable) if self.structure.of else wanted
 
@@ -138,7 +138,7 @@ class Group:
         """How many weights may be zero: all but those that N:M and the diagonal keep."""
         free = 0
         for piece in self.pieces:
-            # With equal scores it is N:M's choice alone that is infinite, and that of the diagonal.
+            # N:M keeps N of each M whatever the scores are, so equal ones tell how many.
             sizes = self.structure.sizes(piece.shape, piece.mask.device)
             free += int(sizes[self._protect(piece, torch.zeros(len(sizes), device=sizes.device)).isfinite()].sum())
         return free

@@ -17,7 +17,7 @@ from srnn.formats import Structure
 from srnn.pruning.parts import PIECE, Piece
 
 Scorer = Callable[[Piece], Tensor]  # the scores of a piece's units, [U]
-BINS = 1 << 16  # half of the 32 bits of a score: two passes find it, and a histogram fits into the cache
+BINS = 1 << 16  # half of the 32 bits of a score: two passes find it, and a histogram takes 0.5 MB
 
 
 class Ranking:
@@ -49,7 +49,7 @@ class Ranking:
             yield piece, self._held[index] if self._held is not None else self.scorer(piece).float()
 
     def kth_smallest(self, k: int) -> float:
-        """The ``k``-th smallest score, counted from 1; the same number by each of the three ways."""
+        """The ``k``-th smallest score, counted from 1."""
         if self._held is None:
             return _kth_by_bits((scores for _, scores in self), (scores for _, scores in self), k)
         scores = torch.cat(self._held)
@@ -107,8 +107,8 @@ class Ranking:
     def keep_largest(self, count: int) -> float:
         """Set the masks: keep exactly ``count`` units, the largest. Returns the smallest score kept."""
         boundary = self.kth_smallest(self.units - count + 1)
-        # All above the boundary stay, and as many of its equals as are still missing: whole networks of equal scores
-        # (zeros, int8 steps) are cut to the exact count too.
+        # All above the boundary stay, and as many of its equals as are still missing: a matrix of equal scores, such as
+        # zeros, is cut to the exact count too.
         left = count - sum(int((scores > boundary).sum()) for _, scores in self)
         for piece, scores in self:
             keep = scores > boundary

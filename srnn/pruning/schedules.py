@@ -26,9 +26,16 @@ UPDATES = 50  # thresholds move at least this often between start_itr and end_it
 class RunLength:
     """How long the training is.
 
+    Example:
+        >>> RunLength(total_steps=2000, steps_per_epoch=100).epochs
+        20.0
+
     Attributes:
         total_steps: optimiser steps.
         steps_per_epoch: optimiser steps of a pass over the data; left out, the run counts as 20 epochs, the paper's.
+
+    Raises:
+        UserError: less than one step.
     """
 
     total_steps: int
@@ -38,6 +45,7 @@ class RunLength:
         if self.total_steps < 1 or self.steps_per_epoch < 0:
             raise UserError(f"pruning needs the number of optimiser steps of the run, at least 1; got {self!r}.")
         if not self.steps_per_epoch:
+            # What a frozen dataclass allows in its own making.
             object.__setattr__(self, "steps_per_epoch", self.total_steps / PAPER_EPOCHS)
 
     def __str__(self) -> str:
@@ -59,6 +67,10 @@ def iteration(key: str, when: When, heuristic: float, run: RunLength) -> int:
         heuristic: the paper's choice, in steps.
         run: the length of the training.
 
+    Example:
+        >>> [iteration("at", when, 500.0, RunLength(2000, 100)) for when in (800, 0.25, "3 epochs", "auto")]
+        [800, 500, 300, 500]
+
     Raises:
         UserError: a fraction outside 0..1, a negative step, other words, or ``auto`` in a run of fewer than 5 epochs.
     """
@@ -78,7 +90,7 @@ def iteration(key: str, when: When, heuristic: float, run: RunLength) -> int:
                 f"such as '3 epochs', or auto."
             )
         return round(float(epochs[1]) * run.steps_per_epoch)
-    if isinstance(when, float):
+    if isinstance(when, float):  # 1.0 is the end of the run, and 1 its first step
         if not 0 <= when <= 1:
             raise UserError(
                 f"{key}={when} must be a fraction of the run between 0.0 and 1.0, or a whole number of steps."
@@ -105,6 +117,11 @@ class GradualSchedule:
         end_itr: no weight is pruned from here on.
         freq: iterations between two updates.
         phi_ratio: phi / theta; the paper uses 1.5 to 2.
+
+    Example:
+        >>> schedule = GradualSchedule(start_itr=100, ramp_itr=500, end_itr=1000, freq=100)
+        >>> list(schedule.updates)[:3], f"{schedule.epsilon(900, q=1.0):.2f}"
+        ([200, 300, 400], '0.87')
     """
 
     start_itr: int
@@ -128,7 +145,10 @@ class GradualSchedule:
         return 2 * q * self.freq / span
 
     def epsilon(self, itr: int, q: float) -> float:
-        """The threshold at iteration ``itr``."""
+        """The threshold at iteration ``itr``, in the unit of ``q``.
+
+        As printed, ``+ 1`` in both pieces: at ``end_itr`` it would be q, with phi = 1.5 theta, up to these.
+        """
         theta = self.theta(q)
         if itr < self.ramp_itr:
             return theta * (itr - self.start_itr + 1) / self.freq
@@ -158,7 +178,7 @@ class CubicSchedule:
         return range(self.start_itr, self.end_itr + 1, self.freq)
 
     def sparsity(self, itr: int, final: float) -> float:
-        """s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3."""
+        """s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3, a share from 0 to 1."""
         left = 1 - (min(max(itr, self.start_itr), self.end_itr) - self.start_itr) / (self.end_itr - self.start_itr)
         return final + (self.initial - final) * left**3
 
