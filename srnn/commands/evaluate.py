@@ -11,7 +11,7 @@ from srnn.commands.options import Parser, packed_file
 from srnn.errors import UserError
 
 if TYPE_CHECKING:
-    from srnn.datasets.base import Part
+    from srnn.datasets.base import Split
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _limits(folder: Path) -> dict[Part, int]:
+def _limits(folder: Path) -> dict[Split, int]:
     """Part -> how many batches of it the run scored, where it did not take all; empty where there is no report."""
     try:
         return dict(json.loads((folder / "report.json").read_text())["limits"])

@@ -27,17 +27,17 @@ class PruningCallback(pl.Callback):
         >>> class Echo(pl.LightningModule):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.rnn = torch.nn.GRU(8, 8, batch_first=True)
+        ...         self.rnn = torch.nn.GRU(16, 16, batch_first=True)
         ...     def training_step(self, x_BTI, _):
         ...         return (self.rnn(x_BTI)[0] - x_BTI).square().mean()
         ...     def configure_optimizers(self):
         ...         return torch.optim.Adam(self.parameters())
         >>> pruning = PruningCallback("gradual", sparsity=0.9)
         >>> trainer = pl.Trainer(
-        ...     max_epochs=10, accelerator="cpu", callbacks=[pruning], logger=False, enable_checkpointing=False,
+        ...     max_epochs=5, accelerator="cpu", callbacks=[pruning], logger=False, enable_checkpointing=False,
         ...     enable_progress_bar=False, enable_model_summary=False,
         ... )
-        >>> trainer.fit(Echo(), torch.utils.data.DataLoader(torch.randn(64, 5, 8), batch_size=8))
+        >>> trainer.fit(Echo(), torch.utils.data.DataLoader(torch.randn(64, 5, 16), batch_size=8))
         >>> round(pruning.pruner.sparsity, 2)
         0.9
 

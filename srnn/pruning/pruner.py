@@ -37,11 +37,12 @@ class Pruner:
     Example:
         >>> import torch
         >>> from srnn import Pruner
-        >>> model = torch.nn.GRU(8, 32)
+        >>> model = torch.nn.GRU(16, 16)
         >>> optimizer = torch.optim.Adam(model.parameters())
-        >>> pruner = Pruner(model, "cubic", 60, optimizer, sparsity=0.9, structure="16x1")
+        >>> pruner = Pruner(model, "cubic", 60, optimizer, sparsity=0.9)
         >>> for _ in range(60):
-        ...     model(torch.randn(5, 4, 8))[0].square().mean().backward()
+        ...     x_TBI = torch.randn(5, 4, 16)
+        ...     (model(x_TBI)[0] - x_TBI).square().mean().backward()
         ...     optimizer.step()
         ...     updated = pruner.step()
         ...     optimizer.zero_grad()

@@ -59,21 +59,12 @@ class PruningMethod(ABC):
 
     Example:
         >>> import torch
-        >>> from srnn.pruning import Pruner, Shared
-        >>> class EveryTenth(Shared):
-        ...     "Prunes in equal parts, every tenth step."
-        ...     def prepare(self, run, groups, reference):
-        ...         self.updates = range(10, run.total_steps, 10)
-        ...         self.dense_until, self.done_from = 9, self.updates[-1]
-        ...     def update(self, itr, group):
-        ...         group.prune_to(group.target * itr // self.done_from)
-        >>> pruner = Pruner(torch.nn.GRU(4, 8), EveryTenth(sparsity=0.6), 40)
-        >>> for _ in range(40):
-        ...     if pruner.step():
-        ...         print(f"{pruner.itr}: {pruner.sparsity:.1f}")
-        10: 0.2
-        20: 0.4
-        30: 0.6
+        >>> from srnn.pruning import Cubic, Pruner
+        >>> pruner = Pruner(torch.nn.GRU(4, 8), Cubic(sparsity=0.8), run=100)
+        >>> pruner.method.phases
+        {'start_itr': 5, 'end_itr': 50}
+        >>> [f"{pruner.method.expected(itr, pruner.groups[0]):.2f}" for itr in (5, 20, 50)]
+        ['0.00', '0.56', '0.80']
 
     Attributes:
         layer_types: which weights it prunes.
@@ -181,6 +172,19 @@ class PruningMethod(ABC):
 class Structured(PruningMethod):
     """Options of every method that chooses weights. A subclass says which of them share a threshold.
 
+    Example:
+        >>> import torch
+        >>> class HalfOfEach(Structured):
+        ...     "Prunes half of each matrix in the fifth step."
+        ...     def groups(self, model):
+        ...         return self._groups(model, "matrix", 0.5)
+        ...     def prepare(self, run, groups, reference):
+        ...         self.updates, self.dense_until, self.done_from = [5], 4, 5
+        ...     def update(self, itr, group):
+        ...         group.prune_to(group.target)
+        >>> [f"{group.name}: {group.target}" for group in HalfOfEach().groups(torch.nn.GRU(4, 8))]
+        ['weight_ih_l0: 48', 'weight_hh_l0: 96']
+
     Attributes:
         layer_types: which weights are pruned.
         structure: what is kept or zeroed as a whole: ``element``, ``16x1``, ``4x4``, ``2:4``.
@@ -205,6 +209,7 @@ class Structured(PruningMethod):
         Structure.parse(self.structure)
 
     def _groups(self, model: nn.Module, share: Sharing, sparsity: float) -> list[Group]:
+        """What ``groups`` of a subclass returns, with these options."""
         structure = Structure.parse(self.structure)
         return build_groups(
             model, self.layer_types, self.scope, share, sparsity, structure, self.score, self.keep_diagonal
@@ -214,6 +219,24 @@ class Structured(PruningMethod):
 @dataclass(kw_only=True)
 class Shared(Structured):
     """Options of methods under a threshold that weights share; most methods derive from it.
+
+    Example:
+        >>> import torch
+        >>> from srnn.pruning import Pruner, Shared
+        >>> class EveryTenth(Shared):
+        ...     "Prunes in equal parts, every tenth step."
+        ...     def prepare(self, run, groups, reference):
+        ...         self.updates = range(10, run.total_steps, 10)
+        ...         self.dense_until, self.done_from = 9, self.updates[-1]
+        ...     def update(self, itr, group):
+        ...         group.prune_to(group.target * itr // self.done_from)
+        >>> pruner = Pruner(torch.nn.GRU(4, 8), EveryTenth(sparsity=0.6), 40)
+        >>> for _ in range(40):
+        ...     if pruner.step():
+        ...         print(f"{pruner.itr}: {pruner.sparsity:.1f}")
+        10: 0.2
+        20: 0.4
+        30: 0.6
 
     Attributes:
         sparsity: the share of zeros asked for, between 0 and 1.
