@@ -6,7 +6,7 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -68,6 +68,23 @@ class Rule:
         if "structure" in settings:
             settings["structure"] = Structure.parse(settings["structure"], f"{where}.structure")
         return settings
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """The settings of a group, where no rule changes them.
+
+    Attributes:
+        sparsity: the share of zeros, 0 to below 1; None where it is not asked for.
+        structure: what is kept or zeroed as a whole.
+        score: what stands for a block.
+        keep_diagonal: the recurrent diagonal stays.
+    """
+
+    sparsity: float | None = None
+    structure: Structure = field(default_factory=Structure)
+    score: Score = "max"
+    keep_diagonal: bool = False
 
 
 @dataclass
@@ -139,10 +156,7 @@ def build_groups(
     layer_types: Sequence[str],
     scope: Scope | None,
     share: Sharing,
-    sparsity: float | None,
-    structure: Structure,
-    score: Score,
-    keep_diagonal: bool,
+    settings: GroupSettings,
 ) -> list[Group]:
     """The groups of a model that share a threshold: by layer type, then in the model's order.
 
@@ -153,7 +167,7 @@ def build_groups(
             may end with gates: ``"*.weight_hh_l0[z]"``, of torch's ``r z n`` (GRU) or ``i f g o`` (LSTM). It
             also selects what ``layer_types`` leaves out.
         share: which weights share a threshold, as far as their settings are the same.
-        sparsity, structure, score, keep_diagonal: the settings of what no pattern names.
+        settings: of what no pattern names.
 
     Warns where a structure is larger than all the weights that it is for.
 
@@ -163,7 +177,7 @@ def build_groups(
     # A stable sort: within a layer type the model's own order stays, on which ties and checkpoints depend.
     weights = sorted(prunable(model), key=lambda weight: _ORDER.index(weight.layer_type))
     rules = _Rules(scope or {}, weights)
-    general = {"sparsity": sparsity, "structure": structure, "score": score, "keep_diagonal": keep_diagonal}
+    general = vars(settings)
     members: dict[tuple[Any, ...], list[Part]] = {}
     for weight in weights:
         # Contiguous whatever the parameter is, so that parts and pieces of it are views that can be written to.
@@ -173,12 +187,12 @@ def build_groups(
                 weight.names[0], weight.parameter, mask, weight.layer_type, weight.gates, first, count, frozenset(own)
             )
             # A weight that a pattern names is selected, whatever its type; sparsity 0 leaves it out, whatever names it.
-            settings = general | own
+            together = general | own
             selected = weight.layer_type in layer_types or bool(own)
-            if selected and settings["sparsity"] != 0:
+            if selected and together["sparsity"] != 0:
                 # The settings are part of the key: weights with other ones cannot share a threshold.
                 key = {"layer_type": weight.layer_type, "matrix": part.name, "global": "all"}[share]
-                members.setdefault((key, *settings.values()), []).append(part)
+                members.setdefault((key, *together.values()), []).append(part)
     groups = [_group(key, general, parts) for key, parts in members.items()]
     keeping = [part for group in groups if group.keep_diagonal for part in group.parts]
     if keeping and not any(part.is_square for part in keeping):

@@ -18,7 +18,7 @@ from srnn.formats import Structure
 from srnn.pruning.groups import Group, magnitude
 from srnn.pruning.parts import Part, Piece
 from srnn.pruning.schedules import RunLength
-from srnn.pruning.scope import DEFAULT_LAYER_TYPES, LayerType, Scope, Sharing, build_groups
+from srnn.pruning.scope import DEFAULT_LAYER_TYPES, GroupSettings, LayerType, Scope, Sharing, build_groups
 from srnn.pruning.scores import Score
 from srnn.registry import Range, check_ranges
 from srnn.registry.option_types import PositiveShare
@@ -210,10 +210,8 @@ class Structured(PruningMethod):
 
     def _groups(self, model: nn.Module, share: Sharing, sparsity: float) -> list[Group]:
         """What ``groups`` of a subclass returns, with these options."""
-        structure = Structure.parse(self.structure)
-        return build_groups(
-            model, self.layer_types, self.scope, share, sparsity, structure, self.score, self.keep_diagonal
-        )
+        settings = GroupSettings(sparsity, Structure.parse(self.structure), self.score, self.keep_diagonal)
+        return build_groups(model, self.layer_types, self.scope, share, settings)
 
 
 @dataclass(kw_only=True)
