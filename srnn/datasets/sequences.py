@@ -65,6 +65,7 @@ class Adding(LabelledSequences):
 
     def _make(self, count: int, random: torch.Generator) -> Batch:
         half = self.sequence_length // 2
+        # One mark in each half: the first has to be remembered across the middle.
         numbers_NT = torch.rand(count, self.sequence_length, generator=random)
         first = torch.randint(0, half, (count,), generator=random)
         second = torch.randint(half, self.sequence_length, (count,), generator=random)

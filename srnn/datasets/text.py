@@ -219,6 +219,7 @@ def _files(path: str) -> list[Path]:
         files = [p for p in Path(path).rglob("*") if p.is_file() and not any(x.startswith(".") for x in p.parts)]
     else:
         files = [Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
+        # A file whose name holds brackets or stars matches no pattern, not even its own.
         files = files or ([Path(path)] if os.path.isfile(path) else [])
     if not files and os.path.isdir(path):
         raise UserError(f"dataset.path={path}: the folder holds no files.")
@@ -230,7 +231,7 @@ def _files(path: str) -> list[Path]:
 def read_text(path: Path) -> str:
     """A UTF-8 text file. Raises UserError for anything else."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")  # without the byte order mark of some editors
     except OSError as error:
         raise UserError(f"dataset.path: {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
@@ -238,6 +239,7 @@ def read_text(path: Path) -> str:
             f"dataset.path: {path} is not UTF-8 text (byte {error.start}): convert it, or name text files only, as in "
             f"'folder/*.txt'."
         ) from None
+    # Zero bytes are valid UTF-8, and no text has them.
     if "\0" in text:
         raise UserError(
             f"dataset.path: {path} is binary (it holds zero bytes): name text files only, as in 'folder/*.txt'."

@@ -240,7 +240,7 @@ def recurrent(
         raise UserError(f"model.{given} is for language models: these data have no tokens and so no embedding.")
     else:
         model = SequenceModel(cell, sizes["input_size"], sizes["output_size"], **options)
-    if init_range is not None:
+    if init_range is not None:  # biases too
         for parameter in model.parameters():
             nn.init.uniform_(parameter, -init_range, init_range)
     return model

@@ -117,6 +117,7 @@ class Component:
     @property
     def options(self) -> dict[str, Option]:
         """What a config may set."""
+        # A signature shows a placeholder for a default that a dataclass makes anew for each instance.
         factories = {f.name: f.default_factory for f in _fields(self.factory) if f.default_factory is not MISSING}
         return {
             p.name: Option(p.name, t, factories[p.name]() if p.name in factories else p.default)
@@ -212,11 +213,14 @@ def check_options(options: Mapping[str, Option], given: Mapping[str, Any], where
                 f"{prefix}{option.name} must be given ({type_name(option.type)}): add {prefix}{option.name}=..."
             )
     fields: dict[str, Any] = {o.name: (o.type, ... if o.required else o.default) for o in options.values()}
+    # Strict: true for an int, or "0.9" for a float, is a slip in a config. Options may begin with model_, as they like.
     config = pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=())
     try:
         checked = pydantic.create_model("Options", __config__=config, **fields)(**given)
     except pydantic.ValidationError as error:
         errors = error.errors(include_url=False)
+        # One error is enough to mend. Of a union, such as a number or "auto", there is one for each member: bounds say
+        # more than that it is no "auto".
         key = str(errors[0]["loc"][0])
         out_of_range = [e["ctx"]["error"] for e in errors if e["type"] == "value_error" and e["loc"][0] == key]
         allowed = str(out_of_range[0]) if out_of_range else f"must be {type_name(options[key].type)}"

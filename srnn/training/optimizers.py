@@ -29,7 +29,7 @@ def with_decay(optimizer: torch.optim.Optimizer, lr_decay: float, lr_decay_after
     if lr_decay == 1:
         return optimizer
 
-    def factor(epoch: int) -> float:
+    def factor(epoch: int) -> float:  # of the epoch that begins; torch counts from 0
         return lr_decay ** max(0, epoch + 1 - lr_decay_after)
 
     return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
@@ -80,6 +80,7 @@ def sgd(
     fused: bool,
 ) -> Any:
     """Stochastic gradient descent with Nesterov momentum, the paper's optimiser (``torch.optim.SGD``)."""
+    # torch refuses Nesterov without momentum. Here it is the default, so that momentum=0 alone switches both off.
     optimizer = torch.optim.SGD(
         parameters, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, weight_decay=weight_decay, fused=fused
     )
