@@ -10,7 +10,7 @@ from srnn.commands.options import Parser, packed_file
 from srnn.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from srnn.datasets.base import Part
+    from srnn.datasets.base import Split
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     table.caption = "the packed file, on all of each part"
     for column in ("part", data.unit, *(name.replace("_", " ") for name in scores["test"])):
         table.add_column(column, justify="right" if column != "part" else "left")
-    titles: dict[Part, str] = {"valid": "validation", "test": "test"}
+    titles: dict[Split, str] = {"valid": "validation", "test": "test"}
     for part, words in titles.items():
         table.add_row(words, f"{data.counts[part]:,}", *(f"{value:.4f}" for value in scores[part].values()))
     console.print(table)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _limits(folder: Path) -> dict[Part, int]:
+def _limits(folder: Path) -> dict[Split, int]:
     """Part -> how many batches of it the run scored, where it did not take all; empty where there is no report."""
     try:
         return dict(RunFolder(folder).read_report()["limits"])
