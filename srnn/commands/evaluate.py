@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from srnn.commands.options import Parser, packed_file
+from srnn.commands.options import KernelOption, RunOption, command, packed_file
 from srnn.errors import UserError
 
 if TYPE_CHECKING:
     from srnn.datasets.base import Part
 
 
-def main(argv: Sequence[str]) -> int:
-    """Read the packed file, rebuild the data, print the scores."""
-    parser = Parser(prog="srnn evaluate", description="Score a run's packed file on its validation and test data.")
-    parser.add_argument("--run", required=True, metavar="FOLDER", help="a run's folder, or a packed file")
-    parser.add_argument("--kernel", default="auto", help="the backend that runs it (%(default)s)")
-    options = parser.parse(argv)
-    path = packed_file(options.run)
+@command
+def main(run: RunOption, kernel: KernelOption = "auto") -> int:
+    """Score a run's packed file on its validation and test data."""
+    path = packed_file(run)
 
     from rich.table import Table
 
@@ -33,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{path} does not say which data it was trained on.")
     data = register.build("dataset", packed.about["dataset"])
     data.setup(vocabulary=packed.vocabulary)
-    model = packed.build_sparse(register.build("kernel", {"name": options.kernel}))
+    model = packed.build_sparse(register.build("kernel", {"name": kernel}))
     objective: Any = register.get("objective", data.objective).factory
     scores = {part: objective.score(model, data, part) for part in ("valid", "test")}
     table = Table(title=f"{packed.model['name']} on {packed.about['dataset']['name']}, from {path.name}")

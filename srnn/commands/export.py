@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from srnn.commands.options import Parser, output_folder, packed_file
+from srnn.commands.options import Help, StructureChoice, ValuesChoice, command, output_folder, packed_file
 from srnn.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 CALIBRATION_BATCHES = 20
 
 
-def main(argv: Sequence[str]) -> int:
-    """Pack a run's best weights again, score both, write the file."""
-    parser = Parser(
-        prog="srnn export", description="Write a run's network as another packed file; score it beside the run's."
-    )
-    parser.add_argument("--run", required=True, metavar="FOLDER", help="a finished run's folder, or a packed file")
-    about = "what non-zeros are stored as; int8 is calibrated on validation data (%(default)s)"
-    parser.add_argument("--values", default="fp16", choices=["fp32", "fp16", "bf16", "int8"], help=about)
-    about = "blocks to store; refused if the weights are not pruned in them (%(default)s)"
-    structures = ["auto", "element", "4x1", "8x1", "16x1", "32x1"]
-    parser.add_argument("--structure", default="auto", choices=structures, help=about)
-    parser.add_argument("--output", metavar="FILE", help="(model-VALUES-STRUCTURE.safetensors beside the run's)")
-    options = parser.parse(argv)
-    source = packed_file(options.run)
-    target = Path(options.output or source.with_name(f"model-{options.values}-{options.structure}.safetensors"))
+_VALUES = "what non-zeros are stored as; int8 is calibrated on validation data"
+_STRUCTURE = "blocks to store; refused if the weights are not pruned in them"
+_OUTPUT = "(model-VALUES-STRUCTURE.safetensors beside the run's)"
+
+
+@command
+def main(
+    run: Annotated[str, Help("a finished run's folder, or a packed file", metavar="FOLDER")],
+    values: Annotated[ValuesChoice, Help(_VALUES)] = "fp16",
+    structure: Annotated[StructureChoice, Help(_STRUCTURE)] = "auto",
+    output: Annotated[str | None, Help(_OUTPUT, metavar="FILE")] = None,
+) -> int:
+    """Write a run's network as another packed file; score it beside the run's."""
+    source = packed_file(run)
+    target = Path(output or source.with_name(f"model-{values}-{structure}.safetensors"))
     target = target.expanduser()
     if target.is_dir() or target.suffix != ".safetensors":
         raise UserError(f"export: --output={target} must be a file named *.safetensors.")
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{source} does not say which data it was trained on.")
     model = packed.build()
     checkpoint = source.parent / "checkpoints" / "best.ckpt"
-    trained = Path(options.run).expanduser().is_dir() and checkpoint.exists()
+    trained = Path(run).expanduser().is_dir() and checkpoint.exists()
     if trained:  # fp32, where the packed file is rounded
         model.load_state_dict(read_weights(checkpoint))
     data = register.build("dataset", packed.about["dataset"])
@@ -60,11 +60,11 @@ def main(argv: Sequence[str]) -> int:
             network(inputs)
 
     exported = PackedModel.from_model(
-        model, packed.model, packed.supplied, options.values, options.structure, packed.vocabulary, packed.about,
+        model, packed.model, packed.supplied, values, structure, packed.vocabulary, packed.about,
         calibrate,
     )  # fmt: skip
     if not exported.matrices:
-        raise UserError(f"export: no matrix of {options.run} holds enough zeros to be packed.")
+        raise UserError(f"export: no matrix of {run} holds enough zeros to be packed.")
     dense_bytes, source_bytes = 4 * sum(weight.numel() for weight in model.parameters()), source.stat().st_size
     write(target, exported)
     target_bytes = target.stat().st_size

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from srnn.commands.options import Parser, output_folder
+from srnn.commands.options import Help, command, output_folder
 from srnn.errors import UserError
 
 TOLERANCE = 0.001  # relative: what other hardware or versions may round to
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the recorded config again; 0 if the numbers agree, 1 if not."""
-    parser = Parser(prog="srnn rerun", description="Repeat a finished run; say whether its numbers come out again.")
-    parser.add_argument("folder", metavar="FOLDER", help="a finished run's folder")
-    parser.add_argument("--output", metavar="FOLDER", help="where it is repeated (outputs/DATE_rerun_NAME)")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE,
-                        help="relative difference that still counts as the same (%(default)g)")  # fmt: skip
-    options = parser.parse(argv)
-    source = Path(options.folder).expanduser()
+@command
+def main(
+    run: Annotated[str, Help("a finished run's folder", metavar="FOLDER")],
+    /,
+    output: Annotated[str | None, Help("where it is repeated (outputs/DATE_rerun_NAME)", metavar="FOLDER")] = None,
+    tolerance: Annotated[float, Help("relative difference that still counts as the same")] = TOLERANCE,
+) -> int:
+    """Repeat a finished run; say whether its numbers come out again.
+
+    Returns:
+        0 if the numbers agree, 1 if not.
+    """
+    source = Path(run).expanduser()
     if not (source / "report.json").is_file():
         raise UserError(f"rerun {source}: no finished run is there: it has no report.json.")
 
@@ -33,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
     before, settings = environment.read(source), read_settings(source)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_rerun_{source.resolve().name}"
-    folder = Path(options.output) if options.output else Path("outputs") / name
+    folder = Path(output) if output else Path("outputs") / name
     there = nearest_there(folder.expanduser())
     folder = output_folder(folder)
     try:
@@ -42,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         take_back(folder, there)
         raise
     then = json.loads((source / "report.json").read_text())
-    verdict, agree = compare(then, report, options.tolerance)
+    verdict, agree = compare(then, report, tolerance)
     console.print(verdict, markup=False, soft_wrap=True)
     changed = environment.differences(before, environment.read(folder)) if before else ["nothing was recorded then"]
     for line in changed:

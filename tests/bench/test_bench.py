@@ -2,11 +2,11 @@ import csv
 
 import pytest
 import torch
+from srnn.bench.measure import measure
+from srnn.bench.pruning import METHODS
 
 from srnn.__main__ import main
 from srnn.bench.cases import NAMED, Case, Format, Plan, Problem, Shape, pruned
-from srnn.bench.measure import measure
-from srnn.bench.pruning import METHODS
 from srnn.errors import UserError
 from srnn.kernels import Cpu
 
