@@ -45,8 +45,8 @@ class SrnnSweeper(Sweeper):
         """
         from filelock import FileLock, Timeout
 
-        from srnn.errors import UserError
         from srnn.config.sweeps import Sweep, expand
+        from srnn.errors import UserError
 
         jobs = expand(arguments, self.params, self.rows)
         try:

@@ -11,8 +11,7 @@ import random
 from typing import Annotated
 
 from srnn.datasets import Texts, TextStreams
-from srnn.registry import Range
-from srnn.registry import register
+from srnn.registry import Range, register
 
 PAIRS = ["()", "[]", "{}", "<>"]
 

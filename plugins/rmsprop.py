@@ -8,8 +8,7 @@ from typing import Annotated
 import torch
 from torch import nn
 
-from srnn.registry import Range
-from srnn.registry import register
+from srnn.registry import Range, register
 
 
 @register.optimizer("rmsprop")

@@ -12,8 +12,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from srnn.registry import Range
-from srnn.registry import register
+from srnn.registry import Range, register
 
 Count = Annotated[int, Range(ge=1, le=1_000_000)]
 
