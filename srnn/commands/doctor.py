@@ -8,10 +8,10 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from srnn.commands.options import Parser
+from srnn.commands.options import command
 
 PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "omegaconf", "pydantic", "numba", "numpy", "safetensors",
             "torchmetrics", "wandb")  # fmt: skip
@@ -24,12 +24,13 @@ EXTRAS = {
 }
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print it; 1 if something stands in the way of the main job."""
-    Parser(prog="srnn doctor", description="What is installed, what can run here, and why something cannot.").parse(
-        argv
-    )
+@command
+def main() -> int:
+    """What is installed, what can run here, and why something cannot.
 
+    Returns:
+        1 if something stands in the way of the main job.
+    """
     from rich.markup import escape
     from rich.table import Table
 
