@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from srnn.__main__ import main
+from srnn.bench import packed_network
 from srnn.bench.packed_network import measure_packed
 from srnn.errors import UserError
 from srnn.inference.packed_file import write
-from srnn.inference.packing import PackedModel
+from srnn.inference.packing import pack
 from srnn.registry import register
 from srnn.vocabulary import Vocabulary
 
@@ -19,7 +22,7 @@ def packed_file(tmp_path):
     with torch.no_grad():
         model.rnn.weight_hh_l0 *= torch.rand_like(model.rnn.weight_hh_l0) < 0.1
     path = tmp_path / "model.safetensors"
-    write(path, PackedModel.from_model(model, config, supplied, "fp16", "auto", vocabulary))
+    write(path, replace(pack(model, config, supplied, "fp16"), vocabulary=vocabulary))
     return path
 
 
@@ -41,6 +44,7 @@ def test_a_backend_that_computes_wrong_is_refused(packed_file, monkeypatch):
         def forward(self, tokens_BT):
             return torch.zeros(*tokens_BT.shape, 1), None
 
-    monkeypatch.setattr(PackedModel, "build_sparse", lambda *_: Wrong())
+    unpack = packed_network.unpack
+    monkeypatch.setattr(packed_network, "unpack", lambda packed, kernel=None: Wrong() if kernel else unpack(packed))
     with pytest.raises(UserError, match=r"dense computes .* wrong"):
         measure_packed(packed_file, 0.1)
