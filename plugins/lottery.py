@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from srnn.errors import UserError
-from srnn.pruning import Group, Pruner, RunLength, Shared
+from srnn.pruning import Group, PrunerView, RunLength, Shared
 from srnn.pruning.schedules import When, given, iteration
 from srnn.registry import register
 
@@ -62,7 +62,7 @@ class Lottery(Shared):
         share = 1 - (1 - (group.sparsity or 0.0)) ** (cuts / len(self.updates))
         return min(share, group.target / group.size)
 
-    def after_masks(self, pruner: Pruner) -> None:
+    def after_masks(self, pruner: PrunerView) -> None:
         """Keep the early weights; go back to them after each cut."""
         parameters = {part.parameter_name: part.parameter for part in pruner.parts}
         if pruner.itr == self.rewind_to:

@@ -7,14 +7,11 @@ pruned, packed and run on sparse kernels like srnn's. ``vocabulary_size`` is sup
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 from torch import Tensor, nn
 
-from srnn.registry import Range, register
-
-Count = Annotated[int, Range(ge=1, le=1_000_000)]
+from srnn.registry import register
+from srnn.registry.option_types import Count
 
 
 @register.model("skip_gru")

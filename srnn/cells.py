@@ -44,7 +44,12 @@ GATE_LETTERS: dict[int, str] = {GATES[cell]: kind.letters for cell, kind in CELL
 
 
 def cell_of(layer: nn.RNNBase) -> Cell:
-    """The cell of one of torch's recurrent layers."""
+    """The cell of one of torch's recurrent layers.
+
+    Example:
+        >>> cell_of(nn.RNN(4, 8, nonlinearity="relu")), gates_of(nn.LSTMCell(4, 8))
+        ('relu', 4)
+    """
     return next(cell for cell, kind in CELL_TYPES.items() if kind.mode == layer.mode)
 
 

@@ -1,11 +1,14 @@
-"""Files: where caches live, and writing that leaves the last good file when it is cut short."""
+"""Files: where caches live, writing that leaves the last good file when it is cut short, and CSV."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import tempfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).parent  # the installed package
 UNFINISHED = ".unfinished"  # the end of a file's name while it is written
@@ -68,3 +71,34 @@ def write_atomically(path: Path, data: bytes) -> None:
         if isinstance(error, OSError):
             error.filename, error.filename2 = str(path), None  # the file that was meant, for the message
         raise
+
+
+def csv_bytes(
+    rows: Sequence[Any], columns: Iterable[str] | None = None, quoted: Collection[str] = (), line_end: str = "\n"
+) -> bytes:
+    """Rows as a CSV file in UTF-8, under a line of names.
+
+    Args:
+        rows: mappings, or instances of a dataclass, whose fields are the columns. What a row lacks, and None, is left
+            empty.
+        columns: their names, in order; without them all that any row has.
+        quoted: columns whose values are always quoted. Others are where they have to be, as the module ``csv`` does,
+            which cannot quote one column and not the next.
+        line_end: of each line.
+    """
+    records = [_record(row) for row in rows]
+    names = list(dict.fromkeys(name for record in records for name in record) if columns is None else columns)
+    lines = [",".join(map(_cell, names))]
+    lines += [",".join(_cell(record.get(name), name in quoted) for name in names) for record in records]
+    return "".join(f"{line}{line_end}" for line in lines).encode()
+
+
+def _record(row: Any) -> Mapping[str, Any]:
+    return {field.name: getattr(row, field.name) for field in fields(row)} if is_dataclass(row) else row
+
+
+def _cell(value: Any, always: bool = False) -> str:
+    text = "" if value is None else str(value)
+    if always or any(mark in text for mark in ',"\r\n'):
+        text = '"' + text.replace('"', '""') + '"'
+    return text

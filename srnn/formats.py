@@ -40,6 +40,19 @@ class Structure:
     """Blocks of ``rows`` consecutive outputs by ``columns`` consecutive inputs; or ``keep`` of every ``of`` inputs.
 
     ``str(structure)`` is its spelling: ``element``, ``16x1``, ``4x4``, ``2:4``.
+
+    Example:
+        >>> block = Structure.parse("16x1")
+        >>> block.block, block.units((3, 256, 64))
+        (16, 3072)
+        >>> Structure.parse("2:4")
+        Structure(rows=1, columns=1, keep=2, of=4)
+
+    Attributes:
+        rows: N of a block, consecutive output units of one gate.
+        columns: M of a block, consecutive inputs.
+        keep: how many weights stay of each run of N:M; 0 for blocks.
+        of: how many consecutive inputs a run has; 0 for blocks.
     """
 
     rows: int = 1
@@ -49,7 +62,15 @@ class Structure:
 
     @classmethod
     def parse(cls, text: str, key: str = "pruning.structure") -> Structure:
-        """Read a spelling. Raises UserError for what is none."""
+        """Read a spelling.
+
+        Args:
+            text: ``element``, ``16x1``, ``4x4``, ``2:4``.
+            key: the config key, for messages.
+
+        Raises:
+            UserError: it is none.
+        """
         if text == "element":
             return cls()
         if block := re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", str(text)):
@@ -98,7 +119,7 @@ class Structure:
         return x_GRC.flatten() if self.block == 1 else self._blocks(x_GRC).sum((2, 4)).flatten()
 
     def maxima(self, x_GRC: Tensor) -> Tensor:
-        """Of each unit, [U]; of what is not negative."""
+        """Of each unit, [U]; of what is not negative, as cut-off blocks are filled up with zeros."""
         return x_GRC.flatten() if self.block == 1 else self._blocks(x_GRC).amax((2, 4)).flatten()
 
     def _blocks(self, x_GRC: Tensor) -> Tensor:
@@ -111,6 +132,7 @@ class Structure:
     def sizes(self, shape: Shape, device: torch.device | None = None) -> Tensor:
         """Weights in each unit, int64 [U]."""
         _, rows, columns = self.grid(shape)
+        # Only the last block row and column can be cut off.
         tall = torch.full((rows,), self.rows, device=device)
         wide = torch.full((columns,), self.columns, device=device)
         tall[-1] -= rows * self.rows - shape[1]
@@ -122,6 +144,7 @@ class Structure:
         if self.block == 1:
             return values_U.view(shape)
         (gates, rows, columns), (tall, wide) = self.grid(shape), self.extent(shape)
+        # Whole blocks of expanded views first, then cut off: one copy, and no index for each weight.
         blocks = values_U.view(gates, rows, 1, columns, 1).expand(gates, rows, tall, columns, wide)
         return blocks.reshape(gates, rows * tall, columns * wide)[:, : shape[1], : shape[2]]
 
@@ -132,6 +155,8 @@ class Structure:
         """
         if not self.of:
             return None
+        # Filled up with what no score is below, so that the last run keeps weights, not filling. A stable sort is what
+        # lets the earlier of equals stay; topk promises no order.
         missing = -shape[2] % self.of
         runs = F.pad(scores_U.view(shape), (0, missing), value=-torch.inf).unflatten(2, (-1, self.of))
         best = runs.argsort(dim=-1, descending=True, stable=True)[..., : self.keep]

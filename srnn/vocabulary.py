@@ -19,6 +19,13 @@ _WORD = re.compile(r"\n|[^\s]+")
 class Vocabulary(ABC):
     """Encodes text as token numbers and back.
 
+    Example:
+        >>> vocabulary = Vocabulary.build("words", "to be or not to be", limit=3)
+        >>> len(vocabulary), vocabulary.encode("to be brave").tolist()
+        (3, [1, 2, 0])
+        >>> vocabulary.decode([1, 2, 0]), vocabulary.unknown("to be brave")
+        ('to be <unk>', ['brave'])
+
     Attributes:
         level: ``characters``, ``bytes`` or ``words``.
     """
@@ -47,18 +54,29 @@ class Vocabulary(ABC):
 
     @staticmethod
     def build(level: Level, text: str, limit: int | None = None) -> Vocabulary:
-        """The vocabulary of a training text; ``limit`` keeps the most frequent words (the rest become <unk>)."""
+        """The vocabulary of a training text.
+
+        Args:
+            level: what a token is: ``characters``, ``bytes`` or ``words``.
+            text: the training text.
+            limit: with words, V at most, <unk> among them: the most frequent are kept; None keeps all.
+        """
         if level == "bytes":
             return Bytes()
         if level == "characters":
             return Characters(sorted(set(text)))
+        # <unk> may be in the text itself, as in Penn Treebank; it has number 0 without being counted.
         counts = Counter(word for word in _WORD.findall(text) if word != UNKNOWN)
         most_common = counts.most_common(limit and limit - 1)
         return Words([word for word, _ in most_common])
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Vocabulary:
-        """Rebuild what ``to_dict`` gave. Raises ValueError for anything else."""
+        """Rebuild what ``to_dict`` gave; it may come out of a file from anywhere.
+
+        Raises:
+            ValueError: it is anything else.
+        """
         level, tokens = data.get("level"), data.get("tokens", [])
         if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
             raise ValueError("vocabulary tokens must be a list of strings")

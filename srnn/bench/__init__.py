@@ -1,1 +1,1 @@
-"""Timing dense layers against every backend that can run."""
+"""What ``srnn bench`` times, a file each: options in, rows out."""

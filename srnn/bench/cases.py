@@ -19,11 +19,11 @@ from srnn.kernels.reference import run_layer
 from srnn.kernels.timing import Call
 from srnn.sparse import PACKED_STRUCTURES, PackedStructure, SparseMatrix, Values
 
-SHAPES = "gru:2560, lstm:1500, tanh:1760 (one layer with as many inputs), or product:7680x2560"
+_SHAPES = "gru:2560, lstm:1500, tanh:1760 (one layer with as many inputs), or product:7680x2560"
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerShape:
     """A layer, or a product with a matrix [outputs, inputs].
 
     Attributes:
@@ -37,14 +37,14 @@ class Shape:
     outputs: int
 
     @classmethod
-    def parse(cls, text: str) -> Shape:
+    def parse(cls, text: str) -> LayerShape:
         """``gru:2560`` or ``product:7680x2560``. Raises UserError."""
         kind, _, size = text.partition(":")
         numbers = size.split("x")
         if kind not in (*GATES, "product") or not all(n.isdigit() and 0 < int(n) < 1 << 20 for n in numbers):
-            raise UserError(f"shapes={text}: a shape is {SHAPES}.")
+            raise UserError(f"shapes={text}: a shape is {_SHAPES}.")
         if len(numbers) != (2 if kind == "product" else 1):
-            raise UserError(f"shapes={text}: a shape is {SHAPES}.")
+            raise UserError(f"shapes={text}: a shape is {_SHAPES}.")
         return cls(kind, int(numbers[-1]), int(numbers[0]))  # type: ignore[arg-type]
 
     def __str__(self) -> str:
@@ -63,12 +63,12 @@ class Format:
         return f"{100 * self.sparsity:g} % {self.structure} {self.values}"
 
 
-FLOATS: dict[Values, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FLOAT_DTYPES: dict[Values, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def dense_format(dtype: torch.dtype) -> Format:
     """Of the dense baselines, which compute in the dtype of the inputs."""
-    return Format(0.0, "element", next(name for name, other in FLOATS.items() if other == dtype))
+    return Format(0.0, "element", next(name for name, other in FLOAT_DTYPES.items() if other == dtype))
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Case:
         threads: of the CPU.
     """
 
-    shape: Shape
+    shape: LayerShape
     batch: int
     steps: int
     threads: int
@@ -170,10 +170,10 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that one ``bench`` is to measure."""
+class LayerPlan:
+    """All layers and products that one ``bench`` is to measure, and how they are pruned and stored."""
 
-    shapes: tuple[Shape, ...]
+    shapes: tuple[LayerShape, ...]
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95)
     structures: tuple[PackedStructure, ...] = ("element", "16x1")
     values: tuple[Values, ...] = ("fp32",)
@@ -201,23 +201,22 @@ def check_structures(names: tuple[str, ...]) -> None:
             raise UserError(f"structure={name}: there are {', '.join(PACKED_STRUCTURES)}.")
 
 
-NAMED = {
-    "paper": Plan(
-        tuple(map(Shape.parse, ("gru:2560", "gru:1024", "lstm:1500", "tanh:1760"))),
+_GPU_SHAPES = ("gru:2560", "gru:1024", "gru:1760", "gru:3568", "lstm:1500", "tanh:1760", "tanh:3072")
+LAYER_PLANS = {
+    "paper": LayerPlan(
+        tuple(map(LayerShape.parse, ("gru:2560", "gru:1024", "lstm:1500", "tanh:1760"))),
         values=("fp32", "fp16", "int8"),
         batches=(1, 4, 16),
         threads=(1, 2),
     ),
-    "deepbench": Plan(
-        tuple(map(Shape.parse, ("product:7680x2560", "product:10752x3584"))),
+    "deepbench": LayerPlan(
+        tuple(map(LayerShape.parse, ("product:7680x2560", "product:10752x3584"))),
         sparsities=(0.9, 0.95),
         values=("fp32", "fp16"),
         batches=(1, 4, 1500, 6000),
     ),
-    "gpu": Plan(
-        tuple(
-            map(Shape.parse, ("gru:2560", "gru:1024", "gru:1760", "gru:3568", "lstm:1500", "tanh:1760", "tanh:3072"))
-        ),
+    "gpu": LayerPlan(
+        tuple(map(LayerShape.parse, _GPU_SHAPES)),
         sparsities=(0.9, 0.95),
         structures=("element", "16x1", "32x1"),
         values=("fp16",),
@@ -225,5 +224,4 @@ NAMED = {
         steps=256,
         dtype=torch.float16,
     ),
-    "stream": Plan((Shape.parse("gru:1024"),), sparsities=(0.9,), structures=("16x1",), values=("fp32", "fp16")),
 }

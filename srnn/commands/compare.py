@@ -2,89 +2,91 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from srnn.commands.options import Parser, output_folder
+from srnn.commands.options import Help, command, output_folder
 from srnn.errors import UserError
 
 if TYPE_CHECKING:
     from srnn.comparing.comparison import Comparison
     from srnn.comparing.runs import FinishedRun
+    from srnn.config.settings import TrackingConfig
 
 NAME = "comparison"  # of the files
+_WANDB = "ENTITY/PROJECT[/GROUP]"
+_METRIC = "a score of the test part, such as perplexity (the one that tells most)"
 
 
-def main(argv: Sequence[str]) -> int:
-    """Read the runs, print the table, write Markdown, CSV and plots, and keep them as a W&B run."""
-    options = _parse(argv)
+@command
+def main(
+    folders: Annotated[list[str], Help("runs, or sweeps and other folders of runs", metavar="FOLDER")],
+    /,
+    wandb: Annotated[str | None, Help("read them from W&B instead", metavar=_WANDB)] = None,
+    metric: Annotated[str | None, Help(_METRIC)] = None,
+    output: Annotated[str | None, Help("for tables and plots (outputs/compare_DATE)", metavar="FOLDER")] = None,
+    mode: Annotated[
+        Literal["online", "offline", "disabled"], Help("of the W&B run that keeps the comparison")
+    ] = "offline",
+    project: Annotated[str, Help("W&B project of that run")] = "srnn",
+) -> int:
+    """Compare finished runs: one row for all seeds of a config; tables and plots.
 
-    from srnn.comparing.comparison import compare, csv_text, markdown, rich_table, run_rows, setting_rows
+    Prints the table, writes Markdown, CSV and plots, and keeps them as a W&B run.
+    """
+    if bool(folders) == bool(wandb):
+        raise UserError("compare: give folders of runs, such as outputs/SWEEP, or --wandb ENTITY/PROJECT.")
+
+    from srnn.comparing.comparison import compare, markdown, rich_table, run_rows, setting_rows
     from srnn.comparing.comparison_plots import plot_comparison
-    from srnn.files import write_atomically
+    from srnn.config.settings import TrackingConfig
+    from srnn.files import csv_bytes, write_atomically
     from srnn.terminal import console
 
-    comparison = compare(_runs(options), options.metric)
+    comparison = compare(_runs(folders, wandb), metric)
     for run in comparison.repeated:
-        console.print(f"left out, another has its config and seed: {run.name}", markup=False, soft_wrap=True)
+        console.print(f"left out, another has its config and seed: {run.name}", soft_wrap=True)
     console.print(rich_table(comparison))
-    folder = output_folder(Path(options.output or f"outputs/compare_{datetime.now():%Y-%m-%d_%H-%M-%S}"))
-    write_atomically(folder / "runs.csv", csv_text(run_rows(comparison)).encode())
-    write_atomically(folder / f"{NAME}.csv", csv_text(setting_rows(comparison)).encode())
+    folder = output_folder(Path(output or f"outputs/compare_{datetime.now():%Y-%m-%d_%H-%M-%S}"))
+    write_atomically(folder / "runs.csv", csv_bytes(run_rows(comparison)))
+    write_atomically(folder / f"{NAME}.csv", csv_bytes(setting_rows(comparison)))
     plots = plot_comparison(comparison, folder)
     pictures = "".join(f"\n![{path.stem.replace('_', ' ')}]({path.name})\n" for path in plots)
     write_atomically(folder / f"{NAME}.md", (markdown(comparison) + pictures).encode())
-    _track(options, comparison, folder, plots)
+    group = Path(folders[0]).resolve().name if len(folders) == 1 else None  # a sweep's own
+    tracking = TrackingConfig(mode=mode, project=project, group=group)
+    _track(comparison, folders or [str(wandb)], tracking, folder, plots)
     console.print(f"Tables and plots are in {folder}", soft_wrap=True)
     return 0
 
 
-def _parse(argv: Sequence[str]) -> Namespace:
-    parser = Parser(
-        prog="srnn compare", description="Compare finished runs: one row for all seeds of a config; tables and plots."
-    )
-    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="runs, or sweeps and other folders of runs")
-    parser.add_argument("--wandb", metavar="ENTITY/PROJECT[/GROUP]", help="read them from W&B instead")
-    parser.add_argument("--metric", help="a score of the test part, such as perplexity (the one that tells most)")
-    parser.add_argument("--output", metavar="FOLDER", help="for tables and plots (outputs/compare_DATE)")
-    parser.add_argument("--mode", default="offline", choices=["online", "offline", "disabled"],
-                        help="of the W&B run that keeps the comparison (%(default)s)")  # fmt: skip
-    parser.add_argument("--project", default="srnn", help="W&B project of that run (%(default)s)")
-    options = parser.parse(argv)
-    if bool(options.folders) == bool(options.wandb):
-        raise UserError("compare: give folders of runs, such as outputs/SWEEP, or --wandb ENTITY/PROJECT.")
-    return options
-
-
-def _runs(options: Namespace) -> list[FinishedRun]:
+def _runs(folders: Sequence[str], project: str | None) -> list[FinishedRun]:
     from srnn.terminal import console
 
-    if options.wandb:
+    if project:
         from srnn.comparing.wandb_projects import read_project
 
-        return read_project(options.wandb)
+        return read_project(project)
     from srnn.comparing.runs import read_runs
 
-    runs, unfinished = read_runs([Path(folder).expanduser() for folder in options.folders])
+    runs, unfinished = read_runs([Path(folder).expanduser() for folder in folders])
     for path in unfinished:
-        console.print(f"left out, not finished: {path}", markup=False, soft_wrap=True)
+        console.print(f"left out, not finished: {path}", soft_wrap=True)
     if not runs:
         raise UserError("compare: none of these runs is finished.")
     return runs
 
 
-def _track(options: Namespace, comparison: Comparison, folder: Path, plots: Sequence[Path]) -> None:
+def _track(
+    comparison: Comparison, compared: Sequence[str], tracking: TrackingConfig, folder: Path, plots: Sequence[Path]
+) -> None:
     from srnn.comparing.comparison import run_rows, setting_rows
-    from srnn.config.settings import TrackingConfig
     from srnn.recording.wandb import carefully, log_tables, sync_command, wandb_run
     from srnn.terminal import console
 
-    group = Path(options.folders[0]).resolve().name if len(options.folders) == 1 else None  # a sweep's own
-    tracking = TrackingConfig(mode=options.mode, project=options.project, group=group)
-    what = {"compared": list(map(str, options.folders)) or [options.wandb], "metric": comparison.metric}
+    what = {"compared": list(compared), "metric": comparison.metric}
     with wandb_run(tracking, folder, what, "compare") as run:
         if run is not None:
             with carefully("the comparison"):

@@ -8,10 +8,10 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from srnn.commands.options import Parser
+from srnn.commands.options import command
 
 PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "omegaconf", "pydantic", "numba", "numpy", "safetensors",
             "torchmetrics", "wandb")  # fmt: skip
@@ -24,13 +24,13 @@ EXTRAS = {
 }
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print it; 1 if something stands in the way of the main job."""
-    Parser(prog="srnn doctor", description="What is installed, what can run here, and why something cannot.").parse(
-        argv
-    )
+@command
+def main() -> int:
+    """What is installed, what can run here, and why something cannot.
 
-    from rich.markup import escape
+    Returns:
+        1 if something stands in the way of the main job.
+    """
     from rich.table import Table
 
     from srnn.terminal import console
@@ -48,12 +48,12 @@ def main(argv: Sequence[str]) -> int:
         table.add_column("", ratio=1)
         table.add_column("", ratio=3, overflow="fold")
         for name, text, fine in rows:
-            table.add_row(escape(name), escape(text if fine else f"! {text}"))
+            table.add_row(name, text if fine else f"! {text}")
             if not fine:
                 troubles.append(f"{name}: {text}")
         console.print(table)
     for trouble in troubles:
-        console.print(f"! {trouble}", markup=False, soft_wrap=True)
+        console.print(f"! {trouble}", soft_wrap=True)
     console.print("In the way: see above." if troubles else "Nothing is in the way.")
     return 1 if troubles else 0
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srnn.commands.options import Parser, packed_file
+from srnn.commands.options import KernelOption, RunOption, command, packed_file
 from srnn.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from srnn.datasets.base import Part
+    from srnn.datasets.base import Split
 
 
-def main(argv: Sequence[str]) -> int:
-    """Read the packed file, rebuild the data, print the scores."""
-    parser = Parser(prog="srnn evaluate", description="Score a run's packed file on its validation and test data.")
-    parser.add_argument("--run", required=True, metavar="FOLDER", help="a run's folder, or a packed file")
-    parser.add_argument("--kernel", default="auto", help="the backend that runs it (%(default)s)")
-    options = parser.parse(argv)
-    path = packed_file(options.run)
+@command
+def main(run: RunOption, kernel: KernelOption = "auto") -> int:
+    """Score a run's packed file on its validation and test data."""
+    path = packed_file(run)
 
     from rich.table import Table
 
@@ -31,13 +27,13 @@ def main(argv: Sequence[str]) -> int:
 
     trained = read_back(path)
     packed, data = trained.packed, trained.data
-    model = unpack(packed, register.build("kernel", {"name": options.kernel}))
+    model = unpack(packed, register.build("kernel", {"name": kernel}))
     scores = {part: trained.objective.score(model, data, part) for part in ("valid", "test")}
     table = Table(title=f"{packed.model['name']} on {packed.about['dataset']['name']}, from {path.name}")
     table.caption = "the packed file, on all of each part"
     for column in ("part", data.unit, *(name.replace("_", " ") for name in scores["test"])):
         table.add_column(column, justify="right" if column != "part" else "left")
-    titles: dict[Part, str] = {"valid": "validation", "test": "test"}
+    titles: dict[Split, str] = {"valid": "validation", "test": "test"}
     for part, words in titles.items():
         table.add_row(words, f"{data.counts[part]:,}", *(f"{value:.4f}" for value in scores[part].values()))
     console.print(table)
@@ -53,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _limits(folder: Path) -> dict[Part, int]:
+def _limits(folder: Path) -> dict[Split, int]:
     """Part -> how many batches of it the run scored, where it did not take all; empty where there is no report."""
     try:
         return dict(RunFolder(folder).read_report()["limits"])

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from srnn.commands.options import Parser, output_folder, packed_file
+from srnn.commands.options import Help, StructureChoice, ValuesChoice, command, output_folder, packed_file
 from srnn.errors import UserError
 from srnn.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from srnn.inference.packing import PackedModel
 
+_VALUES = "what non-zeros are stored as; int8 is calibrated on validation data"
+_STRUCTURE = "blocks to store; refused if the weights are not pruned in them"
+_OUTPUT = "(model-VALUES-STRUCTURE.safetensors beside the run's)"
 
-def main(argv: Sequence[str]) -> int:
-    """Pack a run's best weights again, score both, write the file."""
-    parser = Parser(
-        prog="srnn export", description="Write a run's network as another packed file; score it beside the run's."
-    )
-    parser.add_argument("--run", required=True, metavar="FOLDER", help="a finished run's folder, or a packed file")
-    about = "what non-zeros are stored as; int8 is calibrated on validation data (%(default)s)"
-    parser.add_argument("--values", default="fp16", choices=["fp32", "fp16", "bf16", "int8"], help=about)
-    about = "blocks to store; refused if the weights are not pruned in them (%(default)s)"
-    structures = ["auto", "element", "4x1", "8x1", "16x1", "32x1"]
-    parser.add_argument("--structure", default="auto", choices=structures, help=about)
-    parser.add_argument("--output", metavar="FILE", help="(model-VALUES-STRUCTURE.safetensors beside the run's)")
-    options = parser.parse(argv)
-    source = packed_file(options.run)
-    target = Path(options.output or source.with_name(f"model-{options.values}-{options.structure}.safetensors"))
+
+@command
+def main(
+    run: Annotated[str, Help("a finished run's folder, or a packed file", metavar="FOLDER")],
+    values: Annotated[ValuesChoice, Help(_VALUES)] = "fp16",
+    structure: Annotated[StructureChoice, Help(_STRUCTURE)] = "auto",
+    output: Annotated[str | None, Help(_OUTPUT, metavar="FILE")] = None,
+) -> int:
+    """Write a run's network as another packed file; score it beside the run's."""
+    source = packed_file(run)
+    target = Path(output or source.with_name(f"model-{values}-{structure}.safetensors"))
     target = target.expanduser()
     if target.is_dir() or target.suffix != ".safetensors":
         raise UserError(f"export: --output={target} must be a file named *.safetensors.")
@@ -44,18 +43,18 @@ def main(argv: Sequence[str]) -> int:
     from srnn.training.preparing import read_back
     from srnn.training.verifying import calibration
 
-    run = read_back(source)
-    packed, data = run.packed, run.data
+    of_run = read_back(source)
+    packed, data = of_run.packed, of_run.data
     model = unpack(packed)
     checkpoint = RunFolder(source.parent).best
-    trained = Path(options.run).expanduser().is_dir() and checkpoint.exists()
+    trained = Path(run).expanduser().is_dir() and checkpoint.exists()
     if trained:  # fp32, where the packed file is rounded
         model.load_state_dict(read_weights(checkpoint))
-    energies = calibration(model, data) if options.values == "int8" else None
-    exported = pack(model, packed.model, packed.supplied, options.values, options.structure, energies)
+    energies = calibration(model, data) if values == "int8" else None
+    exported = pack(model, packed.model, packed.supplied, values, structure, energies)
     exported = replace(exported, vocabulary=packed.vocabulary, about=packed.about)
     if not exported.matrices:
-        raise UserError(f"export: no matrix of {options.run} holds enough zeros to be packed.")
+        raise UserError(f"export: no matrix of {run} holds enough zeros to be packed.")
     dense_bytes, source_bytes = 4 * sum(weight.numel() for weight in model.parameters()), source.stat().st_size
     write(target, exported)
     target_bytes = target.stat().st_size
@@ -65,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     }
     if trained:
         rows = {"pruned, not packed, fp32": (dense_bytes, model)} | rows
-    scores = {name: (size, run.objective.score(network, data, "test")) for name, (size, network) in rows.items()}
+    scores = {name: (size, of_run.objective.score(network, data, "test")) for name, (size, network) in rows.items()}
     _print_scores(f"{packed.model['name']} on {packed.about['dataset']['name']}, test", scores)
     if words := changed_data(RunFolder(source.parent), data):
         console.print(words, soft_wrap=True)
@@ -73,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     told = "bits_per_character" if "bits_per_character" in first else "loss"
     cost = f"{last[told] - first[told]:+z.4f} {told.replace('_', ' ')}"
     smaller = f"{dense_bytes / target_bytes:.1f}x smaller than dense in fp32"
-    console.print(f"{target}: {smaller}, costs {cost} over {before!r}", markup=False, soft_wrap=True)
+    console.print(f"{target}: {smaller}, costs {cost} over {before!r}", soft_wrap=True)
     return 0
 
 

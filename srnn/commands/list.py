@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, cast
 
 from omegaconf import OmegaConf
 
-from srnn.commands.options import Parser
+from srnn.commands.options import Help, command
 from srnn.config.composing import conf_folder, conf_folders, presets
 from srnn.config.settings import COMPONENTS, GROUPS, SECTIONS, Settings, options_of
 from srnn.registry import Option, register, type_name
@@ -21,34 +21,30 @@ OTHERS = {
     "resume": "Go on with a stopped run, as it was configured; takes no other option.",
     "srnn": "srnn itself.",
 }
-Row = tuple[str, str, str]  # name, options, what it is and where from
+_Row = tuple[str, str, str]  # name, options, what it is and where from
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print a table a group."""
-    parser = Parser(prog="srnn list", description="Every name a group takes, with its options; and all other options.")
-    parser.add_argument("group", nargs="?", choices=[*GROUPS, "others"], help="only this group")
-    chosen = parser.parse(argv).group
-
-    from rich.markup import escape
+@command
+def main(group: Annotated[str | None, Help("only this group", choices=(*GROUPS, "others"))] = None, /) -> int:
+    """Every name a group takes, with its options; and all other options."""
     from rich.table import Table
 
     from srnn.terminal import console
 
-    for group in [chosen] if chosen else [*GROUPS, "others"]:
+    for name in [group] if group else [*GROUPS, "others"]:
         table = Table(
-            title=f"{group}=" if group in GROUPS else "of no group", title_justify="left", show_lines=True, expand=True
+            title=f"{name}=" if name in GROUPS else "of no group", title_justify="left", show_lines=True, expand=True
         )
         table.add_column("name", no_wrap=True)
         table.add_column("options = default (allowed)", ratio=3)
         table.add_column("what and where from", ratio=2, overflow="fold")
-        for row in _rows(group):
-            table.add_row(*map(escape, row))
+        for row in _rows(name):
+            table.add_row(*row)
         console.print(table)
     return 0
 
 
-def _rows(group: str) -> Iterator[Row]:
+def _rows(group: str) -> Iterator[_Row]:
     if group not in GROUPS:
         yield from _others()
         return
@@ -57,12 +53,12 @@ def _rows(group: str) -> Iterator[Row]:
         yield _component(group, name) if name in components else _preset(group, name)
 
 
-def _component(kind: str, name: str) -> Row:
+def _component(kind: str, name: str) -> _Row:
     component = register.get(kind, name)
     return name, _options(component.options), f"{component.summary.replace('``', '')}\n({component.origin})"
 
 
-def _preset(group: str, name: str) -> Row:
+def _preset(group: str, name: str) -> _Row:
     """A YAML file: what it sets, and what its head says. The default of a section shows all options there are."""
     path = next(file for folder in conf_folders() if (file := folder / group / f"{name}.yaml").is_file())
     if name == "default" and group in SECTIONS:
@@ -90,7 +86,7 @@ def _settings(given: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key} = {_plain(value)}"
 
 
-def _others() -> Iterator[Row]:
+def _others() -> Iterator[_Row]:
     """What belongs to no group."""
     root = options_of(Settings)
     for name, about in OTHERS.items():

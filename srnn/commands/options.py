@@ -1,15 +1,148 @@
-"""Arguments of the commands that are not a training run."""
+"""Options of the commands that are not a training run, made from typed signatures.
+
+A command is one function; its typed arguments *are* its options, as those of a registered component are::
+
+    @command
+    def main(folder: Annotated[str, Help("a finished run's folder")], /, tolerance: float = 0.1) -> int:
+        '''What ``--help`` says that the command does.'''
+
+Arguments before ``/`` stand alone on the command line, the others are ``--tolerance VALUE`` or ``tolerance=VALUE``.
+"""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import tempfile
-from collections.abc import Sequence
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from srnn.errors import UserError, cannot_be_written
+from srnn.registry import Component, Option, Range
 from srnn.run_folder import RunFolder
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Help:
+    """What ``--help`` says about an argument, written in its annotation: ``Annotated[int, Help("tokens to write")]``.
+
+    Attributes:
+        text: what it is. A default follows in brackets, unless it is None or blank.
+        metavar: what stands for the value; without it the argument's name in capitals, or its choices.
+        choices: all values there are, where they are not known as a ``Literal``.
+    """
+
+    text: str
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+
+
+# What several commands take.
+RunOption = Annotated[str, Help("a run's folder, or a packed file", metavar="FOLDER")]
+KernelOption = Annotated[str, Help("the backend that runs it")]
+
+# As in srnn.formats, which imports torch: seconds that `--help` and a mistyped option need not wait for.
+ValuesChoice = Literal["fp32", "fp16", "bf16", "int8"]
+FloatsChoice = Literal["fp32", "fp16", "bf16"]
+StructureChoice = Literal["auto", "element", "4x1", "8x1", "16x1", "32x1"]
+
+
+def command(function: Callable[..., int]) -> Callable[[Sequence[str]], int]:
+    """Decorator: a function of typed arguments -> one that reads them from the words of a command line."""
+
+    def main(argv: Sequence[str]) -> int:
+        return call(function, argv)
+
+    main.__doc__ = function.__doc__
+    return main
+
+
+def call(function: Callable[..., _T], argv: Sequence[str]) -> _T:
+    """Read the arguments of ``function`` from ``argv``, and call it.
+
+    Args:
+        function: with typed arguments: str, int, float, bool, a ``Literal``, any of these or None; or a list, which
+            takes all words that are left. A dataclass is one too: for options that are too many for a function. Its
+            module names the command, the first line of its docstring heads ``--help``.
+        argv: the words after the command.
+
+    Returns:
+        What ``function`` returns.
+
+    Raises:
+        UserError: an unknown, missing, ill-typed or out-of-range argument; names it and what was given.
+        SystemExit: after ``--help``.
+    """
+    component = Component("command", function.__module__.rpartition(".")[2], function, function.__module__)
+    parser = Parser(prog=f"srnn {component.name}", description=component.summary)
+    alone = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    for option in component.options.values():
+        if option.name in alone:
+            parser.add_argument(option.name, **_settings(option, alone=True))
+        else:
+            parser.add_argument(_flag(option.name), required=option.required, **_settings(option, alone=False))
+    given = vars(parser.parse(argv))
+    for option in component.options.values():
+        _check_range(component.name, option, given[option.name])
+    words = [given.pop(name) for name in alone]
+    return function(*words, **given)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _settings(option: Option, alone: bool) -> dict[str, Any]:
+    """What argparse has to know about an argument, besides its name."""
+    annotation, *marks = typing.get_args(option.type) if _is(option.type, Annotated) else (option.type,)
+    about = next((mark for mark in marks if isinstance(mark, Help)), Help(""))
+    if _is(annotation, typing.Union, types.UnionType):
+        (annotation,) = (kind for kind in typing.get_args(annotation) if kind is not type(None))
+    settings: dict[str, Any] = {"help": _help(about, option), "metavar": about.metavar}
+    if not option.required:
+        settings["default"] = option.default
+    if _is(annotation, list):
+        settings["nargs"] = "*"
+        (annotation,) = typing.get_args(annotation)
+    elif alone and not option.required:
+        settings["nargs"] = "?"
+    if _is(annotation, Literal):
+        return settings | {"choices": typing.get_args(annotation)}
+    if about.choices is not None:
+        return settings | {"choices": about.choices}
+    return settings | {"type": _boolean if annotation is bool else annotation}
+
+
+def _is(annotation: Any, *origins: Any) -> bool:
+    return typing.get_origin(annotation) in origins
+
+
+def _help(about: Help, option: Option) -> str:
+    default = "" if option.required or option.default is None else option.default
+    shown = f"{default:g}" if isinstance(default, float) else str(default)
+    text = f"{about.text} ({shown})" if shown.strip() else about.text
+    return text.replace("%", "%%")  # argparse fills in %(default)s
+
+
+def _boolean(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be true or false")
+    return text == "true"
+
+
+def _check_range(name: str, option: Option, value: Any) -> None:
+    for mark in typing.get_args(option.type):
+        if isinstance(mark, Range):
+            try:
+                mark.check(value)
+            except ValueError as error:
+                raise UserError(f"{name}: {_flag(option.name)}={value} {error}.") from None
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from srnn.commands.options import Parser
+from srnn.commands.options import Help, command
 from srnn.errors import UserError
 
+_CONFIG = "the config, as for a run: pruning=cubic pruning.sparsity=0.95"
 
-def main(argv: Sequence[str]) -> int:
-    """Print and plot the forecast of a config. The data are read, for the number of steps; nothing is trained."""
-    parser = Parser(prog="srnn plan", description="What a config will prune, and when, without training.")
-    about = "the config, as for a run: pruning=cubic pruning.sparsity=0.95"
-    parser.add_argument("overrides", nargs="*", metavar="GROUP.OPTION=VALUE", help=about)
-    parser.add_argument("--plot", default="outputs/plan.png", metavar="FILE", help="the picture (%(default)s)")
-    options = parser.parse(argv)
-    path = Path(options.plot).expanduser()
+
+@command
+def main(
+    overrides: Annotated[list[str], Help(_CONFIG, metavar="GROUP.OPTION=VALUE")],
+    /,
+    plot: Annotated[str, Help("the picture", metavar="FILE")] = "outputs/plan.png",
+) -> int:
+    """What a config will prune, and when, without training.
+
+    Prints and plots the forecast. The data are read, for the number of steps.
+    """
+    path = Path(plot).expanduser()
     if path.suffix != ".png":
-        raise UserError(f"plan: --plot={options.plot} must be a file named *.png.")
+        raise UserError(f"plan: --plot={plot} must be a file named *.png.")
 
     from srnn.config.composing import compose_settings
     from srnn.recording.console import print_plan
@@ -26,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     from srnn.terminal import console
     from srnn.training.preparing import prepare
 
-    pruner = prepare(compose_settings(options.overrides)).pruner()
+    pruner = prepare(compose_settings(overrides)).pruner()
     print_plan(pruner)
     if pruner.groups:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from srnn.commands.options import Parser, output_folder
+from srnn.commands.options import Help, command, output_folder
 from srnn.errors import UserError
 from srnn.run_folder import RunFolder
 
 TOLERANCE = 0.001  # relative: what other hardware or versions may round to
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the recorded config again; 0 if the numbers agree, 1 if not."""
-    parser = Parser(prog="srnn rerun", description="Repeat a finished run; say whether its numbers come out again.")
-    parser.add_argument("folder", metavar="FOLDER", help="a finished run's folder")
-    parser.add_argument("--output", metavar="FOLDER", help="where it is repeated (outputs/DATE_rerun_NAME)")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE,
-                        help="relative difference that still counts as the same (%(default)g)")  # fmt: skip
-    options = parser.parse(argv)
-    source = Path(options.folder).expanduser()
-    finished = RunFolder(source.resolve())
-    if not finished.finished:
+@command
+def main(
+    run: Annotated[str, Help("a finished run's folder", metavar="FOLDER")],
+    /,
+    output: Annotated[str | None, Help("where it is repeated (outputs/DATE_rerun_NAME)", metavar="FOLDER")] = None,
+    tolerance: Annotated[float, Help("relative difference that still counts as the same")] = TOLERANCE,
+) -> int:
+    """Repeat a finished run; say whether its numbers come out again.
+
+    Returns:
+        0 if the numbers agree, 1 if not.
+    """
+    source = Path(run).expanduser()
+    before = RunFolder(source.resolve())
+    if not before.finished:
         raise UserError(f"rerun {source}: no finished run is there: it has no report.json.")
 
     from srnn.config.composing import read_settings
@@ -34,27 +38,23 @@ def main(argv: Sequence[str]) -> int:
     from srnn.terminal import console
     from srnn.training.run import train
 
-    before, settings = environment.read_environment(finished), read_settings(finished.config)
+    settings = read_settings(before.config)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_rerun_{source.resolve().name}"
-    folder = Path(options.output) if options.output else Path("outputs") / name
+    folder = Path(output) if output else Path("outputs") / name
     there = nearest_there(folder.expanduser())
     folder = output_folder(folder).resolve()
     try:
-        with environment.started_in(finished):
+        with environment.started_in(before):
             report = train(settings, folder, command=["srnn", "rerun", str(source)])
     except UserError:
         RunFolder(folder).take_back(there)
         raise
-    then = finished.read_report()
-    verdict, agree = agreement(then, report, options.tolerance)
-    console.print(verdict, markup=False, soft_wrap=True)
-    changed = (
-        environment.differences(before, environment.read_environment(RunFolder(folder)))
-        if before
-        else ["nothing was recorded then"]
-    )
+    verdict, agree = agreement(before.read_report(), report, tolerance)
+    console.print(verdict, soft_wrap=True)
+    made_in, now = environment.read_environment(before), environment.read_environment(RunFolder(folder))
+    changed = environment.differences(made_in, now) if made_in else ["nothing was recorded then"]
     for line in changed:
-        console.print(f"differs: {line}", markup=False, soft_wrap=True)
+        console.print(f"differs: {line}", soft_wrap=True)
     if not changed:
         console.print("Code, packages, hardware and data are the same.")
     return 0 if agree else 1

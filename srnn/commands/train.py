@@ -25,7 +25,7 @@ from srnn.files import nearest_there, write_atomically
 from srnn.registry import register
 from srnn.run_folder import RunFolder
 
-HELP = """usage: srnn [train] [GROUP=NAME] [GROUP.OPTION=VALUE] ...
+_HELP = """usage: srnn [train] [GROUP=NAME] [GROUP.OPTION=VALUE] ...
 
 Train, prune, pack, measure, report. Everything lands in a folder of its own under outputs/.
 
@@ -47,7 +47,7 @@ Train, prune, pack, measure, report. Everything lands in a folder of its own und
 def main(argv: Sequence[str]) -> int:
     """Check every job of the command line, then let Hydra run them. ``resume=FOLDER`` resumes a stopped run."""
     if any(word in ("--help", "-h") for word in argv):
-        print(HELP)
+        print(_HELP)
         return 0
     if any(word.startswith("resume=") for word in argv):
         return _resume(argv)

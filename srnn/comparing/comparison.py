@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -233,15 +231,6 @@ def run_rows(comparison: Comparison) -> list[Row]:
         for setting in comparison.settings
         for run in setting.runs
     ]
-
-
-def csv_text(rows: Sequence[Row]) -> str:
-    """The rows, under the names that any of them has."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def pareto(

@@ -6,17 +6,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
-from srnn.datasets.base import PARTS
+from srnn.datasets.base import SPLITS
 from srnn.datasets.download import fetch
-from srnn.datasets.text import Count, Texts, TextStreams, read_text
+from srnn.datasets.text import Texts, TextStreams, VocabularyLimit, read_text
 from srnn.errors import UserError
 from srnn.files import cache_folder
-from srnn.registry import Range, register
+from srnn.registry import register
+from srnn.registry.option_types import Count
 from srnn.vocabulary import Level
-
-Limit = Annotated[int, Range(ge=2)] | None
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,32 @@ class Source:
 
 
 class Corpus(TextStreams):
-    """Base of the corpora: a subclass lists its files.
+    """Base of the corpora: a subclass lists its files, which come from a folder, the cache or the network.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> class Pair(Corpus):
+        ...     "Two lines."
+        ...     corpus = "pair"
+        ...     sources = {"all": Source("pair.txt", "https://example.org/pair.txt")}
+        ...     def texts(self):
+        ...         return Texts.split(self.read("all"), 0.25, 0.25)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = pathlib.Path(folder, "pair.txt").write_text("one two " * 4)
+        ...     Pair(folder, None, batch_size=2).texts().test
+        'one two '
+
+    Attributes:
+        corpus: its name: of its folder in the cache, and in messages.
+        sources: split -> file; a corpus in one file has one under a name of its own, and says how ``texts`` splits it.
 
     Args:
         folder: a local folder with the files; None takes the cache, and downloads what is not there.
         mirror: a URL under which the files lie by their names, instead of where they come from.
         options: those of ``TextStreams``.
+
+    Raises:
+        UserError: from ``setup``: a file is missing, is no text, or cannot be downloaded.
     """
 
     corpus: ClassVar[str]
@@ -52,9 +71,13 @@ class Corpus(TextStreams):
         self.folder = None if folder is None else os.path.abspath(os.path.expanduser(folder))
         self.mirror = mirror
 
-    def read(self, part: str) -> str:
-        """The text of one file. Raises UserError."""
-        source = self.sources[part]
+    def read(self, key: str) -> str:
+        """The text of the file that ``sources`` has under ``key``.
+
+        Raises:
+            UserError: it is missing, is no text, or cannot be downloaded.
+        """
+        source = self.sources[key]
         if self.folder is not None:
             path = Path(self.folder) / source.name
             if not path.is_file():
@@ -75,8 +98,8 @@ class Corpus(TextStreams):
         return config | {"folder": self.folder}
 
     def texts(self) -> Texts:
-        """A file a part."""
-        return Texts(**{part: self.read(part) for part in PARTS})
+        """A file a split."""
+        return Texts(**{split: self.read(split) for split in SPLITS})
 
 
 @register.dataset("shakespeare")
@@ -97,7 +120,7 @@ class Shakespeare(Corpus):
         folder: str | None = None,
         mirror: str | None = None,
         level: Level = "characters",
-        vocabulary_limit: Limit = None,
+        vocabulary_limit: VocabularyLimit = None,
         batch_size: Count = 32,
         sequence_length: Count = 64,
         eval_streams: Count = 16,
@@ -120,7 +143,7 @@ class _Words(Corpus):
         folder: str | None = None,
         mirror: str | None = None,
         level: Level = "words",
-        vocabulary_limit: Limit = None,
+        vocabulary_limit: VocabularyLimit = None,
         batch_size: Count = 20,
         sequence_length: Count = 35,
         eval_streams: Count = 10,

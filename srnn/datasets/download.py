@@ -1,4 +1,4 @@
-"""Fetching files into the cache: whole or not at all, going on where an earlier try stopped."""
+"""Fetching files into the cache: whole or not at all, resuming where an earlier try stopped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHUNK = 1 << 13  # what a broken connection can cost
 def fetch(url: str, path: Path, checksum: str | None = None) -> Path:
     """The file at ``path``, downloaded from ``url`` if it is not there or is damaged.
 
-    What arrives is kept in ``path.part``, so that a stopped download goes on there; a finished file has its SHA-256
+    What arrives is kept in ``path.part``, so that a stopped download resumes there; a finished file has its SHA-256
     beside it, in ``path.sha256``, and is checked against that each time. Processes that want the same file wait for
     the first.
 
@@ -97,10 +97,10 @@ def _receive(url: str, part: Path) -> None:
                 raise UserError(f"{url} has changed since its download began; run again to fetch it anew.")
             return
         answer.raise_for_status()
-        goes_on = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        resumes = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         length = answer.headers.get("Content-Length")
-        total = (have if goes_on else 0) + int(length) if length else None
-        with part.open("ab" if goes_on else "wb") as file:
+        total = (have if resumes else 0) + int(length) if length else None
+        with part.open("ab" if resumes else "wb") as file:
             _write(answer.iter_content(CHUNK), file, url, total)
     if total is not None and part.stat().st_size != total:
         raise UserError(

@@ -9,10 +9,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from srnn.datasets.text import Count, Texts, TextStreams
+from srnn.datasets.text import Texts, TextStreams
 from srnn.errors import UserError
 from srnn.files import cache_folder, write_atomically
 from srnn.registry import register
+from srnn.registry.option_types import Count
 
 # About 0.4 MB. Split by file, so that no text is seen in training that is measured later.
 MODULES = {
@@ -34,7 +35,7 @@ class PythonSource(TextStreams):
         cached = cache_folder() / f"python_source-{platform.python_implementation()}-{platform.python_version()}.json"
         texts = _read_cache(cached)
         if texts is None:
-            texts = Texts(**{part: "".join(map(_source, names)) for part, names in MODULES.items()})
+            texts = Texts(**{split: "".join(map(_source, names)) for split, names in MODULES.items()})
             _write_cache(cached, texts)
         return texts
 

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import torch
 
-from srnn.datasets.base import Batch, LabelledSequences, Part
-from srnn.datasets.text import Count
+from srnn.datasets.base import Batch, LabelledSequences, Split
 from srnn.errors import UserError
 from srnn.registry import Range, register
+from srnn.registry.option_types import Count
 
 
 @register.dataset("digits")
@@ -21,8 +21,8 @@ class Digits(LabelledSequences):
     def __init__(self, batch_size: Count = 32) -> None:
         super().__init__(batch_size)
 
-    def sequences(self) -> dict[Part, Batch]:
-        """By position, which parts the writers: 1,257 to train on, 270 for validation, 270 for the test."""
+    def sequences(self) -> dict[Split, Batch]:
+        """By position, which separates the writers: 1,257 to train on, 270 for validation, 270 for the test."""
         try:
             from sklearn.datasets import load_digits
         except ImportError:
@@ -55,16 +55,17 @@ class Adding(LabelledSequences):
     ) -> None:
         super().__init__(batch_size)
         self.sequence_length = sequence_length
-        self.lengths: dict[Part, int] = {"train": train_sequences, "valid": eval_sequences, "test": eval_sequences}
+        self.lengths: dict[Split, int] = {"train": train_sequences, "valid": eval_sequences, "test": eval_sequences}
         self.data_seed = data_seed
 
-    def sequences(self) -> dict[Part, Batch]:
-        """All parts, from ``data_seed``."""
+    def sequences(self) -> dict[Split, Batch]:
+        """All splits, from ``data_seed``, whatever the run's own seed is."""
         random = torch.Generator().manual_seed(self.data_seed)
-        return {part: self._make(count, random) for part, count in self.lengths.items()}
+        return {split: self._make(count, random) for split, count in self.lengths.items()}
 
     def _make(self, count: int, random: torch.Generator) -> Batch:
         half = self.sequence_length // 2
+        # One mark in each half: the first has to be remembered across the middle.
         numbers_NT = torch.rand(count, self.sequence_length, generator=random)
         first = torch.randint(0, half, (count,), generator=random)
         second = torch.randint(half, self.sequence_length, (count,), generator=random)

@@ -1,7 +1,7 @@
 """Text as contiguous streams, for stateful truncated back-propagation through time.
 
 Shapes: B streams side by side, T tokens a step. A text of N tokens becomes B rows of N / B; batch ``i`` holds the
-``i``-th T columns, so that a row of batch ``i + 1`` goes on where the same row of batch ``i`` ended.
+``i``-th T columns, so that a row of batch ``i + 1`` continues where the same row of batch ``i`` ended.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from srnn.datasets.base import PARTS, Batch, Batches, DataModule, Part
+from srnn.datasets.base import SPLITS, Batch, Batches, DataModule, Split
 from srnn.errors import UserError
 from srnn.registry import Range, register
+from srnn.registry.option_types import Count, PositiveShare
 from srnn.vocabulary import Level, Vocabulary
 
-Count = Annotated[int, Range(ge=1, le=1_000_000)]
-Share = Annotated[float, Range(gt=0, lt=1)]
+VocabularyLimit = Annotated[int, Range(ge=2)] | None  # one word, and the unknown one
 IGNORED = -100  # target of padding; torch's cross-entropy skips it
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The three parts of a text data set."""
+    """The three splits of a text data set."""
 
     train: str
     valid: str
@@ -38,7 +38,13 @@ class Texts:
 
     @classmethod
     def split(cls, text: str, valid_share: float, test_share: float) -> Texts:
-        """By position: the last part is the test text, the one before it validation."""
+        """By position: the end is the test text, what comes before it validation.
+
+        Args:
+            text: all of it.
+            valid_share: share of its characters, 0 to 1.
+            test_share: share of its characters, 0 to 1.
+        """
         first_test = round(len(text) * (1 - test_share))
         first_valid = round(len(text) * (1 - test_share - valid_share))
         return cls(text[:first_valid], text[first_valid:first_test], text[first_test:])
@@ -47,9 +53,22 @@ class Texts:
 class TextStreams(DataModule):
     """Base of the text data sets: a subclass says what the texts are.
 
+    Example:
+        >>> class Counting(TextStreams):
+        ...     "The numbers in order."
+        ...     def texts(self):
+        ...         return Texts.split(" ".join(map(str, range(1000))), 0.1, 0.1)
+        >>> data = Counting(batch_size=4, sequence_length=8)
+        >>> data.setup()
+        >>> inputs_BT, targets_BT = next(iter(data.train_dataloader()))
+        >>> inputs_BT.shape, data.vocabulary.decode(inputs_BT[0].tolist())
+        (torch.Size([4, 8]), '0 1 2 3 ')
+        >>> data.vocabulary.decode(targets_BT[0].tolist())
+        ' 1 2 3 4'
+
     Attributes:
         vocabulary: made of the training text, or the one given to ``setup``; there after it.
-        counts, tokens: part -> characters and tokens it has; there after ``setup``.
+        counts, tokens: split -> characters and tokens it has; there after ``setup``.
 
     Args:
         level: what a token is.
@@ -77,48 +96,67 @@ class TextStreams(DataModule):
         self.sequence_length = sequence_length
         self.eval_streams = eval_streams
         self.vocabulary_limit = vocabulary_limit
-        self.tokens: dict[Part, int] = {}
-        self._streams: dict[Part, tuple[Tensor, Tensor]] = {}
+        self.tokens: dict[Split, int] = {}
+        self._streams: dict[Split, tuple[Tensor, Tensor]] = {}
 
     @abstractmethod
     def texts(self) -> Texts:
-        """Read or make the three texts. Raises UserError for what cannot be used."""
+        """Read or make the three texts.
+
+        Raises:
+            UserError: a text that cannot be used.
+        """
 
     def setup(self, stage: str | None = None, vocabulary: Vocabulary | None = None) -> None:
         """Read the texts and cut them into streams, once.
 
         Args:
-            stage: Lightning's; all parts are made for any.
+            stage: Lightning's; all splits are made for any.
             vocabulary: a trained model's own; None builds it from the training text.
+
+        Raises:
+            UserError: a text that cannot be used, or is too short for its streams.
         """
         if self._streams:
             return
         texts = self.texts()
         self.vocabulary = vocabulary or Vocabulary.build(self.level, texts.train, self.vocabulary_limit)
         self.sizes = {"vocabulary_size": len(self.vocabulary)}
-        for part in PARTS:
-            self._add_part(part, getattr(texts, part))
+        for split in SPLITS:
+            self._add_split(split, getattr(texts, split))
 
-    def _add_part(self, part: Part, text: str) -> None:
+    def _add_split(self, split: Split, text: str) -> None:
         tokens = self.vocabulary.encode(text)
-        count = self.batch_size if part == "train" else self.eval_streams
+        count = self.batch_size if split == "train" else self.eval_streams
         if len(tokens) <= count:
             raise UserError(
-                f"dataset: the {part} part has {len(tokens)} {self.level}, too few for {count} streams: give more "
-                f"text, or lower dataset.{'batch_size' if part == 'train' else 'eval_streams'}."
+                f"dataset: the {split} part has {len(tokens)} {self.level}, too few for {count} streams: give more "
+                f"text, or lower dataset.{'batch_size' if split == 'train' else 'eval_streams'}."
             )
-        self.counts[part], self.tokens[part] = len(text), len(tokens)
-        self._streams[part] = streams(tokens, count)
+        self.counts[split], self.tokens[split] = len(text), len(tokens)
+        self._streams[split] = streams(tokens, count)
 
-    def batches(self, part: Part) -> Batches:
-        """Contiguous streams: row b of a batch goes on where row b of the one before ended."""
-        return stream_batches(*self._streams[part], self.sequence_length)
+    def batches(self, split: Split) -> Batches:
+        """Contiguous streams: row b of a batch continues where row b of the one before ended."""
+        return stream_batches(*self._streams[split], self.sequence_length)
 
 
 def streams(tokens: np.ndarray, count: int) -> tuple[Tensor, Tensor]:
     """Cut a text into ``count`` rows side by side: inputs_BN and targets_BN, one token ahead.
 
     Every token but the first is a target exactly once; the last row is padded with ``IGNORED`` targets.
+
+    Example:
+        >>> inputs_BN, targets_BN = streams(np.arange(6), 2)
+        >>> inputs_BN.tolist(), targets_BN.tolist()
+        ([[0, 1, 2], [3, 4, 0]], [[1, 2, 3], [4, 5, -100]])
+
+    Args:
+        tokens: of the text, [tokens].
+        count: B.
+
+    Returns:
+        int64, both with N columns.
     """
     length = len(tokens) - 1
     width = math.ceil(length / count)
@@ -132,8 +170,8 @@ def stream_batches(inputs_BN: Tensor, targets_BN: Tensor, sequence_length: int) 
     """Batches of ``sequence_length`` columns; the last one may be narrower."""
 
     def fetch(epoch: int, index: int) -> Batch:
-        part = slice(index * sequence_length, (index + 1) * sequence_length)
-        return inputs_BN[:, part], targets_BN[:, part]
+        columns = slice(index * sequence_length, (index + 1) * sequence_length)
+        return inputs_BN[:, columns], targets_BN[:, columns]
 
     return Batches(fetch, math.ceil(inputs_BN.shape[1] / sequence_length))
 
@@ -146,9 +184,9 @@ class Text(TextStreams):
         self,
         path: str,
         level: Level = "characters",
-        valid_share: Share = 0.05,
-        test_share: Share = 0.05,
-        vocabulary_limit: Annotated[int, Range(ge=2)] | None = None,
+        valid_share: PositiveShare = 0.05,
+        test_share: PositiveShare = 0.05,
+        vocabulary_limit: VocabularyLimit = None,
         batch_size: Count = 32,
         sequence_length: Count = 64,
         eval_streams: Count = 16,
@@ -181,6 +219,7 @@ def _files(path: str) -> list[Path]:
         files = [p for p in Path(path).rglob("*") if p.is_file() and not any(x.startswith(".") for x in p.parts)]
     else:
         files = [Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
+        # A file whose name holds brackets or stars matches no pattern, not even its own.
         files = files or ([Path(path)] if os.path.isfile(path) else [])
     if not files and os.path.isdir(path):
         raise UserError(f"dataset.path={path}: the folder holds no files.")
@@ -192,7 +231,7 @@ def _files(path: str) -> list[Path]:
 def read_text(path: Path) -> str:
     """A UTF-8 text file. Raises UserError for anything else."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")  # without the byte order mark of some editors
     except OSError as error:
         raise UserError(f"dataset.path: {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
@@ -200,6 +239,7 @@ def read_text(path: Path) -> str:
             f"dataset.path: {path} is not UTF-8 text (byte {error.start}): convert it, or name text files only, as in "
             f"'folder/*.txt'."
         ) from None
+    # Zero bytes are valid UTF-8, and no text has them.
     if "\0" in text:
         raise UserError(
             f"dataset.path: {path} is binary (it holds zero bytes): name text files only, as in 'folder/*.txt'."

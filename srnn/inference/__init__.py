@@ -1,1 +1,1 @@
-"""Networks on sparse kernels: sparse modules, packing, the packed file, generating, latency."""
+"""Networks on sparse kernels: sparse modules, packing, the packed file, latency."""

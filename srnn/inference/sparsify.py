@@ -77,6 +77,9 @@ def desparsify(model: nn.Module) -> nn.Module:
     Returns:
         The copy, in eval mode, its parameters trainable.
 
+    Raises:
+        RuntimeError: torch cannot copy a part of the model, such as a tensor with history that it keeps.
+
     Example:
         >>> import torch, srnn
         >>> linear = torch.nn.Linear(16, 8)

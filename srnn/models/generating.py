@@ -17,15 +17,15 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Yield ``length`` tokens that go on from ``prompt``.
+    """Yield ``length`` tokens that continue ``prompt``.
 
     Args:
         model: a language model, with ``step``.
-        prompt: at least one token.
+        prompt: token numbers, at least one.
         length: tokens to write.
         temperature: divides the logits; 0 always takes the likeliest token.
         top_k: sample among so many likeliest tokens; None takes all.
-        seed: of the sampling.
+        seed: of the sampling, which has a generator of its own: the same seed writes the same text.
     """
     random = torch.Generator().manual_seed(seed)
     logits_V, state = None, None

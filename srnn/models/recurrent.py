@@ -9,33 +9,30 @@ Shapes: B batch, T time, V vocabulary, E width of a token's vector, I inputs, O 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
 from srnn.models.generating import generate
-from srnn.registry import Range, register
+from srnn.registry import register
+from srnn.registry.option_types import Count, Positive, Share
 
-Count = Annotated[int, Range(ge=1, le=1_000_000)]
-Share = Annotated[float, Range(ge=0, lt=1)]
-Positive = Annotated[float, Range(gt=0, le=1e6)]
-
-State = Tensor | tuple[Tensor, Tensor]
+TorchState = Tensor | tuple[Tensor, Tensor]  # h_LBH; of an LSTM (h_LBH, c_LBH); L is layers times directions
 
 
 def _layers(
     cell: Callable[..., nn.RNNBase], input_size: int, hidden_size: int, num_layers: int, dropout: float, **options: Any
 ) -> nn.RNNBase:
-    between = dropout if num_layers > 1 else 0.0
+    between = dropout if num_layers > 1 else 0.0  # torch warns of dropout between layers where there is one only
     return cell(input_size, hidden_size, num_layers=num_layers, dropout=between, batch_first=True, **options)
 
 
-def _step(rnn: Any, x_BI: Tensor, state: State | None) -> tuple[Tensor, State]:
+def _step(rnn: Any, x_BI: Tensor, state: TorchState | None) -> tuple[Tensor, TorchState]:
     """One step of torch's layers, or of the same ones on sparse kernels."""
     if not isinstance(rnn, nn.RNNBase):
-        stepped: tuple[Tensor, State] = rnn.step(x_BI, state)
+        stepped: tuple[Tensor, TorchState] = rnn.step(x_BI, state)
         return stepped
     y_BTH, state = rnn(x_BI[:, None], state)
     return y_BTH[:, 0], state
@@ -44,16 +41,29 @@ def _step(rnn: Any, x_BI: Tensor, state: State | None) -> tuple[Tensor, State]:
 class LanguageModel(nn.Module):
     """Embedding, recurrent layers, linear decoder: the distribution of the next token.
 
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = LanguageModel(nn.GRU, vocabulary_size=50, embedding_size=8, hidden_size=16)
+        >>> logits_BTV, state = model(torch.zeros(2, 5, dtype=torch.long))
+        >>> logits_BTV.shape, state.shape
+        (torch.Size([2, 5, 50]), torch.Size([1, 2, 16]))
+        >>> len(list(model.generate([1, 2, 3], length=4)))
+        4
+
     Args:
         cell: ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``.
         vocabulary_size: V.
         embedding_size: E.
         hidden_size: H.
         num_layers: recurrent layers.
-        dropout: on the output of each layer.
-        embedding_dropout: on the vectors of tokens.
+        dropout: share of each layer's outputs dropped in training, 0 to below 1.
+        embedding_dropout: the same of the vectors of tokens.
         tie_embeddings: the decoder's weight is the embedding's; then E must be H.
         cell_options: more arguments for ``cell``.
+
+    Raises:
+        UserError: bidirectional layers, which would see the token they predict; tied weights of different sizes.
     """
 
     def __init__(
@@ -87,11 +97,11 @@ class LanguageModel(nn.Module):
         if tie_embeddings:
             self.decoder.weight = self.embedding.weight
 
-    def forward(self, tokens_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Logits for the token after each one, and the state to go on from.
+    def forward(self, tokens_BT: Tensor, state: TorchState | None = None) -> tuple[Tensor, TorchState]:
+        """Logits for the token after each one, and the state to continue from.
 
         Args:
-            tokens_BT: token numbers.
+            tokens_BT: token numbers, int64.
             state: what the previous call returned; None starts from zero.
 
         Returns:
@@ -101,15 +111,15 @@ class LanguageModel(nn.Module):
         y_BTH, state = self.rnn(x_BTE, state)
         return self.decoder(self.dropout(y_BTH)), state
 
-    def step(self, tokens_B: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def step(self, tokens_B: Tensor, state: TorchState | None = None) -> tuple[Tensor, TorchState]:
         """One token of each stream.
 
         Args:
-            tokens_B: token numbers.
+            tokens_B: token numbers, int64.
             state: what the previous call returned; None starts from zero.
 
         Returns:
-            logits_BV for the token after it, and the state to go on from.
+            logits_BV for the token after it, and the state to continue from.
         """
         y_BH, state = _step(self.rnn, self.embedding_dropout(self.embedding(tokens_B)), state)
         return self.decoder(self.dropout(y_BH)), state
@@ -122,12 +132,20 @@ class LanguageModel(nn.Module):
         top_k: int | None = None,
         seed: int = 0,
     ) -> Iterator[int]:
-        """Yield ``length`` tokens that follow ``prompt``; see ``srnn.models.generating``."""
+        """Yield ``length`` tokens that continue ``prompt``; see ``srnn.models.generating``."""
         return generate(self, prompt, length, temperature, top_k, seed)
 
 
 class SequenceModel(nn.Module):
     """Recurrent layers and a linear decoder of their last state: a class or a number for each sequence.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = SequenceModel(nn.LSTM, input_size=8, output_size=10, hidden_size=16, bidirectional=True)
+        >>> outputs_BO, state = model(torch.randn(2, 5, 8))
+        >>> outputs_BO.shape
+        torch.Size([2, 10])
 
     Args:
         cell: ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``.
@@ -135,7 +153,7 @@ class SequenceModel(nn.Module):
         output_size: O: classes, or numbers to predict.
         hidden_size: H.
         num_layers: recurrent layers.
-        dropout: on the output of each layer.
+        dropout: share of each layer's outputs dropped in training, 0 to below 1.
         cell_options: more arguments for ``cell``.
     """
 
@@ -155,15 +173,24 @@ class SequenceModel(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.decoder = nn.Linear(self.directions * hidden_size, output_size)
 
-    def forward(self, x_BTI: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Outputs_BO of whole sequences, and the layers' final state."""
+    def forward(self, x_BTI: Tensor, state: TorchState | None = None) -> tuple[Tensor, TorchState]:
+        """Read whole sequences.
+
+        Args:
+            x_BTI: the sequences, which are of equal length.
+            state: what they start from; None starts from zero.
+
+        Returns:
+            outputs_BO, and the layers' final state.
+        """
         _, state = self.rnn(x_BTI, state)
         h_LBH = state[0] if isinstance(state, tuple) else state
+        # The last layer's: of both directions, each of which has read the whole sequence.
         last_BH = h_LBH[-self.directions :].transpose(0, 1).flatten(1)
         return self.decoder(self.dropout(last_BH)), state
 
-    def step(self, x_BI: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """One step of each stream: outputs_BO as if the sequence ended here, and the state to go on from.
+    def step(self, x_BI: Tensor, state: TorchState | None = None) -> tuple[Tensor, TorchState]:
+        """One step of each stream: outputs_BO as if the sequence ended here, and the state to continue from.
 
         Raises:
             RuntimeError: the layers are bidirectional: they have to see the end first.
@@ -174,7 +201,7 @@ class SequenceModel(nn.Module):
         return self.decoder(self.dropout(y_BH)), state
 
 
-def detach(state: State | None) -> State | None:
+def detach(state: TorchState | None) -> TorchState | None:
     """The state without its history: truncated back-propagation through time ends here."""
     if state is None or isinstance(state, torch.Tensor):
         return None if state is None else state.detach()
@@ -190,7 +217,20 @@ def recurrent(
     init_range: float | None,
     **options: Any,
 ) -> LanguageModel | SequenceModel:
-    """The network that fits the data: ``sizes`` are what the data set gives."""
+    """The network that fits the data: what ``model=rnn``, ``gru`` and ``lstm`` build, with these options.
+
+    Args:
+        cell: ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``.
+        sizes: what the data set gives: ``vocabulary_size``, or ``input_size`` and ``output_size``.
+        embedding_size: width of a token's vector; data without tokens have none.
+        embedding_dropout: share of the tokens' vectors dropped in training.
+        tie_embeddings: the decoder's weight is the embedding's; ``embedding_size`` must be ``hidden_size``.
+        init_range: weights start uniform in [-init_range, init_range]; None leaves torch's own.
+        options: ``hidden_size``, ``num_layers``, ``bidirectional``, ``dropout`` and what else ``cell`` takes.
+
+    Raises:
+        UserError: options that do not fit the data, or each other.
+    """
     model: LanguageModel | SequenceModel
     if "vocabulary_size" in sizes:
         options |= {"embedding_dropout": embedding_dropout, "tie_embeddings": tie_embeddings}
@@ -200,7 +240,7 @@ def recurrent(
         raise UserError(f"model.{given} is for language models: these data have no tokens and so no embedding.")
     else:
         model = SequenceModel(cell, sizes["input_size"], sizes["output_size"], **options)
-    if init_range is not None:
+    if init_range is not None:  # biases too
         for parameter in model.parameters():
             nn.init.uniform_(parameter, -init_range, init_range)
     return model
@@ -219,7 +259,10 @@ def rnn(
     nonlinearity: Literal["tanh", "relu"] = "tanh",
     **sizes: int,
 ) -> LanguageModel | SequenceModel:
-    """Vanilla recurrent network (``nn.RNN``)."""
+    """Vanilla recurrent network (``nn.RNN``).
+
+    Its options are explained at ``recurrent``; those of sizes are supplied by the data.
+    """
     return recurrent(
         nn.RNN, sizes, embedding_size, embedding_dropout, tie_embeddings, init_range, hidden_size=hidden_size,
         num_layers=num_layers, bidirectional=bidirectional, dropout=dropout, nonlinearity=nonlinearity,
@@ -227,6 +270,8 @@ def rnn(
 
 
 def _gated(name: str, cell: type[nn.RNNBase], about: str) -> Callable[..., LanguageModel | SequenceModel]:
+    """Registers a network of gated cells; its options are those of ``rnn`` but for the nonlinearity."""
+
     def build(
         hidden_size: Count = 256,
         embedding_size: Count = 64,

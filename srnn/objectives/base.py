@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from srnn.datasets.base import DataModule, Part
-from srnn.models.recurrent import State
+from srnn.datasets.base import DataModule, Split
+from srnn.models.recurrent import TorchState
 from srnn.registry import register
 
 
@@ -67,7 +67,7 @@ class Objective(pl.LightningModule):
 
     @classmethod
     @abstractmethod
-    def metrics(cls, data: DataModule, part: Part) -> Metric | MetricCollection:
+    def metrics(cls, data: DataModule, part: Split) -> Metric | MetricCollection:
         """What adds up the scores of a part: ``update(outputs, targets)``, then ``compute()``."""
 
     def on_validation_epoch_start(self) -> None:
@@ -82,7 +82,7 @@ class Objective(pl.LightningModule):
 
     @classmethod
     @torch.inference_mode()
-    def score(cls, model: nn.Module, data: DataModule, part: Part) -> dict[str, float]:
+    def score(cls, model: nn.Module, data: DataModule, part: Split) -> dict[str, float]:
         """Score a model on a whole part of the data, on the CPU; ``loss`` is always among the scores."""
         model.eval()
         metric, state = cls.metrics(data, part), None
@@ -92,7 +92,7 @@ class Objective(pl.LightningModule):
         return _floats(metric.compute())
 
     @staticmethod
-    def carried(state: State | None) -> State | None:
+    def carried(state: TorchState | None) -> TorchState | None:
         """What of a batch's final state the next batch starts from."""
         return None
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from srnn.datasets.base import DataModule, Part
+from srnn.datasets.base import DataModule, Split
 from srnn.objectives.whole_sequence import WholeSequence
 from srnn.registry import register
 
@@ -47,7 +47,7 @@ class Classification(WholeSequence):
     words = "accuracy {accuracy:.4f}, F1 {f1:.4f}, loss {loss:.4f}"
 
     @classmethod
-    def metrics(cls, data: DataModule, part: Part) -> MetricCollection:
+    def metrics(cls, data: DataModule, part: Split) -> MetricCollection:
         """Loss, accuracy, and the mean of the classes' F1."""
         classes = data.sizes["output_size"]
         return MetricCollection(

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from srnn import distributed
-from srnn.datasets.base import Batch, DataModule, Part
+from srnn.datasets.base import Batch, DataModule, Split
 from srnn.datasets.text import IGNORED, TextStreams
-from srnn.models.recurrent import State, detach
+from srnn.models.recurrent import TorchState, detach
 from srnn.objectives.base import Objective
 from srnn.registry import register
 
@@ -82,18 +82,18 @@ class NextToken(Objective):
         self, model: nn.Module, optimizer: Mapping[str, Any], data: DataModule, call: Callable[..., Any] | None = None
     ) -> None:
         super().__init__(model, optimizer, data, call)
-        self.state: State | None = None
-        self._training_state: State | None = None
+        self.state: TorchState | None = None
+        self._training_state: TorchState | None = None
 
     @classmethod
-    def metrics(cls, data: DataModule, part: Part) -> TextScore:
+    def metrics(cls, data: DataModule, part: Split) -> TextScore:
         """Loss, perplexity, bits per character."""
         assert isinstance(data, TextStreams)
         # The first token of a text is no target, but its characters count.
         return TextScore(data.counts[part] / (data.tokens[part] - 1))
 
     @staticmethod
-    def carried(state: State | None) -> State | None:
+    def carried(state: TorchState | None) -> TorchState | None:
         """All of it."""
         return detach(state)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection
 
-from srnn.datasets.base import DataModule, Part
+from srnn.datasets.base import DataModule, Split
 from srnn.objectives.whole_sequence import WholeSequence
 from srnn.registry import register
 
@@ -22,7 +22,7 @@ class Regression(WholeSequence):
     words = "mean squared error {loss:.6f}, mean absolute error {mae:.5f}"
 
     @classmethod
-    def metrics(cls, data: DataModule, part: Part) -> MetricCollection:
+    def metrics(cls, data: DataModule, part: Split) -> MetricCollection:
         """Mean squared error (``loss``), its root, and mean absolute error."""
         return MetricCollection(
             {"loss": MeanSquaredError(), "rmse": MeanSquaredError(squared=False), "mae": MeanAbsoluteError()},

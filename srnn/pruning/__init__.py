@@ -9,15 +9,19 @@ from srnn.pruning.methods import (
     Gradual,
     Hard,
     NoPruning,
+    PrunerView,
     PruningMethod,
     Random,
     RigL,
     Shared,
     Structured,
 )
-from srnn.pruning.pruner import Pruner, Row
+from srnn.pruning.pruner import Pruner
+from srnn.pruning.report_rows import ReportRow
+from srnn.pruning.report_rows import ReportRow as Row  # as it was called before
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import prunable
 
-__all__ = ["Block", "Cubic", "Fixed", "Gradual", "Group", "Hard", "NoPruning", "Pruner", "PruningMethod", "Random",
-           "RigL", "Row", "RunLength", "Shared", "Structure", "Structured", "prunable"]  # fmt: skip
+__all__ = ["Block", "Cubic", "Fixed", "Gradual", "Group", "Hard", "NoPruning", "Pruner", "PrunerView",
+           "PruningMethod", "Random", "ReportRow", "RigL", "Row", "RunLength", "Shared", "Structure", "Structured",
+           "prunable"]  # fmt: skip

@@ -11,17 +11,35 @@ from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor, nn
 
 from srnn.errors import UserError
+from srnn.pruning.arguments import build_method
 from srnn.pruning.methods.base import PruningMethod
-from srnn.pruning.pruner import Pruner, build_method
+from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import RunLength
 
 
 class PruningCallback(pl.Callback):
-    """Prunes a LightningModule, or a part of it, while any Trainer trains it.
+    """Prunes a LightningModule, or a part of it, while any Trainer trains it (Narang et al., ICLR 2017).
 
-    Example::
-
-        trainer = pl.Trainer(max_epochs=20, callbacks=[PruningCallback("gradual", sparsity=0.9)])
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> import torch
+        >>> from srnn import PruningCallback
+        >>> class Echo(pl.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.rnn = torch.nn.GRU(16, 16, batch_first=True)
+        ...     def training_step(self, x_BTI, _):
+        ...         return (self.rnn(x_BTI)[0] - x_BTI).square().mean()
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.Adam(self.parameters())
+        >>> pruning = PruningCallback("gradual", sparsity=0.9)
+        >>> trainer = pl.Trainer(
+        ...     max_epochs=5, accelerator="cpu", callbacks=[pruning], logger=False, enable_checkpointing=False,
+        ...     enable_progress_bar=False, enable_model_summary=False,
+        ... )
+        >>> trainer.fit(Echo(), torch.utils.data.DataLoader(torch.randn(64, 5, 16), batch_size=8))
+        >>> round(pruning.pruner.sparsity, 2)
+        0.9
 
     Args:
         method: the name of a method, its config as a mapping with ``name``, or a method.
@@ -32,6 +50,14 @@ class PruningCallback(pl.Callback):
     Its state (masks, thresholds, iteration) goes into the Trainer's checkpoints, under its method, options and module:
     a Trainer may have several that differ in one of these. With Lightning's ``WeightAveraging``, which has to stand
     before it, the average is masked too.
+
+    Attributes:
+        method: the method it was given.
+        pruner: the ``Pruner`` at work: masks, sparsities, report; None until training starts.
+
+    Raises:
+        UserError: no such method, or an option is wrong. When training starts: nothing can be pruned, the schedule
+            does not fit the run, or the run has no known length.
     """
 
     def __init__(
@@ -41,6 +67,7 @@ class PruningCallback(pl.Callback):
         reference: Mapping[str, Tensor] | None = None,
         **options: Any,
     ) -> None:
+        """See ``PruningCallback``."""
         self.method = build_method(method, options)
         self.model = model
         self.reference = reference
@@ -51,6 +78,7 @@ class PruningCallback(pl.Callback):
     @property
     def state_key(self) -> str:
         """What tells it from others in the same Trainer and its checkpoints."""
+        # Names and shapes, and nothing of the weights: the same in the process that resumes.
         if self.model is None:
             return self._generate_state_key(method=self.method.settings)
         names = [f"{name} {tuple(parameter.shape)}" for name, parameter in self.model.named_parameters()]
@@ -58,7 +86,11 @@ class PruningCallback(pl.Callback):
         return self._generate_state_key(method=self.method.settings, model=f"{type(self.model).__qualname__} {digest}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Build the pruner, now that the length of the run and the optimiser are known."""
+        """Build the pruner, now that the length of the run and the optimiser are known.
+
+        Raises:
+            UserError: the run has no known length, or cannot be pruned as asked.
+        """
         total = trainer.estimated_stepping_batches
         if total == float("inf"):
             raise UserError("pruning needs to know how long the run is: set max_epochs or max_steps in the Trainer.")
@@ -73,7 +105,7 @@ class PruningCallback(pl.Callback):
         )
         self._restored, self._seen = None, trainer.global_step
         if state is None and before is not None and trainer.global_step > 0:
-            state = before.state_dict()  # a second ``fit`` of the same Trainer goes on
+            state = before.state_dict()  # a second ``fit`` of the same Trainer resumes
         if state is not None:
             self.pruner.load_state_dict(state)
         else:
@@ -83,6 +115,7 @@ class PruningCallback(pl.Callback):
         """The average of what is pruned, where the Trainer keeps one."""
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for place, callback in enumerate(callbacks):
+            # Lightning has no public name for the average.
             if isinstance(callback, WeightAveraging) and callback._average_model is not None:
                 if place > callbacks.index(self):
                     raise UserError(

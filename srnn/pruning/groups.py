@@ -30,14 +30,17 @@ class Group:
         name: the layer type, the parameter's name or ``all``, and the settings that are its own.
         layer_type: ``recurrent``, ``linear``, ``embedding``, ``convolution``, ``other``; ``all`` if it mixes them.
         parts: the parameters and gates.
-        sparsity: the share of zeros asked for; None where it is not asked for.
+        sparsity: the share of zeros asked for, 0 to 1; None where it is not asked for.
         structure: what is kept or zeroed as a whole.
         score: what stands for a block.
         keep_diagonal: the recurrent diagonal stays.
         epsilon: the threshold of the last update.
-        target: how many weights have to be zero in the end.
-        importance: what a method ranks weights by.
+        target: how many weights have to be zero in the end; 0 where no sparsity is asked for.
+        importance: what a method ranks weights by: piece -> [G, R, C], at least 0.
         soft: whether pruned weights are ranked by their values, and not always last.
+
+    Raises:
+        UserError: N:M or the diagonal keep more than the sparsity allows.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Group:
     soft: bool = False
 
     def __post_init__(self) -> None:
+        # Cut once: a piece holds a place in its parameter, not values, so that it never goes stale.
         self.pieces = [piece for part in self.parts for piece in part.pieces(self.structure.rows)]
         if self.sparsity is not None:
             self.target = self.zeros_for(self.sparsity)
@@ -75,11 +79,20 @@ class Group:
 
     def zeros_for(self, sparsity: float) -> int:
         """How many weights have to be zero for a sparsity, to the nearest; those that must stay are left out."""
+        # One weight stays, however few there are: a group of zeros has no threshold, and passes nothing on. Rounded
+        # half up: Python's own rounding, half to even, goes now up and now down.
         wanted = min(self.size - 1, math.floor(sparsity * self.size + 0.5))
         return min(wanted, self._prunable) if self.structure.of else wanted
 
     def ranking(self, scorer: Scorer | None = None) -> Ranking:
-        """Its units by score, as the weights are now; or by other scores, at least 0. What must stay, stays."""
+        """Its units by score, as the weights are now. What must stay, stays.
+
+        Args:
+            scorer: other scores of a piece's units, [U], at least 0; None takes the importance of the weights.
+
+        Raises:
+            UserError: a weight is infinite or NaN.
+        """
         if scorer is None:
             return Ranking(self.pieces, self.structure, self._scores)
         return Ranking(self.pieces, self.structure, lambda piece: self._protect(piece, scorer(piece)))
@@ -95,6 +108,8 @@ class Group:
 
     def _scores(self, piece: Piece) -> Tensor:
         scores = unit_scores(self.importance(piece), self.structure, self.score)
+        # A maximum is NaN if anything is: one pass tells both. NaN compares false with every threshold and would be
+        # pruned silently; the training is past saving, and this says so.
         if not math.isfinite(scores.max()):
             raise UserError(
                 f"the training has diverged: {self.name} weights are not finite; lower optimizer.lr, or clip "
@@ -106,7 +121,7 @@ class Group:
         return self._protect(piece, scores)
 
     def kept_units(self, piece: Piece) -> Tensor:
-        """Which units the masks keep, bool [U]."""
+        """Which units the masks keep, bool [U]. A block is kept or pruned as a whole, so its largest bit says it."""
         if self.structure.block == 1:
             return piece.mask.flatten()
         return self.structure.maxima(piece.mask.byte()) > 0
@@ -123,6 +138,7 @@ class Group:
         """How many weights may be zero: all but those that N:M and the diagonal keep."""
         free = 0
         for piece in self.pieces:
+            # N:M keeps N of each M whatever the scores are, so equal ones tell how many.
             sizes = self.structure.sizes(piece.shape, piece.mask.device)
             free += int(sizes[self._protect(piece, torch.zeros(len(sizes), device=sizes.device)).isfinite()].sum())
         return free

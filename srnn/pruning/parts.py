@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from srnn.cells import GATE_LETTERS
 from srnn.formats import Shape
 
-PIECE = 1 << 22  # weights looked at together: temporaries of larger matrices stay this small
+# Weights looked at together. A temporary of so many fp32 numbers takes 16 MB, however large a matrix is; smaller pieces
+# would launch more kernels on a GPU, each with less to do.
+PIECE = 1 << 22
 
 
 def count(flags: Tensor) -> Tensor:
-    """How many are set. In pieces: to add flags up, torch makes numbers of 8 bytes of them first."""
+    """How many are set, int64 []. In pieces: to add flags up, torch makes numbers of 8 bytes of them first."""
     return torch.stack([piece.sum() for piece in flags.flatten().split(PIECE)]).sum()
 
 
@@ -49,6 +51,7 @@ class Part:
     revived: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        # On the mask's device, so that counting at an update does not wait for the GPU.
         self.revived = torch.zeros(self.count, dtype=torch.int64, device=self.mask.device)
 
     @property
@@ -92,6 +95,7 @@ class Part:
         if self.size <= PIECE:
             yield Piece(self, 0, gates, 0, rows)
             return
+        # Whole block rows, so that no block falls into two pieces.
         tall = max(height, PIECE // columns // height * height)
         for gate in range(gates):
             for row in range(0, rows, tall):
@@ -100,7 +104,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows ``top`` to ``bottom`` of gates ``first`` to ``last`` of a part."""
+    """Rows ``top`` to ``bottom`` of gates ``first`` to ``last`` of a part; the last of each is outside."""
 
     part: Part
     first: int
@@ -115,11 +119,11 @@ class Piece:
 
     @property
     def key(self) -> str:
-        """Names it, in any process."""
+        """Names it, in any process: what is random depends on it, and on nothing a process chooses."""
         return f"{self.part.name}/{self.first}/{self.top}"
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This piece of the parameter, its mask or its gradient, [G, R, C]."""
+        """This piece of the parameter, its mask or its gradient, [G, R, C]; a view if the tensor is contiguous."""
         return self.part.of(tensor)[self.first : self.last, self.top : self.bottom]
 
     @property
@@ -141,6 +145,7 @@ class Piece:
     def scale(self, factor_GRC: Tensor) -> None:
         """Multiply its weights in place."""
         parameter = self.part.parameter.detach()
+        # ``of`` is a copy of what is not contiguous, such as a convolution in channels_last: scale it, and copy back.
         if parameter.is_contiguous():
             self.of(parameter).mul_(factor_GRC)
         else:

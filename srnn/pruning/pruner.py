@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Integral
 from types import NoneType
 from typing import Any
@@ -13,87 +12,60 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from srnn.cells import GATE_LETTERS
 from srnn.distributed import check_equal
 from srnn.errors import UserError
-from srnn.pruning.groups import Group
+from srnn.pruning.arguments import averaged, build_method, check_argument, unwrapped
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.parts import Part, count
+from srnn.pruning.report_rows import ReportRow, report_rows
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import masks_of
-from srnn.registry import register
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-COMPARE_EVERY = 100  # steps between two comparisons of the ranks, beside those at updates
-NAMED = 8  # parameters in a warning
-
-
-@dataclass(frozen=True)
-class Row:
-    """What became of a parameter, or of a gate of one.
-
-    Attributes:
-        parameter: its name.
-        gate: ``r``, ``z``, ``n`` or ``i``, ``f``, ``g``, ``o``; empty for what has none.
-        layer_type: of its layer.
-        weights: how many there are.
-        zeros: how many of them are pruned.
-        threshold: of its group, at the last update.
-        revived: how many weights came back, over all updates.
-        structure: what is kept or zeroed as a whole.
-        blocks: how many units it falls into.
-        blocks_left: how many of them are kept.
-    """
-
-    parameter: str
-    gate: str
-    layer_type: str
-    weights: int
-    zeros: int
-    threshold: float
-    revived: int
-    structure: str
-    blocks: int
-    blocks_left: int
-
-    @property
-    def sparsity(self) -> float:
-        """Share of zeros."""
-        return self.zeros / self.weights
+COMPARE_EVERY = 100  # steps between two comparisons of the ranks, beside those at updates: each reads all weights
+NAMED_IN_WARNING = 8  # parameters; a large model may have hundreds
 
 
 class Pruner:
-    """Prunes a model while it trains. Call ``step()`` after every ``optimizer.step()``.
+    """Prunes a model while it trains (Narang et al., ICLR 2017). Call ``step()`` after every ``optimizer.step()``.
 
     Weights are masked in place: parameters keep their identity, names and memory, so cuDNN's flat weights stay valid.
     The optimiser's state of a pruned weight (momentum, Adam's moments) is zeroed too.
 
-    Example::
-
-        model = nn.GRU(64, 256)
-        optimizer = torch.optim.Adam(model.parameters())
-        pruner = Pruner(model, "cubic", 1000, optimizer, sparsity=0.9, structure="16x1")
-        for batch in data:
-            loss(model(batch)).backward()
-            optimizer.step()
-            pruner.step()
-            optimizer.zero_grad()
-        pruner.finalize()
+    Example:
+        >>> import torch
+        >>> from srnn import Pruner
+        >>> model = torch.nn.GRU(16, 16)
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> pruner = Pruner(model, "cubic", 60, optimizer, sparsity=0.9)
+        >>> for _ in range(60):
+        ...     x_TBI = torch.randn(5, 4, 16)
+        ...     (model(x_TBI)[0] - x_TBI).square().mean().backward()
+        ...     optimizer.step()
+        ...     updated = pruner.step()
+        ...     optimizer.zero_grad()
+        >>> pruner.finalize()
+        >>> round(pruner.sparsity, 2)
+        0.9
 
     Args:
         model: any module with recurrent layers and their cells, ``nn.Linear``, ``nn.Embedding``, ``nn.Conv1d/2d``. One
             that is wrapped for data parallelism, or compiled, is looked into.
-        method: what to do: the name of a method, its config as a mapping with ``name``, or a method, which belongs to
-            this pruner from now on.
+        method: what to do: the name of a method (``gradual``, ``cubic``, ...), its config as a mapping with ``name``,
+            or a method, which belongs to this pruner from now on.
         run: how long the training is: optimiser steps, or a ``RunLength``, which also knows epochs.
         optimizer: whose state to zero along with the weights, one or several; None leaves states alone.
         reference: a dense model's weights by name, for a method that wants one.
         average: a running average of the model, such as ``torch.optim.swa_utils.AveragedModel``: its weights are masked
             too. Update it before ``step()``.
         options: of the method, where it is given by name.
+
+    Attributes:
+        itr: optimiser steps done so far.
+        seconds: spent in here; on a GPU, masking between updates is launched and not awaited.
+        groups: the weights that are pruned; those of a group share a threshold.
 
     Raises:
         UserError: nothing in the model can be pruned, an option is wrong, or the schedule cannot run.
@@ -109,17 +81,19 @@ class Pruner:
         average: nn.Module | None = None,
         **options: Any,
     ) -> None:
-        _check("model", model, (nn.Module,), "a torch module")
+        """See ``Pruner``."""
+        check_argument("model", model, (nn.Module,), "a torch module")
         whole = isinstance(run, Integral) or (isinstance(run, float) and float(run).is_integer())
-        _check("run", 1 if whole else run, (int, RunLength), "a whole number of optimiser steps, or a RunLength")
-        _check("average", average, (nn.Module, NoneType), "a torch module")
-        _check("reference", reference, (Mapping, NoneType), "weights by name, such as a state_dict")
+        steps = 1 if whole else run
+        check_argument("run", steps, (int, RunLength), "a whole number of optimiser steps, or a RunLength")
+        check_argument("average", average, (nn.Module, NoneType), "a torch module")
+        check_argument("reference", reference, (Mapping, NoneType), "weights by name, such as a state_dict")
         self.method = build_method(method, options)
         self.run = run if isinstance(run, RunLength) else RunLength(int(run))
         given = [*optimizer] if isinstance(optimizer, Sequence) and not isinstance(optimizer, str) else [optimizer]
         self.optimizers = [each for each in given if each is not None]
         for each in self.optimizers:
-            _check("optimizer", each, (torch.optim.Optimizer,), "a torch optimizer, or a list of them")
+            check_argument("optimizer", each, (torch.optim.Optimizer,), "a torch optimizer, or a list of them")
         self._model = unwrapped(model)
         self.groups = self.method.groups(self._model)
         if self.method.layer_types and not self.groups:
@@ -132,14 +106,14 @@ class Pruner:
             # What a delayed method ranks is masked already: pruned weights are zeros.
             group.soft = self.method.soft or self.method.delayed
         self.itr = 0
-        self.seconds = 0.0  # spent in here; on a GPU, masking between updates is launched and not awaited
+        self.seconds = 0.0
         self._masks = masks_of(self.groups)
         self._parameters = {part.parameter_name: part.parameter for part in self.parts}
         self._check_optimizers()
-        self._averaged = _averaged(average, self._parameters)
+        self._averaged = averaged(average, self._parameters)
         self._held_bits: dict[tuple[str, int], Tensor] = {}
         self._before: dict[str, Tensor] = {}
-        self._checked = False  # whether parameters have been since this was built or loaded
+        self._checked = False  # whether parameters have been checked since this was built or loaded
         self.method.prepare(self.run, self.groups, reference)
         self._start()
 
@@ -172,7 +146,7 @@ class Pruner:
 
     @torch.no_grad()
     def _start(self) -> None:
-        """Apply the masks that a method starts with, to weights alone: whoever goes on from a checkpoint may have
+        """Apply the masks that a method starts with, to weights alone: whoever resumes from a checkpoint may have
         loaded weights and optimiser already. ``load_state_dict`` gives back the weights they take, until the first
         step."""
         if self.itr <= self.method.dense_until:
@@ -197,9 +171,16 @@ class Pruner:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """One iteration: mask, and at an update find new masks. Returns whether this was an update.
+        """One iteration: mask, and at an update find new masks.
 
         With a method that is ``delayed`` the order is Algorithm 1's: masks found here act from the next step on.
+
+        Returns:
+            Whether this was an update.
+
+        Raises:
+            UserError: the training has diverged; ranks differ; the model's parameters were exchanged or moved; a
+                threshold that was given would prune every weight.
         """
         self.itr += 1
         self._before.clear()
@@ -228,6 +209,9 @@ class Pruner:
         """Apply the masks once more, for a loop that ends on an update.
 
         Warns if the sparsity asked for was missed, and if nothing is left of a matrix or gate.
+
+        Raises:
+            UserError: ranks differ.
         """
         self._apply()
         check_equal(self._compared(), self.itr)
@@ -274,6 +258,7 @@ class Pruner:
         with_state = self.method.zero_state and (not self.method.soft or self.itr >= self.method.done_from)
         for name, parameter in self._parameters.items():
             masked = [parameter, *(self.state_of(parameter) if with_state else ()), *self._averaged.get(name, ())]
+            # masked_fill is slow on CPUs only, see ``_bits``; a GPU is spared the masks as integers.
             if parameter.is_cuda:
                 pruned = ~self._masks[name]
                 for tensor in masked:
@@ -304,26 +289,26 @@ class Pruner:
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros among all the weights that get pruned; 0 when nothing does."""
+        """Share of zeros among all the weights that get pruned, 0 to 1; 0 when nothing does."""
         size = sum(group.size for group in self.groups)
         return sum(group.pruned for group in self.groups) / size if size else 0.0
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """Group (a layer type, as a rule) -> epsilon of the last update."""
+        """Group (usually a layer type) -> epsilon of the last update."""
         return {group.name: group.epsilon for group in self.groups}
 
     def masks(self) -> dict[str, Tensor]:
-        """Parameter name -> bool mask; True keeps the weight."""
+        """Parameter name -> bool mask of its shape; True keeps the weight. The masks themselves, not copies."""
         return dict(self._masks)
 
     def sparsities(self) -> dict[str, float]:
-        """Parameter name -> share of zeros in its mask."""
+        """Parameter name -> share of zeros in its mask, 0 to 1."""
         return {name: 1 - float(count(mask)) / mask.numel() for name, mask in self._masks.items()}
 
-    def report(self) -> list[Row]:
+    def report(self) -> list[ReportRow]:
         """A row for each parameter, and for each gate of a recurrent one."""
-        return [row for group in self.groups for part in group.parts for row in _rows(group, part)]
+        return [row for group in self.groups for part in group.parts for row in report_rows(group, part)]
 
     def reached(self) -> bool:
         """Whether pruning is over and every group has the zeros it was asked for, to half a block."""
@@ -331,7 +316,7 @@ class Pruner:
         return self.itr >= self.method.done_from and all(want is None or have >= want for have, want in wanted)
 
     def state_dict(self) -> dict[str, Any]:
-        """What it takes to go on: iteration, seconds, thresholds, and the masks at one bit a weight."""
+        """What it takes to resume: iteration, seconds, thresholds, and the masks at one bit a weight."""
         packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in self._masks.items()}
         revived = {part.name: part.revived.tolist() for part in self.parts}
         return {
@@ -341,7 +326,11 @@ class Pruner:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a ``state_dict``. Raises UserError when it belongs to another model, settings or version."""
+        """Take over a ``state_dict``: weights and optimiser may be loaded before or after.
+
+        Raises:
+            UserError: it belongs to another model, settings or version of srnn.
+        """
         if missing := {"itr", "masks", "thresholds", "revived", "method"} - state.keys():
             raise UserError(f"the pruning state is of another version of srnn: it has no {', '.join(sorted(missing))}.")
         if state["masks"].keys() != self._masks.keys():
@@ -377,67 +366,5 @@ class Pruner:
 
 def _named(parameters: Sequence[str]) -> str:
     """The first of them, and how many more there are."""
-    more = f" and {len(parameters) - NAMED} more" if len(parameters) > NAMED else ""
-    return ", ".join(parameters[:NAMED]) + more
-
-
-def _check(argument: str, value: object, types: tuple[type, ...], what: str) -> None:
-    """Raise UserError unless an argument is of one of the types."""
-    if not isinstance(value, types):
-        shown = repr(value) if isinstance(value, str | float | int | None) else f"{type(value).__name__}(...)"
-        raise UserError(f"Pruner: {argument}={shown} must be {what}.")
-
-
-def build_method(method: str | Mapping[str, Any] | PruningMethod, options: Mapping[str, Any]) -> PruningMethod:
-    """A method from its name and options, from its config, or as it is. Raises UserError."""
-    if isinstance(method, PruningMethod):
-        if options:
-            raise UserError(f"{', '.join(options)}: give options with a method's name, or to the method itself.")
-        return method
-    _check("method", method, (str, Mapping), "a method's name, its config, or a method")
-    config = {"name": method} if isinstance(method, str) else dict(method)
-    built: PruningMethod = register.build("pruning", config | dict(options))
-    return built
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module itself, of one that is compiled, averaged or wrapped for data parallelism."""
-    while True:
-        if "_orig_mod" in model._modules:  # torch.compile's; naming its class would import the compiler
-            model = model.get_submodule("_orig_mod")
-        elif isinstance(model, DistributedDataParallel | nn.DataParallel | AveragedModel):
-            model = model.module
-        else:
-            return model
-
-
-def _averaged(average: nn.Module | None, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[Tensor]]:
-    """The weights of a running average, by the name of what they average."""
-    if average is None:
-        return {}
-    named = dict(unwrapped(average).named_parameters())
-    missing = [name for name, p in parameters.items() if name not in named or named[name].shape != p.shape]
-    if missing:
-        raise UserError(f"the average has no {', '.join(missing)}: give an average of the model that is pruned.")
-    return {name: [named[name].detach()] for name in parameters}
-
-
-def _rows(group: Group, part: Part) -> list[Row]:
-    masks_GRC, shape = part.of(part.mask), (1, *part.shape[1:])
-    rows = []
-    for index, gate in enumerate(part.letters):
-        mask = masks_GRC[index : index + 1]
-        row = Row(
-            parameter=part.parameter_name,
-            gate=gate,
-            layer_type=part.layer_type,
-            weights=mask.numel(),
-            zeros=mask.numel() - int(count(mask)),
-            threshold=group.epsilon,
-            revived=int(part.revived[index]),
-            structure=str(group.structure),
-            blocks=group.structure.units(shape),
-            blocks_left=int((group.structure.maxima(mask.byte()) > 0).sum()),
-        )
-        rows.append(row)
-    return rows
+    more = f" and {len(parameters) - NAMED_IN_WARNING} more" if len(parameters) > NAMED_IN_WARNING else ""
+    return ", ".join(parameters[:NAMED_IN_WARNING]) + more

@@ -1,7 +1,8 @@
 """Units in the order of their scores: thresholds, and masks by threshold or by rank.
 
 Small groups hold their scores while they are looked at. Large ones compute them anew, piece by piece, on each pass:
-a threshold for 100 million weights then needs a few passes over them and no copy of them.
+a threshold for 100 million weights then needs a few passes over them and no copy of them. A sort would need several
+copies (values, 64-bit indices and scratch), just when a large model has filled the GPU.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ from srnn.formats import Structure
 from srnn.pruning.parts import PIECE, Piece
 
 Scorer = Callable[[Piece], Tensor]  # the scores of a piece's units, [U]
-BINS = 1 << 16
+BINS = 1 << 16  # half of the 32 bits of a score: two passes find it, and a histogram takes 0.5 MB
 
 
 class Ranking:
     """The units of some pieces of weights by score. A score below 0 is a unit that is pruned already.
 
-    Ties are broken alike everywhere: among equals the earlier units are kept, in the order of the pieces.
+    Ties are broken alike everywhere: among equals the earlier units are kept, in the order of the pieces. Ranks of a
+    distributed run, the CPU and the GPU then find the same masks.
 
     Args:
         pieces: of the weights.
         structure: the units they fall into.
-        scorer: gives the scores of a piece, at least 0 or -1; infinite for a unit that must be kept.
+        scorer: gives the scores of a piece, [U]: at least 0; -1 for what is pruned already; infinite for a unit that
+            must be kept. It is called again on each pass, and has to give the same.
     """
 
     def __init__(self, pieces: Sequence[Piece], structure: Structure, scorer: Scorer) -> None:
@@ -41,7 +44,8 @@ class Ranking:
     def __iter__(self) -> Iterator[tuple[Piece, Tensor]]:
         """Each piece with the scores of its units."""
         for index, piece in enumerate(self.pieces):
-            # Where they are not held, 32 bits are enough, and the order of the bits is the order of the numbers.
+            # Where they are not held, 32 bits are enough, and the order of the bits is the order of the numbers. Held
+            # ones keep their type: a network in fp64 is ranked in fp64.
             yield piece, self._held[index] if self._held is not None else self.scorer(piece).float()
 
     def kth_smallest(self, k: int) -> float:
@@ -49,13 +53,13 @@ class Ranking:
         if self._held is None:
             return _kth_by_bits((scores for _, scores in self), (scores for _, scores in self), k)
         scores = torch.cat(self._held)
-        if scores.device.type == "cpu":
+        if scores.device.type == "cpu":  # numpy has no bfloat16
             return _kth_by_partition((scores.float() if scores.dtype == torch.bfloat16 else scores).numpy(), k)
         # A single block of threads looks for kthvalue: sorting is 20 times faster than that.
         return float(scores.sort().values[k - 1])
 
     def quantile(self, share: float) -> float:
-        """The score that ``share`` of all units lie at or under: the paper's ``q`` for magnitudes and share 0.9."""
+        """The score that ``share`` (0 to 1) of all units lie at or under: the paper's ``q`` for magnitudes and 0.9."""
         return self.kth_smallest(max(1, min(self.units, round(share * self.units))))
 
     def largest(self) -> float:
@@ -72,7 +76,10 @@ class Ranking:
             self._set(piece, scores >= epsilon)
 
     def count_for(self, zeros: int) -> int:
-        """How many units to keep so that ``zeros`` weights are pruned, to the nearest unit; at least 1."""
+        """How many units to keep so that ``zeros`` weights are pruned, to the nearest unit; at least 1.
+
+        For units of equal size; where the last of a row or gate are smaller, ``prune`` counts their weights.
+        """
         return max(1, self.units - int(zeros * self.units / self.size + 0.5))
 
     def prune(self, zeros: int) -> float:
@@ -83,6 +90,8 @@ class Ranking:
         """
         if all(self.structure.is_even(piece.shape) for piece in self.pieces):
             return self.keep_largest(self.count_for(zeros))
+        # Units of several sizes: in the order of their scores, with their weights added up, until the count is nearest.
+        # Sorts all scores at once, which is affordable: blocks are few beside weights. Stable, for the sake of ties.
         scores = torch.cat([scores for _, scores in self])
         sizes = torch.cat([self.structure.sizes(piece.shape, scores.device) for piece in self.pieces])
         order = scores.argsort(descending=True, stable=True)
@@ -98,6 +107,8 @@ class Ranking:
     def keep_largest(self, count: int) -> float:
         """Set the masks: keep exactly ``count`` units, the largest. Returns the smallest score kept."""
         boundary = self.kth_smallest(self.units - count + 1)
+        # All above the boundary stay, and as many of its equals as are still missing: a matrix of equal scores, such as
+        # zeros, is cut to the exact count too.
         left = count - sum(int((scores > boundary).sum()) for _, scores in self)
         for piece, scores in self:
             keep = scores > boundary
@@ -115,6 +126,7 @@ class Ranking:
 def _kth_by_partition(scores: np.ndarray, k: int) -> float:
     """The ``k``-th smallest. 8x faster than kthvalue (246 k values: 0.46 ms against 3.7 ms), but 25x slower where a
     value is there many times, as those of pruned and of kept weights are: these are set aside."""
+    # The two such values are the least, of pruned weights (-1 or 0), and infinity, of those that must stay.
     least = scores.min()
     between = scores[(scores > least) & (scores < np.inf)]
     place = k - 1 - int((scores == least).sum())
@@ -126,13 +138,16 @@ def _kth_by_partition(scores: np.ndarray, k: int) -> float:
 def _kth_by_bits(first: Iterator[Tensor], second: Iterator[Tensor], k: int) -> float:
     """The ``k``-th smallest of fp32 numbers, at least 0 or -1, in two passes: upper half of its bits, then the lower.
 
-    As integers such numbers are in the same order, so that two histograms of 65,536 bins find it exactly.
+    As integers such numbers are in the same order, so that two histograms of 65,536 bins find it exactly. That holds
+    for floats from 0 up; -1 is the only negative one, so its bits, a negative integer, are below those of 0 as well.
     """
     low_ones = np.zeros(2, dtype=np.int64)  # below 0, and 0
 
     def upper_halves() -> Iterator[Tensor]:
         for scores in first:
-            if scores.is_cuda:  # counts what falls into one bin one by one: not what is pruned, which most may be
+            # Threads of a GPU that count into one bin wait for each other. What is pruned, 90 % of all weights towards
+            # the end, would all fall into one: it is counted by comparison instead.
+            if scores.is_cuda:
                 positive = scores[scores > 0]
                 zeros = int((scores == 0).sum())
                 low_ones[:] += scores.numel() - positive.numel() - zeros, zeros
@@ -143,6 +158,7 @@ def _kth_by_bits(first: Iterator[Tensor], second: Iterator[Tensor], k: int) -> f
     if k <= low_ones.sum():
         return -1.0 if k <= low_ones[0] else 0.0
     k -= int(low_ones.sum())
+    # The shift of a signed integer keeps its sign: BINS // 2 makes the bins of both signs start from 0.
     high, below = _bin_of(counts, k)
     inside = (bits[(bits >> 16) + BINS // 2 == high] & (BINS - 1) for bits in map(_bits, second))
     low, _ = _bin_of(_histogram(inside), k - below)
@@ -151,6 +167,7 @@ def _kth_by_bits(first: Iterator[Tensor], second: Iterator[Tensor], k: int) -> f
 
 
 def _bits(scores: Tensor) -> Tensor:
+    """The bits of fp32 numbers as integers, without a copy."""
     return scores.contiguous().view(torch.int32)
 
 

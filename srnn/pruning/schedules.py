@@ -10,11 +10,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Annotated, Literal
 
 from srnn.errors import UserError
-from srnn.pruning.scores import Score
 from srnn.registry import Range
 
 When = int | float | str  # steps, a fraction of the whole run, "3 epochs", or "auto": the paper's heuristic
@@ -28,9 +26,16 @@ UPDATES = 50  # thresholds move at least this often between start_itr and end_it
 class RunLength:
     """How long the training is.
 
+    Example:
+        >>> RunLength(total_steps=2000, steps_per_epoch=100).epochs
+        20.0
+
     Attributes:
         total_steps: optimiser steps.
         steps_per_epoch: optimiser steps of a pass over the data; left out, the run counts as 20 epochs, the paper's.
+
+    Raises:
+        UserError: less than one step.
     """
 
     total_steps: int
@@ -40,6 +45,7 @@ class RunLength:
         if self.total_steps < 1 or self.steps_per_epoch < 0:
             raise UserError(f"pruning needs the number of optimiser steps of the run, at least 1; got {self!r}.")
         if not self.steps_per_epoch:
+            # What a frozen dataclass allows in its own making.
             object.__setattr__(self, "steps_per_epoch", self.total_steps / PAPER_EPOCHS)
 
     def __str__(self) -> str:
@@ -61,6 +67,10 @@ def iteration(key: str, when: When, heuristic: float, run: RunLength) -> int:
         heuristic: the paper's choice, in steps.
         run: the length of the training.
 
+    Example:
+        >>> [iteration("at", when, 500.0, RunLength(2000, 100)) for when in (800, 0.25, "3 epochs", "auto")]
+        [800, 500, 300, 500]
+
     Raises:
         UserError: a fraction outside 0..1, a negative step, other words, or ``auto`` in a run of fewer than 5 epochs.
     """
@@ -80,7 +90,7 @@ def iteration(key: str, when: When, heuristic: float, run: RunLength) -> int:
                 f"such as '3 epochs', or auto."
             )
         return round(float(epochs[1]) * run.steps_per_epoch)
-    if isinstance(when, float):
+    if isinstance(when, float):  # 1.0 is the end of the run, and 1 its first step
         if not 0 <= when <= 1:
             raise UserError(
                 f"{key}={when} must be a fraction of the run between 0.0 and 1.0, or a whole number of steps."
@@ -107,6 +117,11 @@ class GradualSchedule:
         end_itr: no weight is pruned from here on.
         freq: iterations between two updates.
         phi_ratio: phi / theta; the paper uses 1.5 to 2.
+
+    Example:
+        >>> schedule = GradualSchedule(start_itr=100, ramp_itr=500, end_itr=1000, freq=100)
+        >>> list(schedule.updates)[:3], f"{schedule.epsilon(900, q=1.0):.2f}"
+        ([200, 300, 400], '0.87')
     """
 
     start_itr: int
@@ -130,7 +145,10 @@ class GradualSchedule:
         return 2 * q * self.freq / span
 
     def epsilon(self, itr: int, q: float) -> float:
-        """The threshold at iteration ``itr``."""
+        """The threshold at iteration ``itr``, in the unit of ``q``.
+
+        As printed, ``+ 1`` in both pieces: at ``end_itr`` it would be q, with phi = 1.5 theta, up to these.
+        """
         theta = self.theta(q)
         if itr < self.ramp_itr:
             return theta * (itr - self.start_itr + 1) / self.freq
@@ -160,7 +178,7 @@ class CubicSchedule:
         return range(self.start_itr, self.end_itr + 1, self.freq)
 
     def sparsity(self, itr: int, final: float) -> float:
-        """s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3."""
+        """s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3, a share from 0 to 1."""
         left = 1 - (min(max(itr, self.start_itr), self.end_itr) - self.start_itr) / (self.end_itr - self.start_itr)
         return final + (self.initial - final) * left**3
 
@@ -263,53 +281,3 @@ def _resolve_freq(freq: Freq, start_itr: int, end_itr: int, ended: str, run: Run
             f"{end_itr - start_itr}, so at most {coarsest}; or leave it at auto."
         )
     return chosen
-
-
-def expected_sparsity(epsilon_over_q: float, sparsity: float, block: int = 1, score: Score = "max") -> float:
-    """Share of units under the threshold if weights are normal and ``sparsity`` of the units lie under q.
-
-    Args:
-        epsilon_over_q: the threshold.
-        sparsity: the share under q.
-        block: weights of a unit.
-        score: what stands for a block.
-    """
-    unit = NormalDist()
-    if block == 1 or score == "max":  # P(all of a block's |w| < x) = erf(x / sqrt 2)^block
-        q = unit.inv_cdf((1 + sparsity ** (1 / block)) / 2)
-        return float(math.erf(max(0.0, epsilon_over_q) * q / math.sqrt(2)) ** block)
-    if score == "mean":
-        mean = math.sqrt(2 / math.pi)
-        blocks = NormalDist(mean, math.sqrt((1 - mean**2) / block))
-        return blocks.cdf(epsilon_over_q * blocks.inv_cdf(sparsity))
-    variance = 2 / (9 * block)  # Wilson and Hilferty: the cube root of a mean square is nearly normal
-    roots = NormalDist(1 - variance, math.sqrt(variance))
-    return roots.cdf(max(0.0, epsilon_over_q) ** (2 / 3) * roots.inv_cdf(sparsity))
-
-
-def expected_n_of_m(epsilon_over_q: float, keep: int, of: int, runs: int | None = None) -> float:
-    """Share of weights under the threshold and not among the ``keep`` largest of their run of ``of``, if normal.
-
-    Args:
-        epsilon_over_q: the threshold.
-        keep: weights that stay of each run.
-        of: weights of a run.
-        runs: None if ``q`` is what the share 1 - keep / of of all single weights lies under; else it is the largest
-            weight that may go in so many runs, which is what ``q="auto"`` estimates.
-    """
-    if runs is None:
-        q = NormalDist().inv_cdf(1 - keep / of / 2)
-    else:  # the median of the largest: runs * P(a run's largest that may go exceeds q) = log 2
-        low, q = 0.0, 40.0
-        while q - low > 1e-6:
-            middle = (low + q) / 2
-            more = runs * sum(
-                _binomial(of, math.erfc(middle / math.sqrt(2)), above) for above in range(keep + 1, of + 1)
-            )
-            low, q = (middle, q) if more > math.log(2) else (low, middle)
-    under = math.erf(max(0.0, epsilon_over_q) * q / math.sqrt(2))
-    return sum(_binomial(of, under, count) * min(count, of - keep) for count in range(of + 1)) / of
-
-
-def _binomial(n: int, share: float, count: int) -> float:
-    return math.comb(n, count) * share**count * (1 - share) ** (n - count)

@@ -6,8 +6,8 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,14 @@ from srnn.formats import Structure
 from srnn.pruning.groups import Group
 from srnn.pruning.parts import Part
 from srnn.pruning.scores import Score
-from srnn.registry import Component, Range, check_options
+from srnn.registry import Component, check_options
+from srnn.registry.option_types import Share
 
 LayerType = Literal["recurrent", "linear", "embedding", "convolution"]
 LAYER_TYPES: tuple[LayerType, ...] = get_args(LayerType)
 DEFAULT_LAYER_TYPES: tuple[LayerType, ...] = ("recurrent", "linear", "embedding")  # the paper's, and embeddings
-_ORDER = (*LAYER_TYPES, "other")
-Share = Literal["layer_type", "matrix", "global"]
+_ORDER = (*LAYER_TYPES, "other")  # in which groups are reported
+Sharing = Literal["layer_type", "matrix", "global"]
 Scope = dict[str, dict[str, Any]]  # pattern -> settings, those of Rule
 
 
@@ -33,20 +34,31 @@ class Rule:
     """Settings of weights that a pattern names; None leaves the method's own.
 
     Attributes:
-        sparsity: the share of zeros; 0 leaves the weights dense.
+        sparsity: the share of zeros, 0 to below 1; 0 leaves the weights dense.
         structure: what is kept or zeroed as a whole.
         score: what stands for a block.
         keep_diagonal: the recurrent diagonal stays.
     """
 
-    sparsity: Annotated[float, Range(ge=0, lt=1)] | None = None
+    sparsity: Share | None = None
     structure: str | None = None
     score: Score | None = None
     keep_diagonal: bool | None = None
 
     @classmethod
     def read(cls, pattern: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Check a rule of a config; returns the settings it makes. Raises UserError."""
+        """Check a rule of a config.
+
+        Args:
+            pattern: what it is given for, for messages.
+            given: setting -> value.
+
+        Returns:
+            The settings it makes, without those that are None.
+
+        Raises:
+            UserError: an unknown or wrong setting, or none at all.
+        """
         where = f'pruning.scope."{pattern}"'
         settings = check_options(Component("", "", cls, "").options, given, where)
         settings = {name: value for name, value in settings.items() if value is not None}
@@ -56,6 +68,23 @@ class Rule:
         if "structure" in settings:
             settings["structure"] = Structure.parse(settings["structure"], f"{where}.structure")
         return settings
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """The settings of a group, where no rule changes them.
+
+    Attributes:
+        sparsity: the share of zeros, 0 to below 1; None where it is not asked for.
+        structure: what is kept or zeroed as a whole.
+        score: what stands for a block.
+        keep_diagonal: the recurrent diagonal stays.
+    """
+
+    sparsity: float | None = None
+    structure: Structure = field(default_factory=Structure)
+    score: Score = "max"
+    keep_diagonal: bool = False
 
 
 @dataclass
@@ -85,6 +114,7 @@ def prunable(model: nn.Module) -> list[Weight]:
     Raises:
         UserError: a weight is sharded over devices.
     """
+    # By identity: a weight that layers share, such as a tied embedding, has one mask, and the type of the first layer.
     found: dict[int, Weight] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
@@ -93,6 +123,7 @@ def prunable(model: nn.Module) -> list[Weight]:
             if id(parameter) in found:
                 found[id(parameter)].names.append(name)
                 continue
+            # A DTensor. Each rank has a slice of it, and would rank that alone.
             if hasattr(parameter, "device_mesh"):
                 raise UserError(
                     f"{name} is sharded over devices (FSDP or tensor parallelism), and pruning needs whole weights: "
@@ -124,11 +155,8 @@ def build_groups(
     model: nn.Module,
     layer_types: Sequence[str],
     scope: Scope | None,
-    share: Share,
-    sparsity: float | None,
-    structure: Structure,
-    score: Score,
-    keep_diagonal: bool,
+    share: Sharing,
+    settings: GroupSettings,
 ) -> list[Group]:
     """The groups of a model that share a threshold: by layer type, then in the model's order.
 
@@ -139,28 +167,32 @@ def build_groups(
             may end with gates: ``"*.weight_hh_l0[z]"``, of torch's ``r z n`` (GRU) or ``i f g o`` (LSTM). It
             also selects what ``layer_types`` leaves out.
         share: which weights share a threshold, as far as their settings are the same.
-        sparsity, structure, score, keep_diagonal: the settings of what no pattern names.
+        settings: of what no pattern names.
 
     Warns where a structure is larger than all the weights that it is for.
 
     Raises:
         UserError: a pattern matches nothing; two disagree about a weight; a diagonal is to be kept and there is none.
     """
+    # A stable sort: within a layer type the model's own order stays, on which ties and checkpoints depend.
     weights = sorted(prunable(model), key=lambda weight: _ORDER.index(weight.layer_type))
     rules = _Rules(scope or {}, weights)
-    general = {"sparsity": sparsity, "structure": structure, "score": score, "keep_diagonal": keep_diagonal}
+    general = vars(settings)
     members: dict[tuple[Any, ...], list[Part]] = {}
     for weight in weights:
+        # Contiguous whatever the parameter is, so that parts and pieces of it are views that can be written to.
         mask = torch.ones_like(weight.parameter, dtype=torch.bool, memory_format=torch.contiguous_format)
         for first, count, own in rules.parts(weight):
             part = Part(
                 weight.names[0], weight.parameter, mask, weight.layer_type, weight.gates, first, count, frozenset(own)
             )
-            settings = general | own
+            # A weight that a pattern names is selected, whatever its type; sparsity 0 leaves it out, whatever names it.
+            together = general | own
             selected = weight.layer_type in layer_types or bool(own)
-            if selected and settings["sparsity"] != 0:
+            if selected and together["sparsity"] != 0:
+                # The settings are part of the key: weights with other ones cannot share a threshold.
                 key = {"layer_type": weight.layer_type, "matrix": part.name, "global": "all"}[share]
-                members.setdefault((key, *settings.values()), []).append(part)
+                members.setdefault((key, *together.values()), []).append(part)
     groups = [_group(key, general, parts) for key, parts in members.items()]
     keeping = [part for group in groups if group.keep_diagonal for part in group.parts]
     if keeping and not any(part.is_square for part in keeping):
@@ -173,7 +205,7 @@ def build_groups(
 
 
 def _warn_of_large_blocks(groups: Sequence[Group]) -> None:
-    """Blocks that fit into none of their weights are a slip, as a rule. A few too small weights, such as those of an
+    """Blocks that fit into none of their weights are usually a slip. A few too small weights, such as those of an
     output layer, are none."""
     for structure in dict.fromkeys(group.structure for group in groups):
         parts = [part for group in groups if group.structure == structure for part in group.parts]
@@ -203,7 +235,11 @@ def _words(name: str, value: Any) -> str:
 
 
 class _Rules:
-    """The settings of the weights that patterns name."""
+    """The settings of the weights that patterns name.
+
+    Kept by gate, because a pattern may name some gates of a weight and another pattern others. A weight none of whose
+    gates is named apart stays one part: fewer, larger pieces to rank.
+    """
 
     def __init__(self, scope: Scope, weights: Sequence[Weight]) -> None:
         self._of: dict[tuple[int, int], dict[str, tuple[Any, str]]] = {}  # (weight, gate) -> setting -> value, pattern
@@ -223,7 +259,7 @@ class _Rules:
                 g for g in range(weight.gates) if letters is None or GATE_LETTERS[weight.gates][g : g + 1] in letters
             ]
             if letters is not None and weight.gates == 1:
-                gates = []
+                gates = []  # its one gate has no letter, and an empty letter is in every string
             self._apart |= {id(weight.parameter)} if letters is not None and gates else set()
             matched |= bool(gates)
             for gate in gates:
@@ -237,6 +273,7 @@ class _Rules:
     def _set(self, weight: Weight, gate: int, pattern: str, settings: dict[str, Any]) -> None:
         there = self._of.setdefault((id(weight.parameter), gate), {})
         for name, value in settings.items():
+            # No order of precedence: which of two patterns is the more special is a matter of opinion.
             before, other = there.setdefault(name, (value, pattern))
             if before != value:
                 letter = GATE_LETTERS[weight.gates][gate : gate + 1]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from srnn.datasets.base import PARTS, DataModule
+from srnn.datasets.base import SPLITS, DataModule
 from srnn.errors import UserError
 from srnn.files import PACKAGE, write_atomically
 from srnn.run_folder import RunFolder
@@ -47,7 +47,7 @@ def environment(command: Sequence[str]) -> dict[str, Any]:
 def data_checksums(data: DataModule) -> dict[str, str]:
     """Part -> SHA-256 of all its batches, in the order of the first pass."""
     sums: dict[str, str] = {}
-    for part in PARTS:
+    for part in SPLITS:
         batches, sha = data.batches(part), hashlib.sha256()
         for index in range(len(batches)):
             for tensor in batches.fetch(0, index):

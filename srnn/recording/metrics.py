@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import time
 from argparse import Namespace
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Any
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from srnn.files import write_atomically
+from srnn.files import csv_bytes, write_atomically
 from srnn.recording.wandb import carefully
 
 _SECONDS = 5.0  # between two writes while a run goes on
@@ -57,12 +56,7 @@ class MetricsFile(Logger):
     def save(self) -> None:
         """Write all rows."""
         self._saved = time.monotonic()
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns)
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.path, text.getvalue().encode())
+        write_atomically(self.path, csv_bytes(self.rows, line_end="\r\n"))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -1,15 +1,4 @@
-"""The registry: every model, dataset, pruning method, kernel and optimiser srnn can name.
-
-A component is a class or function with typed arguments, and those arguments *are* its schema::
-
-    @register.dataset("brackets")
-    class Brackets(TextStreams):
-        def __init__(self, pairs: int = 3, *, batch_size: int = 32): ...
-
-Its name is then selectable as ``dataset=brackets``, with a YAML file in ``conf/`` or without. Keyword-only
-arguments without a default (``*, vocabulary_size: int``) are not options: the run supplies them; ``**sizes`` takes all
-that it supplies.
-"""
+"""The registry: every model, data set, objective, pruning method, kernel and optimiser that srnn can name."""
 
 from __future__ import annotations
 
@@ -43,15 +32,50 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass
 class Registry:
-    """Names -> components, by kind. ``register`` below is the one srnn uses."""
+    """Names -> components, by kind. ``srnn.register`` is the one that srnn uses.
+
+    A component is a class or function with typed arguments, and those arguments *are* its schema. Its name is then
+    selectable as ``dataset=brackets``, with a YAML file in ``conf/`` or without. Keyword-only arguments without a
+    default (``*, vocabulary_size: int``) are no options: the run supplies them; ``**sizes`` takes all that it supplies.
+
+    ``register.model(name)`` registers what it decorates, and so do ``dataset``, ``objective``, ``pruning``, ``kernel``
+    and ``optimizer``: each is ``add`` with its own name as the kind. A decorated class or function stays as it is.
+
+    Example:
+        >>> import torch
+        >>> from srnn import register
+        >>> @register.optimizer("plain_sgd")
+        ... def plain_sgd(lr: float = 0.1, *, parameters):
+        ...     'Gradient descent without momentum.'
+        ...     return torch.optim.SGD(parameters, lr=lr)
+        >>> config = {"name": "plain_sgd", "lr": 0.5}
+        >>> register.build("optimizer", config, parameters=torch.nn.GRU(4, 8).parameters()).defaults["lr"]
+        0.5
+        >>> register.check("optimizer", {"name": "plain_sgd", "rate": 0.5})
+        Traceback (most recent call last):
+        srnn.errors.UserError: optimizer.rate: unknown option of optimizer. Allowed: lr.
+
+    Attributes:
+        components: (kind, name) -> component.
+        broken_plugins: file or package -> why it was left out.
+        conf_folders: the ``conf/`` folders of installed plug-ins.
+    """
 
     components: dict[tuple[str, str], Component] = field(default_factory=dict)
     broken_plugins: dict[str, str] = field(default_factory=dict)
-    conf_folders: list[Path] = field(default_factory=list)  # of installed plug-ins
+    conf_folders: list[Path] = field(default_factory=list)
     _plugin: str | None = None
 
     def add(self, kind: str, name: str) -> Callable[[F], F]:
-        """Decorator that registers a class or function as ``kind=name``. A name already taken raises."""
+        """Decorator that registers a class or function as ``kind=name``.
+
+        Args:
+            kind: one of ``KINDS``; ``register.pruning(name)`` is short for ``register.add("pruning", name)``.
+            name: what configs call it.
+
+        Raises:
+            UserError: the name is taken.
+        """
 
         def decorate(factory: F) -> F:
             taken = self.components.get((kind, name))
@@ -64,6 +88,12 @@ class Registry:
         return decorate
 
     def __getattr__(self, kind: str) -> Callable[[str], Callable[[F], F]]:
+        """``register.model``, ``register.pruning``, ...: ``add`` with the kind filled in. Python asks for attributes
+        here only if it found none, so that a new kind needs a row of ``KINDS`` and no method.
+
+        Raises:
+            AttributeError: there is no such kind.
+        """
         if kind in KINDS:
             return partial(self.add, kind)
         raise AttributeError(f"no kind '{kind}'; the kinds are {', '.join(KINDS)}")
@@ -74,7 +104,11 @@ class Registry:
         return [name for k, name in self.components if k == kind]
 
     def get(self, kind: str, name: str) -> Component:
-        """The component, or a UserError with the nearest name and all the names there are."""
+        """The component called ``name``.
+
+        Raises:
+            UserError: there is none; says the nearest name and all the names there are.
+        """
         names = self.names(kind)
         if name not in names:
             raise UserError(
@@ -83,7 +117,11 @@ class Registry:
         return self.components[kind, name]
 
     def check(self, kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Check ``config`` (``name`` and options) and return it complete."""
+        """Check ``config``, which has ``name`` and options, and return it with the defaults of what was left out.
+
+        Raises:
+            UserError: no such component; an unknown, missing, ill-typed or out-of-range option.
+        """
         if not isinstance(config.get("name"), str):
             raise UserError(
                 f"{kind}.name={config.get('name')!r} must be the name of a {kind}: {', '.join(self.names(kind))}."
@@ -93,7 +131,16 @@ class Registry:
         return {"name": component.name} | check_options(component.options, given, kind)
 
     def build(self, kind: str, config: Mapping[str, Any], **supplied: Any) -> Any:
-        """Check ``config`` and make the component. ``supplied`` holds what the run gives, if it takes it."""
+        """Check ``config`` and make the component.
+
+        Args:
+            kind: one of ``KINDS``.
+            config: ``name`` and options.
+            supplied: what the run gives, such as ``parameters``; the component is passed what it takes of it.
+
+        Raises:
+            UserError: as ``check``; or the component needs what is not supplied.
+        """
         options = self.check(kind, config)
         component = self.get(kind, options.pop("name"))
         return component.factory(**options, **component.pick(supplied))
@@ -102,6 +149,9 @@ class Registry:
         """``build`` for a config out of a file that srnn wrote: without pydantic, which the runtime need not import.
 
         Names and bounds are checked here, types by the component itself.
+
+        Raises:
+            UserError: an option or value that this version does not know, or that the component refuses.
         """
         component = self.get(kind, str(config.get("name")))
         options = {key: value for key, value in config.items() if key != "name"}
@@ -123,7 +173,10 @@ class Registry:
 
         An installed package is one by an entry point of the group ``srnn.plugins`` that names a module; a folder
         ``conf/`` beside that module joins srnn's own. A plug-in that raises, or takes a name that is taken, is left
-        out whole and named in ``broken_plugins``.
+        out whole and named in ``broken_plugins``; nothing is raised.
+
+        Args:
+            folders: where to look for files; those that are not there are passed over.
         """
         for entry in sorted(importlib.metadata.entry_points(group="srnn.plugins"), key=lambda entry: entry.name):
             origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.name

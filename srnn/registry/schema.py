@@ -14,7 +14,20 @@ from srnn.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, written in its annotation: ``Annotated[float, Range(gt=0, lt=1)]``."""
+    """Bounds of a number, written in its annotation: ``Annotated[float, Range(gt=0, lt=1)]``.
+
+    Example:
+        >>> print(Range(gt=0, lt=1))
+        above 0 and below 1
+        >>> Range(gt=0, lt=1).check(0.9)
+        0.9
+
+    Attributes:
+        gt: the number is above it.
+        ge: the number is at least that.
+        lt: the number is below it.
+        le: the number is at most that. None, for all four, sets no bound.
+    """
 
     gt: float | None = None
     ge: float | None = None
@@ -28,9 +41,14 @@ class Range:
         )
 
     def check(self, value: Any) -> Any:
-        """Return ``value``, or raise ``ValueError`` saying what is allowed. Only numbers have bounds."""
+        """Return ``value`` as it is. Only numbers have bounds: ``"auto"`` or null beside them pass.
+
+        Raises:
+            ValueError: a number out of bounds, NaN among them; says what is allowed.
+        """
         if isinstance(value, bool) or not isinstance(value, int | float):
             return value
+        # Written so that NaN, of which every comparison is false, is out of any bounds.
         inside = (
             (self.gt is None or value > self.gt)
             and (self.ge is None or value >= self.ge)
@@ -50,7 +68,13 @@ class Range:
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a component: what its signature says."""
+    """One option of a component: what its signature says.
+
+    Attributes:
+        name: of the argument.
+        type: its annotation, with ``Range`` where it has bounds.
+        default: ``inspect.Parameter.empty`` where there is none.
+    """
 
     name: str
     type: Any
@@ -68,7 +92,14 @@ def _fields(factory: Callable[..., Any]) -> tuple[Field[Any], ...]:
 
 @dataclass(frozen=True)
 class Component:
-    """A registered class or function and where it comes from."""
+    """A registered class or function, its schema, and where it comes from.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        name: what configs call it.
+        factory: the class or function.
+        origin: the module and name, or the plug-in, for messages and ``srnn list``.
+    """
 
     kind: str
     name: str
@@ -86,6 +117,7 @@ class Component:
     @property
     def options(self) -> dict[str, Option]:
         """What a config may set."""
+        # A signature shows a placeholder for a default that a dataclass makes anew for each instance.
         factories = {f.name: f.default_factory for f in _fields(self.factory) if f.default_factory is not MISSING}
         return {
             p.name: Option(p.name, t, factories[p.name]() if p.name in factories else p.default)
@@ -99,7 +131,11 @@ class Component:
         return [p.name for p, _ in self._arguments if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
     def pick(self, supplied: Mapping[str, Any]) -> dict[str, Any]:
-        """Of what the run supplies, what this component takes. Raises UserError for what it wants and is not there."""
+        """Of what the run supplies, what this component takes.
+
+        Raises:
+            UserError: it needs something that is not supplied.
+        """
         target = self.factory.__init__ if inspect.isclass(self.factory) else self.factory
         if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values()):
             return dict(supplied)
@@ -122,7 +158,14 @@ class Component:
 
 
 def check_ranges(component: object) -> None:
-    """Check the bounds in a dataclass's annotations, for those who build it in code and not from a config."""
+    """Check the bounds in a dataclass's annotations, for those who build it in code and not from a config.
+
+    Args:
+        component: an instance of a dataclass.
+
+    Raises:
+        UserError: a number is out of bounds; names the attribute.
+    """
     for name, annotation in typing.get_type_hints(type(component), include_extras=True).items():
         for mark in _ranges(annotation):
             try:
@@ -170,11 +213,14 @@ def check_options(options: Mapping[str, Option], given: Mapping[str, Any], where
                 f"{prefix}{option.name} must be given ({type_name(option.type)}): add {prefix}{option.name}=..."
             )
     fields: dict[str, Any] = {o.name: (o.type, ... if o.required else o.default) for o in options.values()}
+    # Strict: true for an int, or "0.9" for a float, is a slip in a config. Options may begin with model_, as they like.
     config = pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=())
     try:
         checked = pydantic.create_model("Options", __config__=config, **fields)(**given)
     except pydantic.ValidationError as error:
         errors = error.errors(include_url=False)
+        # One error is enough to mend. Of a union, such as a number or "auto", there is one for each member: bounds say
+        # more than that it is no "auto".
         key = str(errors[0]["loc"][0])
         out_of_range = [e["ctx"]["error"] for e in errors if e["type"] == "value_error" and e["loc"][0] == key]
         allowed = str(out_of_range[0]) if out_of_range else f"must be {type_name(options[key].type)}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from srnn.formats import DTYPES, PACKED_STRUCTURES, PackedStructure, Values, block_height
 
-# Shares of the largest value that are tried as the largest representable one: clipping a few outliers makes
+# Shares of the largest value that are tried as the largest representable one, 1 to 0.5: clipping a few outliers makes
 # the steps of int8 finer for the rest.
 CLIPS = tuple(1 - i / 20 for i in range(11))
 
@@ -23,11 +23,21 @@ class SparseMatrix:
     The rows of each gate are cut into groups of N consecutive rows; the last group of a gate may reach past it, and
     its values there are zero. A block is one column of a group.
 
+    Example:
+        >>> import torch
+        >>> weight = torch.tensor([[0.0, 1.0, 0.0, 2.0], [0.0, 0.0, 3.0, 0.0]])
+        >>> matrix = SparseMatrix.from_dense(weight)
+        >>> matrix.blocks, matrix.columns.tolist(), matrix.row_pointers.tolist()
+        (3, [1, 3, 2], [0, 2, 3])
+        >>> torch.equal(matrix.to_dense(), weight)
+        True
+
     Attributes:
         shape: (rows, columns).
         gates: parts the rows fall into, as torch stacks the gates of a GRU (3) or LSTM (4); rows are a multiple.
         values: [blocks, N], group after group, fp32, fp16, bf16 or int8.
-        columns: [blocks], rising within a group; uint16 where all columns fit, else int32.
+        columns: [blocks], rising within a group; uint16 where all columns fit, else int32. Indices are most of what a
+            sparse matrix costs beside its values, and what a kernel reads for each block.
         row_pointers: int32 of groups + 1; group ``i`` owns blocks ``row_pointers[i]`` to ``row_pointers[i + 1]``.
         scales: fp32 of groups, which int8 values are multiplied by; None for other values.
     """
@@ -59,8 +69,8 @@ class SparseMatrix:
                 the least error of the product; without it each column counts the same.
 
         Raises:
-            ValueError: not a matrix, rows no multiple of ``gates``, values not finite or out of the range of
-                ``values``.
+            ValueError: not a matrix, rows no multiple of ``gates``, values that are NaN, infinite or out of the range
+                of ``values``.
         """
         if weight.ndim != 2:
             raise ValueError(f"a sparse matrix has 2 dimensions, not {weight.ndim}")
@@ -70,12 +80,14 @@ class SparseMatrix:
         if structure == "auto":
             structure = cheapest_structure(weight, values, gates)
         height = block_height(structure)
+        # int8 is made from fp32 below, by group; the others are rounded here, so that what overflows is seen at once.
         kept = weight.float() if values == "int8" else weight.to(DTYPES[values])
         if not bool(kept.isfinite().all()):
             raise ValueError(f"holds values that are not finite in {values}")
         # The pattern is the weight's own: what rounds to zero is stored, as zero, so that counts stay what
         # pruning made them.
         used = _grouped(weight != 0, gates, height).any(dim=1)
+        # Row by row, which is the order that compressed rows have.
         groups, columns = used.nonzero(as_tuple=True)
         pointers = torch.zeros(used.shape[0] + 1, dtype=torch.int32, device=weight.device)
         pointers[1:] = used.sum(dim=1).cumsum(0)
@@ -91,16 +103,24 @@ class SparseMatrix:
         return cls(shape, gates, blocks.contiguous(), columns.to(index_dtype), pointers, scales)
 
     def to_dense(self) -> Tensor:
-        """The fp32 matrix back, [rows, columns]."""
+        """The matrix back, fp32 [rows, columns]: exact but for the rounding to the type of the values."""
         groups = self._groups_of_blocks()
         blocks = self.values.float() if self.scales is None else self.values.float() * self.scales[groups, None]
         grouped = torch.zeros(self.groups, self.height, self.shape[1], device=self.values.device)
         grouped[groups, :, self.columns.long()] = blocks
+        # Without the rows by which the last group of each gate reaches past it.
         units = grouped.view(self.gates, self.groups // self.gates * self.height, self.shape[1])[:, : self.units]
         return units.reshape(self.shape).contiguous()
 
     def rows(self, numbers: Tensor) -> Tensor:
-        """These rows of a matrix of one gate, dense, fp32: [len(numbers), columns]."""
+        """These rows of a matrix of one gate, dense: an embedding of these tokens.
+
+        Args:
+            numbers: row numbers, an integer tensor of one dimension, on the matrix's device.
+
+        Returns:
+            fp32 [len(numbers), columns].
+        """
         if len(numbers) == 1:  # a stream, where each operation counts
             group, lane = divmod(int(numbers), self.height)
             first, last = self.row_pointers[group : group + 2].tolist()
@@ -108,14 +128,16 @@ class SparseMatrix:
             row = torch.zeros(1, self.shape[1], device=self.device)
             row[0, self.columns[first:last].long()] = one if self.scales is None else one * self.scales[group]
             return row
+        # All rows without a loop: how many blocks each has, then one list of (row, block) pairs for all of them.
         groups, lanes = numbers.long() // self.height, numbers.long() % self.height
         starts = self.row_pointers.long()[groups]
         counts = self.row_pointers.long()[groups + 1] - starts
         row = torch.repeat_interleave(torch.arange(len(numbers), device=self.device), counts)
+        # counts.cumsum(0) - counts is where a row begins in that list; starts, where it begins in the matrix.
         block = torch.arange(len(row), device=self.device) + (starts + counts - counts.cumsum(0))[row]
         values = self.values[block, lanes[row]].float()
         dense = torch.zeros(len(numbers), self.shape[1], device=self.device)
-        # As signed numbers, because torch cannot index unsigned ones on a GPU.
+        # As signed numbers, because torch cannot index unsigned ones on a GPU; the remainder makes 65,535 of -1 again.
         columns = self.columns.view(torch.int16) if self.columns.dtype == torch.uint16 else self.columns
         column = columns[block].long() % (1 << 8 * columns.element_size())
         dense[row, column] = values if self.scales is None else values * self.scales[groups[row]]
@@ -178,14 +200,19 @@ class SparseMatrix:
         return replace(self, **parts)
 
     def gate(self, index: int) -> SparseMatrix:
-        """The rows of one gate, as a matrix of one gate; shares memory."""
+        """The rows of one gate, as a matrix of one gate; shares memory. Raises IndexError where there is none."""
         if not 0 <= index < self.gates:
             raise IndexError(f"gate {index} of {self.gates}")
         per_gate = self.groups // self.gates
         return self._slice(index * per_gate, (index + 1) * per_gate, self.units)
 
     def __getitem__(self, rows: slice) -> SparseMatrix:
-        """Consecutive rows within one gate, from and to a boundary of a row group; shares the memory of values."""
+        """Consecutive rows within one gate, from and to a boundary of a row group; shares the memory of values.
+
+        Raises:
+            TypeError: not a slice.
+            ValueError: rows that cut through a group or reach into another gate, or a step.
+        """
         if not isinstance(rows, slice):
             raise TypeError("a sparse matrix is sliced by rows: matrix[16:32]")
         start, stop, step = rows.indices(self.shape[0])
@@ -198,6 +225,7 @@ class SparseMatrix:
         return self._slice(begin, begin + -(-(stop - start) // self.height), stop - start)
 
     def _slice(self, begin: int, end: int, rows: int) -> SparseMatrix:
+        # Blocks of consecutive groups lie together, so a slice of rows is a slice of blocks; only pointers are new.
         first, last = int(self.row_pointers[begin]), int(self.row_pointers[end])
         return SparseMatrix(
             (rows, self.shape[1]),
@@ -213,7 +241,11 @@ class SparseMatrix:
         return torch.repeat_interleave(torch.arange(self.groups, device=counts.device), counts)
 
     def check(self) -> None:
-        """Raise ``ValueError`` unless every index is in range and every size fits: for data from outside."""
+        """Check data from outside, before kernels that check nothing read memory by its indices.
+
+        Raises:
+            ValueError: a size, type, index or value that ``from_dense`` cannot have made; says which.
+        """
         rows, columns = self.shape
         if rows < 0 or columns < 0 or self.gates < 1 or rows % self.gates:
             raise ValueError(f"rows {rows}, columns {columns} and gates {self.gates} do not fit")
@@ -226,9 +258,10 @@ class SparseMatrix:
         pointers = self.row_pointers.long()
         if pointers[0] != 0 or pointers[-1] != self.blocks or bool((pointers.diff() < 0).any()):
             raise ValueError("row_pointers must rise from 0 to the number of blocks")
-        wide = self.columns.long()
+        wide = self.columns.long()  # torch has no minimum of uint16
         if self.blocks and not (int(wide.min()) >= 0 and int(wide.max()) < columns):
             raise ValueError("a column is out of range")
+        # Twice the same column would count twice in a product, and once in ``to_dense``.
         if bool((wide.diff()[self._groups_of_blocks().diff() == 0] <= 0).any()):
             raise ValueError("columns must rise within a row group")
         self._check_values()
@@ -252,7 +285,7 @@ class SparseMatrix:
 
 
 def stacked(matrices: Sequence[SparseMatrix]) -> SparseMatrix:
-    """Matrices of the same shape, structure and values below each other; each keeps its gates."""
+    """Matrices below each other, which must have the same columns, structure and values; each keeps its gates."""
     first = matrices[0]
     pointers = [first.row_pointers]
     for matrix in matrices[1:]:
@@ -261,6 +294,7 @@ def stacked(matrices: Sequence[SparseMatrix]) -> SparseMatrix:
         (sum(matrix.shape[0] for matrix in matrices), first.shape[1]),
         sum(matrix.gates for matrix in matrices),
         torch.cat([matrix.values for matrix in matrices]),
+        # By way of int32, because torch has few operations on uint16.
         torch.cat([matrix.columns.to(torch.int32) for matrix in matrices]).to(first.columns.dtype),
         torch.cat(pointers),
         None if first.scales is None else torch.cat([m.scales for m in matrices if m.scales is not None]),
@@ -273,7 +307,7 @@ def cheapest_structure(weight: Tensor, values: Values = "fp32", gates: int = 1) 
 
 
 def packed_nbytes(weight: Tensor, structure: PackedStructure, values: Values = "fp32", gates: int = 1) -> int:
-    """Bytes that ``SparseMatrix.from_dense`` with the same arguments would take."""
+    """Bytes that ``SparseMatrix.from_dense`` with the same arguments would take, without making it."""
     height = block_height(structure)
     used = _grouped(weight.detach() != 0, gates, height).any(dim=1)
     index_bytes = 2 if weight.shape[1] <= 1 << 16 else 4
@@ -297,6 +331,7 @@ def _grouped(weight: Tensor, gates: int, height: int) -> Tensor:
 
 
 def _quantised(blocks: Tensor, scales: Tensor) -> Tensor:
+    # -128 is left out, so that the steps are symmetric and the negative of a value has the same size.
     return (blocks / scales).round().clamp(-127, 127)
 
 
@@ -306,6 +341,8 @@ def _scales(blocks: Tensor, groups: Tensor, largest: Tensor, energy: Tensor | No
     largest = largest.clamp(min=256 * torch.finfo(torch.float32).tiny)
     best = torch.full_like(largest, torch.inf)
     scales = largest / 127
+    # The best clip is found by trying: the error has no closed form, and 11 passes are cheap, once a packing. Strictly
+    # less, so that of equals the first stays, which clips nothing.
     for clip in CLIPS:
         tried = largest * clip / 127
         error = (blocks - _quantised(blocks, tried[groups, None]) * tried[groups, None]).square().sum(dim=1)

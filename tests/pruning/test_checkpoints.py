@@ -98,7 +98,7 @@ def test_a_checkpoint_grows_by_a_bit_a_weight(name):
 
 @pytest.mark.parametrize("order", ["weights first", "pruner built first", "pruner's state first"])
 def test_going_on_is_the_same_in_any_order(order):
-    """The first masks of ``rigl`` take weights at once, of whoever goes on, too: they are of no more than its own."""
+    """The first masks of ``rigl`` take weights at once, of whoever resumes, too: they are of no more than its own."""
     model = nn.Linear(20, 10)
     pruner = Pruner(model, "rigl", 100)
     first = pruner.masks()["weight"].clone()

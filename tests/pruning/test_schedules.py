@@ -6,13 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srnn.errors import UserError
+from srnn.pruning.forecast import expected_n_of_m, expected_sparsity
 from srnn.pruning.schedules import (
     CosineSchedule,
     CubicSchedule,
     GradualSchedule,
     RunLength,
-    expected_n_of_m,
-    expected_sparsity,
     iteration,
     resolve_cosine,
     resolve_cubic,

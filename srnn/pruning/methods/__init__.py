@@ -1,6 +1,6 @@
 """The pruning methods, a file each."""
 
-from srnn.pruning.methods.base import PruningMethod, Shared, Structured
+from srnn.pruning.methods.base import PrunerView, PruningMethod, Shared, Structured
 from srnn.pruning.methods.block import Block
 from srnn.pruning.methods.cubic import Cubic
 from srnn.pruning.methods.fixed import Fixed
@@ -10,5 +10,5 @@ from srnn.pruning.methods.none import NoPruning
 from srnn.pruning.methods.random import Random
 from srnn.pruning.methods.rigl import RigL
 
-__all__ = ["Block", "Cubic", "Fixed", "Gradual", "Hard", "NoPruning", "PruningMethod", "Random", "RigL", "Shared",
-           "Structured"]  # fmt: skip
+__all__ = ["Block", "Cubic", "Fixed", "Gradual", "Hard", "NoPruning", "PrunerView", "PruningMethod", "Random",
+           "RigL", "Shared", "Structured"]  # fmt: skip

@@ -1,7 +1,7 @@
 """What every pruning method provides, and the options most of them share.
 
-A method is a choice of parts: a schedule (``schedules``) says when and how far, a structure (``structures``) what goes
-as a whole, a score (``scores``) what goes first, the scope (``scope``) which weights, with which settings.
+A method is a choice of parts: a schedule (``schedules``) says when and how far, a structure (``srnn.formats``) what
+goes as a whole, a score (``scores``) what goes first, the scope (``scope``) which weights, with which settings.
 """
 
 from __future__ import annotations
@@ -9,31 +9,62 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from srnn.formats import Structure
 from srnn.pruning.groups import Group, magnitude
-from srnn.pruning.parts import Piece
+from srnn.pruning.parts import Part, Piece
 from srnn.pruning.schedules import RunLength
-from srnn.pruning.scope import DEFAULT_LAYER_TYPES, LayerType, Scope, Share, build_groups
+from srnn.pruning.scope import DEFAULT_LAYER_TYPES, GroupSettings, LayerType, Scope, Sharing, build_groups
 from srnn.pruning.scores import Score
 from srnn.registry import Range, check_ranges
-
-if TYPE_CHECKING:
-    from srnn.pruning.pruner import Pruner
+from srnn.registry.option_types import PositiveShare
 
 LayerTypes = list[LayerType]
-Sparsity = Annotated[float, Range(gt=0, lt=1)]
 Seed = Annotated[int, Range(ge=0, le=2**32 - 1)]
+
+
+class PrunerView(Protocol):
+    """What a method sees of the ``Pruner`` that runs it, which is built on methods and not the other way round.
+
+    Attributes:
+        itr: optimiser steps done so far.
+        optimizers: the optimisers that were given to the pruner; may be none.
+        groups: what is pruned.
+    """
+
+    itr: int
+    optimizers: list[torch.optim.Optimizer]
+    groups: list[Group]
+
+    @property
+    def parts(self) -> list[Part]:
+        """All that is pruned: parameters, or gates of parameters."""
+
+    def masks(self) -> dict[str, Tensor]:
+        """Parameter name -> bool mask; True keeps the weight."""
+
+    def state_of(self, parameter: nn.Parameter) -> list[Tensor]:
+        """The optimisers' tensors that go with a parameter, element for element."""
 
 
 class PruningMethod(ABC):
     """One way to prune. ``prepare`` tells it how long the run is; then it updates groups at its ``updates``.
 
     A subclass registered as ``@register.pruning("name")`` is ``pruning=name``; its arguments are its options. Most
-    derive from ``Shared``, which has the common ones.
+    derive from ``Shared``, which has the common ones, and brings ``groups``.
+
+    Example:
+        >>> import torch
+        >>> from srnn.pruning import Cubic, Pruner
+        >>> pruner = Pruner(torch.nn.GRU(4, 8), Cubic(sparsity=0.8), run=100)
+        >>> pruner.method.phases
+        {'start_itr': 5, 'end_itr': 50}
+        >>> [f"{pruner.method.expected(itr, pruner.groups[0]):.2f}" for itr in (5, 20, 50)]
+        ['0.00', '0.56', '0.80']
 
     Attributes:
         layer_types: which weights it prunes.
@@ -57,16 +88,23 @@ class PruningMethod(ABC):
 
     @abstractmethod
     def groups(self, model: nn.Module) -> list[Group]:
-        """The weights of a model that it prunes; those of a group share a threshold."""
+        """The weights of a model that it prunes; those of a group share a threshold.
+
+        Raises:
+            UserError: a pattern of the scope matches nothing, or settings contradict each other.
+        """
 
     @abstractmethod
     def prepare(self, run: RunLength, groups: Sequence[Group], reference: Mapping[str, Tensor] | None) -> None:
-        """Resolve the schedule for a run of this length, and refuse what cannot work.
+        """Resolve the schedule for a run of this length: set ``updates``, ``dense_until`` and ``done_from``.
 
         Args:
             run: the length of the run.
             groups: what will be pruned. Masks that are set here act at once.
-            reference: weights of a trained dense model, when ``reference_path`` names one.
+            reference: weights of a trained dense model by name, when ``reference_path`` names one.
+
+        Raises:
+            UserError: what cannot work in such a run.
         """
 
     @property
@@ -89,22 +127,31 @@ class PruningMethod(ABC):
 
     @abstractmethod
     def update(self, itr: int, group: Group) -> None:
-        """Set the group's masks and ``epsilon``; called only where ``is_update`` says so."""
+        """Set the group's masks and ``epsilon``; called only where ``is_update`` says so.
+
+        Args:
+            itr: optimiser steps done so far.
+            group: one of ``groups``: ``group.prune_to`` and ``group.ranking`` set its masks.
+        """
 
     def importance(self, piece: Piece) -> Tensor:
         """What ranks the weights of a piece, at least 0, [G, R, C]: their magnitude."""
         return magnitude(piece)
 
-    def after_masks(self, pruner: Pruner) -> None:
-        """After every optimiser step and masking: what else it does to weights."""
+    def after_masks(self, pruner: PrunerView) -> None:
+        """After every optimiser step and masking: what else it does to weights.
+
+        Args:
+            pruner: the ``Pruner``. Pruned weights have to stay zero.
+        """
         return
 
     def wanted(self, group: Group) -> int | None:
-        """How many weights of the group have to end up pruned; None where the number results."""
+        """How many weights of the group have to end up pruned; None where the number is a result, not a goal."""
         return group.target
 
     def expected(self, itr: int, group: Group) -> float | None:
-        """The group's sparsity after iteration ``itr``, as far as it can be told before training."""
+        """The forecast: the group's sparsity after iteration ``itr``, 0 to 1; None if only training can tell."""
         return None
 
     @property
@@ -123,7 +170,20 @@ class PruningMethod(ABC):
 
 @dataclass(kw_only=True)
 class Structured(PruningMethod):
-    """Options of every method that chooses weights.
+    """Options of every method that chooses weights. A subclass says which of them share a threshold.
+
+    Example:
+        >>> import torch
+        >>> class HalfOfEach(Structured):
+        ...     "Prunes half of each matrix in the fifth step."
+        ...     def groups(self, model):
+        ...         return self._groups(model, "matrix", 0.5)
+        ...     def prepare(self, run, groups, reference):
+        ...         self.updates, self.dense_until, self.done_from = [5], 4, 5
+        ...     def update(self, itr, group):
+        ...         group.prune_to(group.target)
+        >>> [f"{group.name}: {group.target}" for group in HalfOfEach().groups(torch.nn.GRU(4, 8))]
+        ['weight_ih_l0: 48', 'weight_hh_l0: 96']
 
     Attributes:
         layer_types: which weights are pruned.
@@ -132,6 +192,9 @@ class Structured(PruningMethod):
         keep_diagonal: the diagonal of recurrent matrices stays; in blocks, the blocks it runs through.
         scope: settings of their own for weights by pattern; see ``scope.build_groups``.
         zero_state: whether the optimiser's state of a pruned weight is zeroed too.
+
+    Raises:
+        UserError: a number is out of bounds, or ``structure`` is none.
     """
 
     layer_types: LayerTypes = field(default_factory=lambda: list(DEFAULT_LAYER_TYPES))
@@ -145,24 +208,41 @@ class Structured(PruningMethod):
         check_ranges(self)
         Structure.parse(self.structure)
 
-    def _groups(self, model: nn.Module, share: Share, sparsity: float) -> list[Group]:
-        structure = Structure.parse(self.structure)
-        return build_groups(
-            model, self.layer_types, self.scope, share, sparsity, structure, self.score, self.keep_diagonal
-        )
+    def _groups(self, model: nn.Module, share: Sharing, sparsity: float) -> list[Group]:
+        """What ``groups`` of a subclass returns, with these options."""
+        settings = GroupSettings(sparsity, Structure.parse(self.structure), self.score, self.keep_diagonal)
+        return build_groups(model, self.layer_types, self.scope, share, settings)
 
 
 @dataclass(kw_only=True)
 class Shared(Structured):
-    """Options of methods under a threshold that weights share.
+    """Options of methods under a threshold that weights share; most methods derive from it.
+
+    Example:
+        >>> import torch
+        >>> from srnn.pruning import Pruner, Shared
+        >>> class EveryTenth(Shared):
+        ...     "Prunes in equal parts, every tenth step."
+        ...     def prepare(self, run, groups, reference):
+        ...         self.updates = range(10, run.total_steps, 10)
+        ...         self.dense_until, self.done_from = 9, self.updates[-1]
+        ...     def update(self, itr, group):
+        ...         group.prune_to(group.target * itr // self.done_from)
+        >>> pruner = Pruner(torch.nn.GRU(4, 8), EveryTenth(sparsity=0.6), 40)
+        >>> for _ in range(40):
+        ...     if pruner.step():
+        ...         print(f"{pruner.itr}: {pruner.sparsity:.1f}")
+        10: 0.2
+        20: 0.4
+        30: 0.6
 
     Attributes:
-        sparsity: the share of zeros asked for.
+        sparsity: the share of zeros asked for, between 0 and 1.
         share: which weights share a threshold: those of a layer type (the paper), of a matrix, or all.
     """
 
-    sparsity: Sparsity = 0.9
-    share: Share = "layer_type"
+    sparsity: PositiveShare = 0.9
+    share: Sharing = "layer_type"
 
     def groups(self, model: nn.Module) -> list[Group]:
         """The model's weights, in groups that share a threshold."""

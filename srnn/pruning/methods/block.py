@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
 
 import torch
 
 from srnn.errors import UserError
 from srnn.formats import Structure
 from srnn.pruning.groups import Group
+from srnn.pruning.methods.base import PrunerView
 from srnn.pruning.methods.gradual import Gradual, rank_pieces
 from srnn.pruning.parts import Piece
-from srnn.registry import Range, register
-
-if TYPE_CHECKING:
-    from srnn.pruning.pruner import Pruner
+from srnn.registry import register
+from srnn.registry.option_types import NonNegative
 
 
 @register.pruning("block")
@@ -34,9 +32,9 @@ class Block(Gradual):
     """
 
     structure: str = "4x4"
-    group_lasso: Annotated[float, Range(ge=0, le=1e6)] = 0.0
+    group_lasso: NonNegative = 0.0
 
-    heuristics = (0.2, 0.4)
+    heuristics = (0.2, 0.4)  # blocks end earlier, at 40 % of the epochs, and ramp at half of that
 
     def of_units(self, q: float, group: Group) -> float:
         """theta_b = theta_w N^(1/4), which is the same factor on ``q``."""
@@ -47,13 +45,18 @@ class Block(Gradual):
         q = rank_pieces(pieces, Structure(), group).quantile(group.sparsity or self.sparsity)
         return self.of_units(q, group)
 
-    def after_masks(self, pruner: Pruner) -> None:
-        """The proximal step of the group lasso."""
+    def after_masks(self, pruner: PrunerView) -> None:
+        """The proximal step of the group lasso.
+
+        Raises:
+            UserError: the pruner has no optimiser, whose step size it is.
+        """
         if not self.group_lasso or pruner.itr > self.done_from:
             return
         if not pruner.optimizers:
             raise UserError("pruning.group_lasso needs the optimiser, for its step size: give it to the Pruner.")
         groups = [group for optimizer in pruner.optimizers for group in optimizer.param_groups]
+        # Read anew at each step, because a scheduler may have changed them.
         rates = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
         for group in pruner.groups:
             for piece in group.pieces:
@@ -63,5 +66,6 @@ class Block(Gradual):
 def _shrink(piece: Piece, structure: Structure, length: float) -> None:
     """Shorten each block by ``length``, down to zero."""
     norms = structure.sums(piece.weight.square()).sqrt()
+    # Pruned blocks have norm 0. Clamped, they stay zero; 0 / 0 would make them NaN.
     factor = (1 - length / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(min=0)
     piece.scale(structure.spread(factor, piece.shape))

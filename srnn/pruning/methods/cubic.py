@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 from torch import Tensor
 
@@ -12,7 +11,8 @@ from srnn.errors import UserError
 from srnn.pruning.groups import Group
 from srnn.pruning.methods.base import Shared
 from srnn.pruning.schedules import CubicSchedule, Freq, RunLength, When, resolve_cubic
-from srnn.registry import Range, register
+from srnn.registry import register
+from srnn.registry.option_types import Share
 
 
 @register.pruning("cubic")
@@ -20,7 +20,7 @@ from srnn.registry import Range, register
 class Cubic(Shared):
     """Prune the smallest weights to a sparsity that rises fast at first and then ever slower (Zhu & Gupta 2017)."""
 
-    initial_sparsity: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    initial_sparsity: Share = 0.0
     start_itr: When = "auto"
     end_itr: When = "auto"
     freq: Freq = "auto"
@@ -50,6 +50,7 @@ class Cubic(Shared):
         """The schedule's own, as far as N:M leaves so many to prune."""
         if itr < self.schedule.start_itr:
             return 0.0
+        # Between two updates the sparsity is that of the last one.
         final = self.sparsity if group.sparsity is None else group.sparsity
         itr -= (itr - self.schedule.start_itr) % self.schedule.freq if itr < self.schedule.end_itr else 0
         share = max(min(self.initial_sparsity, final), self.schedule.sparsity(itr, final))

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from srnn.errors import UserError
-from srnn.formats import Structure
 from srnn.pruning.groups import Group
 from srnn.pruning.methods.base import LayerTypes, PruningMethod
 from srnn.pruning.schedules import RunLength
-from srnn.pruning.scope import DEFAULT_LAYER_TYPES, build_groups
+from srnn.pruning.scope import DEFAULT_LAYER_TYPES, GroupSettings, build_groups
 from srnn.registry import register
 
 
@@ -25,7 +24,7 @@ class Fixed(PruningMethod):
 
     def groups(self, model: nn.Module) -> list[Group]:
         """The model's weights by layer type."""
-        return build_groups(model, self.layer_types, None, "layer_type", None, Structure(), "max", False)
+        return build_groups(model, self.layer_types, None, "layer_type", GroupSettings())
 
     def prepare(self, run: RunLength, groups: Sequence[Group], reference: Mapping[str, Tensor] | None) -> None:
         """Take the masks from the weights. Raises UserError if there is no zero."""

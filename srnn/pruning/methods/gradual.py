@@ -12,24 +12,17 @@ from torch import Tensor
 
 from srnn.errors import UserError
 from srnn.formats import Structure
+from srnn.pruning.forecast import expected_n_of_m, expected_sparsity
 from srnn.pruning.groups import Group, magnitude
 from srnn.pruning.methods.base import Shared
 from srnn.pruning.parts import Piece
 from srnn.pruning.ranking import Ranking
-from srnn.pruning.schedules import (
-    Freq,
-    GradualSchedule,
-    RunLength,
-    When,
-    expected_n_of_m,
-    expected_sparsity,
-    resolve_gradual,
-)
+from srnn.pruning.schedules import Freq, GradualSchedule, RunLength, When, resolve_gradual
 from srnn.pruning.scope import LayerType
 from srnn.pruning.scores import unit_scores
 from srnn.registry import Range, register
 
-Positive = Annotated[float, Range(gt=0, le=1e30)]
+Magnitude = Annotated[float, Range(gt=0, le=1e30)]  # of a weight
 
 
 @register.pruning("gradual")
@@ -42,7 +35,7 @@ class Gradual(Shared):
 
     * ``"auto"``: estimated at each update from the live weights. The threshold never falls, never prunes more than
       asked, and the last update cuts by rank to the exact count.
-    * a number, or one a layer type: Algorithm 1 as printed runs open-loop, and the sparsity is what results.
+    * a number, or one a layer type: Algorithm 1 as printed runs open-loop, and the sparsity is a result.
     * the path of a dense checkpoint or packed file: the number is taken from there, then as above.
 
     As printed, weights are masked *after* each optimiser step and compared *after* that, so masks found at an update
@@ -50,7 +43,7 @@ class Gradual(Shared):
     ``end_itr`` a weight may come back. For blocks, ``q`` and the threshold are about the scores of blocks.
     """
 
-    q: Positive | dict[LayerType, Positive] | str = "auto"
+    q: Magnitude | dict[LayerType, Magnitude] | str = "auto"
     start_itr: When = "auto"
     ramp_itr: When = "auto"
     end_itr: When = "auto"
@@ -92,10 +85,12 @@ class Gradual(Shared):
     def _q_of_reference(self, pieces: list[Piece], group: Group) -> float:
         q = self.reference_q(pieces, group)
         largest = rank_pieces(pieces, group.structure, group).largest()
+        # A network that is pruned already gives 0, one that has diverged infinity.
         if not 0 < q < math.inf:
             raise UserError(
                 f"pruning.q={self.q} gives q={q:g} for the {group.name} weights: take it from a dense, trained model."
             )
+        # The known trap of a steep phi: refused here, before hours of training, and again at each update.
         last = self.schedule.epsilon(self.updates[-1], q)
         if last > largest:
             raise UserError(
@@ -132,8 +127,12 @@ class Gradual(Shared):
         group.epsilon = epsilon
 
     def _update_estimated(self, itr: int, group: Group, ranking: Ranking) -> None:
+        # Pruned weights are ranked too, so that q is a quantile of all weights, as the paper's is.
         q = ranking.quantile(group.target / group.size)
+        # A q that falls, as weights shrink, does not let the threshold fall. An infinite q is the score of what has to
+        # stay (the diagonal, N:M), and says nothing about the rest.
         epsilon = max(group.epsilon, q * self.schedule.epsilon(itr, 1.0)) if math.isfinite(q) else group.epsilon
+        # A phi_ratio above 1.5, or weights that have shrunk, may take the threshold past the share: then by rank.
         if itr == self.updates[-1] or ranking.count_at_least(epsilon) < ranking.count_for(group.target):
             boundary = ranking.prune(group.target)
             epsilon = max(group.epsilon, boundary) if math.isfinite(boundary) else group.epsilon
@@ -151,6 +150,7 @@ class Gradual(Shared):
         if itr < self.updates[0]:
             return 0.0
         epsilon = self.schedule.epsilon(min(itr, self.updates[-1]), 1.0)
+        # With q given, it is a quantile of single weights; with q estimated, of what N:M lets go.
         if group.structure.of:
             runs = group.size // group.structure.of if self.fixed_q is None else None
             share = expected_n_of_m(epsilon, group.structure.keep, group.structure.of, runs)
@@ -162,7 +162,7 @@ class Gradual(Shared):
 
 
 def _like(group: Group, reference: Mapping[str, Tensor] | None, path: str) -> list[Piece]:
-    """The group's weights in a reference, of any width. Raises UserError."""
+    """The group's weights in a reference, of any width: q comes from a smaller network too. Raises UserError."""
     if reference is None:
         raise UserError(f"pruning.q={path} names a dense model: give its weights by name as reference=...")
     names = {part.parameter_name: part.parameter.ndim for part in group.parts}
@@ -171,7 +171,7 @@ def _like(group: Group, reference: Mapping[str, Tensor] | None, path: str) -> li
             f"pruning.q={path} holds no weights of the kind of {', '.join(missing)}; "
             "train a dense model of the same kind first."
         )
-    nothing = torch.empty(0, dtype=torch.bool)
+    nothing = torch.empty(0, dtype=torch.bool)  # these are ranked only; nobody asks for their mask
     parts = [replace(p, parameter=reference[p.parameter_name].float(), mask=nothing) for p in group.parts]  # type: ignore[arg-type]
     return [piece for part in parts for piece in part.pieces(group.structure.rows)]
 

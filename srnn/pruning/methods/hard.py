@@ -20,7 +20,7 @@ class Hard(Shared):
     """Zero the smallest weights of each layer type once, then train on: what the paper compares with."""
 
     prune_itr: When = 0.25
-    delayed = True
+    delayed = True  # as Algorithm 1, which it is compared with
 
     def prepare(self, run: RunLength, groups: Sequence[Group], reference: Mapping[str, Tensor] | None) -> None:
         """Resolve the step; it must leave a step to train on."""

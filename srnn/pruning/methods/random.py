@@ -16,11 +16,11 @@ from srnn.registry import register
 @register.pruning("random")
 @dataclass(kw_only=True)
 class Random(Cubic):
-    """Prune weights by lot, on the schedule of ``cubic``: the control."""
+    """Prune random weights, on the schedule of ``cubic``: the control."""
 
     seed: Seed = 0
 
     def importance(self, piece: Piece) -> Tensor:
-        """A lot that each weight draws once for the whole run."""
+        """A random number of each weight, the same for the whole run: what is pruned stays pruned."""
         count = piece.shape[0] * piece.shape[1] * piece.shape[2]
         return random_scores(count, piece.part.mask.device, self.seed, piece.key).view(piece.shape)

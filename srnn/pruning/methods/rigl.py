@@ -9,19 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
 from srnn.pruning.groups import Group
-from srnn.pruning.methods.base import Seed, Sparsity, Structured
+from srnn.pruning.methods.base import Seed, Structured
 from srnn.pruning.parts import Piece
 from srnn.pruning.ranking import Scorer
 from srnn.pruning.schedules import CosineSchedule, Freq, RunLength, When, resolve_cosine
 from srnn.pruning.scores import random_scores, unit_scores
-from srnn.registry import Range, register
+from srnn.registry import register
+from srnn.registry.option_types import PositiveShare
 
 Density = Literal["uniform", "er", "erk"]
 
@@ -32,14 +33,15 @@ class RigL(Structured):
     """Train a sparse network from the first step; drop its smallest weights, grow others (Evci et al. 2020).
 
     Every ``freq`` steps each matrix drops the share ``drop_fraction / 2 (1 + cos(pi t / end_itr))`` of its weights, the
-    smallest, and grows as many among those that are zero: where the gradient is largest, or by lot (SET). They start
-    from zero. Dropped weights may grow again at once. Each matrix keeps its number of weights, which ``density`` sets.
+    smallest, and grows as many among those that are zero: where the gradient is largest, or random ones (SET). They
+    start from zero. Dropped weights may grow again at once. Each matrix keeps its number of weights, which ``density``
+    sets.
     """
 
-    sparsity: Sparsity = 0.9
+    sparsity: PositiveShare = 0.9
     density: Density = "erk"
     grow: Literal["gradient", "random"] = "gradient"
-    drop_fraction: Annotated[float, Range(gt=0, lt=1)] = 0.3
+    drop_fraction: PositiveShare = 0.3
     end_itr: When = "auto"
     freq: Freq = "auto"
     seed: Seed = 0
@@ -56,13 +58,13 @@ class RigL(Structured):
         return groups
 
     def prepare(self, run: RunLength, groups: Sequence[Group], reference: Mapping[str, Tensor] | None) -> None:
-        """Resolve the schedule, share out the weights, and draw the first masks by lot."""
+        """Resolve the schedule, share out the weights, and draw the first masks at random."""
         self.schedule: CosineSchedule = resolve_cosine(self.end_itr, self.freq, self.drop_fraction, run)
         self.updates = self.schedule.updates
-        self.dense_until, self.done_from = -1, 0
+        self.dense_until, self.done_from = -1, 0  # masked from the start, and at the final sparsity all along
         self._share_out(groups)
         for group in groups:
-            group.ranking(self._lots(group, 0)).prune(group.target)
+            group.ranking(self._random(group, 0)).prune(group.target)
 
     def _share_out(self, groups: Sequence[Group]) -> None:
         """Give every group without a sparsity of its own its part of the budget."""
@@ -76,19 +78,21 @@ class RigL(Structured):
 
     def update(self, itr: int, group: Group) -> None:
         """Drop the smallest, grow as many."""
+        # Dropped in units; below, as many weights are grown as were there before, to the nearest unit.
         alive = sum(int(group.kept_units(piece).sum()) for piece in group.pieces)
         drop = min(alive - 1, math.floor(self.schedule.drop(itr) * alive))
         if drop < 1:
             return
         group.set_epsilon(group.ranking().keep_largest(alive - drop))
-        grown = self._lots(group, itr) if self.grow == "random" else self._gradients(group)
+        grown = self._random(group, itr) if self.grow == "random" else self._gradients(group)
 
+        # What survived outranks all that could grow, so that one cut by rank keeps it and fills up with the best.
         def survivors_first(piece: Piece) -> Tensor:
             return grown(piece).masked_fill(group.kept_units(piece), torch.inf)
 
         group.ranking(survivors_first).prune(group.target)
 
-    def _lots(self, group: Group, itr: int) -> Scorer:
+    def _random(self, group: Group, itr: int) -> Scorer:
         def scorer(piece: Piece) -> Tensor:
             units = group.structure.units(piece.shape)
             return random_scores(units, piece.part.mask.device, self.seed, itr, piece.key)
@@ -131,6 +135,8 @@ def densities(shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], density: 
         return [density] * len(shapes)
     used = [shape if kind == "erk" else shape[:2] for shape in shapes]
     raw = [sum(shape) / math.prod(shape) for shape in used]
+    # A matrix whose density would exceed 1 stays dense, and the others share what is left of the budget; that may make
+    # the next one dense, so again until none is.
     full: set[int] = set()
     while True:
         left = density * sum(sizes) - sum(sizes[i] for i in full)
@@ -144,6 +150,7 @@ def densities(shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], density: 
 def allocate(shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], density: float, kind: Density) -> list[int]:
     """Whole weights for each matrix, at least 1, which sum to the budget; those that were cut off most get the rest."""
     wanted = [d * n for d, n in zip(densities(shapes, sizes, density, kind), sizes, strict=True)]
+    # 1e-9, because 1 - 0.9 is 0.09999999999999998 in fp64, of 30 weights 2.999999999999999, which means 3.
     counts = [max(1, math.floor(count + 1e-9)) for count in wanted]
     rest = round(density * sum(sizes)) - sum(counts)
     order = sorted(range(len(sizes)), key=lambda i: counts[i] - wanted[i], reverse=rest < 0)

@@ -1,8 +1,7 @@
-"""Measuring cases: outputs checked first, then dense and sparse timed in turns."""
+"""Layers and products: outputs checked first, then dense and sparse timed in turns."""
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,23 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 
-import srnn
-from srnn.bench.cases import Case, Format, Plan, Problem, dense_format
+from srnn.bench.cases import Case, Format, LayerPlan, Problem, dense_format
 from srnn.kernels.choosing import hardware
 from srnn.kernels.contract import Kernel
 from srnn.kernels.dense import Int8, OneDnn, Torch
-from srnn.kernels.timing import Call, graphed, interleaved
+from srnn.kernels.timing import Call, graphed, interleaved, timed
 
-ROUNDS = 30
-REPEATS = 50  # of a product or a step, in one CUDA graph
-CHECKED_STEPS = 8  # of the sequence whose outputs are compared; more only adds up the same errors
+_ROUNDS = 30
+_REPEATS = 50  # of a product or a step, in one CUDA graph
+_CHECKED_STEPS = 8  # of the sequence whose outputs are compared; more only adds up the same errors
 # What outputs rounded to their dtype may differ by.
-ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-BASELINES: dict[str, Kernel] = {"torch": Torch(), "onednn": OneDnn(), "int8": Int8()}
+_ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+_BASELINES: dict[str, Kernel] = {"torch": Torch(), "onednn": OneDnn(), "int8": Int8()}
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerRow:
     """One backend at one case. Times are microseconds of a whole call; speed-ups are over dense of the same run.
 
     Attributes:
@@ -54,13 +52,13 @@ class Row:
     over_int8: float | None
 
 
-def measure(
-    plan: Plan,
+def measure_layers(
+    plan: LayerPlan,
     kernels: Mapping[str, Kernel],
     device: torch.device,
     limit: float,
-    report: Callable[[Case, list[Row]], None],
-) -> tuple[list[Row], list[str]]:
+    report: Callable[[Case, list[LayerRow]], None],
+) -> tuple[list[LayerRow], list[str]]:
     """Measure all of a plan that fits into the time.
 
     Args:
@@ -73,7 +71,7 @@ def measure(
     Returns:
         All rows, and what was left out and why.
     """
-    rows: list[Row] = []
+    rows: list[LayerRow] = []
     left_out: list[str] = []
     cases, began, threads = list(plan.cases()), time.monotonic(), torch.get_num_threads()
     tf32 = torch.backends.cudnn.allow_tf32
@@ -104,16 +102,16 @@ def measure_case(
     device: torch.device,
     seconds: float,
     dtype: torch.dtype = torch.float32,
-) -> tuple[list[Row], list[str]]:
+) -> tuple[list[LayerRow], list[str]]:
     """Measure one case with all formats, in turns; on a GPU each call also as a CUDA graph."""
     calls: dict[tuple[str, Format], Call] = {}
     errors: dict[tuple[str, Format], float] = {}
     left_out = []
-    repeats = REPEATS if case.steps == 1 else 1
+    repeats = _REPEATS if case.steps == 1 else 1
     baseline = dense_format(dtype)
-    for format, several in ((baseline, BASELINES), *((f, kernels) for f in formats)):
+    for format, several in ((baseline, _BASELINES), *((f, kernels) for f in formats)):
         problem = Problem(case, format, device, dtype)
-        steps = min(case.steps, CHECKED_STEPS)
+        steps = min(case.steps, _CHECKED_STEPS)
         truth = problem.truth(steps)
         for name, kernel in several.items():
             if name == "csr" and format.values != formats[0].values:
@@ -131,14 +129,14 @@ def measure_case(
                     left_out.append(f"{case} {name}, graph: {str(error).splitlines()[0]}")
             for variant, call in variants.items():
                 away = errors[variant, format] = relative_error(call(), truth)
-                if not away <= max(kernel.tolerance, ROUNDING[dtype]):
+                if not away <= max(kernel.tolerance, _ROUNDING[dtype]):
                     left_out.append(f"{case} {variant} {format}: WRONG, its error is {away:.1e}")
                 elif variant == name:
                     calls[variant, format] = ready(case.steps)
                 else:
                     calls[variant, format] = graphed(ready(case.steps), device, repeats)[0]
     keys = list(calls)
-    times = interleaved({str(i): calls[key] for i, key in enumerate(keys)}, device, ROUNDS, seconds)
+    times = interleaved({str(i): calls[key] for i, key in enumerate(keys)}, device, _ROUNDS, seconds)
     measured = {key: np.array(times[str(i)]) / (repeats if "graph" in key[0] else 1) for i, key in enumerate(keys)}
     return _rows(case, errors, measured, device, baseline), left_out
 
@@ -163,7 +161,7 @@ def relative_error(outputs: Any, truth: torch.Tensor) -> float:
 
 def _rows(
     case: Case, errors: dict[Any, float], times: dict[Any, Any], device: torch.device, baseline: Format
-) -> list[Row]:
+) -> list[LayerRow]:
     def median(key: Any) -> float | None:
         return float(np.median(times[key])) if key in times else None
 
@@ -175,7 +173,7 @@ def _rows(
         mine = median((name, format))
         low, high = np.percentile(times[name, format], [20, 80]) if mine else (None, None)
         rows.append(
-            Row(
+            LayerRow(
                 device=hardware(device),
                 shape=str(case.shape),
                 batch=case.batch,
@@ -205,6 +203,16 @@ def _ratio(dense: float | None, mine: float | None) -> float | None:
     return None if dense is None or mine is None else round(dense / mine, 3)
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {"srnn": srnn.__version__, "python": platform.python_version(), "system": platform.platform()}
+def barrier_us(device: torch.device, rounds: int = 1000) -> float:
+    """Microseconds that a barrier over a program a multiprocessor takes: a yardstick for a step of a recurrence."""
+    from srnn.kernels.triton.barrier import barriers
+
+    programs = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def call() -> Call:
+        counter = torch.zeros(1, dtype=torch.int32, device=device)
+        return lambda: barriers[(programs,)](counter, rounds, num_warps=4, launch_cooperative_grid=True)
+
+    with torch.cuda.device(device):
+        call()()
+        return min(1e6 * timed(call(), device) / rounds for _ in range(5))

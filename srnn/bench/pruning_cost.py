@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from srnn.bench.cases import Shape
+from srnn.bench.cases import LayerShape
 from srnn.pruning import Pruner, RunLength
 
 # Each takes another way through the code: thresholds, ranks, blocks, N:M, growing by gradients.
-METHODS: dict[str, dict[str, Any]] = {
+PRUNING_METHODS: dict[str, dict[str, Any]] = {
     "gradual": {},
     "gradual 16x1": {"structure": "16x1"},
     "cubic": {},
@@ -24,9 +24,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "cubic 2:4": {"structure": "2:4", "sparsity": 0.5},
     "rigl": {},
 }
-REPEATS = 5
+_REPEATS = 5
 # Of the training whose time pruning takes a share of.
-STEPS, STREAMS, FREQ, TRAINED = 150, 64, 100, 300
+_STEPS, _STREAMS, _FREQ, _TRAINED = 150, 64, 100, 300
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class PruningRow:
     device: str
 
 
-def rows(shapes: tuple[Shape, ...], device: torch.device) -> Iterator[PruningRow]:
+def measure_pruning(shapes: tuple[LayerShape, ...], device: torch.device) -> Iterator[PruningRow]:
     """A row for each layer and method."""
     for shape in shapes:
-        for name, options in METHODS.items():
+        for name, options in PRUNING_METHODS.items():
             yield _row(shape, name, options, device)
 
 
-def _row(shape: Shape, name: str, options: dict[str, Any], device: torch.device) -> PruningRow:
+def _row(shape: LayerShape, name: str, options: dict[str, Any], device: torch.device) -> PruningRow:
     torch.manual_seed(0)
     model = _layer(shape).to(device)
     optimizer = torch.optim.Adam(model.parameters())
@@ -76,8 +76,8 @@ def _row(shape: Shape, name: str, options: dict[str, Any], device: torch.device)
     # The first update finds memory and libraries as they are afterwards.
     pruner.itr = updates[0] - 1
     pruner.step()
-    update = [_milliseconds(pruner, middle - 1, device) for _ in range(REPEATS)]
-    step = [_milliseconds(pruner, pruner.run.total_steps - 1, device) for _ in range(REPEATS)]
+    update = [_milliseconds(pruner, middle - 1, device) for _ in range(_REPEATS)]
+    step = [_milliseconds(pruner, pruner.run.total_steps - 1, device) for _ in range(_REPEATS)]
     extra = _extra_bytes(lambda: _milliseconds(pruner, middle - 1, device)) if device.type == "cuda" else None
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     weights = sum(part.size for part in pruner.parts)
@@ -89,7 +89,7 @@ def _row(shape: Shape, name: str, options: dict[str, Any], device: torch.device)
     )  # fmt: skip
 
 
-def _layer(shape: Shape) -> nn.Module:
+def _layer(shape: LayerShape) -> nn.Module:
     if shape.kind == "product":
         return nn.Linear(shape.inputs, shape.outputs, bias=False)
     made: nn.Module = {"gru": nn.GRU, "lstm": nn.LSTM}.get(shape.kind, nn.RNN)(shape.inputs, shape.outputs)
@@ -99,10 +99,10 @@ def _layer(shape: Shape) -> nn.Module:
 class _LanguageModel(nn.Module):
     """Over bytes."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: LayerShape) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, 256)
-        self.rnn = _layer(Shape(shape.kind, 256, shape.outputs))
+        self.rnn = _layer(LayerShape(shape.kind, 256, shape.outputs))
         self.linear = nn.Linear(shape.outputs, 256)
 
     def forward(self, tokens_TB: Tensor) -> Tensor:
@@ -110,12 +110,14 @@ class _LanguageModel(nn.Module):
         return F.cross_entropy(logits_TBV.flatten(0, 1).float(), tokens_TB.flatten())
 
 
-def _share_of_training(shape: Shape, name: str, options: dict[str, Any], device: torch.device) -> tuple[float, float]:
+def _share_of_training(
+    shape: LayerShape, name: str, options: dict[str, Any], device: torch.device
+) -> tuple[float, float]:
     """Milliseconds of a step in bf16 with a fused Adam and clipping, and the share of them inside pruning."""
     model = _LanguageModel(shape).to(device)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    pruner = Pruner(model, name.split()[0], RunLength(20_000, 2_000), optimizer, freq=FREQ, **options)
-    tokens_TB = torch.randint(256, (STEPS, STREAMS), device=device)
+    pruner = Pruner(model, name.split()[0], RunLength(20_000, 2_000), optimizer, freq=_FREQ, **options)
+    tokens_TB = torch.randint(256, (_STEPS, _STREAMS), device=device)
 
     def step() -> tuple[torch.cuda.Event, torch.cuda.Event]:
         with torch.autocast(device.type, torch.bfloat16):
@@ -134,10 +136,10 @@ def _share_of_training(shape: Shape, name: str, options: dict[str, Any], device:
     for itr in (updates[0], updates[len(updates) // 2]):
         pruner.itr = itr - 1
         _, began = step()  # the first of all, and the first at this sparsity, take longer
-    inside = [step() for _ in range(TRAINED)]
+    inside = [step() for _ in range(_TRAINED)]
     torch.cuda.synchronize(device)
     total = began.elapsed_time(inside[-1][1])
-    return total / TRAINED, sum(before.elapsed_time(after) for before, after in inside) / total
+    return total / _TRAINED, sum(before.elapsed_time(after) for before, after in inside) / total
 
 
 def _milliseconds(pruner: Pruner, before: int, device: torch.device) -> float:

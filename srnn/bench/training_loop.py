@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -21,20 +21,33 @@ Module = Any
 
 
 @dataclass(frozen=True)
-class Pass:
+class LoopRow:
     """How long the passes of one loop took.
 
     Attributes:
         loop: ``bare``, ``srnn`` (dense) or ``srnn, pruned``.
-        seconds: the median pass, validation excluded.
+        ms_per_step: of the median pass, validation excluded.
+        ratio: that pass over one of the bare loop.
         steps: of a pass.
-        pruning_share: of the time, inside pruning; pruning's passes only.
+        pruning_share: of the time, inside pruning; 0 without pruning.
+        device: the GPU's name, or the number of threads.
+        torch: its version.
+        options: of the run, as they were given.
     """
 
     loop: str
-    seconds: float
+    ms_per_step: float
+    ratio: float
     steps: int
-    pruning_share: float = 0.0
+    pruning_share: float
+    device: str
+    torch: str
+    options: str
+
+    def rounded(self) -> dict[str, Any]:
+        """As a file has it, with as many digits as can be told from noise."""
+        figures = {"ms_per_step": f"{self.ms_per_step:.3f}", "ratio": f"{self.ratio:.3f}"}
+        return asdict(self) | figures | {"pruning_share": f"{self.pruning_share:.4f}"}
 
 
 class _Clock(pl.Callback):
@@ -81,11 +94,12 @@ def bare_loop(module: Module, clip: float | None, epochs: int, device: torch.dev
     return seconds
 
 
-def compare(settings: Settings, repeats: int = 3) -> list[Pass]:
+def compare_loops(settings: Settings, options: str, repeats: int = 3) -> list[LoopRow]:
     """Passes of the bare loop, of srnn's loop without pruning, and with it; in turns, ``repeats`` times.
 
     Args:
         settings: a config of a language model, with at least five epochs.
+        options: that made it, for the rows.
         repeats: turns.
     """
     quiet()
@@ -109,4 +123,12 @@ def compare(settings: Settings, repeats: int = 3) -> list[Pass]:
             times[name] += clock.seconds[1:]
             if "pruned" in name and pruning.pruner is not None:
                 share = pruning.pruner.seconds / sum(clock.seconds)
-    return [Pass(name, median(t), steps, share if "pruned" in name else 0.0) for name, t in times.items()]
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+    passes = {name: median(seconds) for name, seconds in times.items()}
+    return [
+        LoopRow(
+            name, 1e3 * seconds / steps, seconds / passes["bare"], steps, share if "pruned" in name else 0.0,
+            where, torch.__version__, options,
+        )
+        for name, seconds in passes.items()
+    ]  # fmt: skip

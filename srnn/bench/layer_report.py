@@ -1,23 +1,18 @@
-"""Tables, CSV and plots of what was measured."""
+"""A table and a plot of what layers took."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from srnn.bench.measure import Row
-from srnn.bench.pruning import PruningRow
-from srnn.files import write_atomically
+from srnn.bench.layers import LayerRow
 from srnn.terminal import plural
 
 
-def table(title: str, rows: Sequence[Row]) -> Table:
+def layer_table(title: str, rows: Sequence[LayerRow]) -> Table:
     """Rows of one case; a sparse backend that is slower than dense is marked."""
     made = Table(title=title, title_justify="left")
     for column in ("backend", "weights", "median", "20 to 80 %", "over dense", "over int8 dense", "error"):
@@ -43,17 +38,7 @@ def _speed(ratio: float | None, dense: bool) -> str:
     return f"{ratio:.2f}x" + ("  SLOWER" if ratio < 1 and not dense else "")
 
 
-def write_csv(path: Path, rows: Sequence[Row] | Sequence[PruningRow]) -> None:
-    """All rows, with every field."""
-    text = io.StringIO()
-    names = [field.name for field in fields(rows[0])] if rows else [field.name for field in fields(Row)]
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    write_atomically(path, text.getvalue().encode())
-
-
-def plot(path: Path, rows: Sequence[Row]) -> bool:
+def plot_layers(path: Path, rows: Sequence[LayerRow]) -> bool:
     """Speed-up over the best dense against sparsity: a panel a shape and batch, a line a backend and format.
 
     Returns:
@@ -90,11 +75,11 @@ def plot(path: Path, rows: Sequence[Row]) -> bool:
     return True
 
 
-def _line(row: Row) -> str:
+def _line(row: LayerRow) -> str:
     return f"{row.backend} {row.structure} {row.values}"
 
 
-def _panel(axes: Any, rows: Sequence[Row], lines: Sequence[str]) -> None:
+def _panel(axes: Any, rows: Sequence[LayerRow], lines: Sequence[str]) -> None:
     for k, line in enumerate(lines):
         points = sorted((100 * row.sparsity, row.over_dense) for row in rows if _line(row) == line)
         axes.plot([x for x, _ in points], [y for _, y in points], color=f"C{k}", marker="o", markersize=4)

@@ -1,8 +1,8 @@
-"""What ``bench=network`` and the yardstick of ``bench=gpu`` time on a GPU."""
+"""A whole network on a GPU, dense and sparse."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,17 +10,38 @@ from torch import Tensor, nn
 
 from srnn.bench.cases import Format, pruned
 from srnn.inference.sparsify import sparsify
-from srnn.kernels.timing import Call, graphed, timed
+from srnn.kernels.choosing import hardware
+from srnn.kernels.timing import Call, graphed, interleaved
 from srnn.sparse import PackedStructure
 
-SIZE, LAYERS, VOCABULARY, STEPS = 2560, 3, 10_000, 256
-STRUCTURES: tuple[PackedStructure, ...] = ("element", "32x1")
+_SIZE, _LAYERS, _VOCABULARY, _STEPS = 2560, 3, 10_000, 256
+_STRUCTURES: tuple[PackedStructure, ...] = ("element", "32x1")
+MEASURED_NETWORK = f"Embedding, {_LAYERS} x GRU {_SIZE}, {_VOCABULARY} logits; fp16, batch 1, sequences of {_STEPS}"
 
 
-class Network(nn.Module):
+@dataclass(frozen=True)
+class NetworkRow:
+    """One network run in one way. Times are of a whole call; tokens are counted at the median.
+
+    Attributes:
+        network: ``dense``, or how it is pruned.
+        what: a sequence of 256 tokens or a step, as it is or as a CUDA graph.
+    """
+
+    device: str
+    network: str
+    what: str
+    rounds: int
+    median_us: float
+    p20_us: float
+    p80_us: float
+    tokens_per_second: int
+
+
+class GruLanguageModel(nn.Module):
     """Embedding, three layers of GRU 2560, logits: a language model's shape."""
 
-    def __init__(self, size: int = SIZE, layers: int = LAYERS, vocabulary: int = VOCABULARY) -> None:
+    def __init__(self, size: int = _SIZE, layers: int = _LAYERS, vocabulary: int = _VOCABULARY) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, size)
         self.gru = nn.GRU(size, size, layers)
@@ -32,7 +53,7 @@ class Network(nn.Module):
         return self.linear(y_TBH), state
 
 
-def prune(network: Network, sparsity: float, structure: PackedStructure) -> Network:
+def _prune(network: GruLanguageModel, sparsity: float, structure: PackedStructure) -> GruLanguageModel:
     """Random weights with so many blocks zero, in place; the embedding, which is only looked up, stays dense."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -44,6 +65,20 @@ def prune(network: Network, sparsity: float, structure: PackedStructure) -> Netw
     return network.requires_grad_(False).eval()
 
 
+def measure_network(device: torch.device, limit: float) -> list[NetworkRow]:
+    """All networks in all ways, timed in turns in fp16; no round of turns is begun after ``limit`` seconds."""
+    calls = network_calls(device, torch.float16)
+    times = interleaved({"; ".join(key): call for key, call in calls.items()}, device, 50, limit)
+    return [_row(device, *key, seconds) for key, seconds in zip(calls, times.values(), strict=True)]
+
+
+def _row(device: torch.device, network: str, what: str, seconds: list[float]) -> NetworkRow:
+    low, middle, high = torch.tensor(seconds).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    median_us, p20_us, p80_us = (round(1e6 * x, 1) for x in (middle, low, high))
+    tokens = round((_STEPS if what.startswith("sequence") else 1) / middle)
+    return NetworkRow(hardware(device), network, what, len(seconds), median_us, p20_us, p80_us, tokens)
+
+
 def network_calls(
     device: torch.device, dtype: torch.dtype, kernel: Any = "triton", sparsity: float = 0.9, **sizes: int
 ) -> dict[tuple[str, str], Call]:
@@ -53,9 +88,9 @@ def network_calls(
         RuntimeError: a sparse network's logits are not the dense one's with the same weights.
     """
     calls: dict[tuple[str, str], Call] = {}
-    tokens_TB = torch.randint(sizes.get("vocabulary", VOCABULARY), (STEPS, 1), device=device)
-    for structure in STRUCTURES:
-        dense = prune(Network(**sizes), sparsity, structure).to(device)
+    tokens_TB = torch.randint(sizes.get("vocabulary", _VOCABULARY), (_STEPS, 1), device=device)
+    for structure in _STRUCTURES:
+        dense = _prune(GruLanguageModel(**sizes), sparsity, structure).to(device)
         sparse = sparsify(dense, structure, "fp16" if dtype == torch.float16 else "fp32", kernel)
         sparse.embedding = sparse.embedding.to(dtype)
         networks: dict[str, nn.Module] = {f"{100 * sparsity:g} % {structure}": sparse}
@@ -66,7 +101,7 @@ def network_calls(
         error = float((got - truth).double().norm() / truth.double().norm())
         if not error < (1e-2 if dtype == torch.float16 else 1e-4):
             raise RuntimeError(f"{structure}: the sparse network computes wrong, its error is {error:.1e}")
-        if structure == STRUCTURES[0]:
+        if structure == _STRUCTURES[0]:
             networks["dense"] = dense
         for name, network in networks.items():
             for what, call in _ways(network, tokens_TB).items():
@@ -84,18 +119,3 @@ def _ways(network: nn.Module, tokens_TB: Tensor) -> dict[str, Call]:
         return network(tokens_TB[:1], state)
 
     return {"sequence": lambda: network(tokens_TB), "step": step}
-
-
-def barrier_us(device: torch.device, rounds: int = 1000) -> float:
-    """Microseconds that a barrier over a program a multiprocessor takes: a yardstick for a step of a recurrence."""
-    from srnn.kernels.triton.barrier import barriers
-
-    programs = torch.cuda.get_device_properties(device).multi_processor_count
-
-    def call() -> Callable[[], object]:
-        counter = torch.zeros(1, dtype=torch.int32, device=device)
-        return lambda: barriers[(programs,)](counter, rounds, num_warps=4, launch_cooperative_grid=True)
-
-    with torch.cuda.device(device):
-        call()()
-        return min(1e6 * timed(call(), device) / rounds for _ in range(5))

@@ -1,0 +1,63 @@
+"""What the ``Pruner`` and its callback are given, checked and unwrapped: methods, models, averages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from srnn.errors import UserError
+from srnn.pruning.methods.base import PruningMethod
+from srnn.registry import register
+
+
+def check_argument(argument: str, value: object, types: tuple[type, ...], what: str) -> None:
+    """Raise UserError unless an argument of the ``Pruner`` is of one of the types; ``what`` says them in words."""
+    if not isinstance(value, types):
+        shown = repr(value) if isinstance(value, str | float | int | None) else f"{type(value).__name__}(...)"
+        raise UserError(f"Pruner: {argument}={shown} must be {what}.")
+
+
+def build_method(method: str | Mapping[str, Any] | PruningMethod, options: Mapping[str, Any]) -> PruningMethod:
+    """A method from its name and options, from its config, or as it is.
+
+    Raises:
+        UserError: no such method, a wrong option, or options beside a method that is built already.
+    """
+    if isinstance(method, PruningMethod):
+        if options:
+            raise UserError(f"{', '.join(options)}: give options with a method's name, or to the method itself.")
+        return method
+    check_argument("method", method, (str, Mapping), "a method's name, its config, or a method")
+    config = {"name": method} if isinstance(method, str) else dict(method)
+    built: PruningMethod = register.build("pruning", config | dict(options))
+    return built
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module itself, of one that is compiled, averaged or wrapped for data parallelism."""
+    while True:
+        if "_orig_mod" in model._modules:  # torch.compile's; naming its class would import the compiler
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, DistributedDataParallel | nn.DataParallel | AveragedModel):
+            model = model.module
+        else:
+            return model
+
+
+def averaged(average: nn.Module | None, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[Tensor]]:
+    """The weights of a running average, by the name of what they average; empty without one.
+
+    Raises:
+        UserError: it is no average of these parameters.
+    """
+    if average is None:
+        return {}
+    named = dict(unwrapped(average).named_parameters())
+    missing = [name for name, p in parameters.items() if name not in named or named[name].shape != p.shape]
+    if missing:
+        raise UserError(f"the average has no {', '.join(missing)}: give an average of the model that is pruned.")
+    return {name: [named[name].detach()] for name in parameters}

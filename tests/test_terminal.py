@@ -1,0 +1,40 @@
+"""What is printed: as it is, whatever the output can show, and whoever reads it."""
+
+import os
+import subprocess
+import sys
+
+from srnn.terminal import console
+
+SAY = "from srnn.terminal import *; show_what_can_be_shown(); {}"
+
+
+def say(code, **environment):
+    words = [sys.executable, "-c", SAY.format(code)]
+    return subprocess.run(words, capture_output=True, env=os.environ | environment, check=False)
+
+
+def test_brackets_are_no_markup():
+    with console.capture() as capture:
+        console.print("Everything is in runs [old]/a, not [/b] :smile:", soft_wrap=True)
+    assert capture.get() == "Everything is in runs [old]/a, not [/b] :smile:\n"
+
+
+def test_what_the_output_cannot_show_is_escaped():
+    for encoding, shown in (("ascii", b"\\u03b1\\xe9"), ("cp1252", b"\\u03b1\xe9"), ("utf-8", "αé".encode())):
+        done = say("print('αé')", PYTHONIOENCODING=encoding)
+        assert (done.returncode, done.stdout) == (0, shown + b"\n")
+
+
+def test_a_reader_that_goes_away_ends_nothing():
+    code = "[console.print('x' * 1000) for _ in range(500)]; print('still here', file=sys.stderr)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAY.format(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 0
+    assert said.count("the output was closed") == 1
+    assert said.endswith("still here\n")
