@@ -1,6 +1,6 @@
 """Dense products and layers: what a sparse kernel has to beat.
 
-``kernel=dense`` (see ``choose.py``) is the faster of torch's own modules and, on a CPU, products with weights laid out
+``kernel=dense`` (see ``choosing.py``) is the faster of torch's own modules and, on a CPU, products with weights laid out
 by oneDNN beforehand. Neither wins everywhere: with 7680 x 2560 on two cores (AMD EPYC, AVX2) oneDNN takes 5.3 ms
 against 4.7 for one row and one thread, 3.0 against 3.9 with two threads, 7.5 against 14.0 for four rows.
 """

@@ -15,7 +15,7 @@ from srnn.sparse import SparseMatrix
 MOST_GRAPHS = 8  # of a layer, which each hold their inputs and outputs; further shapes run as they are
 
 
-class Graphed(Kernel):
+class Replayed(Kernel):
     """A backend whose layers are replayed, for sequences of equal length. Only layers: products run as they are."""
 
     device_types = ("cuda",)
@@ -46,11 +46,11 @@ class Graphed(Kernel):
 
     def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """The other backend's, replayed."""
-        return _GraphedLayer(self.inner.layer(weights, device, dtype))
+        return _ReplayedLayer(self.inner.layer(weights, device, dtype))
 
     def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """The other backend's, replayed."""
-        return _GraphedLayer(self.inner.both(forward, backward, device, dtype))
+        return _ReplayedLayer(self.inner.both(forward, backward, device, dtype))
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class _Recorded:
 
 
 @dataclass(frozen=True)
-class _GraphedLayer(Layer):
+class _ReplayedLayer(Layer):
     inner: Layer
     recorded: dict[Any, _Recorded] = field(default_factory=dict)
     lock: Any = field(default_factory=threading.Lock)  # a graph has one set of inputs and outputs
