@@ -16,7 +16,11 @@ MOST_GRAPHS = 8  # of a layer, which each hold their inputs and outputs; further
 
 
 class Replayed(Kernel):
-    """A backend whose layers are replayed, for sequences of equal length. Only layers: products run as they are."""
+    """A backend whose layers are replayed, for sequences of equal length. Only layers: products run as they are.
+
+    Args:
+        inner: the backend whose layers they are.
+    """
 
     device_types = ("cuda",)
 

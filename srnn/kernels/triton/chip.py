@@ -48,6 +48,7 @@ def chip_of(device: torch.device) -> Chip:
     if interpreted():
         return Chip(3, 228 << 10, True, True, tuning_of(device))
     found = torch.cuda.get_device_properties(device)
+    # wgmma is Hopper's alone: later GPUs multiply with other instructions.
     return Chip(
         found.multi_processor_count,
         found.shared_memory_per_multiprocessor,

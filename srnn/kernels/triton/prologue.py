@@ -96,7 +96,7 @@ def own_state(now, c, part, place, unit, H, SIZE, cell, CELL: tl.constexpr):
 
 @triton.jit
 def after_slice(k, part, slices):
-    """The step and the slice that a row of the grid goes on with: the next of its slices, or the first at the next."""
+    """The step and the slice that a row of the grid does next: the next of its slices, or the first at the next."""
     k_next, part_next = k, part + tl.num_programs(1)
     if part_next >= slices:
         k_next, part_next = k + 1, tl.program_id(1)

@@ -242,7 +242,7 @@ def _states(call: RecurrentCall, layout: VectorLayout) -> Tensor:
 
 
 def _cells(call: RecurrentCall) -> Tensor:
-    """A copy of an LSTM's c in fp32, which the kernel goes on with; for others, something to point to."""
+    """A copy of an LSTM's c in fp32, which the kernel updates; for others, something to point to."""
     if len(call.state) == 1:
         return call.u_NG
     return torch.clone(call.state[1].float(), memory_format=torch.contiguous_format)

@@ -64,7 +64,7 @@ def lay_out_vectors(matrices: Sequence[SparseMatrix], programs: int, tuning: Tun
     shares = share_out(matrix, directions, programs)
     chunk, per_tile, warps = sizes_of(matrix, shares, tuning)
     chunks = _cut(shares, chunk, per_tile)
-    slots = power(shares.slots)
+    slots = power(shares.slots)  # the kernel's tensors have sides of powers of two
     if programs == 1:  # has h to itself, in its slots, and there a zero at the place of padding
         slots = max(slots, power(padded(matrix.shape[1]) // matrix.height + 1))
     table, most = _table(chunks, shares.programs, 1 if matrix.gates == 1 else 4, slots)
@@ -147,6 +147,7 @@ def _blocks(
         of_row_group = np.repeat(np.arange(matrix.groups) % per_gate * directions // per_gate, np.diff(pointers))
         wide = torch.from_numpy(places[of_row_group, wide.numpy()].astype(np.int32))
     source = _sources(pointers, plan, chunks, directions, matrix.height)
+    # Taller blocks share an index among many values, so look-ups are few.
     if matrix.height == 1:
         per_word = 2 if matrix.values.itemsize == 2 else 1
         source = torch.from_numpy(_spread(source.numpy(), wide.numpy() // per_word, plan.chunk))
