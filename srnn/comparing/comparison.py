@@ -155,10 +155,10 @@ def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in names if len({repr(config[name]) for config in configs if name in config}) > 1]
 
 
-Cell = tuple[str, str]  # title, text
+_Cell = tuple[str, str]  # title, text
 
 
-def _cells(comparison: Comparison, setting: Setting) -> list[Cell]:
+def _cells(comparison: Comparison, setting: Setting) -> list[_Cell]:
     """A row of the tables for people."""
     row = [(_short(name, comparison.options), _plain(setting.options.get(name))) for name in comparison.options]
     mean, deviation = setting.mean(comparison.key), setting.deviation(comparison.key)

@@ -26,7 +26,7 @@ from torch import Tensor
 from srnn.files import cache_folder, write_atomically
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, Product, Recurrence, State, equal_lengths
 from srnn.kernels.dense import Int8, OneDnn, Torch
-from srnn.kernels.replay import Graphed
+from srnn.kernels.replay import Replayed
 from srnn.kernels.timing import Call, interleaved
 from srnn.kernels.triton.backend import Triton
 from srnn.registry import register
@@ -35,11 +35,11 @@ from srnn.sparse import SparseMatrix
 log = logging.getLogger("srnn.kernels")
 
 DENSE = ("torch", "torch+graph", "onednn", "int8")  # candidates that compute all zeros, too
-STEPS = {"cpu": 16, "cuda": 128}  # of a sequence that is timed; on a GPU a launch costs as much as many steps
-ROUNDS = 7
-SECONDS = 1.0  # after which no further round is begun
+_STEPS = {"cpu": 16, "cuda": 128}  # of a sequence that is timed; on a GPU a launch costs as much as many steps
+_ROUNDS = 7
+_SECONDS = 1.0  # after which no further round is begun
 # A sparse candidate has to be so much faster than the best dense one; less is noise.
-MARGIN = 0.97
+_MARGIN = 0.97
 
 P = TypeVar("P")
 _measuring = threading.RLock()  # two measurements side by side would both be wrong
@@ -156,7 +156,7 @@ class _Chooser(Kernel):
         device, dtype = where
         key = f"{hardware(device)}; {dtype}; {' '.join(calls)}"
         known = _remembered(key, what)
-        choice = known or measure(what, _that_run(calls, left_out), device, left_out)
+        choice = known or fastest(what, _that_run(calls, left_out), device, left_out)
         if known is None:
             _remember(key, choice)
         self.choices[what] = choice
@@ -214,7 +214,7 @@ class _Pick(Generic[P]):
         left_out = {name: reason for name, reason in reasons.items() if reason is not None}
         if not able:
             raise RuntimeError(f"no kernel can run {self.what}: {left_out}")
-        steps = STEPS.get(self.device.type, 16) if sequence else 1
+        steps = _STEPS.get(self.device.type, 16) if sequence else 1
         kind = f"{batch} at a time, {'sequences' if sequence else 'single steps'}, {threads} threads"
         what = f"{self.what}, {kind}"
 
@@ -274,23 +274,23 @@ class Auto(_Chooser):
         names = [name for name in register.names("kernel") if name not in ("dense", "auto")]
         sparse: dict[str, Kernel] = {name: register.rebuild("kernel", {"name": name}) for name in names}
         unasked = {name: kernel for name, kernel in sparse.items() if kernel.unasked}
-        on_gpu: dict[str, Kernel] = {"torch+graph": Graphed(Torch())}
+        on_gpu: dict[str, Kernel] = {"torch+graph": Replayed(Torch())}
         if "triton" in unasked:
-            on_gpu |= {"triton+graph": Graphed(Triton())}
+            on_gpu |= {"triton+graph": Replayed(Triton())}
             # The faster ones without zeros, for one stream and for several: GRU 1024 2.7 us a step, GRU 512 3.1 with 16
             on_gpu |= {"triton+8x1": Triton(structure="8x1"), "triton+16x1": Triton(structure="16x1")}
         return Dense().candidates() | unasked | on_gpu
 
 
-def measure(what: str, calls: Mapping[str, Call], device: torch.device, left_out: Mapping[str, str]) -> Choice:
+def fastest(what: str, calls: Mapping[str, Call], device: torch.device, left_out: Mapping[str, str]) -> Choice:
     """Time calls against each other, interleaved, and take the fastest."""
     if len(calls) == 1:
         return Choice(what, next(iter(calls)), {}, dict(left_out))
-    times = interleaved(calls, device, ROUNDS, SECONDS)
+    times = interleaved(calls, device, _ROUNDS, _SECONDS)
     seconds = {name: median(many) for name, many in times.items()}
     dense = min((name for name in seconds if name in DENSE), key=seconds.__getitem__, default=None)
     winner = min(seconds, key=seconds.__getitem__)
-    if dense is not None and seconds[winner] > MARGIN * seconds[dense]:
+    if dense is not None and seconds[winner] > _MARGIN * seconds[dense]:
         winner = dense
     return Choice(what, winner, seconds, dict(left_out))
 

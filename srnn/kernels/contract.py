@@ -28,7 +28,7 @@ Product = Callable[[Tensor], Tensor]  # x_NI -> y_NO
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One direction of one recurrent layer, with torch's gate order and meaning.
+    """One direction of one recurrent layer, with torch's gate order (r, z, n; i, f, g, o) and meaning.
 
     Attributes:
         cell: the recurrence.
@@ -50,17 +50,17 @@ class LayerWeights:
 
     @property
     def hidden_size(self) -> int:
-        """H."""
+        """H, hidden units."""
         return self.w_hh.units
 
     @property
     def output_size(self) -> int:
-        """P."""
+        """P, outputs of a step: those of the projection where there is one, else H."""
         return self.w_hh.shape[1]
 
     @property
     def matrices(self) -> dict[str, SparseMatrix]:
-        """Its matrices by name."""
+        """Its matrices by name; ``w_hr`` only where there is a projection."""
         found = {"w_ih": self.w_ih, "w_hh": self.w_hh, "w_hr": self.w_hr}
         return {name: matrix for name, matrix in found.items() if matrix is not None}
 
@@ -87,23 +87,29 @@ class LayerWeights:
 
 
 class Layer(ABC):
-    """A recurrent layer made ready to run. Safe to call from several threads at once."""
+    """One recurrent layer, or both directions of a bidirectional one, made ready to run.
+
+    What ``Kernel.layer`` and ``Kernel.both`` return. It is safe to call from several threads at once, so a call keeps
+    nothing of its own in the object. Gradients are not asked for: the modules that call it refuse them.
+    """
 
     @abstractmethod
     def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         """Run over sequences.
 
         Args:
-            x_NI: packed rows.
-            batch_sizes: [T].
-            state: of the streams before their first step; left as it is.
+            x_NI: packed rows, [N, I], of the device and dtype that the layer was prepared for. N may be 0.
+            batch_sizes: [T], int64 on the CPU, streams of each step; they never rise.
+            state: of the B streams before their first step, h [B, P] and an LSTM's c [B, H]; left as it is. With both
+                directions each part has one dimension more in front, of 2.
 
         Returns:
-            y_NP and the state of each stream after its last step.
+            y [N, P], in the order of ``x_NI`` ([N, 2 P] of both directions), and the state of each stream after its
+            last step, shaped as ``state``.
         """
 
     def step(self, x_BI: Tensor, state: State) -> tuple[Tensor, State]:
-        """One step of B streams: y_BP and the new state."""
+        """One step of B streams: y [B, P] of x [B, I], and the new state. Override it where that can be faster."""
         return self.run(x_BI, equal_lengths(1, x_BI.shape[0]), state)
 
 
@@ -114,16 +120,34 @@ def equal_lengths(steps: int, streams: int) -> Tensor:
 
 
 class Recurrence(ABC):
-    """The recurrent half of a layer made ready to run: all but the product with the input."""
+    """The recurrent half of a layer made ready to run: all but the product with the input.
+
+    What ``Kernel.recurrence`` returns. Networks that do something of their own between the two halves, such as Deep
+    Speech 2 with its norms, run it by itself.
+    """
 
     @abstractmethod
     def __call__(self, u_NG: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
-        """Run over sequences; ``u_NG`` is ``x W_ih' + input_bias``, the rest as in ``Layer.run``."""
+        """Run over sequences.
+
+        Args:
+            u_NG: ``x W_ih' + input_bias``, [N, G], one block of H columns a gate. Rows need not be contiguous.
+            batch_sizes: [T], as in ``Layer.run``.
+            state: as in ``Layer.run``.
+
+        Returns:
+            As ``Layer.run``.
+        """
 
 
 @dataclass(frozen=True)
 class ComposedLayer(Layer):
-    """A layer made of its two halves."""
+    """A layer made of its two halves.
+
+    Attributes:
+        product: ``x_NI -> x W_ih' + input_bias``.
+        recurrence: the rest.
+    """
 
     product: Product
     recurrence: Recurrence
@@ -135,7 +159,12 @@ class ComposedLayer(Layer):
 
 @dataclass(frozen=True)
 class OneAfterTheOther(Layer):
-    """Both directions of a bidirectional layer. Parts of the state are [2, B, ...], outputs [N, 2 P]."""
+    """Both directions of a bidirectional layer. Parts of the state are [2, B, ...], outputs [N, 2 P].
+
+    Attributes:
+        forward: the direction that runs from the first step to the last.
+        backward: the other, of weights with ``reverse``.
+    """
 
     forward: Layer
     backward: Layer
@@ -149,12 +178,42 @@ class OneAfterTheOther(Layer):
 
 
 class Kernel(ABC):
-    """A way to run sparse weights. Registered as ``@register.kernel("name")``, selected as ``kernel=name``.
+    """A way to run sparse weights: what a plug-in derives from.
+
+    Registered as ``@register.kernel("name")`` it is selected as ``kernel=name``, tried by ``kernel=auto`` and timed by
+    ``srnn bench``. The typed arguments of its ``__init__`` are its options: ``kernel.option=value``.
+
+    ``supports``, ``product`` and ``recurrence`` have to be there. ``layer`` and ``both`` are made of them, and worth
+    overriding where a whole layer can be faster than its halves. A backend that has only a product of its own derives
+    from ``StepLoopKernel``, which loops over the steps in torch. Kernels are for inference: no gradients.
 
     Attributes:
-        tolerance: how far outputs may be from float64's with the same weights, as a relative norm.
+        tolerance: how far outputs may be from float64's with the same weights, as a relative norm. ``bench`` leaves
+            a kernel out that is further away, and a run stops.
         unasked: whether ``auto`` and ``bench`` try it without being told to.
         device_types: where ``auto`` tries it, such as ``("cuda",)``; None for everywhere.
+
+    Example:
+        Only the columns of W that hold anything are multiplied. In a plug-in the class is decorated with
+        ``@register.kernel("columns")``.
+
+        >>> import torch
+        >>> from srnn.kernels import StepLoopKernel
+        >>> from srnn.sparse import SparseMatrix
+        >>> class Columns(StepLoopKernel):
+        ...     def supports(self, weights, device, dtype=torch.float32, batch=1):
+        ...         return None if device.type == "cpu" else f"runs on a CPU, not on {device.type}"
+        ...
+        ...     def product(self, matrix, bias, device, dtype):
+        ...         weight_OI = matrix.to_dense().to(device, dtype)
+        ...         used = weight_OI.any(dim=0).nonzero().flatten()
+        ...         weight_OU = weight_OI[:, used]
+        ...         bias = None if bias is None else bias.to(device, dtype)
+        ...         return lambda x_NI: torch.nn.functional.linear(x_NI[:, used], weight_OU, bias)
+        >>> matrix = SparseMatrix.from_dense(torch.tensor([[0.0, 2.0], [0.0, 3.0]]))
+        >>> product = Columns().product(matrix, None, torch.device("cpu"), torch.float32)
+        >>> product(torch.tensor([[5.0, 10.0]]))
+        tensor([[20., 30.]])
     """
 
     tolerance: float = 1e-5
@@ -169,7 +228,9 @@ class Kernel(ABC):
         dtype: torch.dtype = torch.float32,
         batch: int = 1,
     ) -> str | None:
-        """None if it can run, else the reason why not.
+        """None if it can run, else the reason why not, as a sentence without its subject and full stop.
+
+        ``auto`` leaves a kernel out that gives a reason; a run that asked for it by name stops with the reason.
 
         Args:
             weights: a layer, a matrix to multiply with, or None to ask for the device alone.
@@ -180,17 +241,49 @@ class Kernel(ABC):
 
     @abstractmethod
     def product(self, matrix: SparseMatrix, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> Product:
-        """Make ``y_NO = x_NI W' + bias`` ready to run."""
+        """Make ``y_NO = x_NI W' + bias`` ready to run.
+
+        Args:
+            matrix: W, [O, I], on any device.
+            bias: [O], on any device, or None.
+            device: of inputs and outputs.
+            dtype: of inputs and outputs.
+
+        Returns:
+            A function of x [N, I] that gives y [N, O], for any N.
+        """
 
     @abstractmethod
     def recurrence(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Recurrence:
-        """Make the recurrence of a layer ready to run."""
+        """Make the recurrence of a layer ready to run.
+
+        Args:
+            weights: of one direction, on any device; ``w_ih`` and ``b_ih`` are the product's.
+            device: of inputs and outputs.
+            dtype: of inputs and outputs.
+        """
 
     def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
-        """Make a whole layer ready to run."""
+        """Make a whole layer ready to run; here, ``product`` and ``recurrence`` one after the other.
+
+        Args:
+            weights: of one direction, on any device.
+            device: of inputs and outputs.
+            dtype: of inputs and outputs.
+        """
         product = self.product(weights.w_ih, weights.input_bias, device, dtype)
         return ComposedLayer(product, self.recurrence(weights, device, dtype))
 
     def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
-        """Make both directions of a bidirectional layer ready to run, as ``OneAfterTheOther`` does."""
+        """Make both directions of a bidirectional layer ready to run; here, one after the other.
+
+        Args:
+            forward: weights of the direction that runs from the first step to the last.
+            backward: weights of the other, with ``reverse``.
+            device: of inputs and outputs.
+            dtype: of inputs and outputs.
+
+        Returns:
+            A layer whose states are [2, B, ...] and whose outputs are [N, 2 P], as ``OneAfterTheOther``.
+        """
         return OneAfterTheOther(self.layer(forward, device, dtype), self.layer(backward, device, dtype))

@@ -1,7 +1,7 @@
 """Dense products and layers: what a sparse kernel has to beat.
 
-``kernel=dense`` (see ``choose.py``) is the faster of torch's own modules and, on a CPU, products with weights laid out
-by oneDNN beforehand. Neither wins everywhere: with 7680 x 2560 on two cores (AMD EPYC, AVX2) oneDNN takes 5.3 ms
+``kernel=dense`` (see ``choosing.py``) is the faster of torch's own modules and, on a CPU, products with weights laid
+out by oneDNN beforehand. Neither wins everywhere: with 7680 x 2560 on two cores (AMD EPYC, AVX2) oneDNN takes 5.3 ms
 against 4.7 for one row and one thread, 3.0 against 3.9 with two threads, 7.5 against 14.0 for four rows.
 """
 
@@ -21,7 +21,10 @@ from srnn.sparse import SparseMatrix
 
 
 class StepLoopKernel(Kernel):
-    """A backend with a product of its own and torch's operations for the rest."""
+    """A backend with a product of its own and torch's operations for the rest: what a plug-in with a product needs.
+
+    Derive from it and write ``supports`` and ``product``; the example of ``Kernel`` does.
+    """
 
     def recurrence(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Recurrence:
         """A loop of steps."""

@@ -15,8 +15,12 @@ from srnn.sparse import SparseMatrix
 MOST_GRAPHS = 8  # of a layer, which each hold their inputs and outputs; further shapes run as they are
 
 
-class Graphed(Kernel):
-    """A backend whose layers are replayed, for sequences of equal length. Only layers: products run as they are."""
+class Replayed(Kernel):
+    """A backend whose layers are replayed, for sequences of equal length. Only layers: products run as they are.
+
+    Args:
+        inner: the backend whose layers they are.
+    """
 
     device_types = ("cuda",)
 
@@ -46,11 +50,11 @@ class Graphed(Kernel):
 
     def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """The other backend's, replayed."""
-        return _GraphedLayer(self.inner.layer(weights, device, dtype))
+        return _ReplayedLayer(self.inner.layer(weights, device, dtype))
 
     def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """The other backend's, replayed."""
-        return _GraphedLayer(self.inner.both(forward, backward, device, dtype))
+        return _ReplayedLayer(self.inner.both(forward, backward, device, dtype))
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class _Recorded:
 
 
 @dataclass(frozen=True)
-class _GraphedLayer(Layer):
+class _ReplayedLayer(Layer):
     inner: Layer
     recorded: dict[Any, _Recorded] = field(default_factory=dict)
     lock: Any = field(default_factory=threading.Lock)  # a graph has one set of inputs and outputs

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from srnn.kernels import Auto, Dense, LayerWeights
-from srnn.kernels.choosing import _cache_file, _describe, measure
+from srnn.kernels.choosing import _cache_file, _describe, fastest
 from srnn.kernels.dense import Torch
 from srnn.sparse import SparseMatrix
 
@@ -40,14 +40,14 @@ def sleeper(milliseconds):
     ],
 )
 def test_the_fastest_wins(times, winner):
-    choice = measure("something", {name: sleeper(t) for name, t in times.items()}, CPU, {})
+    choice = fastest("something", {name: sleeper(t) for name, t in times.items()}, CPU, {})
     assert choice.winner == winner
     assert set(choice.seconds) == set(times)
 
 
 def test_a_tie_goes_to_dense(monkeypatch):
     monkeypatch.setattr("srnn.kernels.choosing.interleaved", lambda *_: {"torch": [1.0], "cpu": [0.99]})
-    assert measure("something", {"torch": None, "cpu": None}, CPU, {}).winner == "torch"
+    assert fastest("something", {"torch": None, "cpu": None}, CPU, {}).winner == "torch"
 
 
 def test_a_backend_can_wait_to_be_asked(monkeypatch):
@@ -97,7 +97,7 @@ def test_auto_measures_once_and_remembers(monkeypatch, caplog):
     def refuse(*_):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("srnn.kernels.choosing.measure", refuse)
+    monkeypatch.setattr("srnn.kernels.choosing.fastest", refuse)
     again = Auto()
     run(again)
     assert again.choices == first.choices

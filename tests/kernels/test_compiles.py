@@ -8,8 +8,11 @@ import torch
 from srnn.cells import GATES
 from srnn.kernels import LayerWeights
 from srnn.kernels.contract import equal_lengths
+from srnn.kernels.triton.chip import Chip
+from srnn.kernels.triton.tuning import Tuning
 from srnn.sparse import SparseMatrix
 
+H100 = Chip(132, 228 << 10, True, True, Tuning())
 triton = pytest.importorskip("triton")
 
 
@@ -20,21 +23,20 @@ class Caught:
         self.kernel, self.launches = kernel, []
 
     def __getitem__(self, grid):
-        return lambda *given, **options: self.launches.append((given, options))
+        return lambda **given: self.launches.append(given)
 
 
-def compiled(kernel, given, options):
+def compiled(kernel, given):
     """A kernel as one launch would compile it."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
 
-    options = dict(options)
-    compiler = {name: options.pop(name) for name in ("num_warps", "launch_cooperative_grid")}
+    compiler = {name: given[name] for name in ("num_warps", "launch_cooperative_grid")}
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
-        value = options[name] if parameter.is_constexpr else given[index]
+        value = given[name]
         if parameter.is_constexpr or (isinstance(value, int) and value == 1):
             signature[name], constants[(index,)] = "constexpr", value
             continue
@@ -46,10 +48,14 @@ def compiled(kernel, given, options):
 
 
 def compiled_for(cell, hidden, height, streams, kernel, dtype, monkeypatch):
-    """What a layer that is 90 % sparse would launch on an H100, and its options."""
-    from srnn.kernels.triton import backend, blocks, gates, vectors
+    """What a layer that is 90 % sparse would launch on an H100, and with which arguments."""
+    from srnn.kernels.triton.gates import kernel as gates_module
+    from srnn.kernels.triton.recurrence import TritonRecurrence
+    from srnn.kernels.triton.slices import kernel as slices_module
+    from srnn.kernels.triton.slices import states
+    from srnn.kernels.triton.vectors import kernel as vectors_module
 
-    modules = {"recur_vectors": vectors, "recur_blocks": blocks, "recur_gates": gates}
+    modules = {"recur_vectors": vectors_module, "recur_slices": slices_module, "recur_gates": gates_module}
     where, gates = modules[kernel], GATES[cell]
     generator = torch.Generator().manual_seed(0)
     groups = -(-hidden // height)
@@ -59,22 +65,18 @@ def compiled_for(cell, hidden, height, streams, kernel, dtype, monkeypatch):
     matrix = SparseMatrix.from_dense(dense, "element" if height == 1 else f"{height}x1", values, gates)
     caught = Caught(getattr(where, kernel))
     monkeypatch.setattr(where, kernel, caught)
-    monkeypatch.setattr(blocks, "write_outputs", Caught(blocks.write_outputs))
-    monkeypatch.setattr(backend, "processors", lambda device: 132)
-    monkeypatch.setattr(backend, "shared_memory", lambda device: 228 << 10)
-    monkeypatch.setattr(backend, "has_warpgroups", lambda device: True)
-    monkeypatch.setattr(backend, "has_tf32", lambda device: True)
-    ready = backend._Recurrence((LayerWeights(cell, matrix, matrix),), torch.device("cpu"), dtype, "tf32x3")
+    monkeypatch.setattr(states, "write_outputs", Caught(states.write_outputs))
+    ready = TritonRecurrence((LayerWeights(cell, matrix, matrix),), torch.device("cpu"), dtype, "tf32x3", H100)
     state = tuple(torch.zeros(streams, hidden, dtype=dtype) for _ in range(2 if cell == "lstm" else 1))
     u = torch.zeros(gates * hidden, 3 * streams, dtype=dtype).T  # as a layer's product leaves it for slices
     if streams == 1:
         u = u.contiguous()
     ready(u, equal_lengths(3, streams), state)
-    ((given, options),) = caught.launches
-    made = compiled(caught.kernel, given, options)
+    (given,) = caught.launches
+    made = compiled(caught.kernel, given)
     if kernel == "recur_gates":
-        assert made.metadata.shared <= ready.blocks(streams).plan.shared_bytes(height, dtype.itemsize)
-    return made, options
+        assert made.metadata.shared <= ready.slices(streams).plan.shared_bytes(height, dtype.itemsize)
+    return made, given
 
 
 @pytest.mark.parametrize(
@@ -82,16 +84,16 @@ def compiled_for(cell, hidden, height, streams, kernel, dtype, monkeypatch):
     [
         ("gru", 1024, 1, 1, "recur_vectors"),
         ("lstm", 1500, 16, 1, "recur_vectors"),
-        ("gru", 1024, 16, 4, "recur_blocks"),
-        ("lstm", 1024, 32, 40, "recur_blocks"),
-        ("gru", 1024, 16, 64, "recur_blocks"),
+        ("gru", 1024, 16, 4, "recur_slices"),
+        ("lstm", 1024, 32, 40, "recur_slices"),
+        ("gru", 1024, 16, 64, "recur_slices"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_threads_wait_for_whole_vectors_of_their_own(cell, hidden, height, streams, kernel, dtype, monkeypatch):
     """The assembly takes a thread's elements, one after the other, for vectors of 16 bytes: the layout must make them
     so, or it would load from wrong places. Blocks must stay in registers."""
-    made, options = compiled_for(cell, hidden, height, streams, kernel, dtype, monkeypatch)
+    made, given = compiled_for(cell, hidden, height, streams, kernel, dtype, monkeypatch)
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked.*)$", made.asm["ttgir"], re.MULTILINE))
     waits = re.findall(r"elementwise_inline_asm.*? : tensor<[^,]*, (#\w+)>", made.asm["ttgir"])
     assert waits
@@ -100,8 +102,8 @@ def test_threads_wait_for_whole_vectors_of_their_own(cell, hidden, height, strea
         order = [int(n) for n in re.search(r"order = \[([\d, ]+)\]", layouts[name]).group(1).split(",")]
         assert sizes[-1] * dtype.itemsize >= 16
         assert order[0] == len(sizes) - 1
-    if kernel == "recur_blocks" and dtype == torch.float16:
-        assert options["TILES"] == 1
+    if kernel == "recur_slices" and dtype == torch.float16:
+        assert given["TILES"] == 1
         _, loop = re.split(r"scf\.(?:while|for)", made.asm["ttgir"], maxsplit=1)
         operands = re.findall(r"tt\.dot (%\w+),", loop)
         assert operands
@@ -115,12 +117,12 @@ def test_threads_wait_for_whole_vectors_of_their_own(cell, hidden, height, strea
 )
 def test_products_of_a_gate_read_shared_memory(cell, hidden, height, monkeypatch):
     """Rows of h that went through registers would take two barriers a small piece; values have to be there already."""
-    made, options = compiled_for(cell, hidden, height, 64, "recur_gates", torch.float16, monkeypatch)
+    made, given = compiled_for(cell, hidden, height, 64, "recur_gates", torch.float16, monkeypatch)
     _, loop = re.split(r"scf\.while", made.asm["ttgir"], maxsplit=1)
     operands = re.findall(r"warp_group_dot (%\w+), (%\w+),.*? : (\S+)<", loop)
-    assert len(operands) == options["GATES"] * options["EACH"] * (2 if options["K_2"] else 1)
+    assert len(operands) == given["GATES"] * given["EACH"] * (2 if given["K_2"] else 1)
     for _, value, kind in operands:
         assert kind == "!ttg.memdesc"
         assert not re.search(rf"{value} = ttg\.local_(load|alloc)", loop), "values are loaded anew at each step"
     shares = re.findall(r"nvidia_mma<.*warpsPerCTA = \[(\d), (\d)\]", made.asm["ttgir"])
-    assert set(shares) == {("4", str(options["num_warps"] // 4))}, "warps repeat what others do"
+    assert set(shares) == {("4", str(given["num_warps"] // 4))}, "warps repeat what others do"

@@ -1,16 +1,23 @@
 """Which form of the recurrent kernels is planned, at the sizes it was measured for."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from srnn.kernels.contract import LayerWeights
-from srnn.kernels.triton import backend, plan
-from srnn.kernels.triton.plan import plan_blocks
+from srnn.kernels.triton import backend
+from srnn.kernels.triton.arrange import two_powers
+from srnn.kernels.triton.chip import Chip
+from srnn.kernels.triton.forms import plan_streams
+from srnn.kernels.triton.gates.plan import GatePlan
+from srnn.kernels.triton.slices.plan import Workload
+from srnn.kernels.triton.tuning import Tuning
 from srnn.sparse import SparseMatrix
 
-H100, RTX_4090 = 132, 128  # multiprocessors
+H100 = Chip(132, 228 << 10, True, True, Tuning())
+RTX_4090 = Chip(128, 100 << 10, False, True, Tuning())
 
 
 def matrix(gates, units, height, most):
@@ -44,11 +51,12 @@ def matrix(gates, units, height, most):
     ],
 )
 def test_streams_of_a_slice(gates, units, height, most, streams, wide):
-    made = plan_blocks([matrix(gates, units, height, most)], H100, 2, streams)
+    work = Workload.of([matrix(gates, units, height, most)], 2, streams)
+    made = plan_streams(work, H100)
     assert made.wide == wide
-    assert made.each == (2 if made.by_gate and units / height > H100 else 1)
-    assert made.fits(H100, 228 << 10, height, 2)
-    assert not plan_blocks([matrix(gates, units, height, most)], H100, 2, streams, warpgroups=False).by_gate
+    assert made.each == (2 if isinstance(made, GatePlan) and units / height > H100.processors else 1)
+    assert made.fits(work, H100)
+    assert not isinstance(plan_streams(work, replace(H100, warpgroups=False)), GatePlan)
 
 
 @pytest.mark.parametrize(
@@ -56,26 +64,27 @@ def test_streams_of_a_slice(gates, units, height, most, streams, wide):
 )
 def test_less_shared_memory_takes_narrower_slices(units, height, most, streams):
     """100 KB a multiprocessor."""
-    fitting = plan_blocks([matrix(3, units, height, most)], RTX_4090, 2, streams, 100 << 10, False)
-    assert fitting.fits(RTX_4090, 100 << 10, height, 2)
+    work = Workload.of([matrix(3, units, height, most)], 2, streams)
+    fitting = plan_streams(work, RTX_4090)
+    assert fitting.fits(work, RTX_4090)
     assert fitting.tiles == 1
-    assert fitting.wide < plan_blocks([matrix(3, units, height, most)], RTX_4090, 2, streams, 228 << 10, False).wide
+    assert fitting.wide < plan_streams(work, replace(RTX_4090, shared_memory=228 << 10)).wide
 
 
 @pytest.mark.parametrize(("size", "ieee", "tiles"), [(4, False, 1), (4, True, 3), (2, False, 1), (2, True, 1)])
 def test_values_of_fp32_fit_registers_but_for_ieee(size, ieee, tiles):
-    made = plan_blocks([matrix(3, 2560, 32, 297)], H100, size, 16, ieee=ieee)
+    made = plan_streams(Workload.of([matrix(3, 2560, 32, 297)], size, 16, ieee), H100)
     assert (made.wide, made.tiles) == (8 if size == 4 else 16, tiles)
 
 
 def test_both_directions_share_the_multiprocessors():
     two = [matrix(3, 1024, 32, 120)] * 2
-    assert plan_blocks(two, H100, 2, 64).wide == 32
-    assert plan_blocks(two, H100, 2, 65).wide == 64
+    assert plan_streams(Workload.of(two, 2, 64), H100).wide == 32
+    assert plan_streams(Workload.of(two, 2, 65), H100).wide == 64
 
 
 def test_sizes_in_two_powers():
-    assert [plan._two_powers(n, 16) for n in (1, 16, 17, 33, 48, 49, 80, 97)] == [
+    assert [two_powers(n, 16) for n in (1, 16, 17, 33, 48, 49, 80, 97)] == [
         (16, 0), (16, 0), (32, 0), (32, 16), (32, 16), (64, 0), (64, 16), (128, 0),
     ]  # fmt: skip
 
@@ -83,7 +92,7 @@ def test_sizes_in_two_powers():
 def test_without_tf32_products_are_ieee(monkeypatch):
     matrix = SparseMatrix.from_dense(torch.ones(48, 16), "16x1", "fp32", 3)
     weights = LayerWeights("gru", matrix, matrix)
-    monkeypatch.setattr(backend, "has_tf32", lambda device: False)
+    monkeypatch.setattr(backend, "chip_of", lambda device: replace(H100, tf32=False))
     assert backend.Triton("tf32x3").recurrence(weights, torch.device("cpu"), torch.float32).precision == "ieee"
-    monkeypatch.setattr(backend, "has_tf32", lambda device: True)
+    monkeypatch.setattr(backend, "chip_of", lambda device: H100)
     assert backend.Triton("tf32x3").recurrence(weights, torch.device("cpu"), torch.float32).precision == "tf32x3"

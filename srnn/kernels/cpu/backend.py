@@ -86,7 +86,7 @@ class _Operand:
 
     def _numbers(self, tile: int) -> Array:
         """The seven numbers that ``loops`` speaks of."""
-        from srnn.kernels.cpu.products import dot_address
+        from srnn.kernels.cpu.vector_products import dot_address
 
         names = ("values", "columns", "row_pointers", "scales")
         parts = [self.parts[name].data_ptr() if name in self.parts else 0 for name in names]

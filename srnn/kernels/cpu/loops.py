@@ -1,4 +1,4 @@
-"""Compiled loops over time and over rows, around the products of ``products.py``.
+"""Compiled loops over time and over rows, around the products of ``vector_products.py``.
 
 One loop serves all cells and formats. Work is cut into chunks of hidden units: the products of a chunk with all
 gates, then the gates' arithmetic, then the new state of those units. h is kept as ``[H, S]``, S the streams rounded
@@ -14,8 +14,8 @@ import numpy as np
 from numba import njit, prange
 
 from srnn.cells import CELLS, CLIP
-from srnn.kernels.cpu.products import call_dot
 from srnn.kernels.cpu.shapes import ROWS
+from srnn.kernels.cpu.vector_products import call_dot
 
 TANH, RELU, CLIPPED, GRU, LSTM = (CELLS.index(cell) for cell in ("tanh", "relu", "clipped_relu", "gru", "lstm"))
 

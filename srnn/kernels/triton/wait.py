@@ -13,8 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# How often a thread looks for its input before it gives up. How long that takes was not measured.
-PATIENCE = 1 << 20
+from srnn.kernels.triton.tuning import TRIES
 
 
 def _assembly(vectors: int, bits: int) -> tuple[str, str]:
@@ -42,7 +41,7 @@ def _assembly(vectors: int, bits: int) -> tuple[str, str]:
             lines.append("or.b32 any, any, n;")
         return [*lines, "and.b32 any, any, 0x80008000;", f"setp.ne.b32 {where}, any, 0;"]
 
-    def not_a_number(of: list[str], where: str) -> list[str]:
+    def perhaps_nan(of: list[str], where: str) -> list[str]:
         """Set a predicate if one of these words has a part that may be unwritten, and seldom if none has.
 
         All ones is a NaN as fp16, bf16 or fp32, and sums of products with a NaN are NaN. Of a warp's instructions
@@ -59,7 +58,7 @@ def _assembly(vectors: int, bits: int) -> tuple[str, str]:
     lines = [".reg .pred missing, other;", ".reg .b32 any, n, tries, t0, t1;", ".reg .b64 a;"]
     lines += [f"mov.b32 {o}, {x};" for o, x in zip(out, loaded, strict=True)]
     lines += [f"setp.eq.b32 other, {wait[0]}, 0;", "@other bra FINISHED;"]
-    lines += [*not_a_number(out, "missing"), "@!missing bra FINISHED;"]
+    lines += [*perhaps_nan(out, "missing"), "@!missing bra FINISHED;"]
     lines += [*unwritten(out, "missing"), "@!missing bra FINISHED;", "mov.b32 tries, 0;"]
     lines.append("AGAIN:")
     for v in range(vectors):
@@ -70,7 +69,7 @@ def _assembly(vectors: int, bits: int) -> tuple[str, str]:
     # Now and then, whether others have given up: what they failed to write will not come.
     lines += ["and.b32 n, tries, 255;", "setp.ne.b32 other, n, 0;", "@other bra AGAIN;"]
     lines += [f"ld.relaxed.sys.global.b32 n, [{failed[0]}];", "setp.ne.b32 other, n, 0;", "@other bra FINISHED;"]
-    lines += [f"setp.lt.s32 other, tries, {PATIENCE};", "@other bra AGAIN;"]
+    lines += [f"setp.lt.s32 other, tries, {TRIES};", "@other bra AGAIN;"]
     lines += [f"st.relaxed.sys.global.b32 [{failed[0]}], 1;", "FINISHED:"]
     constraints = ["=&r"] * words + ["r"] * (words + elements) + ["l"] * (2 * elements) + ["r"] * elements
     return "\n".join(["{", *lines, "}"]), ",".join(constraints)
@@ -122,7 +121,7 @@ _ALL_IN = tl.constexpr(f"""{{
     ld.relaxed.sys.global.b32 n, [$2];
     setp.ne.b32 other, n, 0;
     @other bra GIVE_UP;
-    setp.lt.s32 other, tries, {PATIENCE};
+    setp.lt.s32 other, tries, {TRIES};
     @other bra AGAIN;
     st.relaxed.sys.global.b32 [$2], 1;
     GIVE_UP:

@@ -41,7 +41,7 @@ NEIGHBOURS = 8  # entries of a row that one stream multiplies at a time
 
 F32, I64 = ir.FloatType(), ir.IntType(64)
 STORED = {"fp32": F32, "fp16": ir.HalfType(), "bf16": ir.IntType(16), "int8": ir.IntType(8)}
-KINDS = tuple(STORED)
+_KINDS = tuple(STORED)
 
 ARGUMENTS = ("values", "columns", "row_pointers", "scales", "begin", "end", "h", "streams", "out")
 DOT = types.void(*[types.int64] * len(ARGUMENTS))
@@ -203,7 +203,7 @@ class _Emitter:
 def _emit_dot(typing, lanes, kind, wide, tile, values, columns, row_pointers, scales, begin, end, h, streams, out):
     """The code of ``dot_address`` in place."""
     signature = types.void(lanes, kind, wide, tile, *[types.int64] * len(ARGUMENTS))
-    options = (lanes.literal_value, KINDS[kind.literal_value], bool(wide.literal_value), tile.literal_value)
+    options = (lanes.literal_value, _KINDS[kind.literal_value], bool(wide.literal_value), tile.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _Emitter(builder, *options, arguments[4:]).emit()
@@ -229,7 +229,7 @@ def dot_function(lanes: int, values: str, wide: bool, tile: int) -> Any:
         wide: whether columns take 32 bits.
         tile: streams a time: 1, or ``TILES[lanes]``.
     """
-    return cfunc(DOT, cache=True)(_source(lanes, KINDS.index(values), int(wide), tile))
+    return cfunc(DOT, cache=True)(_source(lanes, _KINDS.index(values), int(wide), tile))
 
 
 def dot_address(lanes: int, values: str, wide: bool, tile: int) -> int:

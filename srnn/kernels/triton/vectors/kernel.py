@@ -9,10 +9,18 @@ program, a *chunk* some blocks of one row group.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from srnn.kernels.triton.cells import activated, bits_of, gru, inputs_of, lstm, quarters
+from srnn.kernels.contract import State
+from srnn.kernels.triton.call import RecurrentCall
+from srnn.kernels.triton.gate_math import activated, bits_of, gru_state, lstm_state, quarters
+from srnn.kernels.triton.prologue import direction_of, inputs_of
+from srnn.kernels.triton.vectors.layout import VectorLayout, padded
 from srnn.kernels.triton.wait import written
 
 
@@ -87,13 +95,9 @@ def recur_vectors(
 ):
     """One stream a row of programs: each multiplies its units' weights with h, which it waits for at every step."""
     program = tl.program_id(0)
-    ROW = STRIDE  # of h
-    reverse = REVERSE
+    ROW = 2 * STRIDE if BOTH else STRIDE  # of h
+    direction, reverse, u = direction_of(u, u_unit, H, GATES, REVERSE, BOTH)
     if BOTH:
-        ROW = 2 * STRIDE
-        direction = program // (tl.num_programs(0) // 2)
-        reverse = direction == 1
-        u += direction * (GATES * H) * tl.cast(u_unit, tl.int64)
         h += direction * STRIDE
         c += direction * B * H
         new_bias += direction * H
@@ -186,9 +190,9 @@ def recur_vectors(
         if GATES > 1:
             a_1 += u_1.to(tl.float32)
         if CELL == "gru":
-            mine = gru(a_0, a_1, u_2.to(tl.float32), a_2 + bias, mine)
+            mine = gru_state(a_0, a_1, u_2.to(tl.float32), a_2 + bias, mine)
         elif CELL == "lstm":
-            mine, cell = lstm(a_0, a_1, a_2 + u_2.to(tl.float32), a_3 + u_3.to(tl.float32), cell)
+            mine, cell = lstm_state(a_0, a_1, a_2 + u_2.to(tl.float32), a_3 + u_3.to(tl.float32), cell)
         else:
             mine = activated(a_0, CELL)
         rounded = mine.to(FLOAT)
@@ -197,3 +201,83 @@ def recur_vectors(
         mine = rounded.to(tl.float32)
     if CELL == "lstm":
         tl.store(c + stream * H + place, cell, mask=owned)
+
+
+def run_vectors(call: RecurrentCall, layout: VectorLayout) -> tuple[Tensor, State]:
+    """Launch ``recur_vectors``, as often as streams that all run at once take.
+
+    Returns:
+        The call's outputs, [N, D * H], and each stream's state after its last step.
+    """
+    plan, streams, state = layout.plan, call.streams, call.state
+    programs = call.directions * plan.programs
+    h = _states(call, layout)
+    c_DBH = _in_order(_cells(call), layout.units if len(state) > 1 else None)
+    given = _arguments(call, layout, h, c_DBH)
+    at_once = max(1, call.chip.processors // programs)
+    for stream in range(0, streams, at_once):
+        for first, last in call.launches():
+            grid = programs, min(at_once, streams - stream)
+            recur_vectors[grid](**given, stream_of_first=stream, first=first, last=last)
+    y = h[streams:, :, : call.hidden].transpose(0, 1)
+    y = _in_order(y, layout.places).transpose(0, 1).view(call.u_NG.dtype)
+    end = torch.stack([call.rows.ends(y[:, d], call.reverse(d)) for d in range(call.directions)])
+    y_NH = y.reshape(call.u_NG.shape[0], call.directions * call.hidden)
+    if len(state) == 1:
+        return y_NH, (end,)
+    return y_NH, (end, _in_order(c_DBH, layout.places).to(state[1].dtype))
+
+
+def _states(call: RecurrentCall, layout: VectorLayout) -> Tensor:
+    """Memory for h, [B + rows, D, STRIDE]: the given state, then outputs that are marked as not written yet."""
+    streams, hidden, stride = call.streams, call.hidden, padded(call.hidden)
+    size = streams + call.u_NG.shape[0], call.directions, stride
+    h = torch.empty(*size, dtype=call.bits, device=call.u_NG.device)
+    if call.rows.steps > 1:
+        h[streams:].fill_(-1)
+    h[:streams, :, :hidden] = _in_order(call.state[0].view(call.bits), layout.units).transpose(0, 1)
+    if stride > hidden:
+        h[:, :, hidden:] = 0
+    return h
+
+
+def _cells(call: RecurrentCall) -> Tensor:
+    """A copy of an LSTM's c in fp32, which the kernel updates; for others, something to point to."""
+    if len(call.state) == 1:
+        return call.u_NG
+    return torch.clone(call.state[1].float(), memory_format=torch.contiguous_format)
+
+
+def _arguments(call: RecurrentCall, layout: VectorLayout, h: Tensor, c_DBH: Tensor) -> dict[str, Any]:
+    plan, stride, per_vector = layout.plan, h.shape[2], 16 // h.itemsize
+    a_vector_each = 32 * plan.warps * per_vector
+    width = max(1 << stride.bit_length(), a_vector_each)  # over stride
+    new_bias = c_DBH if call.new_bias is None else _in_order(call.new_bias[:, None], layout.units)
+    return call.arguments() | {
+        "h": h,
+        "c": c_DBH,
+        "values": layout.values,
+        "columns": layout.columns,
+        "groups": layout.groups,
+        "groups_in_h": layout.groups_in_h,
+        "chunks": layout.chunks,
+        "new_bias": new_bias,
+        "lengths": call.rows.lengths,
+        "STRIDE": stride,
+        "SLOTS": plan.slots,
+        "MOST": plan.most,
+        "TILES": plan.tiles,
+        "CHUNKS": plan.chunks,
+        "K": plan.chunk,
+        "WIDTH": width,
+        "VECTORS": width // a_vector_each,
+        "ALONE": plan.programs == 1,
+        "num_warps": plan.warps,
+    }
+
+
+def _in_order(part_DXH: Tensor, index_DH: Tensor | None) -> Tensor:
+    """Each direction's units as ``index`` wants them; as they are without."""
+    if index_DH is None:
+        return part_DXH
+    return part_DXH.gather(2, index_DH[:, None].expand(-1, part_DXH.shape[1], -1))

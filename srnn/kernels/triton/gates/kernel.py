@@ -1,16 +1,24 @@
 """The recurrent loop as one launch for 64 streams: one product a gate, on a Hopper GPU's warpgroup instructions.
 
-As in ``blocks``, nothing here may be launched unless all programs of the grid run at the same time.
+As in ``slices``, nothing here may be launched unless all programs of the grid run at the same time.
 
 Letters: T steps, B streams, N rows of a block, H hidden units, G gates * H.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from srnn.kernels.triton.cells import activated, gru, inputs_of, lstm, rows_at, state_at
+from srnn.kernels.contract import State
+from srnn.kernels.triton.call import RecurrentCall
+from srnn.kernels.triton.gate_math import activated, gru_state, lstm_state
+from srnn.kernels.triton.gates.plan import GatePlan
+from srnn.kernels.triton.prologue import after_slice, direction_of, inputs_at, own_state, state_at, units_of
+from srnn.kernels.triton.slices.layout import SliceLayout
+from srnn.kernels.triton.slices.states import SlicedStates
 from srnn.kernels.triton.wait import all_in, count_in
 
 
@@ -135,20 +143,14 @@ def recur_gates(
     programs = tl.num_programs(0)
     FLOAT = u.dtype.element_ty
     SIZE = tl.cast(H, tl.int64) * BP  # H is a plain number where it is 1
-    reverse = REVERSE
+    direction, reverse, u = direction_of(u, u_unit, H, GATES, REVERSE, BOTH)
     if BOTH:
         programs = programs // 2
-        direction = program // programs
-        reverse = direction == 1
-        u += direction * (GATES * H) * tl.cast(u_unit, tl.int64)
         h += direction * slices * (steps + 1) * SIZE
         c += direction * slices * SIZE
         new_bias += direction * H
         counters += direction * slices
-    # Loaded, so that the compiler sees no order in them, and lays out all that is [BP, UNITS] as memory has it.
-    unit = tl.load(units + program * UNITS + tl.arange(0, UNITS)).to(tl.int64)[None, :]
-    batch = tl.arange(0, BP)[:, None]
-    place = unit * BP + batch
+    unit, batch, place = units_of(units, program, UNITS, BP)
     blocks = _blocks_of(values, columns, program, PRODUCTS, K, N)
     blocks_2 = ()
     if K_2:
@@ -163,18 +165,13 @@ def recur_gates(
     k = first
     part = tl.program_id(1)
     now = state_at(h, part, k, reverse, steps, SIZE)
-    row, taking_part = rows_at(sizes, offsets, k, part * BP + batch, reverse, steps, B, EQUAL)
-    active = taking_part & (unit < H)
-    u_0, u_1, u_2, u_3 = inputs_of(u, u_row, u_unit, row, unit, active, H, GATES)
-    mine = tl.load(now + place, mask=unit < H, other=0.0, volatile=True)
-    cell = bias
-    if CELL == "lstm":
-        cell = tl.load(c + part * SIZE + place, mask=unit < H, other=0.0)
+    active, u_0, u_1, u_2, u_3 = inputs_at(
+        u, sizes, offsets, k, part, unit, batch, u_row, u_unit, reverse, steps, B, H, last, BP, GATES, EQUAL, False
+    )
+    mine, cell = own_state(now, c, part, place, unit, H, SIZE, bias, CELL)
     lost = 0
     while k < last:
-        k_next, part_next = k, part + tl.num_programs(1)
-        if part_next >= slices:
-            k_next, part_next = k + 1, tl.program_id(1)
+        k_next, part_next = after_slice(k, part, slices)
         # Into the layout of sums before the wait, so that all that is left of it then is to add.
         in_0, in_1 = zero + u_0.to(tl.float32), zero + u_1.to(tl.float32)
         in_2, in_3 = zero + u_2.to(tl.float32), zero + u_3.to(tl.float32)
@@ -193,9 +190,10 @@ def recur_gates(
             _, column = blocks_2[0]  # type: ignore[misc]
             x_2 = _rows_of(now, column, BP)
         # Inputs of what comes next, which so have a step's time to arrive.
-        row, taking_part = rows_at(sizes, offsets, k_next, part_next * BP + batch, reverse, steps, B, EQUAL)
-        active_next = taking_part & (unit < H)
-        u_0, u_1, u_2, u_3 = inputs_of(u, u_row, u_unit, row, unit, active_next & (k_next < last), H, GATES)
+        active_next, u_0, u_1, u_2, u_3 = inputs_at(
+            u, sizes, offsets, k_next, part_next, unit, batch, u_row, u_unit, reverse, steps, B, H, last,
+            BP, GATES, EQUAL, True,
+        )  # fmt: skip
         sums = _sums(blocks, blocks_2, x, x_2, starts, nothing, now, PRODUCTS, K_2, BP, AHEAD, WIDEN)
         if EACH == 2:
             a_0 = in_0 + _of_pair(sums, 0)
@@ -213,9 +211,9 @@ def recur_gates(
         a_0 += tl.where(lost != 0, float("nan"), 0.0)  # which every cell hands on to all of its state
         old = mine
         if CELL == "gru":
-            new = gru(a_0, a_1, in_2, a_2, old.to(tl.float32))
+            new = gru_state(a_0, a_1, in_2, a_2, old.to(tl.float32))
         elif CELL == "lstm":
-            new, after = lstm(a_0, a_1, a_2, a_3, cell)
+            new, after = lstm_state(a_0, a_1, a_2, a_3, cell)
             cell = tl.where(active, after, cell)
             if not ONE_SLICE or k + 1 == last:
                 tl.store(c + part * SIZE + place, cell, mask=unit < H)
@@ -231,6 +229,20 @@ def recur_gates(
         k, part, active = k_next, part_next, active_next
         now = state_at(h, part, tl.minimum(k, last), reverse, steps, SIZE)  # after the last step something to point to
         if not ONE_SLICE:
-            mine = tl.load(now + place, mask=unit < H, other=0.0, volatile=True)
-            if CELL == "lstm":
-                cell = tl.load(c + part * SIZE + place, mask=unit < H, other=0.0)
+            mine, cell = own_state(now, c, part, place, unit, H, SIZE, cell, CELL)
+
+
+def run_gates(call: RecurrentCall, layout: SliceLayout, plan: GatePlan) -> tuple[Tensor, State]:
+    """Launch ``recur_gates``; the plan is the layout's.
+
+    Returns:
+        The call's outputs, [N, D * H], and each stream's state after its last step.
+    """
+    # Programs count themselves in, so nothing has to mark what is not written yet.
+    states = SlicedStates.of(call, layout, unwritten=False)
+    h = states.h.view(call.u_NG.dtype)
+    given = states.arguments() | {"h": h, "EACH": plan.each, "AHEAD": plan.ahead}
+    for first, last in call.launches():
+        counters = torch.zeros(call.directions, states.slices, dtype=torch.int32, device=h.device)
+        recur_gates[states.grid](**given, counters=counters, first=first, last=last)
+    return states.read()

@@ -10,8 +10,22 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from srnn.kernels.triton.cells import activated, bits_of, gru, inputs_of, lstm, quarters, rows_at, state_at
+from srnn.kernels.contract import State
+from srnn.kernels.triton.call import RecurrentCall
+from srnn.kernels.triton.gate_math import activated, bits_of, gru_state, lstm_state, quarters
+from srnn.kernels.triton.prologue import (
+    after_slice,
+    direction_of,
+    inputs_at,
+    own_state,
+    rows_at,
+    state_at,
+    units_of,
+)
+from srnn.kernels.triton.slices.layout import SliceLayout
+from srnn.kernels.triton.slices.states import SlicedStates
 from srnn.kernels.triton.wait import written
 
 
@@ -71,7 +85,7 @@ def _of_warps(acc, GATES: tl.constexpr, S: tl.constexpr, WARPS: tl.constexpr, N:
 
 
 @triton.jit
-def recur_blocks(
+def recur_slices(
     u,  # [rows, D, G], D directions
     h,  # [D, slices, T + 1, H, BP], bits of the states in the order of time, all ones where not written yet
     c,  # [D, slices, H, BP], fp32, of an LSTM; read and written
@@ -126,18 +140,12 @@ def recur_blocks(
     FLOAT = u.dtype.element_ty
     BITS = h.dtype.element_ty
     SIZE = tl.cast(H, tl.int64) * BP  # H is a plain number where it is 1
-    reverse = REVERSE
+    direction, reverse, u = direction_of(u, u_unit, H, GATES, REVERSE, BOTH)
     if BOTH:
-        direction = program // (tl.num_programs(0) // 2)
-        reverse = direction == 1
-        u += direction * (GATES * H) * tl.cast(u_unit, tl.int64)
         h += direction * slices * (steps + 1) * SIZE
         c += direction * slices * SIZE
         new_bias += direction * H
-    # Loaded, so that the compiler sees no order in them, and lays out all that is [BP, N] as memory has it: along BP.
-    unit = tl.load(units + program * N + tl.arange(0, N)).to(tl.int64)[None, :]
-    batch = tl.arange(0, BP)[:, None]
-    place = unit * BP + batch
+    unit, batch, place = units_of(units, program, N, BP)
     if TILES == 1:
         value, column = _blocks_of(values, columns, program, 0, 1, K, S, N)
         if K_2:
@@ -148,22 +156,17 @@ def recur_blocks(
     k = first
     part = tl.program_id(1)
     now = state_at(h, part, k, reverse, steps, SIZE)
-    row, taking_part = rows_at(sizes, offsets, k, part * BP + batch, reverse, steps, B, EQUAL)
-    active = taking_part & (unit < H)
-    u_0, u_1, u_2, u_3 = inputs_of(u, u_row, u_unit, row, unit, active, H, GATES)
-    mine = tl.load(now + place, mask=unit < H, other=0, volatile=True)
-    cell = bias
-    if CELL == "lstm":
-        cell = tl.load(c + part * SIZE + place, mask=unit < H, other=0.0)
+    active, u_0, u_1, u_2, u_3 = inputs_at(
+        u, sizes, offsets, k, part, unit, batch, u_row, u_unit, reverse, steps, B, H, last, BP, GATES, EQUAL, False
+    )
+    mine, cell = own_state(now, c, part, place, unit, H, SIZE, bias, CELL)
     if AHEAD:
         x = _rows_of(now, column, BP)
         if K_2:
             x_2 = _rows_of(now, column_2, BP)
     while k < last:
         wait = (k > first).to(tl.int32)
-        k_next, part_next = k, part + tl.num_programs(1)
-        if part_next >= slices:
-            k_next, part_next = k + 1, tl.program_id(1)
+        k_next, part_next = after_slice(k, part, slices)
         there = tl.minimum(k_next, last)  # after the last step something to point to
         next = state_at(h, part_next, there, reverse, steps, SIZE)
         acc = tl.zeros((S, N, BP), tl.float32)
@@ -189,16 +192,16 @@ def recur_blocks(
         a_0, a_1, a_2, a_3 = _of_warps(acc, GATES, S, WARPS, N, BP)
 
         stream = part * BP + batch
-        row, taking_part = rows_at(sizes, offsets, k, stream, reverse, steps, B, EQUAL)
+        _, taking_part = rows_at(sizes, offsets, k, stream, reverse, steps, B, EQUAL)
         active = taking_part & (unit < H)
         old = mine.to(FLOAT, bitcast=True)
         a_0 += u_0.to(tl.float32)
         if GATES > 1:
             a_1 += u_1.to(tl.float32)
         if CELL == "gru":
-            new = gru(a_0, a_1, u_2.to(tl.float32), a_2 + bias, old.to(tl.float32))
+            new = gru_state(a_0, a_1, u_2.to(tl.float32), a_2 + bias, old.to(tl.float32))
         elif CELL == "lstm":
-            new, after = lstm(a_0, a_1, a_2 + u_2.to(tl.float32), a_3 + u_3.to(tl.float32), cell)
+            new, after = lstm_state(a_0, a_1, a_2 + u_2.to(tl.float32), a_3 + u_3.to(tl.float32), cell)
             cell = tl.where(active, after, cell)
             if not ONE_SLICE or k + 1 == last:
                 tl.store(c + part * SIZE + place, cell, mask=unit < H)
@@ -213,45 +216,28 @@ def recur_blocks(
         # Inputs of what comes next, which so have a step's time to arrive. Not earlier: a second set of registers would
         # be copied into this one, which waits for the loads.
         k, part, now = k_next, part_next, next
-        stream = part * BP + batch
-        row, taking_part = rows_at(sizes, offsets, k, stream, reverse, steps, B, EQUAL)
-        active = taking_part & (unit < H)
-        u_0, u_1, u_2, u_3 = inputs_of(u, u_row, u_unit, row, unit, active & (k < last), H, GATES)
+        active, u_0, u_1, u_2, u_3 = inputs_at(
+            u, sizes, offsets, k, part, unit, batch, u_row, u_unit, reverse, steps, B, H, last, BP, GATES, EQUAL, True
+        )
         if not ONE_SLICE:
-            mine = tl.load(now + place, mask=unit < H, other=0, volatile=True)
-            if CELL == "lstm":
-                cell = tl.load(c + part * SIZE + place, mask=unit < H, other=0.0)
+            mine, cell = own_state(now, c, part, place, unit, H, SIZE, cell, CELL)
 
 
-@triton.jit
-def write_outputs(
-    h,  # [D, slices, T + 1, H, BP], as ``recur_blocks`` or ``recur_gates`` leaves it
-    y,  # [rows, D, H]
-    sizes,  # [T], streams of a step
-    offsets,  # [T], first row of a step
-    slices,
-    steps,
-    B,
-    H,
-    BP: tl.constexpr,
-    UNITS: tl.constexpr,
-    EQUAL: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BOTH: tl.constexpr,
-):
-    """The states after each step, transposed. They would write them in pieces of two bytes, H apart, which takes a
-    quarter of their time with 64 streams."""
-    t = tl.program_id(0)
-    part = tl.program_id(1) % slices
-    direction = tl.program_id(1) // slices
-    directions = tl.num_programs(1) // slices
-    unit = tl.program_id(2) * UNITS + tl.arange(0, UNITS)[:, None]
-    batch = tl.arange(0, BP)[None, :]
-    at = t + 1
-    if REVERSE or (BOTH and direction == 1):
-        at = t
-    SIZE = tl.cast(H, tl.int64) * BP
-    source = h + (tl.program_id(1).to(tl.int64) * (steps + 1) + at) * SIZE
-    bits = tl.load(source + unit * BP + batch, mask=unit < H, other=0)
-    row, there = rows_at(sizes, offsets, t, part * BP + batch, False, steps, B, EQUAL)
-    tl.store(y + (row * directions + direction) * H + unit, bits, mask=there & (unit < H))
+def run_slices(call: RecurrentCall, layout: SliceLayout) -> tuple[Tensor, State]:
+    """Launch ``recur_slices``.
+
+    Returns:
+        The call's outputs, [N, D * H], and each stream's state after its last step.
+    """
+    states, plan = SlicedStates.of(call, layout, unwritten=True), layout.plan
+    given = states.arguments() | {
+        "S": plan.chunks,
+        "TILES": plan.tiles,
+        "WARPS": plan.warps,
+        "VECTORS": plan.vectors(plan.k, states.h.itemsize),
+        "VECTORS_2": plan.vectors(plan.k_2, states.h.itemsize),
+        "PRECISION": call.precision,
+    }
+    for first, last in call.launches():
+        recur_slices[states.grid](**given, first=first, last=last)
+    return states.read()

@@ -1,0 +1,1 @@
+"""Slices of 64 streams, all blocks of a gate in one product: for Hopper GPUs."""

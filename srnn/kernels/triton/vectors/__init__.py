@@ -1,0 +1,1 @@
+"""One stream a row of programs: each multiplies its units' weights with all of h."""
