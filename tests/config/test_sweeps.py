@@ -16,10 +16,8 @@ from srnn.__main__ import main
 from srnn.config.command_line import check_command_line
 from srnn.config.sweeps import Sweep, expand
 from srnn.errors import UserError
-from tests.conftest import SMALL
+from tests.conftest import QUIET
 from tests.long_sweep import sample_sweep
-
-QUIET = [*SMALL, "tracking.mode=disabled", "kernel=dense"]
 
 
 def jobs(*arguments, **how):
@@ -150,16 +148,18 @@ def test_a_sweep_runs_once_at_a_time(tmp_path, capsys):
     assert not list(tmp_path.glob("*/config.yaml"))
 
 
-def test_an_option_of_a_choice_that_is_not_the_default(tmp_path):
+def test_an_option_of_a_choice_that_is_not_the_default(sweep):
     """Hydra composes the sweep's own config with what is not swept, where pruning is gradual."""
-    where = f"hydra.sweep.dir={tmp_path}"
-    assert (
-        main(["-m", *QUIET, "pruning=none,hard", "pruning.prune_itr=0.5", "pruning.layer_types=[linear]", where]) == 0
-    )
-    reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/report.json"))]
-    assert [report["pruning"] for report in reports] == ["hard", "none"]
-    assert [row["parameter"] for row in reports[0]["layers"]] == ["decoder.weight"]
-    assert {report["config"]["tracking"]["group"] for report in reports} == {tmp_path.name}
+    reports = [json.loads(path.read_text()) for path in sorted(sweep.glob("*/report.json"))]
+    assert [report["pruning"] for report in reports] == ["hard"] * 4 + ["none"] * 2
+    for report in reports[:4]:
+        assert report["config"]["pruning"]["prune_itr"] == 0.5
+        assert {row["parameter"] for row in report["layers"]} == {
+            "rnn.weight_ih_l0",
+            "rnn.weight_hh_l0",
+            "decoder.weight",
+        }
+    assert {report["config"]["tracking"]["group"] for report in reports} == {sweep.name}
 
 
 @pytest.mark.slow
