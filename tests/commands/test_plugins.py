@@ -50,7 +50,7 @@ class Alphabet(TextStreams):
 )
 def test_the_examples_train(tmp_path, chosen):
     small = [o for o in SMALL if not ("model=skip_gru" in chosen and "embedding_size" in o)]
-    assert main([*small, *chosen, "tracking.mode=disabled", f"hydra.run.dir={tmp_path}/run"]) == 0
+    assert main([*small, "tracking.mode=disabled", *chosen, f"hydra.run.dir={tmp_path}/run"]) == 0
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["sparsity"]["reached"] == pytest.approx(0.8 if "pruning=lottery" in chosen else 0.9, abs=0.002)
     assert main(["evaluate", f"run={tmp_path}/run"]) == 0

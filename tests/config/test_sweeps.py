@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -130,11 +129,9 @@ def test_a_failed_job_stops_no_other_and_the_same_command_goes_on(tmp_path, caps
     finished = tmp_path / "sweep/gru_gradual_path-there.txt_s0/report.json"
     first = finished.stat().st_mtime_ns
     (tmp_path / "gone.txt").write_text(text)
-    assert main(command) == 0
-    assert "1 finished already, 1 to go on with" in capsys.readouterr().out
-    assert not list(tmp_path.glob("sweep/*/error.txt"))
     assert main([*command, "seed=0,1"]) == 0, "a larger sweep finds the jobs of a smaller one"
-    assert "4 jobs: 2 finished already, 2 new" in capsys.readouterr().out
+    assert "4 jobs: 1 finished already, 1 to go on with, 2 new" in capsys.readouterr().out
+    assert not list(tmp_path.glob("sweep/*/error.txt"))
     assert main([*command, "seed=1,0"]) == 0
     assert "4 jobs: 4 finished already" in capsys.readouterr().out
     assert finished.stat().st_mtime_ns == first
@@ -162,14 +159,25 @@ def test_an_option_of_a_choice_that_is_not_the_default(sweep):
     assert {report["config"]["tracking"]["group"] for report in reports} == {sweep.name}
 
 
+# Long enough to be stopped in the middle of its second job.
+LONGER = ["-m", *QUIET, "trainer.max_epochs=24", "trainer.limit_epochs=24",
+          "pruning=none,gradual", "pruning.sparsity=0.8,0.9"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a sweep that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "one"
+    assert main([*LONGER, f"hydra.sweep.dir={folder}"]) == 0
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_sweep_goes_on_and_ends_as_if_never_stopped(tmp_path, how, srnn_command):
-    longer = ["trainer.max_epochs=24", "trainer.limit_epochs=24"]
-    command = ["-m", *QUIET, *longer, "pruning=none,gradual", "pruning.sparsity=0.8,0.9", "hydra.sweep.dir=two"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "srnn", *command], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=os.environ
-    )
+def test_a_killed_sweep_goes_on_and_ends_as_if_never_stopped(tmp_path, how, whole, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = [*LONGER, "hydra.sweep.dir=two"]
+    process = subprocess.Popen([sys.executable, "-m", "srnn", *command], stdout=subprocess.PIPE, text=True)
     running = tmp_path / "two/gru_gradual_sparsity-0.8_s0/checkpoints/last.ckpt"
     deadline = time.monotonic() + 120
     while not running.exists() and time.monotonic() < deadline:
@@ -178,15 +186,16 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_never_stopped(tmp_path, how, srnn
     process.communicate(timeout=60)
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
     assert not (running.parent.parent / "report.json").exists()
-    done = srnn_command(*command)
-    assert done.returncode == 0, done.stderr
-    assert "3 jobs: 1 finished already, 1 to go on with, 1 new" in done.stdout
-    again = srnn_command(*command)
-    assert "3 jobs: 3 finished already" in again.stdout
-    assert "What will be pruned" not in again.stdout
-    whole = srnn_command(*command[:-1], "hydra.sweep.dir=one")
-    assert whole.returncode == 0
-    for job in (tmp_path / "one").glob("*/metrics.csv"):
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "3 jobs: 1 finished already, 1 to go on with, 1 new" in capsys.readouterr().out
+    assert main(command) == 0
+    again = capsys.readouterr().out
+    assert "3 jobs: 3 finished already" in again
+    assert "What will be pruned" not in again
+    jobs = list(whole.glob("*/metrics.csv"))
+    assert len(jobs) == 3
+    for job in jobs:
         assert job.read_bytes() == (tmp_path / "two" / job.parent.name / "metrics.csv").read_bytes()
 
 
@@ -215,11 +224,11 @@ def test_launchers_run_two_jobs_side_by_side(launcher, plugin, srnn_command, tmp
 
 
 @pytest.mark.slow
-def test_a_search_finds_a_value(srnn_command, tmp_path):
+def test_a_search_finds_a_value(tmp_path, monkeypatch):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    monkeypatch.chdir(tmp_path)
     space = ["optimizer.lr=interval(0.0001,0.1)", "pruning=none", "hydra.sweeper.n_trials=2"]
-    done = srnn_command("-m", *QUIET, "hydra/sweeper=search", *space, "hydra.sweep.dir=search")
-    assert done.returncode == 0, done.stderr
+    assert main(["-m", *QUIET, "hydra/sweeper=search", *space, "hydra.sweep.dir=search"]) == 0
     losses = [json.loads(p.read_text())["scores"]["best"]["loss"] for p in tmp_path.glob("search/trial_*/report.json")]
     assert len(losses) == 2
     assert str(min(losses))[:8] in (tmp_path / "search/optimization_results.yaml").read_text()
