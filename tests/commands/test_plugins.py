@@ -87,7 +87,7 @@ def site(tmp_path_factory):
 @pytest.mark.slow
 def test_an_installed_plugin_brings_components_and_configs(site, tmp_path, srnn_command):
     path = {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
-    chosen = ["experiment=letters", "trainer=fast", "tracking.mode=disabled", "hydra.run.dir=run"]
+    chosen = ["experiment=letters", "trainer=fast", "kernel=dense", "tracking.mode=disabled", "hydra.run.dir=run"]
     done = srnn_command(*chosen, **path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1

@@ -201,7 +201,7 @@ def test_configs_print_without_running(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_run_cut_short_by_ctrl_c_leaves_whole_files(tmp_path):
-    arguments = [*SMALL, "trainer.max_epochs=500", "trainer.limit_epochs=500", "hydra.run.dir=run"]
+    arguments = [*SMALL, "kernel=dense", "trainer.max_epochs=500", "trainer.limit_epochs=500", "hydra.run.dir=run"]
     process = subprocess.Popen(
         [sys.executable, "-m", "srnn", *arguments],
         cwd=tmp_path,
@@ -235,8 +235,8 @@ def test_plugins_of_the_working_folder(srnn_command, tmp_path):
         "    'A thin GRU.'\n"
         "    return gru(width, 4, vocabulary_size=vocabulary_size)\n"
     )
-    chosen = ["trainer=fast", "model=narrow", "model.width=12", "tracking.mode=disabled", "hydra.run.dir=run"]
-    done = srnn_command(*chosen)
+    chosen = ["trainer=fast", "model=narrow", "model.width=12", "kernel=dense", "tracking.mode=disabled"]
+    done = srnn_command(*chosen, "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1
     assert "breaks.py is left out: ZeroDivisionError" in done.stderr
@@ -248,7 +248,9 @@ def test_a_dead_network_costs_a_sweep_seconds_once_and_no_results(srnn_command, 
     # Port 9 of this machine: nobody answers.
     dead = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
     began = time.monotonic()
-    done = srnn_command("-m", *SMALL, "seed=0,1", "tracking.mode=online", "hydra.sweep.dir=sweep", **dead)
+    done = srnn_command(
+        "-m", *SMALL, "kernel=dense", "seed=0,1", "tracking.mode=online", "hydra.sweep.dir=sweep", **dead
+    )
     assert time.monotonic() - began < 100
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("W&B does not start online") == 1

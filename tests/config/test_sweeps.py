@@ -224,6 +224,7 @@ def test_launchers_run_two_jobs_side_by_side(launcher, plugin, srnn_command, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The ``declarative_base")  # optuna's own
 def test_a_search_finds_a_value(tmp_path, monkeypatch):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     monkeypatch.chdir(tmp_path)
