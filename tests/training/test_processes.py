@@ -210,11 +210,10 @@ def test_stopped_and_resumed_with_two_processes(tmp_path, monkeypatch, whole):
 
 
 @pytest.mark.slow
-def test_a_sweep_of_jobs_with_two_processes(tmp_path):
-    assert main(["-m", *QUIET, TWO, "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep"]) == 0
-    reports = sorted((tmp_path / "sweep").glob("*/report.json"))
-    assert len(reports) == 2
-    assert {str(report.parent.name) for report in reports} == {"gru_gradual_s0", "gru_gradual_s1"}
+def test_a_job_of_a_sweep_with_two_processes(tmp_path):
+    assert main(["-m", *QUIET, TWO, "seed=1", f"hydra.sweep.dir={tmp_path}/sweep"]) == 0
+    (report,) = (tmp_path / "sweep").glob("*/report.json")
+    assert report.parent.name == "gru_gradual_s1"
 
 
 @pytest.mark.slow
