@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -12,13 +13,50 @@ os.environ["NUMBA_NUM_THREADS"] = "2"  # what a test may ask for
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 
+# Small enough for tests: 5 epochs of 8 batches of a GRU with 24 units.
+SMALL = [
+    "trainer=fast",
+    "model.hidden_size=24",
+    "model.embedding_size=8",
+    "dataset.batch_size=8",
+    "dataset.sequence_length=16",
+]
+QUIET = [*SMALL, "tracking.mode=disabled", "kernel=dense"]
+
+
+def train(folder, *overrides):
+    """One small run in this process, not tracked; returns its report."""
+    from srnn.__main__ import main
+
+    assert main([*SMALL, "tracking.mode=disabled", f"hydra.run.dir={folder}", *map(str, overrides)]) == 0
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated_session(tmp_path_factory):
+    """Caches in a temporary folder, no network key, short timings: for the runs that tests share, too."""
+    from srnn.inference import latency
+
+    interleaved = latency.interleaved
+
+    def few_rounds(calls, device, rounds, seconds):
+        return interleaved(calls, device, min(rounds, 5), seconds)
+
+    cache = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # kernels are compiled once for all workers
+        cache = cache.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SRNN_CACHE", str(cache / "cache"))
+        patch.delenv("SRNN_DEBUG", raising=False)
+        patch.delenv("WANDB_API_KEY", raising=False)
+        # No test asks how fast a network is; 200 rounds would be a third of a small run's time.
+        patch.setattr(latency, "interleaved", few_rounds)
+        yield
+
 
 @pytest.fixture(autouse=True)
-def isolated(tmp_path_factory, monkeypatch):
-    """Caches in a temporary folder, a fixed seed, no network key."""
-    monkeypatch.setenv("SRNN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.delenv("SRNN_DEBUG", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+def isolated():
+    """A fixed seed."""
     torch.manual_seed(0)
 
 
@@ -40,11 +78,27 @@ def srnn_command(tmp_path):
     return run
 
 
-# Small enough for tests: 5 epochs of 8 batches of a GRU with 24 units.
-SMALL = [
-    "trainer=fast",
-    "model.hidden_size=24",
-    "model.embedding_size=8",
-    "dataset.batch_size=8",
-    "dataset.sequence_length=16",
-]
+# Runs that many tests read. A test that writes into one copies its folder first.
+
+
+@pytest.fixture(scope="session")
+def text_run(tmp_path_factory):
+    """The folder of a small run on text, pruned gradually, on dense kernels: ``auto`` may not choose the same twice."""
+    folder = tmp_path_factory.mktemp("runs") / "text_run"
+    train(folder, "kernel=dense")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sweep(tmp_path_factory):
+    """The folder of a sweep, tracked offline: dense, and hard pruning at two sparsities, of two seeds each.
+
+    Hard pruning is not the default, on which Hydra composes the sweep's own config, and ``prune_itr`` is only its.
+    """
+    from srnn.__main__ import main
+
+    folder = tmp_path_factory.mktemp("runs") / "sweep"
+    hard = ["pruning.sparsity=0.5,0.9", "pruning.prune_itr=0.5", "pruning.layer_types=[recurrent,linear]"]
+    swept = ["pruning=none,hard", *hard, "seed=0,1", "tracking.tags=[mine]"]
+    assert main(["-m", *SMALL, "kernel=dense", *swept, f"hydra.sweep.dir={folder}"]) == 0
+    return folder

@@ -10,10 +10,9 @@ from srnn.__main__ import COMMANDS, main
 from srnn.config.command_line import check_command_line
 from srnn.config.composing import conf_folder, presets
 from srnn.datasets import PennTreebank
-from tests.conftest import ROOT, SMALL
+from tests.conftest import QUIET, ROOT, SMALL
 
 FILES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
-QUICK = [*SMALL, "tracking.mode=disabled", "kernel=dense"]
 
 
 def commands():
@@ -31,8 +30,13 @@ def is_train(words):
     return words[0] not in COMMANDS and not words[0].startswith("resume=")
 
 
+def runs_here(words):
+    """Sweeps are long; presets are run below, resumed runs and those of several processes in tests/training."""
+    return not (words[0].startswith(("-m", "resume=", "experiment=")) or "trainer=ddp" in words)
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, text_run):
     """A folder with all that the documents' commands name."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "books").mkdir()
@@ -42,8 +46,8 @@ def folder(tmp_path_factory):
     (folder / "ptb").mkdir()
     for source in PennTreebank.sources.values():
         (folder / "ptb" / source.name).write_text(text)
-    assert main([*QUICK, f"hydra.run.dir={folder}/outputs/RUN"]) == 0
-    shutil.copytree(folder / "outputs/RUN", folder / "outputs/SWEEP/gru_gradual_s0")
+    for name in ("RUN", "SWEEP/gru_gradual_s0"):
+        shutil.copytree(text_run, folder / "outputs" / name)
     (folder / "theirs.pt").write_bytes((folder / "outputs/RUN/checkpoints/best.ckpt").read_bytes())
     return folder
 
@@ -71,18 +75,15 @@ few_weights = pytest.mark.filterwarnings("ignore:pruning left no weight of")
 
 @pytest.mark.slow
 @few_weights
-@pytest.mark.parametrize("command", [c for c in commands() if "resume=" not in c])
+@pytest.mark.parametrize("command", [c for c in commands() if runs_here(shlex.split(c))])
 def test_commands_run(command, folder, monkeypatch, tmp_path, capsys):
     words = shlex.split(command)
     monkeypatch.chdir(folder)
     if is_train(words):
-        if "trainer=gpu" in words or check_command_line(words).sweep:
-            pytest.skip("needs a GPU, or is tried elsewhere")
-        ours = [o for o in QUICK if "init_from" not in command or not o.startswith("model")]
+        ours = [o for o in QUIET if "init_from" not in command or not o.startswith("model")]
         if "dataset=adding" in words or "dataset=digits" in words:
             ours = [o for o in ours if not o.startswith(("dataset.sequence", "model.embedding"))]
         words = [w for w in words if "model.hidden_size" not in w] + ours + [f"hydra.run.dir={tmp_path}/run"]
-        words += ["dataset.folder=ptb"] if "ptb" in command else []
         words += ["model.hidden_size=24", "model.embedding_size=8"] if "init_from" in command else []
         words = [w for w in words if w != "model=lstm" or "theirs.pt" not in command]
     elif "bench=network" in words:
@@ -106,7 +107,8 @@ def test_commands_run(command, folder, monkeypatch, tmp_path, capsys):
 @few_weights
 def test_every_preset_runs_fast(name, folder, tmp_path):
     small = ["model.hidden_size=20", "model.embedding_size=20", "tracking.mode=disabled", "kernel=dense"]
-    data = [f"dataset.folder={folder}/ptb"] if name.startswith("ptb") else ["dataset.batch_size=8", "seed=0"]
+    fewer = ["dataset.batch_size=8", "pruning.sparsity=0.9", "seed=0"]  # jobs of a sweep
+    data = [f"dataset.folder={folder}/ptb"] if name.startswith("ptb") else fewer
     chosen = [f"experiment={name}", "trainer=fast", *data, *small]
     assert main([*chosen, f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}"]) == 0
     assert list(tmp_path.glob("*/report.json"))

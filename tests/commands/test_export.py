@@ -7,13 +7,14 @@ import pytest
 
 from srnn.__main__ import main
 from srnn.inference.packed_file import read
-from tests.conftest import SMALL
+from tests.conftest import train
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    """Of kernel=auto, and not shared with other files: an export lands in the run's folder."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    assert main([*SMALL, "tracking.mode=disabled", f"hydra.run.dir={folder}"]) == 0
+    train(folder)
     return folder
 
 

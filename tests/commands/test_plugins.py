@@ -50,7 +50,7 @@ class Alphabet(TextStreams):
 )
 def test_the_examples_train(tmp_path, chosen):
     small = [o for o in SMALL if not ("model=skip_gru" in chosen and "embedding_size" in o)]
-    assert main([*small, *chosen, "tracking.mode=disabled", f"hydra.run.dir={tmp_path}/run"]) == 0
+    assert main([*small, "tracking.mode=disabled", *chosen, f"hydra.run.dir={tmp_path}/run"]) == 0
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["sparsity"]["reached"] == pytest.approx(0.8 if "pruning=lottery" in chosen else 0.9, abs=0.002)
     assert main(["evaluate", f"run={tmp_path}/run"]) == 0
@@ -87,7 +87,7 @@ def site(tmp_path_factory):
 @pytest.mark.slow
 def test_an_installed_plugin_brings_components_and_configs(site, tmp_path, srnn_command):
     path = {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
-    chosen = ["experiment=letters", "trainer=fast", "tracking.mode=disabled", "hydra.run.dir=run"]
+    chosen = ["experiment=letters", "trainer=fast", "kernel=dense", "tracking.mode=disabled", "hydra.run.dir=run"]
     done = srnn_command(*chosen, **path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1

@@ -1,5 +1,6 @@
 """A run anyone can rebuild."""
 
+import filecmp
 import importlib.metadata
 import json
 import math
@@ -15,21 +16,13 @@ from srnn.config.composing import compose_settings
 from srnn.recording.environment import data_checksums, differences, environment, read_environment
 from srnn.registry import register
 from srnn.run_folder import RunFolder
-from tests.conftest import ROOT, SMALL
-
-QUIET = [*SMALL, "tracking.mode=disabled", "kernel=dense"]
+from tests.conftest import QUIET, ROOT, SMALL
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rerun") / "run"
-    assert main([*QUIET, "seed=3", f"hydra.run.dir={folder}"]) == 0
-    return folder
-
-
-def test_a_folder_says_what_it_was_made_in(run):
-    made_in = json.loads((run / "environment.json").read_text())
-    assert made_in["command"] == shlex.join(["srnn", *QUIET, "seed=3", f"hydra.run.dir={run}"])
+def test_a_folder_says_what_it_was_made_in(text_run):
+    made_in = json.loads((text_run / "environment.json").read_text())
+    chosen = [*SMALL, "tracking.mode=disabled", f"hydra.run.dir={text_run}", "kernel=dense"]
+    assert made_in["command"] == shlex.join(["srnn", *chosen])
     assert made_in["packages"]["torch"] == importlib.metadata.version("torch")
     assert made_in["hardware"]["threads"] == torch.get_num_threads()
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
@@ -41,19 +34,21 @@ def test_a_folder_says_what_it_was_made_in(run):
     assert len(set(made_in["data"].values())) == 3
 
 
-def test_rerun_gives_the_same_numbers(run, tmp_path, capsys):
-    assert main(["rerun", str(run), "--output", str(tmp_path / "again")]) == 0
+def test_rerun_gives_the_same_numbers(text_run, tmp_path, capsys):
+    assert main(["rerun", str(text_run), "--output", str(tmp_path / "again")]) == 0
     shown = capsys.readouterr().out
     assert "numbers are the same, bit for bit." in shown
     assert "Code, packages, hardware and data are the same." in shown
-    assert read_environment(RunFolder(tmp_path / "again"))["command"] == f"srnn rerun {run}"
+    assert read_environment(RunFolder(tmp_path / "again"))["command"] == f"srnn rerun {text_run}"
+    networks = [folder / "model.safetensors" for folder in (text_run, tmp_path / "again")]
+    assert filecmp.cmp(*networks, shallow=False), "the same network, too"
 
 
-def test_rerun_tells_what_differs(run, tmp_path, capsys):
+def test_rerun_tells_what_differs(text_run, tmp_path, capsys):
     changed = tmp_path / "run"
     changed.mkdir()
     for name in ("config.yaml", "report.json", "environment.json"):
-        (changed / name).write_text((run / name).read_text())
+        (changed / name).write_text((text_run / name).read_text())
     made_in = read_environment(RunFolder(changed))
     made_in["packages"]["torch"], made_in["data"]["test"] = "1.0", "0" * 64
     (changed / "environment.json").write_text(json.dumps(made_in))
@@ -68,17 +63,17 @@ def test_rerun_tells_what_differs(run, tmp_path, capsys):
     assert "differs: data: test: 000" in shown
 
 
-def test_mistakes(run, tmp_path, capsys):
+def test_mistakes(text_run, tmp_path, capsys):
     for arguments, words in (
         ([], "FOLDER"),
         ([tmp_path], "no finished run is there"),
-        ([run, "--output", run], "holds a run already"),
-        ([run, "--tolerance", "much"], "--tolerance"),
-        ([run, "--output", run / "environment.json" / "x"], "--output="),
+        ([text_run, "--output", text_run], "holds a run already"),
+        ([text_run, "--tolerance", "much"], "--tolerance"),
+        ([text_run, "--output", text_run / "environment.json" / "x"], "--output="),
     ):
         assert main(["rerun", *map(str, arguments)]) == 2
         assert words in capsys.readouterr().err
-    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text().replace("freq: auto", "freq: 99"))
+    (tmp_path / "config.yaml").write_text((text_run / "config.yaml").read_text().replace("freq: auto", "freq: 99"))
     (tmp_path / "report.json").write_text("{}")
     assert main(["rerun", str(tmp_path), "--output", str(tmp_path / "some/run")]) == 2
     assert "freq=99" in capsys.readouterr().err

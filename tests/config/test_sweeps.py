@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -16,10 +15,8 @@ from srnn.__main__ import main
 from srnn.config.command_line import check_command_line
 from srnn.config.sweeps import Sweep, expand
 from srnn.errors import UserError
-from tests.conftest import SMALL
+from tests.conftest import QUIET
 from tests.long_sweep import sample_sweep
-
-QUIET = [*SMALL, "tracking.mode=disabled", "kernel=dense"]
 
 
 def jobs(*arguments, **how):
@@ -132,11 +129,9 @@ def test_a_failed_job_stops_no_other_and_the_same_command_goes_on(tmp_path, caps
     finished = tmp_path / "sweep/gru_gradual_path-there.txt_s0/report.json"
     first = finished.stat().st_mtime_ns
     (tmp_path / "gone.txt").write_text(text)
-    assert main(command) == 0
-    assert "1 finished already, 1 to go on with" in capsys.readouterr().out
-    assert not list(tmp_path.glob("sweep/*/error.txt"))
     assert main([*command, "seed=0,1"]) == 0, "a larger sweep finds the jobs of a smaller one"
-    assert "4 jobs: 2 finished already, 2 new" in capsys.readouterr().out
+    assert "4 jobs: 1 finished already, 1 to go on with, 2 new" in capsys.readouterr().out
+    assert not list(tmp_path.glob("sweep/*/error.txt"))
     assert main([*command, "seed=1,0"]) == 0
     assert "4 jobs: 4 finished already" in capsys.readouterr().out
     assert finished.stat().st_mtime_ns == first
@@ -150,26 +145,39 @@ def test_a_sweep_runs_once_at_a_time(tmp_path, capsys):
     assert not list(tmp_path.glob("*/config.yaml"))
 
 
-def test_an_option_of_a_choice_that_is_not_the_default(tmp_path):
+def test_an_option_of_a_choice_that_is_not_the_default(sweep):
     """Hydra composes the sweep's own config with what is not swept, where pruning is gradual."""
-    where = f"hydra.sweep.dir={tmp_path}"
-    assert (
-        main(["-m", *QUIET, "pruning=none,hard", "pruning.prune_itr=0.5", "pruning.layer_types=[linear]", where]) == 0
-    )
-    reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/report.json"))]
-    assert [report["pruning"] for report in reports] == ["hard", "none"]
-    assert [row["parameter"] for row in reports[0]["layers"]] == ["decoder.weight"]
-    assert {report["config"]["tracking"]["group"] for report in reports} == {tmp_path.name}
+    reports = [json.loads(path.read_text()) for path in sorted(sweep.glob("*/report.json"))]
+    assert [report["pruning"] for report in reports] == ["hard"] * 4 + ["none"] * 2
+    for report in reports[:4]:
+        assert report["config"]["pruning"]["prune_itr"] == 0.5
+        assert {row["parameter"] for row in report["layers"]} == {
+            "rnn.weight_ih_l0",
+            "rnn.weight_hh_l0",
+            "decoder.weight",
+        }
+    assert {report["config"]["tracking"]["group"] for report in reports} == {sweep.name}
+
+
+# Long enough to be stopped in the middle of its second job.
+LONGER = ["-m", *QUIET, "trainer.max_epochs=24", "trainer.limit_epochs=24",
+          "pruning=none,gradual", "pruning.sparsity=0.8,0.9"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a sweep that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "one"
+    assert main([*LONGER, f"hydra.sweep.dir={folder}"]) == 0
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_sweep_goes_on_and_ends_as_if_never_stopped(tmp_path, how, srnn_command):
-    longer = ["trainer.max_epochs=24", "trainer.limit_epochs=24"]
-    command = ["-m", *QUIET, *longer, "pruning=none,gradual", "pruning.sparsity=0.8,0.9", "hydra.sweep.dir=two"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "srnn", *command], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=os.environ
-    )
+def test_a_killed_sweep_goes_on_and_ends_as_if_never_stopped(tmp_path, how, whole, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = [*LONGER, "hydra.sweep.dir=two"]
+    process = subprocess.Popen([sys.executable, "-m", "srnn", *command], stdout=subprocess.PIPE, text=True)
     running = tmp_path / "two/gru_gradual_sparsity-0.8_s0/checkpoints/last.ckpt"
     deadline = time.monotonic() + 120
     while not running.exists() and time.monotonic() < deadline:
@@ -178,15 +186,16 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_never_stopped(tmp_path, how, srnn
     process.communicate(timeout=60)
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
     assert not (running.parent.parent / "report.json").exists()
-    done = srnn_command(*command)
-    assert done.returncode == 0, done.stderr
-    assert "3 jobs: 1 finished already, 1 to go on with, 1 new" in done.stdout
-    again = srnn_command(*command)
-    assert "3 jobs: 3 finished already" in again.stdout
-    assert "What will be pruned" not in again.stdout
-    whole = srnn_command(*command[:-1], "hydra.sweep.dir=one")
-    assert whole.returncode == 0
-    for job in (tmp_path / "one").glob("*/metrics.csv"):
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "3 jobs: 1 finished already, 1 to go on with, 1 new" in capsys.readouterr().out
+    assert main(command) == 0
+    again = capsys.readouterr().out
+    assert "3 jobs: 3 finished already" in again
+    assert "What will be pruned" not in again
+    jobs = list(whole.glob("*/metrics.csv"))
+    assert len(jobs) == 3
+    for job in jobs:
         assert job.read_bytes() == (tmp_path / "two" / job.parent.name / "metrics.csv").read_bytes()
 
 
@@ -215,11 +224,12 @@ def test_launchers_run_two_jobs_side_by_side(launcher, plugin, srnn_command, tmp
 
 
 @pytest.mark.slow
-def test_a_search_finds_a_value(srnn_command, tmp_path):
+@pytest.mark.filterwarnings("ignore:The ``declarative_base")  # optuna's own
+def test_a_search_finds_a_value(tmp_path, monkeypatch):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    monkeypatch.chdir(tmp_path)
     space = ["optimizer.lr=interval(0.0001,0.1)", "pruning=none", "hydra.sweeper.n_trials=2"]
-    done = srnn_command("-m", *QUIET, "hydra/sweeper=search", *space, "hydra.sweep.dir=search")
-    assert done.returncode == 0, done.stderr
+    assert main(["-m", *QUIET, "hydra/sweeper=search", *space, "hydra.sweep.dir=search"]) == 0
     losses = [json.loads(p.read_text())["scores"]["best"]["loss"] for p in tmp_path.glob("search/trial_*/report.json")]
     assert len(losses) == 2
     assert str(min(losses))[:8] in (tmp_path / "search/optimization_results.yaml").read_text()
@@ -244,10 +254,10 @@ def test_the_slurm_preset_composes():
 @pytest.mark.slow
 def test_a_long_sweep_stays_as_it_is(tmp_path):
     """Memory, open files and time a job, of the last quarter of the jobs against those before it."""
-    samples = sample_sweep(tmp_path / "sweep", 24)
+    samples = sample_sweep(tmp_path / "sweep", 16)
     times = [after.cpu_seconds - before.cpu_seconds for before, after in itertools.pairwise(samples)]
-    middle, last = samples[6:18], samples[18:]
+    middle, last = samples[4:12], samples[12:]
     assert len({sample.files for sample in last} | {sample.files for sample in middle}) <= 3
     assert max(s.memory_mb for s in last) < 1.1 * statistics.fmean(s.memory_mb for s in middle)
-    assert statistics.median(times[18:]) < 1.3 * statistics.median(times[6:18])
+    assert statistics.median(times[12:]) < 1.3 * statistics.median(times[4:12])
     assert {sample.children for sample in last} <= {0, 1}, "W&B's process is not started again and again"

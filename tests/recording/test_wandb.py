@@ -18,7 +18,7 @@ from srnn.config.composing import conf_folder
 from tests.conftest import SMALL
 from tests.recording.offline import read_offline
 
-LONG = [*SMALL, "kernel=dense", "trainer.max_epochs=60", "trainer.limit_epochs=60"]
+LONG = [*SMALL, "kernel=dense", "trainer.max_epochs=30", "trainer.limit_epochs=30"]
 
 
 @pytest.mark.slow

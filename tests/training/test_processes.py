@@ -21,10 +21,9 @@ from srnn.inference.weights import read_weights
 from srnn.objectives.next_token import mean_of_losses
 from srnn.pruning.callback import PruningCallback
 from srnn.training import processes as starting
-from tests.conftest import SMALL
+from tests.conftest import QUIET
 from tests.training.test_resume import RUN, check_same_run, interrupt_after
 
-PLAIN = [*SMALL, "kernel=dense", "tracking.mode=disabled"]
 TWO = "trainer.devices=2"
 
 
@@ -97,13 +96,13 @@ def test_one_process_is_its_own_rank():
 def test_what_cannot_be_shared_is_refused(tmp_path, capsys, overrides, words):
     if "trainer.accelerator=gpu" in overrides and torch.cuda.device_count() > 1:
         pytest.skip("there are GPUs")
-    assert main([*PLAIN, TWO, *overrides, f"hydra.run.dir={tmp_path}/run"]) == 2
+    assert main([*QUIET, TWO, *overrides, f"hydra.run.dir={tmp_path}/run"]) == 2
     assert words in capsys.readouterr().err
 
 
 def test_a_process_of_torchrun_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert main([*PLAIN, TWO, f"hydra.run.dir={tmp_path}/run"]) == 2
+    assert main([*QUIET, TWO, f"hydra.run.dir={tmp_path}/run"]) == 2
     assert "start srnn once, without torchrun" in capsys.readouterr().err
 
 
@@ -124,7 +123,7 @@ def start_instead(monkeypatch, code):
 )
 def test_a_rank_that_ends_before_training_ends_the_run(tmp_path, capsys, monkeypatch, code, words):
     start_instead(monkeypatch, code)
-    assert main([*PLAIN, TWO, f"hydra.run.dir={tmp_path}/run"]) == 2
+    assert main([*QUIET, TWO, f"hydra.run.dir={tmp_path}/run"]) == 2
     assert words in capsys.readouterr().err
     assert not dist.is_initialized()
 
@@ -146,14 +145,16 @@ def files(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [[], ["dataset=digits"]], ids=["text", "digits"])
-def test_two_processes_are_one_on_the_joined_batch(tmp_path, capfd, overrides):
-    chosen = [o for o in PLAIN if not overrides or not o.startswith(("dataset.sequence_length", "model.embedding"))]
-    one, two, before = tmp_path / "one", tmp_path / "two", dict(os.environ)
-    assert main([*chosen, *overrides, f"hydra.run.dir={one}"]) == 0
-    lines = [len(line) for line in capfd.readouterr().out.splitlines() if line.startswith("epoch ")]
+def test_two_processes_are_one_on_the_joined_batch(tmp_path, capfd, text_run, overrides):
+    chosen = [o for o in QUIET if not overrides or not o.startswith(("dataset.sequence_length", "model.embedding"))]
+    one, two, before = text_run, tmp_path / "two", dict(os.environ)
+    if overrides:
+        one = tmp_path / "one"
+        assert main([*chosen, *overrides, f"hydra.run.dir={one}"]) == 0
+        capfd.readouterr()
     assert main([*chosen, *overrides, TWO, f"hydra.run.dir={two}"]) == 0
     printed = capfd.readouterr()
-    assert len([line for line in printed.out.splitlines() if line.startswith("epoch ")]) == len(lines) == 5
+    assert len([line for line in printed.out.splitlines() if line.startswith("epoch ")]) == 5
     assert "rank" not in (printed.out + printed.err).lower(), "only the run speaks"
     assert files(two) == files(one)
     assert not dist.is_initialized()
@@ -187,10 +188,17 @@ def signal_rank_1(monkeypatch, step, number):
     monkeypatch.setattr(PruningCallback, "on_train_batch_end", send)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an uninterrupted run with two processes."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert main([*RUN, TWO, f"hydra.run.dir={folder}"]) == 0
+    return folder
+
+
 @pytest.mark.slow
-def test_stopped_and_resumed_with_two_processes(tmp_path, monkeypatch):
+def test_stopped_and_resumed_with_two_processes(tmp_path, monkeypatch, whole):
     """With dropout, each rank's recurrent state and random numbers matter. Any rank may be asked to stop."""
-    assert main([*RUN, TWO, f"hydra.run.dir={tmp_path}/one"]) == 0
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
         assert main([*RUN, TWO, f"hydra.run.dir={tmp_path}/two"]) == 130
@@ -198,26 +206,24 @@ def test_stopped_and_resumed_with_two_processes(tmp_path, monkeypatch):
         signal_rank_1(patch, 18, signal.SIGTERM)
         assert main([f"resume={tmp_path}/two"]) == 130
     assert main([f"resume={tmp_path}/two"]) == 0
-    check_same_run(tmp_path / "one", tmp_path / "two")
+    check_same_run(whole, tmp_path / "two")
 
 
 @pytest.mark.slow
-def test_a_sweep_of_jobs_with_two_processes(tmp_path):
-    assert main(["-m", *PLAIN, TWO, "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep"]) == 0
-    reports = sorted((tmp_path / "sweep").glob("*/report.json"))
-    assert len(reports) == 2
-    assert {str(report.parent.name) for report in reports} == {"gru_gradual_s0", "gru_gradual_s1"}
+def test_a_job_of_a_sweep_with_two_processes(tmp_path):
+    assert main(["-m", *QUIET, TWO, "seed=1", f"hydra.sweep.dir={tmp_path}/sweep"]) == 0
+    (report,) = (tmp_path / "sweep").glob("*/report.json")
+    assert report.parent.name == "gru_gradual_s1"
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_run_which_goes_on_from_its_checkpoint(tmp_path, capsys, monkeypatch):
-    assert main([*RUN, TWO, f"hydra.run.dir={tmp_path}/one"]) == 0
+def test_a_killed_rank_ends_the_run_which_goes_on_from_its_checkpoint(tmp_path, capsys, monkeypatch, whole):
     with monkeypatch.context() as patch:
         signal_rank_1(patch, 20, signal.SIGKILL)
         assert main([*RUN, TWO, f"hydra.run.dir={tmp_path}/two"]) == 2
     assert "rank 1 of trainer.devices=2 was killed by SIGKILL" in capsys.readouterr().err
     assert main([f"resume={tmp_path}/two"]) == 0
-    check_same_run(tmp_path / "one", tmp_path / "two")
+    check_same_run(whole, tmp_path / "two")
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """init_from: pruning and fine-tuning an existing network."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,35 +11,33 @@ from srnn.inference.packed_file import read
 from srnn.inference.weights import read_weights
 from srnn.models import gru
 from srnn.training.start_from import load_weights, read_initial
-from tests.conftest import SMALL
-
-QUIET = ["tracking.mode=disabled", "kernel=dense"]
-
-
-def train(folder, *overrides):
-    assert main([*SMALL, *QUIET, f"hydra.run.dir={folder}", *map(str, overrides)]) == 0
-    return json.loads((folder / "report.json").read_text())
+from tests.conftest import QUIET, train
 
 
 def test_fine_tuning_a_pruned_network_keeps_its_zeros(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("abcdefgh ijklm nop.\n" * 300)
     (tmp_path / "b.txt").write_text("ponml kjihgf edcba?\n" * 300)  # other characters, another order
-    first = train(tmp_path / "one", "dataset=text", f"dataset.path={tmp_path}/a.txt")
-    for number, source in enumerate(("", "checkpoints/best.ckpt", "model.safetensors")):
-        capsys.readouterr()
-        run = tmp_path / f"two{number}"
-        report = train(run, "dataset=text", f"dataset.path={tmp_path}/b.txt", f"init_from={tmp_path}/one/{source}",
-                       "pruning=fixed", "packed.values=fp32")  # fmt: skip
-        assert "7 weights loaded" in capsys.readouterr().out
-        assert report["init_from"]["fresh"] == report["init_from"]["unused"] == []
-        assert report["sparsity"]["reached"] >= first["sparsity"]["reached"] - 0.001
-        assert report["sparsity"]["wanted"] is None
-        before, after = (read_weights(tmp_path / r / "checkpoints/best.ckpt") for r in ("one", run.name))
-        for name, weight in after.items():
-            assert (weight[before[name] == 0] == 0).all() or weight.ndim == 1, name
-            assert not torch.equal(weight, before[name]), "it went on learning"
-        vocabularies = [read(tmp_path / r / "model.safetensors").vocabulary.to_dict() for r in ("one", run.name)]
-        assert vocabularies[0] == vocabularies[1], "a character keeps its number"
+    one, two = tmp_path / "one", tmp_path / "two"
+    first = train(one, "dataset=text", f"dataset.path={tmp_path}/a.txt", "kernel=dense", "packed.values=fp32")
+    capsys.readouterr()
+    report = train(two, "dataset=text", f"dataset.path={tmp_path}/b.txt", f"init_from={one}", "pruning=fixed",
+                   "kernel=dense", "packed.values=fp32")  # fmt: skip
+    assert "7 weights loaded" in capsys.readouterr().out
+    assert report["init_from"]["fresh"] == report["init_from"]["unused"] == []
+    assert report["sparsity"]["reached"] >= first["sparsity"]["reached"] - 0.001
+    assert report["sparsity"]["wanted"] is None
+    before, after = (read_weights(run / "checkpoints/best.ckpt") for run in (one, two))
+    for name, weight in after.items():
+        assert (weight[before[name] == 0] == 0).all() or weight.ndim == 1, name
+        assert not torch.equal(weight, before[name]), "it went on learning"
+    vocabularies = [read(run / "model.safetensors").vocabulary.to_dict() for run in (one, two)]
+    assert vocabularies[0] == vocabularies[1], "a character keeps its number"
+    # The checkpoint and the packed file are the same start.
+    for source in ("checkpoints/best.ckpt", "model.safetensors"):
+        initial = read_initial(f"{one}/{source}")
+        assert initial.vocabulary.to_dict() == vocabularies[0]
+        assert initial.weights.keys() == before.keys()
+        assert all(torch.equal(initial.weights[name], weight) for name, weight in before.items())
 
 
 def test_a_dense_network_of_anybodys_is_pruned(tmp_path, capsys):
@@ -66,7 +62,7 @@ def test_a_dense_network_of_anybodys_is_pruned(tmp_path, capsys):
         assert torch.equal(model.rnn.weight_hh_l0, theirs.gru.weight_hh_l0)
         assert match.fresh == ["decoder.weight", "decoder.bias"]
         assert sorted(match.unused) == ["extra.bias", "extra.weight"]
-    report = train(tmp_path / "run", f"init_from={tmp_path}/theirs.pt")
+    report = train(tmp_path / "run", f"init_from={tmp_path}/theirs.pt", "kernel=dense")
     shown = capsys.readouterr().out
     assert "rnn.weight_hh_l0: taken from gru.weight_hh_l0" in shown
     assert "decoder.weight: not there, starts anew" in shown
@@ -96,9 +92,9 @@ def test_what_cannot_be_started_from(tmp_path, content, words):
 
 
 def test_a_folder_without_a_run_and_a_network_without_zeros(tmp_path, capsys):
-    assert main([*SMALL, *QUIET, f"init_from={tmp_path}", f"hydra.run.dir={tmp_path}/run"]) == 2
+    assert main([*QUIET, f"init_from={tmp_path}", f"hydra.run.dir={tmp_path}/run"]) == 2
     assert "this folder is no finished run" in capsys.readouterr().err
-    assert main([*SMALL, *QUIET, "pruning=fixed", f"hydra.run.dir={tmp_path}/other"]) == 2
+    assert main([*QUIET, "pruning=fixed", f"hydra.run.dir={tmp_path}/other"]) == 2
     assert "here is none: give init_from=FILE" in capsys.readouterr().err
 
 
