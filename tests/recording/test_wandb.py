@@ -15,6 +15,9 @@ from wandb.sdk.launch.sweeps import utils as sweeps
 from srnn.__main__ import main
 from srnn.config.command_line import check_command_line
 from srnn.config.composing import conf_folder
+from srnn.config.settings import TrackingConfig
+from srnn.recording import wandb as wandb_module
+from srnn.recording.wandb import wandb_run
 from tests.conftest import SMALL
 from tests.recording.offline import read_offline
 
@@ -100,3 +103,29 @@ def test_the_agents_sweep(tmp_path, monkeypatch):
     run = read_offline(tmp_path / "run")
     assert run.id == "agents1"
     assert run.summary[config["metric"]["name"]] > 0
+
+
+def test_the_environments_run_id_makes_no_one_run_of_two(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(wandb_module, "_said", set())
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    monkeypatch.setenv("WANDB_RESUME", "must")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    ids = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        with wandb_run(TrackingConfig(mode="offline"), tmp_path / name, {}, "train") as run:
+            ids.append(run.id)
+            assert run.project == "srnn"
+    assert len({*ids, "abc123"}) == 3
+    said = capsys.readouterr().err
+    assert said.count("WANDB_PROJECT=mine is passed over: tracking.project decides.") == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("WANDB_MODE", "disabled"), ("WANDB_DISABLED", "true")])
+def test_the_environment_may_switch_wandb_off(tmp_path, monkeypatch, capsys, name, value):
+    monkeypatch.setattr(wandb_module, "_said", set())
+    monkeypatch.setenv(name, value)
+    with wandb_run(TrackingConfig(mode="online"), tmp_path, {}, "train") as run:
+        assert run is None
+    assert f"{name}={value}: no W&B run is kept." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
