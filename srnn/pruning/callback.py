@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 
 from srnn.errors import UserError
 from srnn.pruning.arguments import build_method
 from srnn.pruning.methods.base import PruningMethod
+from srnn.pruning.parts import some_of
 from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import RunLength
 
@@ -48,8 +50,9 @@ class PruningCallback(pl.Callback):
         options: of the method, where it is given by name.
 
     Its state (masks, thresholds, iteration) goes into the Trainer's checkpoints, under its method, options and module:
-    a Trainer may have several that differ in one of these. With Lightning's ``WeightAveraging``, which has to stand
-    before it, the average is masked too.
+    a Trainer may have several that differ in one of these. With Lightning's ``WeightAveraging`` and
+    ``StochasticWeightAveraging``, which have to stand before it, the average is masked too. Weights that others write
+    after the last step, such as in a module's ``on_train_end``, are masked once more, with a warning.
 
     Attributes:
         method: the method it was given.
@@ -116,15 +119,18 @@ class PruningCallback(pl.Callback):
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for place, callback in enumerate(callbacks):
             # Lightning has no public name for the average.
-            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-                if place > callbacks.index(self):
-                    raise UserError(
-                        f"callbacks: {type(callback).__name__} must stand before PruningCallback, which masks the "
-                        f"average after it is updated."
-                    )
-                average: nn.Module = callback._average_model.module
-                names = [name for name, module in pl_module.named_modules() if module is self.model]
-                return average.get_submodule(names[0]) if names else average
+            if not isinstance(callback, WeightAveraging | StochasticWeightAveraging) or callback._average_model is None:
+                continue
+            if place > callbacks.index(self):
+                raise UserError(
+                    f"callbacks: {type(callback).__name__} must stand before PruningCallback, which masks the "
+                    f"average after it is updated, and what it writes into the module when training ends."
+                )
+            average: nn.Module = callback._average_model
+            if isinstance(callback, WeightAveraging):  # an AveragedModel around the copy
+                average = callback._average_model.module
+            names = [name for name, module in pl_module.named_modules() if module is self.model]
+            return average.get_submodule(names[0]) if names else average
         return None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -138,6 +144,16 @@ class PruningCallback(pl.Callback):
         """Masks found in the very last step still have to be applied."""
         if self.pruner is not None:
             self.pruner.finalize()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Mask again what others wrote when training ended: their ``on_train_end`` may come after this callback's."""
+        if self.pruner is not None and (written := self.pruner.mask_again()):
+            warnings.warn(
+                f"pruned weights of {some_of(written)} were written after PruningCallback had masked them, when "
+                f"training ended, and are zero again. Checkpoints from in between have them: put the callback that "
+                f"writes weights before PruningCallback.",
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Goes into every checkpoint."""

@@ -3,7 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 
 from srnn import PruningCallback, UserError
@@ -124,6 +124,33 @@ def test_averaged_weights_are_masked(tmp_path, part):
     assert (module.rnn.weight_hh_l0[gone] == 0).all()
     with pytest.raises(UserError, match="EMAWeightAveraging must stand before PruningCallback"):
         trainer(tmp_path, PruningCallback("cubic"), EMAWeightAveraging(decay=0.9)).fit(Copying(), data())
+
+
+@pytest.mark.parametrize("start", [0.3, 0.8])
+def test_stochastic_averages_are_masked(tmp_path, start):
+    module = Copying()
+    pruning = PruningCallback("gradual", sparsity=0.75)
+    average = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=start)
+    trainer(tmp_path, average, pruning, max_epochs=10).fit(module, data())
+    for name, mask in pruning.pruner.masks().items():
+        assert torch.equal(module.get_parameter(name) != 0, mask), name
+        assert (average._average_model.get_parameter(name)[~mask] == 0).all(), name
+    assert pruning.pruner.reached()
+    average = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=start)
+    with pytest.raises(UserError, match="StochasticWeightAveraging must stand before PruningCallback"):
+        trainer(tmp_path, PruningCallback("gradual"), average).fit(Copying(), data())
+
+
+def test_what_is_written_when_training_ends_is_masked_again(tmp_path):
+    class Writer(pl.Callback):
+        def on_train_end(self, trainer, module):
+            with torch.no_grad():
+                module.rnn.weight_hh_l0.fill_(0.5)
+
+    module, pruning = Copying(), PruningCallback("cubic", sparsity=0.75)
+    with pytest.warns(UserWarning, match=r"pruned weights of rnn\.weight_hh_l0 were written after"):
+        trainer(tmp_path, pruning, Writer()).fit(module, data())
+    assert torch.equal(module.rnn.weight_hh_l0 != 0, pruning.pruner.masks()["rnn.weight_hh_l0"])
 
 
 def test_a_run_without_an_end_is_refused(tmp_path):
