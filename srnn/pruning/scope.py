@@ -16,6 +16,7 @@ from srnn.cells import GATE_LETTERS, gates_of
 from srnn.errors import UserError
 from srnn.formats import Structure
 from srnn.pruning.groups import Group
+from srnn.pruning.left_out import check_built, is_half_of_a_norm, warn_of_left_out
 from srnn.pruning.parts import Part
 from srnn.pruning.scores import Score
 from srnn.registry import Component, check_options
@@ -112,12 +113,15 @@ def prunable(model: nn.Module) -> list[Weight]:
     they are pruned only where a pattern names them. Biases and normalisation cannot be.
 
     Raises:
-        UserError: a weight is sharded over devices.
+        UserError: a weight is sharded over devices, or of a lazy layer that has seen no batch.
     """
     # By identity: a weight that layers share, such as a tied embedding, has one mask, and the type of the first layer.
     found: dict[int, Weight] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            check_built(name, parameter)
+            if is_half_of_a_norm(module, name.rpartition(".")[2]):
+                continue
             if parameter.ndim < 2 or not parameter.is_floating_point() or not parameter.numel():
                 continue
             if id(parameter) in found:
@@ -169,7 +173,8 @@ def build_groups(
         share: which weights share a threshold, as far as their settings are the same.
         settings: of what no pattern names.
 
-    Warns where a structure is larger than all the weights that it is for.
+    Warns where a structure is larger than all the weights that it is for, and of each matrix of the chosen layer types
+    that cannot be pruned, such as one under weight norm.
 
     Raises:
         UserError: a pattern matches nothing; two disagree about a weight; a diagonal is to be kept and there is none.
@@ -177,6 +182,8 @@ def build_groups(
     # A stable sort: within a layer type the model's own order stays, on which ties and checkpoints depend.
     weights = sorted(prunable(model), key=lambda weight: _ORDER.index(weight.layer_type))
     rules = _Rules(scope or {}, weights)
+    chosen = [(name, module) for name, module in model.named_modules() if _layer_type(module) in layer_types]
+    warn_of_left_out(chosen, list(scope or {}))
     general = vars(settings)
     members: dict[tuple[Any, ...], list[Part]] = {}
     for weight in weights:
