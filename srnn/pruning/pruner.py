@@ -98,7 +98,7 @@ class Pruner:
         if self.method.layer_types and not self.groups:
             raise UserError(
                 f"pruning.layer_types={list(self.method.layer_types)}: the model has no weights of these types to "
-                f"prune."
+                f"prune, or all of them are frozen or left out."
             )
         for group in self.groups:
             group.importance = self.method.importance

@@ -3,7 +3,13 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from pytorch_lightning.callbacks import (
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import nn
 
 from srnn import PruningCallback, UserError
@@ -151,6 +157,90 @@ def test_what_is_written_when_training_ends_is_masked_again(tmp_path):
     with pytest.warns(UserWarning, match=r"pruned weights of rnn\.weight_hh_l0 were written after"):
         trainer(tmp_path, pruning, Writer()).fit(module, data())
     assert torch.equal(module.rnn.weight_hh_l0 != 0, pruning.pruner.masks()["rnn.weight_hh_l0"])
+
+
+class Manual(TwoOptimizers):
+    """Steps one optimiser, both or none on a batch."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+
+    def training_step(self, batch, index):
+        optimizers = self.optimizers()
+        self.manual_backward(Copying.training_step(self, batch, index))
+        chosen = {"both": optimizers, "turns": [optimizers[index % 2]], "third": optimizers if index % 3 == 2 else []}
+        for optimizer in chosen[self.way]:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+LIMITS = [{"max_epochs": 6}, {"max_epochs": -1, "max_steps": 120}, {"max_epochs": 6, "max_steps": 120},
+          {"max_epochs": 20, "max_steps": 90}]  # fmt: skip
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=["epochs", "steps", "either", "steps first"])
+@pytest.mark.parametrize("way", ["both", "turns", "third"])
+def test_manual_optimisation_ends_with_its_schedule(tmp_path, way, limits):
+    pruning = PruningCallback("cubic", sparsity=0.75, start_itr=0.1, end_itr=0.8)
+    module = Manual(way)
+    trainer(tmp_path, pruning, **limits).fit(module, data())
+    assert pruning.pruner.itr == pytest.approx(pruning.pruner.run.total_steps, rel=0.02)
+    assert pruning.pruner.reached()
+    assert all(torch.equal(gone, ~pruning.pruner.masks()[name]) for name, gone in zeros(module).items())
+
+
+def test_accumulation_that_changes_over_epochs(tmp_path):
+    pruning = PruningCallback("cubic", sparsity=0.75, end_itr=0.9)
+    trainer(tmp_path, GradientAccumulationScheduler({0: 1, 2: 4}), pruning).fit(Copying(), data())
+    assert pruning.pruner.itr == pruning.pruner.run.total_steps == 2 * 15 + 4 * 4
+    assert pruning.pruner.run.epochs == pytest.approx(6)
+    assert pruning.pruner.reached()
+    few = PruningCallback("cubic", sparsity=0.75, start_itr=0.1, end_itr=0.9)
+    runner = trainer(tmp_path, GradientAccumulationScheduler({0: 1, 2: 4}), few, max_steps=40)
+    runner.fit(Copying(), data())
+    assert few.pruner.itr == few.pruner.run.total_steps == 40
+
+
+def test_the_epoch_that_only_measures_batch_norm_is_no_part_of_the_schedule(tmp_path):
+    class Normed(Copying):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(5)
+
+        def training_step(self, batch, index):
+            return super().training_step(self.norm(batch), index)
+
+    module, pruning = Normed(), PruningCallback("cubic", sparsity=0.75, end_itr=1.0)
+    trainer(tmp_path, StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=0.5), pruning).fit(module, data())
+    assert pruning.pruner.run.total_steps == 6 * 15
+    assert pruning.pruner.reached()
+    assert all(torch.equal(gone, ~pruning.pruner.masks()[name]) for name, gone in zeros(module).items())
+
+
+def test_a_layer_that_is_frozen_for_some_epochs_is_named_and_left_alone(tmp_path):
+    class Backbone(Copying):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Linear(4, 4)
+
+        def training_step(self, batch, index):
+            return super().training_step(self.backbone(batch), index)
+
+        def configure_optimizers(self):
+            return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+    def fit(**options):
+        module, pruning = Backbone(), PruningCallback("cubic", sparsity=0.75, **options)
+        trainer(tmp_path, BackboneFinetuning(unfreeze_backbone_at_epoch=3), pruning).fit(module, data())
+        assert pruning.pruner.itr == 6 * 15
+        assert pruning.pruner.reached()
+        return module
+
+    with pytest.warns(UserWarning, match=r"leaves backbone\.weight dense, also if they are trained later"):
+        assert not (fit().backbone.weight == 0).any()
+    named = fit(scope={"backbone.weight": {"sparsity": 0.75}})
+    assert int((named.backbone.weight == 0).sum()) == 12, "ranked alone"
 
 
 def test_a_run_without_an_end_is_refused(tmp_path):
