@@ -193,6 +193,8 @@ class Pruner:
             self._check_parameters()
             check_equal(self._compared(), self.itr)
         if update and not self.method.delayed:
+            if self.method.regrows:
+                self._apply()  # what grows starts from zero, and not from the optimiser's step on a pruned weight
             self._update()
             self._apply()
         else:
