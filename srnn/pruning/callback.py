@@ -19,6 +19,9 @@ from srnn.pruning.parts import some_of
 from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import RunLength
 
+# Stands for the run whose first steps ``fast_dev_run`` tries out: long enough for any schedule.
+_DEV_RUN = RunLength(10_000_000, 10_000)
+
 
 class PruningCallback(pl.Callback):
     """Prunes a LightningModule, or a part of it, while any Trainer trains it (Narang et al., ICLR 2017).
@@ -95,6 +98,8 @@ class PruningCallback(pl.Callback):
         Raises:
             UserError: the run has no known length, or cannot be pruned as asked.
         """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            warnings.warn("fast_dev_run: pruning is set up and tried out, and its schedule is not run.", stacklevel=2)
         run = _run_length(trainer, pl_module.automatic_optimization)
         model = pl_module if self.model is None else self.model
         average = self._average(trainer, pl_module)
@@ -133,7 +138,7 @@ class PruningCallback(pl.Callback):
         assert self.pruner is not None
         steps = int(trainer.global_step > self._seen)
         self._seen = trainer.global_step
-        if not pl_module.automatic_optimization:
+        if not (pl_module.automatic_optimization or trainer.fast_dev_run):  # type: ignore[attr-defined]
             # A batch may have several optimiser steps, or none: pruning keeps up with the part of the run that is done.
             steps = max(steps, _manual_itr(trainer, self.pruner.run) - self.pruner.itr)
         for _step in range(steps):
@@ -141,7 +146,7 @@ class PruningCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Masks found in the very last step still have to be applied."""
-        if self.pruner is not None:
+        if self.pruner is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.pruner.finalize()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -185,6 +190,8 @@ def _run_length(trainer: pl.Trainer, automatic: bool) -> RunLength:
     Raises:
         UserError: nobody knows.
     """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return _DEV_RUN
     batches, limit, epochs = trainer.num_training_batches, trainer.max_steps, _epochs(trainer)
     if limit == -1 and math.inf in (batches, epochs):
         known = "max_epochs or max_steps" if math.isfinite(batches) else "max_steps, because the data have no length,"

@@ -329,6 +329,28 @@ def test_data_without_a_length(tmp_path):
 
     pruning = PruningCallback("cubic", sparsity=0.75)
     loader = torch.utils.data.DataLoader(Stream(), batch_size=4)
+    with pytest.raises(UserError, match="set max_steps, because the data have no length, in the Trainer"):
+        trainer(tmp_path, PruningCallback("cubic")).fit(Copying(), loader)
     trainer(tmp_path, pruning, max_epochs=-1, max_steps=60).fit(Copying(), loader)
     assert (pruning.pruner.run.total_steps, pruning.pruner.run.epochs) == (60, 20)
     assert pruning.pruner.reached()
+
+
+@pytest.mark.parametrize("options", [
+    {"method": "gradual"}, {"method": "hard", "prune_itr": 5000}, {"method": "cubic", "end_itr": "30 epochs"},
+    {"method": "rigl", "freq": 500}, {"method": "block"}, {"method": "random"}, {"method": "none"},
+])  # fmt: skip
+@pytest.mark.parametrize("fast", [True, 3])
+@pytest.mark.parametrize("module", [Copying, TwoOptimizers])
+def test_fast_dev_run_runs_and_says_that_the_schedule_did_not(tmp_path, module, options, fast):
+    module = module()
+    pruning = PruningCallback(**options)
+    with pytest.warns(UserWarning, match="fast_dev_run") as said:
+        trainer(tmp_path, pruning, fast_dev_run=fast).fit(module, data())
+    assert not any("pruning ended" in str(one.message) for one in said)
+    assert 1 <= pruning.pruner.itr <= fast
+    if options["method"] == "rigl":
+        assert pruning.pruner.reached(), "it is sparse from the first step"
+    slip = trainer(tmp_path, PruningCallback("cubic", scope={"out.wieght": {"sparsity": 0.5}}), fast_dev_run=fast)
+    with pytest.warns(UserWarning, match="fast_dev_run"), pytest.raises(UserError, match="wieght"):
+        slip.fit(module, data())
