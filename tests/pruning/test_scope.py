@@ -1,11 +1,16 @@
 """Which weights are pruned, under which settings and thresholds."""
 
+from pathlib import Path
+from types import MappingProxyType
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from srnn.errors import UserError
 from srnn.pruning import Cubic, Pruner, RigL, prunable
+from srnn.pruning.arguments import build_method
 
 
 class Many(nn.Module):
@@ -231,3 +236,22 @@ def test_a_model_that_is_frozen_as_a_whole_is_refused():
         Pruner(model, "cubic", 100)
     model.weight_hh_l0.data[0] = 0
     assert set(Pruner(model, "fixed", 100).masks()) == {"weight_ih_l0", "weight_hh_l0"}, "its zeros stay by themselves"
+
+
+def test_options_may_be_any_sequence_and_mapping():
+    options = {"layer_types": ["recurrent", "linear"], "scope": {"gru.*": {"sparsity": 0.5}}, "sparsity": 0.75}
+    expected = Pruner(Many(), {"name": "cubic"} | options, 100)
+    same = options | {"layer_types": ("recurrent", "linear"), "scope": MappingProxyType(options["scope"])}
+    for config in (OmegaConf.create(options), same):
+        found = Pruner(Many(), "cubic", 100, **config)
+        assert found.method == expected.method == Cubic(**config)
+        assert found.method.settings == expected.method.settings
+        assert names(found) == names(expected)
+    file = Path(__file__).parents[2] / "conf/pruning/cubic.yaml"
+    assert Pruner(Many(), OmegaConf.load(file), 100).method == Cubic()
+    q = OmegaConf.create({"q": {"recurrent": 0.2, "linear": 0.3, "embedding": 1.1}})
+    assert build_method("gradual", q).q == {"recurrent": 0.2, "linear": 0.3, "embedding": 1.1}
+    with pytest.raises(UserError, match=r"layer_types=\['recurent'\] must be list of 'recurrent' or"):
+        Pruner(Many(), "cubic", 100, layer_types=("recurent",))
+    with pytest.raises(UserError, match="layer_types='recurrent' must be list of"):
+        Pruner(Many(), "cubic", 100, layer_types="recurrent")
