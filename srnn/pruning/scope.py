@@ -210,14 +210,19 @@ def build_groups(
                 members.setdefault((key, *together.values()), []).append(part)
     _warn_of_frozen(left)
     groups = [_group(key, general, parts) for key, parts in members.items()]
+    _check_diagonals(groups)
+    _warn_of_large_blocks(groups)
+    return groups
+
+
+def _check_diagonals(groups: Sequence[Group]) -> None:
+    """Raise UserError if none of the matrices whose diagonal is to be kept has one."""
     keeping = [part for group in groups if group.keep_diagonal for part in group.parts]
     if keeping and not any(part.is_square for part in keeping):
         raise UserError(
             f"pruning.keep_diagonal=true: of {', '.join(part.name for part in keeping)} none is a recurrent matrix "
             f"(weight_hh) with a diagonal."
         )
-    _warn_of_large_blocks(groups)
-    return groups
 
 
 def _warn_of_frozen(names: Sequence[str]) -> None:
