@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 
 from srnn.errors import UserError
-from srnn.pruning.arguments import build_method
+from srnn.pruning.arguments import build_method, unwrapped
 from srnn.pruning.methods.base import PruningMethod
+from srnn.pruning.parts import some_of
 from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import RunLength
+
+# Stands for the run whose first steps ``fast_dev_run`` tries out: long enough for any schedule.
+_DEV_RUN = RunLength(10_000_000, 10_000)
 
 
 class PruningCallback(pl.Callback):
@@ -48,8 +54,9 @@ class PruningCallback(pl.Callback):
         options: of the method, where it is given by name.
 
     Its state (masks, thresholds, iteration) goes into the Trainer's checkpoints, under its method, options and module:
-    a Trainer may have several that differ in one of these. With Lightning's ``WeightAveraging``, which has to stand
-    before it, the average is masked too.
+    a Trainer may have several that differ in one of these. With Lightning's ``WeightAveraging`` and
+    ``StochasticWeightAveraging``, which have to stand before it, the average is masked too. Weights that others write
+    after the last step, such as in a module's ``on_train_end``, are masked once more, with a warning.
 
     Attributes:
         method: the method it was given.
@@ -91,53 +98,66 @@ class PruningCallback(pl.Callback):
         Raises:
             UserError: the run has no known length, or cannot be pruned as asked.
         """
-        total = trainer.estimated_stepping_batches
-        if total == float("inf"):
-            raise UserError("pruning needs to know how long the run is: set max_epochs or max_steps in the Trainer.")
-        batches = trainer.num_training_batches
-        # Data without a length: the run counts as 20 epochs.
-        per_epoch = 0 if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            warnings.warn("fast_dev_run: pruning is set up and tried out, and its schedule is not run.", stacklevel=2)
+        run = _run_length(trainer, pl_module.automatic_optimization)
         model = pl_module if self.model is None else self.model
         average = self._average(trainer, pl_module)
         state, before = self._restored, self.pruner
-        self.pruner = Pruner(
-            model, self.method, RunLength(int(total), per_epoch), trainer.optimizers, self.reference, average
-        )
+        self.pruner = Pruner(model, self.method, run, trainer.optimizers, self.reference, average)
         self._restored, self._seen = None, trainer.global_step
         if state is None and before is not None and trainer.global_step > 0:
             state = before.state_dict()  # a second ``fit`` of the same Trainer resumes
         if state is not None:
             self.pruner.load_state_dict(state)
         else:
-            self.pruner.itr = trainer.global_step  # of a dense network's checkpoint
+            # Of a dense network's checkpoint.
+            automatic = pl_module.automatic_optimization
+            self.pruner.itr = trainer.global_step if automatic else _manual_itr(trainer, run)
 
     def _average(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> nn.Module | None:
         """The average of what is pruned, where the Trainer keeps one."""
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for place, callback in enumerate(callbacks):
             # Lightning has no public name for the average.
-            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-                if place > callbacks.index(self):
-                    raise UserError(
-                        f"callbacks: {type(callback).__name__} must stand before PruningCallback, which masks the "
-                        f"average after it is updated."
-                    )
-                average: nn.Module = callback._average_model.module
-                names = [name for name, module in pl_module.named_modules() if module is self.model]
-                return average.get_submodule(names[0]) if names else average
+            if not isinstance(callback, WeightAveraging | StochasticWeightAveraging) or callback._average_model is None:
+                continue
+            if place > callbacks.index(self):
+                raise UserError(
+                    f"callbacks: {type(callback).__name__} must stand before PruningCallback, which masks the "
+                    f"average after it is updated, and what it writes into the module when training ends."
+                )
+            # One of them wraps the copy in an AveragedModel.
+            average: nn.Module = unwrapped(callback._average_model)
+            names = [name for name, module in pl_module.named_modules() if module is self.model]
+            return average.get_submodule(names[0]) if names else average
         return None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """One pruning step for each optimiser step; gradient accumulation has batches without one."""
         assert self.pruner is not None
-        if trainer.global_step > self._seen:
-            self._seen = trainer.global_step
+        steps = int(trainer.global_step > self._seen)
+        self._seen = trainer.global_step
+        if not (pl_module.automatic_optimization or trainer.fast_dev_run):  # type: ignore[attr-defined]
+            # A batch may have several optimiser steps, or none: pruning keeps up with the part of the run that is done.
+            steps = max(steps, _manual_itr(trainer, self.pruner.run) - self.pruner.itr)
+        for _step in range(steps):
             self.pruner.step()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Masks found in the very last step still have to be applied."""
-        if self.pruner is not None:
+        if self.pruner is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.pruner.finalize()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Mask again what others wrote when training ended: their ``on_train_end`` may come after this callback's."""
+        if self.pruner is not None and (written := self.pruner.mask_again()):
+            warnings.warn(
+                f"pruned weights of {some_of(written)} were written after PruningCallback had masked them, when "
+                f"training ended, and are zero again. Checkpoints from in between have them: put the callback that "
+                f"writes weights before PruningCallback.",
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Goes into every checkpoint."""
@@ -162,3 +182,59 @@ class PruningCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until training starts, when the pruner is built."""
         self._restored = state_dict or None
+
+
+def _run_length(trainer: pl.Trainer, automatic: bool) -> RunLength:
+    """How long the run will be, in optimiser steps; with manual optimisation see ``_manual_itr``.
+
+    Raises:
+        UserError: nobody knows.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return _DEV_RUN
+    batches, limit, epochs = trainer.num_training_batches, trainer.max_steps, _epochs(trainer)
+    if limit == -1 and math.inf in (batches, epochs):
+        known = "max_epochs or max_steps" if math.isfinite(batches) else "max_steps, because the data have no length,"
+        raise UserError(f"pruning needs to know how long the run is: set {known} in the Trainer.")
+    if batches == math.inf:
+        return RunLength(limit)  # counts as 20 epochs
+    if not automatic:
+        all_batches, steps = _manual_limits(trainer)
+        each = max(1, len(trainer.optimizers)) if steps < all_batches else 1  # usually all step on each batch
+        return RunLength(int(min(all_batches, steps)), batches * each)
+    schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    if not schedulers:
+        per_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+        total = per_epoch * epochs
+        return RunLength(int(total if limit == -1 else min(total, limit)), per_epoch)
+    total, epoch = 0, 0.0  # with steps that become fewer
+    while epoch < epochs and total != limit:
+        steps = max(1, math.ceil(batches / schedulers[-1].get_accumulate_grad_batches(int(epoch))))
+        taken = steps if limit == -1 else min(steps, limit - total)
+        total, epoch = total + taken, epoch + taken / steps
+    return RunLength(total, total / epoch if epoch else 0.0)
+
+
+def _epochs(trainer: pl.Trainer) -> float:
+    """How many epochs the Trainer trains for, infinite if it has no such limit."""
+    if trainer.max_epochs in (None, -1):
+        return math.inf
+    # With batch norm, this callback adds an epoch that only measures activations.
+    averages = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging)]  # type: ignore[attr-defined]
+    return max(1, trainer.max_epochs - sum(bool(c._model_contains_batch_norm) for c in averages))
+
+
+def _manual_limits(trainer: pl.Trainer) -> tuple[float, float]:
+    """After how many batches, and how many optimiser steps, manual optimisation ends; infinite without a limit."""
+    return trainer.num_training_batches * _epochs(trainer), math.inf if trainer.max_steps == -1 else trainer.max_steps
+
+
+def _manual_itr(trainer: pl.Trainer, run: RunLength) -> int:
+    """How far the run is, in its own steps, where the module steps its optimisers itself.
+
+    How many of them step on a batch only the module knows. ``max_epochs`` limits batches, and ``max_steps`` the steps
+    of all optimisers: what is nearer to its limit counts, so that the schedule ends with the run.
+    """
+    batches, steps = _manual_limits(trainer)
+    done = max((trainer.fit_loop.epoch_loop.total_batch_idx + 1) / batches, trainer.global_step / steps)
+    return math.floor(done * run.total_steps + 1e-6)

@@ -82,7 +82,7 @@ class Group:
         # One weight stays, however few there are: a group of zeros has no threshold, and passes nothing on. Rounded
         # half up: Python's own rounding, half to even, goes now up and now down.
         wanted = min(self.size - 1, math.floor(sparsity * self.size + 0.5))
-        return min(wanted, self._prunable) if self.structure.of else wanted
+        return min(wanted, self.most_zeros) if self.structure.of else wanted
 
     def ranking(self, scorer: Scorer | None = None) -> Ranking:
         """Its units by score, as the weights are now. What must stay, stays.
@@ -134,7 +134,7 @@ class Group:
         return scores if best is None else scores.masked_fill(best, torch.inf)
 
     @cached_property
-    def _prunable(self) -> int:
+    def most_zeros(self) -> int:
         """How many weights may be zero: all but those that N:M and the diagonal keep."""
         free = 0
         for piece in self.pieces:
@@ -150,7 +150,7 @@ class Group:
                 f"structure={share} leaves {share.keep} of {share.of} weights, a sparsity of {left:g}, and "
                 f"sparsity={sparsity:g} is asked for: set pruning.sparsity={left:g} with it."
             )
-        if self.keep_diagonal and self.target > (most := self._prunable):
+        if self.keep_diagonal and self.target > (most := self.most_zeros):
             raise UserError(
                 f"pruning.keep_diagonal=true keeps so much of {self.name} in blocks of {share} that at most "
                 f"{most / self.size:.4g} can be pruned, and sparsity={sparsity:g} is asked for: choose smaller "

@@ -5,7 +5,7 @@ Shapes: G gates, R rows of a gate, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,13 @@ from srnn.formats import Shape
 # Weights looked at together. A temporary of so many fp32 numbers takes 16 MB, however large a matrix is; smaller pieces
 # would launch more kernels on a GPU, each with less to do.
 PIECE = 1 << 22
+_NAMED = 8  # in a message; a large model may have hundreds
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names, for a message, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def count(flags: Tensor) -> Tensor:

@@ -18,14 +18,13 @@ from srnn.distributed import check_equal
 from srnn.errors import UserError
 from srnn.pruning.arguments import averaged, build_method, check_argument, unwrapped
 from srnn.pruning.methods.base import PruningMethod
-from srnn.pruning.parts import Part, count
+from srnn.pruning.parts import Part, count, some_of
 from srnn.pruning.report_rows import ReportRow, report_rows
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import masks_of
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 COMPARE_EVERY = 100  # steps between two comparisons of the ranks, beside those at updates: each reads all weights
-NAMED_IN_WARNING = 8  # parameters; a large model may have hundreds
 
 
 class Pruner:
@@ -99,7 +98,7 @@ class Pruner:
         if self.method.layer_types and not self.groups:
             raise UserError(
                 f"pruning.layer_types={list(self.method.layer_types)}: the model has no weights of these types to "
-                f"prune."
+                f"prune, or all of them are frozen or left out."
             )
         for group in self.groups:
             group.importance = self.method.importance
@@ -123,7 +122,7 @@ class Pruner:
         others = [n for n, p in self._parameters.items() if p.requires_grad and id(p) not in theirs]
         if self.optimizers and others:
             warnings.warn(
-                f"no optimizer given to the Pruner updates {_named(others)}: if another does, its state of pruned "
+                f"no optimizer given to the Pruner updates {some_of(others)}: if another does, its state of pruned "
                 f"weights stays; give all optimizers as a list.",
                 stacklevel=3,
             )
@@ -194,6 +193,8 @@ class Pruner:
             self._check_parameters()
             check_equal(self._compared(), self.itr)
         if update and not self.method.delayed:
+            if self.method.regrows:
+                self._apply()  # what grows starts from zero, and not from the optimiser's step on a pruned weight
             self._update()
             self._apply()
         else:
@@ -226,11 +227,28 @@ class Pruner:
                 )
         if self.method.updates and (empty := self._empty()):
             warnings.warn(
-                f"pruning left no weight of {_named(empty)}: nothing passes through them any more. "
+                f"pruning left no weight of {some_of(empty)}: nothing passes through them any more. "
                 f"Lower pruning.sparsity, or give them a lower one of their own: pruning.scope={{{empty[0]}: "
                 f"{{sparsity: ...}}}}.",
                 stacklevel=2,
             )
+
+    @torch.no_grad()
+    def mask_again(self) -> list[str]:
+        """Zero the pruned weights that something else wrote since they were masked.
+
+        Returns:
+            The names of the parameters it found them in.
+        """
+        if self.itr <= self.method.dense_until:
+            return []
+        written = []
+        for name, parameter in self._parameters.items():
+            pruned = ~self._masks[name].to(parameter.device)  # a Trainer moves the model to the CPU in the end
+            if bool((parameter[pruned] != 0).any()):
+                parameter.masked_fill_(pruned, 0)
+                written.append(name)
+        return written
 
     def _empty(self) -> list[str]:
         """The matrices, and the gates of others, of which every weight is pruned."""
@@ -362,9 +380,3 @@ class Pruner:
         self.method.load_state_dict(state["method"])
         self._held_bits.clear()
         self._checked = False
-
-
-def _named(parameters: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
-    more = f" and {len(parameters) - NAMED_IN_WARNING} more" if len(parameters) > NAMED_IN_WARNING else ""
-    return ", ".join(parameters[:NAMED_IN_WARNING]) + more

@@ -19,7 +19,7 @@ When = int | float | str  # steps, a fraction of the whole run, "3 epochs", or "
 Freq = Annotated[int, Range(ge=1)] | Literal["auto"]
 PAPER_EPOCHS = 20  # where a run does not say how long an epoch is
 MIN_EPOCHS = 5  # below this, "second epoch", "25 %" and "50 %" crowd each other out
-UPDATES = 50  # thresholds move at least this often between start_itr and end_itr
+UPDATES = 50  # Algorithm 1's threshold moves at least this often between start_itr and end_itr
 
 
 @dataclass(frozen=True)
@@ -230,6 +230,7 @@ def resolve_gradual(
             f"end_itr."
         )
     chosen = _resolve_freq(freq, start_itr, end_itr, ended, run)
+    _check_threshold_moves_often(chosen, start_itr, end_itr)
     schedule = GradualSchedule(start_itr, ramp_itr, end_itr, chosen, phi_ratio)
     if not schedule.updates:
         raise UserError(f"{got} leave no step for an update; move end_itr further from start_itr.")
@@ -237,10 +238,11 @@ def resolve_gradual(
 
 
 def resolve_cubic(start: When, end: When, freq: Freq, initial: float, run: RunLength) -> CubicSchedule:
-    """Start with the second epoch and end at 50 % of the run where a setting is ``auto``; freq as for ``gradual``.
+    """Start with the second epoch and end at 50 % of the run where a setting is ``auto``; ``freq`` as for ``gradual``,
+    and if it is given, of any size: pruning in a few rounds.
 
     Raises:
-        UserError: iterations out of order or beyond the run, ``freq`` too coarse.
+        UserError: iterations out of order or beyond the run, ``freq`` beyond them.
     """
     start_itr = max(1, iteration("pruning.start_itr", start, run.steps_per_epoch, run))
     end_itr = iteration("pruning.end_itr", end, 0.5 * run.total_steps, run)
@@ -255,10 +257,10 @@ def resolve_cubic(start: When, end: When, freq: Freq, initial: float, run: RunLe
 
 
 def resolve_cosine(end: When, freq: Freq, drop_fraction: float, run: RunLength) -> CosineSchedule:
-    """End at 75 % of the run where ``end`` is ``auto``, as RigL's authors do; freq as for ``gradual``.
+    """End at 75 % of the run where ``end`` is ``auto``, as RigL's authors do; ``freq`` as for ``cubic``.
 
     Raises:
-        UserError: ``end`` beyond the run, ``freq`` too coarse, no update at all.
+        UserError: ``end`` beyond the run, no update at all.
     """
     heuristic = 0.75 * run.total_steps
     end_itr = round(heuristic) if end == "auto" else iteration("pruning.end_itr", end, heuristic, run)
@@ -270,14 +272,24 @@ def resolve_cosine(end: When, freq: Freq, drop_fraction: float, run: RunLength) 
 
 
 def _resolve_freq(freq: Freq, start_itr: int, end_itr: int, ended: str, run: RunLength) -> int:
-    """100, but at most 1/50 of end - start, which is what else may be asked for."""
+    """The one asked for; ``auto`` is 100, but at most 1/50 of end - start."""
     if end_itr > run.total_steps:
         raise UserError(f"{ended} is after the end of {run}; lower it, or train for longer (trainer.max_epochs).")
-    coarsest = max(1, (end_itr - start_itr) // UPDATES)
-    chosen = min(100, coarsest) if freq == "auto" else int(freq)
-    if chosen > coarsest:
+    span = end_itr - start_itr
+    chosen = min(100, max(1, span // UPDATES)) if freq == "auto" else int(freq)
+    if chosen > span:
         raise UserError(
-            f"pruning.freq={chosen} is too coarse: at most 1/{UPDATES} of end_itr - start_itr = "
-            f"{end_itr - start_itr}, so at most {coarsest}; or leave it at auto."
+            f"pruning.freq={chosen} is more than the {span} steps between start_itr and end_itr in {run}: lower it, or "
+            f"leave it at auto."
         )
     return chosen
+
+
+def _check_threshold_moves_often(freq: int, start_itr: int, end_itr: int) -> None:
+    """Raise UserError if Algorithm 1's threshold would rise in few, large steps: each overshoots what is wanted."""
+    coarsest = max(1, (end_itr - start_itr) // UPDATES)
+    if freq > coarsest:
+        raise UserError(
+            f"pruning.freq={freq} is too coarse: at most 1/{UPDATES} of end_itr - start_itr = "
+            f"{end_itr - start_itr}, so at most {coarsest}; or leave it at auto."
+        )

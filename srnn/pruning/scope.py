@@ -16,7 +16,8 @@ from srnn.cells import GATE_LETTERS, gates_of
 from srnn.errors import UserError
 from srnn.formats import Structure
 from srnn.pruning.groups import Group
-from srnn.pruning.parts import Part
+from srnn.pruning.left_out import check_built, is_half_of_a_norm, warn_of_left_out
+from srnn.pruning.parts import Part, some_of
 from srnn.pruning.scores import Score
 from srnn.registry import Component, check_options
 from srnn.registry.option_types import Share
@@ -112,12 +113,15 @@ def prunable(model: nn.Module) -> list[Weight]:
     they are pruned only where a pattern names them. Biases and normalisation cannot be.
 
     Raises:
-        UserError: a weight is sharded over devices.
+        UserError: a weight is sharded over devices, or of a lazy layer that has seen no batch.
     """
     # By identity: a weight that layers share, such as a tied embedding, has one mask, and the type of the first layer.
     found: dict[int, Weight] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            check_built(name, parameter)
+            if is_half_of_a_norm(module, name.rpartition(".")[2]):
+                continue
             if parameter.ndim < 2 or not parameter.is_floating_point() or not parameter.numel():
                 continue
             if id(parameter) in found:
@@ -157,6 +161,7 @@ def build_groups(
     scope: Scope | None,
     share: Sharing,
     settings: GroupSettings,
+    frozen: bool = False,
 ) -> list[Group]:
     """The groups of a model that share a threshold: by layer type, then in the model's order.
 
@@ -168,8 +173,11 @@ def build_groups(
             also selects what ``layer_types`` leaves out.
         share: which weights share a threshold, as far as their settings are the same.
         settings: of what no pattern names.
+        frozen: whether weights that are not trained are pruned too, if no pattern names them. They cannot adapt to
+            zeros, and never share a threshold with trained ones.
 
-    Warns where a structure is larger than all the weights that it is for.
+    Warns where a structure is larger than all the weights that it is for, and of each matrix of the chosen layer types
+    that is left dense: one that cannot be pruned, such as under weight norm, or is frozen.
 
     Raises:
         UserError: a pattern matches nothing; two disagree about a weight; a diagonal is to be kept and there is none.
@@ -177,8 +185,11 @@ def build_groups(
     # A stable sort: within a layer type the model's own order stays, on which ties and checkpoints depend.
     weights = sorted(prunable(model), key=lambda weight: _ORDER.index(weight.layer_type))
     rules = _Rules(scope or {}, weights)
+    chosen = [(name, module) for name, module in model.named_modules() if _layer_type(module) in layer_types]
+    warn_of_left_out(chosen, list(scope or {}))
     general = vars(settings)
     members: dict[tuple[Any, ...], list[Part]] = {}
+    left = []
     for weight in weights:
         # Contiguous whatever the parameter is, so that parts and pieces of it are views that can be written to.
         mask = torch.ones_like(weight.parameter, dtype=torch.bool, memory_format=torch.contiguous_format)
@@ -189,19 +200,38 @@ def build_groups(
             # A weight that a pattern names is selected, whatever its type; sparsity 0 leaves it out, whatever names it.
             together = general | own
             selected = weight.layer_type in layer_types or bool(own)
-            if selected and together["sparsity"] != 0:
+            trained = weight.parameter.requires_grad
+            if selected and together["sparsity"] != 0 and not (trained or own or frozen):
+                left.append(part.name)
+            elif selected and together["sparsity"] != 0:
                 # The settings are part of the key: weights with other ones cannot share a threshold.
                 key = {"layer_type": weight.layer_type, "matrix": part.name, "global": "all"}[share]
+                key += "" if trained or share == "matrix" else " frozen"
                 members.setdefault((key, *together.values()), []).append(part)
+    _warn_of_frozen(left)
     groups = [_group(key, general, parts) for key, parts in members.items()]
+    _check_diagonals(groups)
+    _warn_of_large_blocks(groups)
+    return groups
+
+
+def _check_diagonals(groups: Sequence[Group]) -> None:
+    """Raise UserError if none of the matrices whose diagonal is to be kept has one."""
     keeping = [part for group in groups if group.keep_diagonal for part in group.parts]
     if keeping and not any(part.is_square for part in keeping):
         raise UserError(
             f"pruning.keep_diagonal=true: of {', '.join(part.name for part in keeping)} none is a recurrent matrix "
             f"(weight_hh) with a diagonal."
         )
-    _warn_of_large_blocks(groups)
-    return groups
+
+
+def _warn_of_frozen(names: Sequence[str]) -> None:
+    if names:
+        warnings.warn(
+            f"pruning leaves {some_of(names)} dense, also if they are trained later: they are frozen "
+            f"(requires_grad=False). To prune them, name them in pruning.scope={{{names[0]}: {{sparsity: ...}}}}.",
+            stacklevel=2,
+        )
 
 
 def _warn_of_large_blocks(groups: Sequence[Group]) -> None:

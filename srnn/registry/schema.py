@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any
@@ -182,12 +182,30 @@ def _ranges(annotation: Any) -> list[Range]:
     return [] if origin in (list, dict) else [mark for a in args for mark in _ranges(a)]
 
 
+def plain_containers(value: Any) -> Any:
+    """Lists and dictionaries of any sequences and mappings, such as tuples and OmegaConf's; others as they are.
+
+    Example:
+        >>> plain_containers({"layer_types": ("recurrent", "linear"), "sparsity": 0.9})
+        {'layer_types': ['recurrent', 'linear'], 'sparsity': 0.9}
+    """
+    if isinstance(value, Mapping):
+        return {key: plain_containers(each) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
+        return [plain_containers(each) for each in value]
+    return value
+
+
+def _wants_tuple(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is tuple or any(map(_wants_tuple, typing.get_args(annotation)))
+
+
 def check_options(options: Mapping[str, Option], given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Check ``given`` against the options' types and bounds.
 
     Args:
         options: what is allowed.
-        given: key -> value, as a config or the command line gave it.
+        given: key -> value, as a config or the command line gave it. A list may be any sequence, a mapping any mapping.
         where: the config key these belong under, for messages.
 
     Returns:
@@ -212,6 +230,7 @@ def check_options(options: Mapping[str, Option], given: Mapping[str, Any], where
             raise UserError(
                 f"{prefix}{option.name} must be given ({type_name(option.type)}): add {prefix}{option.name}=..."
             )
+    given = {key: value if _wants_tuple(options[key].type) else plain_containers(value) for key, value in given.items()}
     fields: dict[str, Any] = {o.name: (o.type, ... if o.required else o.default) for o in options.values()}
     # Strict: true for an int, or "0.9" for a float, is a slip in a config. Options may begin with model_, as they like.
     config = pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=())

@@ -3,7 +3,13 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import (
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import nn
 
 from srnn import PruningCallback, UserError
@@ -126,6 +132,117 @@ def test_averaged_weights_are_masked(tmp_path, part):
         trainer(tmp_path, PruningCallback("cubic"), EMAWeightAveraging(decay=0.9)).fit(Copying(), data())
 
 
+@pytest.mark.parametrize("start", [0.3, 0.8])
+def test_stochastic_averages_are_masked(tmp_path, start):
+    module = Copying()
+    pruning = PruningCallback("gradual", sparsity=0.75)
+    average = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=start)
+    trainer(tmp_path, average, pruning, max_epochs=10).fit(module, data())
+    for name, mask in pruning.pruner.masks().items():
+        assert torch.equal(module.get_parameter(name) != 0, mask), name
+        assert (average._average_model.get_parameter(name)[~mask] == 0).all(), name
+    assert pruning.pruner.reached()
+    average = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=start)
+    with pytest.raises(UserError, match="StochasticWeightAveraging must stand before PruningCallback"):
+        trainer(tmp_path, PruningCallback("gradual"), average).fit(Copying(), data())
+
+
+def test_what_is_written_when_training_ends_is_masked_again(tmp_path):
+    class Writer(pl.Callback):
+        def on_train_end(self, trainer, module):
+            with torch.no_grad():
+                module.rnn.weight_hh_l0.fill_(0.5)
+
+    module, pruning = Copying(), PruningCallback("cubic", sparsity=0.75)
+    with pytest.warns(UserWarning, match=r"pruned weights of rnn\.weight_hh_l0 were written after"):
+        trainer(tmp_path, pruning, Writer()).fit(module, data())
+    assert torch.equal(module.rnn.weight_hh_l0 != 0, pruning.pruner.masks()["rnn.weight_hh_l0"])
+
+
+class Manual(TwoOptimizers):
+    """Steps one optimiser, both or none on a batch."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+
+    def training_step(self, batch, index):
+        optimizers = self.optimizers()
+        self.manual_backward(Copying.training_step(self, batch, index))
+        chosen = {"both": optimizers, "turns": [optimizers[index % 2]], "third": optimizers if index % 3 == 2 else []}
+        for optimizer in chosen[self.way]:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+LIMITS = [{"max_epochs": 6}, {"max_epochs": -1, "max_steps": 120}, {"max_epochs": 6, "max_steps": 120},
+          {"max_epochs": 20, "max_steps": 90}]  # fmt: skip
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=["epochs", "steps", "either", "steps first"])
+@pytest.mark.parametrize("way", ["both", "turns", "third"])
+def test_manual_optimisation_ends_with_its_schedule(tmp_path, way, limits):
+    pruning = PruningCallback("cubic", sparsity=0.75, start_itr=0.1, end_itr=0.8)
+    module = Manual(way)
+    trainer(tmp_path, pruning, **limits).fit(module, data())
+    assert pruning.pruner.itr == pytest.approx(pruning.pruner.run.total_steps, rel=0.02)
+    assert pruning.pruner.reached()
+    assert all(torch.equal(gone, ~pruning.pruner.masks()[name]) for name, gone in zeros(module).items())
+
+
+def test_accumulation_that_changes_over_epochs(tmp_path):
+    pruning = PruningCallback("cubic", sparsity=0.75, end_itr=0.9)
+    trainer(tmp_path, GradientAccumulationScheduler({0: 1, 2: 4}), pruning).fit(Copying(), data())
+    assert pruning.pruner.itr == pruning.pruner.run.total_steps == 2 * 15 + 4 * 4
+    assert pruning.pruner.run.epochs == pytest.approx(6)
+    assert pruning.pruner.reached()
+    few = PruningCallback("cubic", sparsity=0.75, start_itr=0.1, end_itr=0.9)
+    runner = trainer(tmp_path, GradientAccumulationScheduler({0: 1, 2: 4}), few, max_steps=40)
+    runner.fit(Copying(), data())
+    assert few.pruner.itr == few.pruner.run.total_steps == 40
+
+
+def test_the_epoch_that_only_measures_batch_norm_is_no_part_of_the_schedule(tmp_path):
+    class Normed(Copying):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(5)
+
+        def training_step(self, batch, index):
+            return super().training_step(self.norm(batch), index)
+
+    module, pruning = Normed(), PruningCallback("cubic", sparsity=0.75, end_itr=1.0)
+    trainer(tmp_path, StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=0.5), pruning).fit(module, data())
+    assert pruning.pruner.run.total_steps == 6 * 15
+    assert pruning.pruner.reached()
+    assert all(torch.equal(gone, ~pruning.pruner.masks()[name]) for name, gone in zeros(module).items())
+
+
+def test_a_layer_that_is_frozen_for_some_epochs_is_named_and_left_alone(tmp_path):
+    class Backbone(Copying):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Linear(4, 4)
+
+        def training_step(self, batch, index):
+            return super().training_step(self.backbone(batch), index)
+
+        def configure_optimizers(self):
+            return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+    def fit(**options):
+        module, pruning = Backbone(), PruningCallback("cubic", sparsity=0.75, **options)
+        trainer(tmp_path, BackboneFinetuning(unfreeze_backbone_at_epoch=3), pruning).fit(module, data())
+        assert pruning.pruner.itr == 6 * 15
+        assert pruning.pruner.reached()
+        return module
+
+    with pytest.warns(UserWarning, match=r"leaves backbone\.weight dense, also if they are trained later"):
+        assert not (fit().backbone.weight == 0).any()
+    named = fit(scope={"backbone.weight": {"sparsity": 0.75}})
+    assert int((named.backbone.weight == 0).sum()) == 12, "ranked alone"
+
+
 def test_a_run_without_an_end_is_refused(tmp_path):
     with pytest.raises(UserError, match="set max_epochs or max_steps"):
         trainer(tmp_path, PruningCallback("cubic"), max_epochs=-1).fit(Copying(), data())
@@ -212,6 +329,28 @@ def test_data_without_a_length(tmp_path):
 
     pruning = PruningCallback("cubic", sparsity=0.75)
     loader = torch.utils.data.DataLoader(Stream(), batch_size=4)
+    with pytest.raises(UserError, match="set max_steps, because the data have no length, in the Trainer"):
+        trainer(tmp_path, PruningCallback("cubic")).fit(Copying(), loader)
     trainer(tmp_path, pruning, max_epochs=-1, max_steps=60).fit(Copying(), loader)
     assert (pruning.pruner.run.total_steps, pruning.pruner.run.epochs) == (60, 20)
     assert pruning.pruner.reached()
+
+
+@pytest.mark.parametrize("options", [
+    {"method": "gradual"}, {"method": "hard", "prune_itr": 5000}, {"method": "cubic", "end_itr": "30 epochs"},
+    {"method": "rigl", "freq": 500}, {"method": "block"}, {"method": "random"}, {"method": "none"},
+])  # fmt: skip
+@pytest.mark.parametrize("fast", [True, 3])
+@pytest.mark.parametrize("module", [Copying, TwoOptimizers])
+def test_fast_dev_run_runs_and_says_that_the_schedule_did_not(tmp_path, module, options, fast):
+    module = module()
+    pruning = PruningCallback(**options)
+    with pytest.warns(UserWarning, match="fast_dev_run") as said:
+        trainer(tmp_path, pruning, fast_dev_run=fast).fit(module, data())
+    assert not any("pruning ended" in str(one.message) for one in said)
+    assert 1 <= pruning.pruner.itr <= fast
+    if options["method"] == "rigl":
+        assert pruning.pruner.reached(), "it is sparse from the first step"
+    slip = trainer(tmp_path, PruningCallback("cubic", scope={"out.wieght": {"sparsity": 0.5}}), fast_dev_run=fast)
+    with pytest.warns(UserWarning, match="fast_dev_run"), pytest.raises(UserError, match="wieght"):
+        slip.fit(module, data())

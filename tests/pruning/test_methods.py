@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -266,7 +266,7 @@ def test_rigl_needs_gradients_and_says_what_to_do():
     with pytest.raises(UserError, match=r"before optimizer\.zero_grad\(\), or choose pruning\.grow=random"):
         walk(RigL())
     model = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 8))
-    pruner = Pruner(model, RigL(freq=1, end_itr=100), 200)
+    pruner = Pruner(model, RigL(freq=1, end_itr=100, scope={"0.weight": {"sparsity": 0.5}}), 200)
     model(torch.randn(2, 8)).sum().backward()
     with pytest.raises(
         UserError, match=r"0\.weight has none: it is frozen; leave it out by pruning\.scope=\{0\.weight"
@@ -305,6 +305,70 @@ def test_a_density_of_its_own_stays_out_of_the_budget():
     others = [group for group in pruner.groups if group is not own]
     left = sum(group.size - group.pruned for group in others)
     assert left == round(0.1 * sum(group.size for group in others))
+
+
+METHODS = {"gradual": Gradual, "block": Block, "cubic": Cubic, "hard": Hard, "random": Random, "rigl": RigL}
+
+
+@given(
+    name=st.sampled_from(sorted(METHODS)), hidden=st.integers(4, 24), inputs=st.integers(1, 12),
+    sparsity=st.floats(0.3, 0.98), structure=st.sampled_from(["element", "2x1", "2x2"]),
+    density=st.sampled_from(["uniform", "er", "erk"]), grow=st.sampled_from(["gradient", "random"]),
+    network=st.sampled_from([nn.RNN, nn.GRU, nn.LSTM]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=40, derandomize=True)
+def test_every_method_keeps_the_diagonal(name, hidden, inputs, sparsity, structure, density, grow, network):
+    torch.manual_seed(0)
+    own = {"density": density, "grow": grow, "freq": 1, "end_itr": 40} if name == "rigl" else {}
+    model = network(inputs, hidden)
+    try:
+        pruner = Pruner(model, METHODS[name](sparsity=sparsity, structure=structure, keep_diagonal=True, **own), 50)
+    except UserError as error:
+        assume("keep_diagonal=true keeps so much" not in str(error))
+        raise
+
+    def check(pruner):
+        mask = pruner.masks()["weight_hh_l0"].view(-1, hidden, hidden)
+        assert mask.diagonal(dim1=1, dim2=2).all(), f"step {pruner.itr}"
+
+    check(pruner)
+    for _ in range(50):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+                parameter.grad = torch.randn_like(parameter)
+        pruner.step()
+        check(pruner)
+    assert pruner.reached()
+
+
+def test_rigl_keeps_the_diagonal_beyond_the_budget_of_a_matrix():
+    pruner = Pruner(nn.GRU(8, 64), "rigl", 1000, sparsity=0.98, keep_diagonal=True)
+    mask = pruner.masks()["weight_hh_l0"].view(3, 64, 64)
+    assert int(mask.diagonal(dim1=1, dim2=2).sum()) == 192
+    assert sum(int(mask.sum()) for mask in pruner.masks().values()) == round(0.02 * 3 * 64 * 72)
+    with pytest.raises(UserError, match=r"keeps so much of weight_hh_l0 .* at most 0\.9844 can be pruned"):
+        Pruner(nn.GRU(8, 64), "rigl", 1000, sparsity=0.99, keep_diagonal=True)
+
+
+@pytest.mark.parametrize("grow", ["gradient", "random"])
+def test_what_rigl_grows_starts_at_zero_with_its_state(grow):
+    torch.manual_seed(0)
+    model = nn.Linear(20, 10, bias=False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    pruner = Pruner(model, RigL(sparsity=0.5, freq=2, end_itr=100, grow=grow), 200, optimizer)
+    grown = 0
+    for _ in range(30):
+        before = pruner.masks()["weight"].clone()
+        model(torch.randn(8, 20)).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+        new = pruner.masks()["weight"] & ~before
+        grown += int(new.sum())
+        assert (model.weight[new] == 0).all()
+        assert all((state[new] == 0).all() for state in pruner.state_of(model.weight))
+    assert grown > 50
 
 
 def test_the_lottery_plugin_cuts_and_goes_back():

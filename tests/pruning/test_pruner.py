@@ -220,6 +220,16 @@ def test_hard_prunes_inside_the_run():
         UserError, match=r"prune_itr=1\.0 \(step 100\) must lie inside a run of 100 steps .*: from step 1 to 99"
     ):
         make(Hard(prune_itr=1.0), total=100)
+    for when in (0, 1, 0.5):
+        with pytest.raises(
+            UserError, match=r"2 steps or more, and this run has 1: .* Pruner\(model, 'hard', 2, prune_itr=1"
+        ):
+            make(Hard(prune_itr=when), total=1)
+    model = nn.GRU(8, 16)
+    once = Pruner(model, "hard", 2, prune_itr=1, sparsity=0.9)
+    once.step()
+    once.step()
+    assert sum(int((weight == 0).sum()) for weight in model.parameters() if weight.ndim == 2) == round(0.9 * 48 * 24)
 
 
 @pytest.mark.gpu

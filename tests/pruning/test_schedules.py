@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from srnn.errors import UserError
+from srnn.pruning import Pruner
 from srnn.pruning.forecast import expected_n_of_m, expected_sparsity
 from srnn.pruning.schedules import (
     CosineSchedule,
@@ -206,10 +208,23 @@ def test_a_run_of_unknown_epochs_counts_as_the_papers_20():
             r"start_itr=0\.5 \(step 1000\), .*end_itr=0\.2 \(step 400\) .* start_itr < end_itr",
         ),
         (lambda: resolve_cubic(0, 3000, "auto", 0.0, RUN), "end_itr=3000 is after the end of a run of 2000"),
-        (lambda: resolve_cubic(0, 1000, 40, 0.0, RUN), "freq=40 is too coarse.*at most 19"),
+        (lambda: resolve_cubic(0, 1000, 1000, 0.0, RUN), "freq=1000 is more than the 999 steps between"),
+        (lambda: resolve_gradual(0, 500, 1000, 40, 1.5, RUN), "freq=40 is too coarse.*at most 20"),
         (lambda: resolve_cosine(1, "auto", 0.3, RUN), "end_itr=1 leaves no step"),
     ],
 )
 def test_cubic_and_cosine_refusals(resolve, words):
     with pytest.raises(UserError, match=words):
         resolve()
+
+
+def test_pruning_in_a_few_rounds():
+    cubic = resolve_cubic(100, 1100, 100, 0.0, RUN)
+    assert list(cubic.updates) == list(range(100, 1101, 100)), "ten rounds after the first"
+    assert cubic.sparsity(1100, 0.9) == 0.9
+    assert list(resolve_cubic(100, 1100, 1000, 0.5, RUN).updates) == [100, 1100]
+    assert list(resolve_cosine(1000, 200, 0.3, RUN).updates) == [200, 400, 600, 800]
+    assert resolve_gradual(0, 500, 1000, 20, 1.5, RUN).freq == 20
+    pruner = Pruner(nn.Linear(10, 10), "cubic", 200, sparsity=0.9, start_itr=1, end_itr=0.8, freq=30)
+    assert sum(pruner.step() for _ in range(200)) == 6
+    assert pruner.reached()

@@ -1,11 +1,16 @@
 """Which weights are pruned, under which settings and thresholds."""
 
+from pathlib import Path
+from types import MappingProxyType
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from srnn.errors import UserError
 from srnn.pruning import Cubic, Pruner, RigL, prunable
+from srnn.pruning.arguments import build_method
 
 
 class Many(nn.Module):
@@ -191,3 +196,62 @@ def test_options_are_checked_like_a_config():
         Pruner(Many(), RigL(structure="2:4", sparsity=0.5), 100)
     by_config = Pruner(Many(), {"name": "cubic", "sparsity": 0.5, "structure": "4x1"}, 100)
     assert by_config.method == Cubic(sparsity=0.5, structure="4x1")
+
+
+def frozen_embedding():
+    vectors = torch.randn(11, 8) / 100  # smaller than what is trained: ranked with it, all would go
+    parts = {"emb": nn.Embedding.from_pretrained(vectors, freeze=True), "rnn": nn.GRU(8, 16), "out": nn.Linear(16, 11)}
+    return nn.ModuleDict(parts)
+
+
+@pytest.mark.parametrize("share", ["layer_type", "matrix", "global"])
+def test_frozen_weights_are_left_alone_unless_a_pattern_names_them(share):
+    model = frozen_embedding()
+    before = model["emb"].weight.clone()
+    with pytest.warns(UserWarning, match=r"leaves emb\.weight dense.*frozen.*pruning\.scope=\{emb\.weight"):
+        pruner = Pruner(model, "cubic", 100, sparsity=0.75, share=share)
+    assert set(pruner.masks()) == {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "out.weight"}
+    for _ in range(100):
+        pruner.step()
+    assert torch.equal(model["emb"].weight, before)
+    assert pruner.reached()
+
+
+@pytest.mark.filterwarnings("error")
+def test_frozen_weights_that_a_pattern_names_are_ranked_apart():
+    model = frozen_embedding()
+    pruner = Pruner(model, "cubic", 100, sparsity=0.75, share="global", scope={"emb.*": {"sparsity": 0.75}})
+    assert {group.name for group in pruner.groups} == {"all", "all frozen"}
+    for _ in range(100):
+        pruner.step()
+    assert pruner.reached()
+    assert int((model["emb"].weight == 0).sum()) == 66
+    Pruner(frozen_embedding(), "cubic", 100, scope={"emb.*": {"sparsity": 0}})  # left dense, and no word
+
+
+def test_a_model_that_is_frozen_as_a_whole_is_refused():
+    model = nn.GRU(4, 8).requires_grad_(False)
+    words = "or all of them are frozen"
+    with pytest.warns(UserWarning, match="weight_ih_l0"), pytest.raises(UserError, match=words):
+        Pruner(model, "cubic", 100)
+    model.weight_hh_l0.data[0] = 0
+    assert set(Pruner(model, "fixed", 100).masks()) == {"weight_ih_l0", "weight_hh_l0"}, "its zeros stay by themselves"
+
+
+def test_options_may_be_any_sequence_and_mapping():
+    options = {"layer_types": ["recurrent", "linear"], "scope": {"gru.*": {"sparsity": 0.5}}, "sparsity": 0.75}
+    expected = Pruner(Many(), {"name": "cubic"} | options, 100)
+    same = options | {"layer_types": ("recurrent", "linear"), "scope": MappingProxyType(options["scope"])}
+    for config in (OmegaConf.create(options), same):
+        found = Pruner(Many(), "cubic", 100, **config)
+        assert found.method == expected.method == Cubic(**config)
+        assert found.method.settings == expected.method.settings
+        assert names(found) == names(expected)
+    file = Path(__file__).parents[2] / "conf/pruning/cubic.yaml"
+    assert Pruner(Many(), OmegaConf.load(file), 100).method == Cubic()
+    q = OmegaConf.create({"q": {"recurrent": 0.2, "linear": 0.3, "embedding": 1.1}})
+    assert build_method("gradual", q).q == {"recurrent": 0.2, "linear": 0.3, "embedding": 1.1}
+    with pytest.raises(UserError, match=r"layer_types=\['recurent'\] must be list of 'recurrent' or"):
+        Pruner(Many(), "cubic", 100, layer_types=("recurent",))
+    with pytest.raises(UserError, match="layer_types='recurrent' must be list of"):
+        Pruner(Many(), "cubic", 100, layer_types="recurrent")

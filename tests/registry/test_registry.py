@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 import pytest
 
 from srnn.errors import UserError
-from srnn.registry import KINDS, Range, Registry, check_options, register, type_name
+from srnn.registry import KINDS, Option, Range, Registry, check_options, register, type_name
 
 
 @pytest.fixture
@@ -113,3 +113,8 @@ def test_plugins_are_found_and_broken_ones_isolated(registry, tmp_path, monkeypa
 
 def test_every_kind_has_components():
     assert all(register.names(kind) for kind in KINDS)
+
+
+def test_an_option_of_a_tuple_takes_one():
+    options = {"pair": Option("pair", tuple[int, int]), "many": Option("many", list[int])}
+    assert check_options(options, {"pair": (1, 2), "many": (1, 2)}, "") == {"pair": (1, 2), "many": [1, 2]}

@@ -22,6 +22,7 @@ from srnn.pruning.scope import DEFAULT_LAYER_TYPES, GroupSettings, LayerType, Sc
 from srnn.pruning.scores import Score
 from srnn.registry import Range, check_ranges
 from srnn.registry.option_types import PositiveShare
+from srnn.registry.schema import plain_containers
 
 LayerTypes = list[LayerType]
 Seed = Annotated[int, Range(ge=0, le=2**32 - 1)]
@@ -206,6 +207,8 @@ class Structured(PruningMethod):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        # Given in code as a tuple, or by OmegaConf, they are the same settings, also in a checkpoint.
+        self.layer_types, self.scope = plain_containers(self.layer_types), plain_containers(self.scope)
         Structure.parse(self.structure)
 
     def _groups(self, model: nn.Module, share: Sharing, sparsity: float) -> list[Group]:

@@ -24,7 +24,8 @@ class Fixed(PruningMethod):
 
     def groups(self, model: nn.Module) -> list[Group]:
         """The model's weights by layer type."""
-        return build_groups(model, self.layer_types, None, "layer_type", GroupSettings())
+        # Zeros of frozen weights stay by themselves; they are reported with the others.
+        return build_groups(model, self.layer_types, None, "layer_type", GroupSettings(), frozen=True)
 
     def prepare(self, run: RunLength, groups: Sequence[Group], reference: Mapping[str, Tensor] | None) -> None:
         """Take the masks from the weights. Raises UserError if there is no zero."""

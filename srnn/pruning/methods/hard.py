@@ -25,6 +25,12 @@ class Hard(Shared):
     def prepare(self, run: RunLength, groups: Sequence[Group], reference: Mapping[str, Tensor] | None) -> None:
         """Resolve the step; it must leave a step to train on."""
         itr = iteration("pruning.prune_itr", self.prune_itr, 0.25 * run.total_steps, run)
+        if run.total_steps < 2:
+            raise UserError(
+                f"pruning=hard prunes inside a training of 2 steps or more, and this run has {run.total_steps}: to "
+                f"prune without training, take Pruner(model, "
+                f"'hard', 2, prune_itr=1, sparsity=...), and call step() twice."
+            )
         if not 0 < itr < run.total_steps:
             at = given("pruning.prune_itr", self.prune_itr, itr)
             raise UserError(f"{at} must lie inside {run}: from step 1 to {run.total_steps - 1}.")

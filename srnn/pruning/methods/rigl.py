@@ -34,7 +34,8 @@ class RigL(Structured):
 
     Every ``freq`` steps each matrix drops the share ``drop_fraction / 2 (1 + cos(pi t / end_itr))`` of its weights, the
     smallest, and grows as many among those that are zero: where the gradient is largest, or random ones (SET). They
-    start from zero. Dropped weights may grow again at once. Each matrix keeps its number of weights, which ``density``
+    start from zero, and so does the optimiser's state of them. Dropped weights may grow again at once, and then go on
+    from where they were. Each matrix keeps its number of weights, which ``density``
     sets.
     """
 
@@ -72,7 +73,9 @@ class RigL(Structured):
         if not free:
             return
         shapes = [tuple(group.parts[0].parameter.shape) for group in free]
-        kept = allocate(shapes, [group.size for group in free], 1 - self.sparsity, self.density)
+        # The diagonal, where it is kept, stays whatever the formula gives its matrix.
+        least = [max(1, group.size - group.most_zeros) for group in free]
+        kept = allocate(shapes, [group.size for group in free], 1 - self.sparsity, self.density, least)
         for group, count in zip(free, kept, strict=True):
             group.target = group.size - count
 
@@ -80,7 +83,8 @@ class RigL(Structured):
         """Drop the smallest, grow as many."""
         # Dropped in units; below, as many weights are grown as were there before, to the nearest unit.
         alive = sum(int(group.kept_units(piece).sum()) for piece in group.pieces)
-        drop = min(alive - 1, math.floor(self.schedule.drop(itr) * alive))
+        must_stay = group.ranking(_zeros(group)).count_at_least(math.inf)
+        drop = min(alive - max(1, must_stay), math.floor(self.schedule.drop(itr) * alive))
         if drop < 1:
             return
         group.set_epsilon(group.ranking().keep_largest(alive - drop))
@@ -147,15 +151,39 @@ def densities(shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], density: 
         full |= over
 
 
-def allocate(shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], density: float, kind: Density) -> list[int]:
-    """Whole weights for each matrix, at least 1, which sum to the budget; those that were cut off most get the rest."""
+def _zeros(group: Group) -> Scorer:
+    """Scores of 0, of which those of units that must stay become infinite."""
+
+    def scorer(piece: Piece) -> Tensor:
+        return torch.zeros(group.structure.units(piece.shape), device=piece.part.mask.device)
+
+    return scorer
+
+
+def allocate(
+    shapes: Sequence[tuple[int, ...]],
+    sizes: Sequence[int],
+    density: float,
+    kind: Density,
+    least: Sequence[int] | None = None,
+) -> list[int]:
+    """Whole weights for each matrix, which sum to the budget; those that were cut off most get the rest.
+
+    Args:
+        shapes: of the parameters.
+        sizes: weights of each.
+        density: of all together.
+        kind: as for ``densities``.
+        least: weights that a matrix has to keep, at least 1, which is what None means.
+    """
+    least = least or [1] * len(sizes)
     wanted = [d * n for d, n in zip(densities(shapes, sizes, density, kind), sizes, strict=True)]
     # 1e-9, because 1 - 0.9 is 0.09999999999999998 in fp64, of 30 weights 2.999999999999999, which means 3.
-    counts = [max(1, math.floor(count + 1e-9)) for count in wanted]
+    counts = [max(low, math.floor(count + 1e-9)) for low, count in zip(least, wanted, strict=True)]
     rest = round(density * sum(sizes)) - sum(counts)
     order = sorted(range(len(sizes)), key=lambda i: counts[i] - wanted[i], reverse=rest < 0)
     while rest:
-        able = [i for i in order if (counts[i] < sizes[i] if rest > 0 else counts[i] > 1)]
+        able = [i for i in order if (counts[i] < sizes[i] if rest > 0 else counts[i] > least[i])]
         if not able:
             break
         for index in able[: abs(rest)]:
