@@ -50,6 +50,8 @@ class PackedWeight(nn.Module):
         return f"{rows}x{columns}, {matrix.structure}, {matrix.values_name}, density={density:.3f}"
 
 
+_LIKE = "like"  # the parameter of a sparse module, never trained
+
 # Modules by number, which an operator of a compiled graph knows them by.
 _modules: weakref.WeakValueDictionary[int, SparseModule] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -67,7 +69,11 @@ def _shapes(inputs: list[Tensor], number: int) -> list[Tensor]:
 
 
 class SparseModule(nn.Module):
-    """What the sparse modules share: packed weights, a kernel, and no gradients."""
+    """What the sparse modules share: packed weights, a kernel, and no gradients.
+
+    A packed weight read as an attribute, as in ``layer.weight``, is a dense copy of it; changing the copy changes
+    nothing. ``matrices`` gives the packed ones.
+    """
 
     def __init__(self, kernel: Kernel, weights: Weights) -> None:
         super().__init__()
@@ -80,7 +86,31 @@ class SparseModule(nn.Module):
                 self.add_module(name, PackedWeight(weight))
             else:
                 self.register_buffer(name, None if weight is None else weight.detach().float().clone())
+        # For code that makes its tensors like ``next(model.parameters())``. It is empty, and part of no file.
+        device = next(self.buffers()).device
+        self.register_parameter(_LIKE, nn.Parameter(torch.empty(0, device=device).float(), requires_grad=False))
         self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        """Python asks here for what it did not find: parameters, buffers, modules; packed weights are given dense."""
+        found = super().__getattr__(name)
+        return self._dense(name, found) if isinstance(found, PackedWeight) else found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses to replace a packed weight, which the kernel would not see. Raises UserError."""
+        if isinstance(self.__dict__.get("_modules", {}).get(name), PackedWeight):
+            raise UserError(
+                f"{type(self).__name__}.{name} is packed and cannot be set: change the dense network "
+                "(srnn.desparsify) and sparsify it again."
+            )
+        super().__setattr__(name, value)
+
+    def _dense(self, name: str, packed: PackedWeight) -> Tensor:
+        # Kept, because a forward that reads it does so at every call.
+        if ("dense", name) not in self._ready:
+            self._ready["dense", name] = packed.matrix.to_dense()
+        dense: Tensor = self._ready["dense", name]
+        return dense
 
     def matrices(self) -> dict[str, SparseMatrix]:
         """Its packed weights by name."""
@@ -91,7 +121,7 @@ class SparseModule(nn.Module):
         raise NotImplementedError
 
     def _matrix(self, name: str) -> SparseMatrix:
-        child = getattr(self, name)
+        child = self._modules[name]
         assert isinstance(child, PackedWeight)
         return child.matrix
 
@@ -107,18 +137,31 @@ class SparseModule(nn.Module):
             for name, buffer in module._buffers.items():
                 if buffer is None:
                     continue
-                probe = fn(torch.empty(1, device=buffer.device))
+                probe = fn(torch.empty(1, device=buffer.device, dtype=torch.float32))
                 if probe.dtype not in (torch.float32, buffer.dtype):
                     raise TypeError(
                         f"{type(self).__name__} cannot become {probe.dtype}: choose sparsify(values=...) instead"
                     )
-                module._buffers[name] = buffer.to(probe.device)
+                # fn itself, where it only moves: share_memory shares the tensor it is given.
+                moved = fn(buffer)
+                module._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(probe.device)
+        like = self._parameters.get(_LIKE)
+        if like is not None:
+            like.data = like.data.to(next(self.buffers()).device)
         self._ready.clear()
         return self
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + _LIKE, None)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
         self._ready.clear()
-        super()._load_from_state_dict(*arguments)
+        like = self._parameters.pop(_LIKE, None)  # so that no file has to hold it
+        try:
+            super()._load_from_state_dict(state, prefix, *arguments)
+        finally:
+            self._parameters[_LIKE] = like
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_ready": {}, "recorder": None}

@@ -74,7 +74,7 @@ class SparseRecurrent(SparseModule):
             raise ValueError(f"input must have 2 or 3 dimensions, not {input.dim()}")
         batched = input.dim() == 3
         if not batched:
-            hx = hx if hx is None else tuple(p[:, None] for p in hx) if isinstance(hx, tuple) else hx[:, None]
+            hx = hx if hx is None else tuple(p[:, None] for p in hx) if isinstance(hx, tuple | list) else hx[:, None]
         x_TBI = input[:, None] if not batched else input.transpose(0, 1) if self.batch_first else input
         steps, streams, _ = x_TBI.shape
         if steps == 0 or streams == 0:
@@ -92,6 +92,10 @@ class SparseRecurrent(SparseModule):
         """
         if self.bidirectional:
             raise RuntimeError("a bidirectional network sees the end of a sequence first: it cannot run step by step")
+        if self._forward_hooks or self._forward_pre_hooks:  # which see sequences, as those of torch's modules do
+            time = 1 if self.batch_first else 0
+            y, state = self(x_BI.unsqueeze(time), hx)
+            return y.squeeze(time), state
         y_BP, state = self._run(x_BI, equal_lengths(1, x_BI.shape[0]), self._state(hx, x_BI.shape[0], x_BI))
         return y_BP, self._as_torch(state)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -10,6 +9,7 @@ from torch import nn
 from srnn.errors import UserError
 from srnn.formats import Values
 from srnn.inference.base import SparseModule, Weights
+from srnn.inference.copying import replaced
 from srnn.inference.modules import replaceable, sparse_module
 from srnn.inference.packing import Energies, Packer, WantedStructure, matrix_gates
 from srnn.kernels.contract import Kernel
@@ -78,7 +78,7 @@ def desparsify(model: nn.Module) -> nn.Module:
         The copy, in eval mode, its parameters trainable.
 
     Raises:
-        RuntimeError: torch cannot copy a part of the model, such as a tensor with history that it keeps.
+        UserError: a part of the model cannot be copied.
 
     Example:
         >>> import torch, srnn
@@ -89,12 +89,6 @@ def desparsify(model: nn.Module) -> nn.Module:
         True
     """
     return replaced(model, {id(m): m.original() for m in model.modules() if isinstance(m, SparseModule)})
-
-
-def replaced(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy in which the modules with these ids are others. What is replaced is not copied first."""
-    copied: nn.Module = memo[id(model)] if id(model) in memo else copy.deepcopy(model, memo)
-    return copied.eval()
 
 
 def _is_sparse(module: nn.Module, packer: Packer) -> bool:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
+from srnn.inference.copying import replaced
 from srnn.inference.modules import replaceable, sparse_module
 from srnn.inference.packing import PackedModel, matrix_gates
-from srnn.inference.sparsify import replaced
 from srnn.kernels.contract import Kernel
 from srnn.meta_device import without_memory
 from srnn.registry import register

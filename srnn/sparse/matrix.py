@@ -106,7 +106,7 @@ class SparseMatrix:
         """The matrix back, fp32 [rows, columns]: exact but for the rounding to the type of the values."""
         groups = self._groups_of_blocks()
         blocks = self.values.float() if self.scales is None else self.values.float() * self.scales[groups, None]
-        grouped = torch.zeros(self.groups, self.height, self.shape[1], device=self.values.device)
+        grouped = torch.zeros(self.groups, self.height, self.shape[1], device=self.device, dtype=torch.float32)
         grouped[groups, :, self.columns.long()] = blocks
         # Without the rows by which the last group of each gate reaches past it.
         units = grouped.view(self.gates, self.groups // self.gates * self.height, self.shape[1])[:, : self.units]
@@ -125,7 +125,7 @@ class SparseMatrix:
             group, lane = divmod(int(numbers), self.height)
             first, last = self.row_pointers[group : group + 2].tolist()
             one = self.values[first:last, lane].float()
-            row = torch.zeros(1, self.shape[1], device=self.device)
+            row = torch.zeros(1, self.shape[1], device=self.device, dtype=torch.float32)
             row[0, self.columns[first:last].long()] = one if self.scales is None else one * self.scales[group]
             return row
         # All rows without a loop: how many blocks each has, then one list of (row, block) pairs for all of them.
@@ -136,7 +136,7 @@ class SparseMatrix:
         # counts.cumsum(0) - counts is where a row begins in that list; starts, where it begins in the matrix.
         block = torch.arange(len(row), device=self.device) + (starts + counts - counts.cumsum(0))[row]
         values = self.values[block, lanes[row]].float()
-        dense = torch.zeros(len(numbers), self.shape[1], device=self.device)
+        dense = torch.zeros(len(numbers), self.shape[1], device=self.device, dtype=torch.float32)
         # As signed numbers, because torch cannot index unsigned ones on a GPU; the remainder makes 65,535 of -1 again.
         columns = self.columns.view(torch.int16) if self.columns.dtype == torch.uint16 else self.columns
         column = columns[block].long() % (1 << 8 * columns.element_size())

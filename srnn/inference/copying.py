@@ -1,0 +1,76 @@
+"""Copies of networks in which layers are replaced: hooks, attributes and shared tensors go along."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from srnn.errors import UserError
+
+# What torch keeps beside a module's hooks, such as whether one takes keywords, has the same keys as the hooks.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def replaced(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy in which the modules with these ids are others. What is replaced is not copied first.
+
+    Hooks and the user's own attributes of a replaced module go along. A tensor with history is copied without it.
+
+    Args:
+        model: what is copied.
+        memo: id of a module of ``model`` -> what stands for it in the copy.
+
+    Raises:
+        UserError: a part cannot be copied; names the module that holds it.
+    """
+    made = dict(memo)
+    for tensor in _tensors_with_history(model):
+        memo[id(tensor)] = tensor.detach().clone()
+    try:
+        copied: nn.Module = memo[id(model)] if id(model) in made else copy.deepcopy(model, memo)
+        for module in model.modules():
+            if id(module) in made:
+                _take_along(module, made[id(module)], memo)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{type(model).__name__} cannot be copied: {error}. Remove that part first.") from error
+    return copied.eval()
+
+
+def _take_along(old: nn.Module, new: nn.Module, memo: dict[int, Any]) -> None:
+    for name in _HOOKS:
+        setattr(new, name, copy.deepcopy(getattr(old, name), memo))
+    for name, value in vars(old).items():
+        if not name.startswith("_") and name not in vars(new) and not hasattr(type(new), name):
+            object.__setattr__(new, name, copy.deepcopy(value, memo))
+
+
+def _tensors_with_history(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that torch does not copy, wherever the model keeps them."""
+    seen: set[int] = set()
+    waiting: list[Any] = [model]
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen or isinstance(part, type):
+            continue
+        seen.add(id(part))
+        if isinstance(part, Tensor):
+            if not part.is_leaf:
+                yield part
+        elif isinstance(part, Mapping):
+            waiting.extend(part.values())
+        elif isinstance(part, list | tuple | set | frozenset):
+            waiting.extend(part)
+        elif hasattr(part, "__dict__") and not callable(part) or isinstance(part, nn.Module):
+            waiting.extend(vars(part).values())

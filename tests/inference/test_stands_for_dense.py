@@ -1,0 +1,134 @@
+"""A sparse module stands where a dense one stood: hooks, weights, parameters, kept tensors, pickles, exports."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import srnn
+from srnn.errors import UserError
+from tests.inference.test_sparsify import pruned
+
+
+def distance(sparse, dense, *inputs):
+    with torch.no_grad():
+        a, b = sparse(*inputs), dense(*inputs)
+    return float((a - b).abs().max())
+
+
+class Head(nn.Module):
+    """Reads a layer's weight, makes its state like its first parameter, keeps its last state."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.rnn, self.state = nn.Embedding(50, 32), nn.GRU(32, 32), None
+
+    def forward(self, tokens_TB):
+        start = next(self.parameters()).new_zeros(1, tokens_TB.shape[1], 32)
+        y, self.state = self.rnn(self.emb(tokens_TB), start)
+        return F.linear(y, self.emb.weight)
+
+
+def test_hooks_of_replaced_layers_go_along():
+    torch.manual_seed(0)
+    model = pruned(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)))
+    seen = []
+    model[0].register_forward_hook(lambda layer, x, y: y + x[0])
+    model[2].register_forward_pre_hook(lambda layer, x, kwargs: ((2 * x[0],), kwargs), with_kwargs=True)
+    model[2].register_forward_hook(lambda layer, x, y: seen.append(layer.weight.shape))
+    x = torch.randn(3, 32)
+    sparse = srnn.sparsify(model, kernel="csr")
+    assert distance(sparse, model, x) < 1e-5
+    assert distance(srnn.desparsify(sparse), model, x) < 1e-5
+    assert seen == [(32, 32)] * 4
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_hooks_see_single_steps(batch_first):
+    rnn = pruned(nn.GRU(8, 16, batch_first=batch_first))
+    rnn.register_forward_hook(lambda layer, x, y: (y[0] + 1, y[1]))
+    sparse, x_BI = srnn.sparsify(rnn, kernel="csr"), torch.randn(3, 8)
+    wanted = rnn(x_BI[:, None] if batch_first else x_BI[None])[0].squeeze(1 if batch_first else 0)
+    torch.testing.assert_close(sparse.step(x_BI)[0], wanted.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_hooks_bound_to_the_model_are_the_copys():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.calls = nn.Linear(16, 16), 0
+            self.layer.register_forward_hook(self.count)
+
+        def count(self, *_):
+            self.calls += 1
+
+        def forward(self, x):
+            return self.layer(x)
+
+    model = pruned(Counting())
+    sparse = srnn.sparsify(model, kernel="csr")
+    sparse(torch.randn(2, 16))
+    assert (sparse.calls, model.calls) == (1, 0)
+
+
+def test_weights_states_and_parameters_read_by_a_forward():
+    torch.manual_seed(0)
+    model, tokens = pruned(Head()), torch.randint(50, (5, 2))
+    model(tokens)
+    assert not model.state.is_leaf
+    sparse = srnn.sparsify(model, kernel="csr")
+    assert torch.equal(sparse.state, model.state)
+    assert not sparse.state.requires_grad
+    assert distance(sparse, model, tokens) < 1e-5
+    weight = sparse.rnn.weight_hh_l0
+    assert torch.equal(weight, model.rnn.weight_hh_l0)
+    assert (weight.shape, weight.dtype, weight.device.type) == ((96, 32), torch.float32, "cpu")
+    first = next(sparse.parameters())
+    assert (first.dtype, first.device.type, first.requires_grad) == (torch.float32, "cpu", False)
+    assert not [name for name in sparse.state_dict() if "like" in name]
+    sparse.load_state_dict(sparse.state_dict())
+    with pytest.raises(UserError, match=r"weight is packed and cannot be set.*desparsify"):
+        sparse.emb.weight = nn.Parameter(torch.zeros(50, 32))
+
+
+def test_attributes_of_replaced_layers_go_along():
+    model = pruned(nn.Sequential(nn.Linear(16, 16), nn.GRU(16, 16), nn.Embedding(20, 16)))
+    model[0].tag = {"a": 1}
+    sparse = srnn.sparsify(model, kernel="csr")
+    assert sparse[0].tag == {"a": 1}
+    assert (sparse[1].mode, sparse[2].max_norm, sparse[2].sparse) == ("GRU", None, False)
+
+
+def test_tensors_with_history_in_containers_are_copied_without_it():
+    model = pruned(nn.Sequential(nn.Linear(16, 16)))
+    model.kept = {"a": [torch.ones(2, requires_grad=True) * 2]}
+    sparse = srnn.sparsify(model, kernel="csr")
+    assert torch.equal(sparse.kept["a"][0], torch.full((2,), 2.0))
+    assert sparse.kept["a"][0].is_leaf
+
+
+def test_what_cannot_be_copied_is_a_sentence():
+    model = pruned(nn.Sequential(nn.Linear(16, 16)))
+    model.stream = (i for i in range(3))
+    with pytest.raises(UserError, match=r"Sequential cannot be copied: .*generator"):
+        srnn.sparsify(model, kernel="csr")
+
+
+def test_default_dtype_of_the_process_changes_nothing():
+    embedding = pruned(nn.Embedding(20, 16))
+    torch.set_default_dtype(torch.float64)
+    try:
+        sparse = srnn.sparsify(embedding, kernel="csr")
+        assert sparse(torch.tensor([3])).dtype == torch.float32
+        assert sparse.float().weight.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_shared_memory_is_shared():
+    sparse = srnn.sparsify(pruned(nn.Linear(16, 16)), kernel="csr").share_memory()
+    assert all(buffer.is_shared() for buffer in sparse.buffers())
