@@ -7,6 +7,7 @@ on first use, so that ``import srnn`` stays light and ``srnn.load`` needs no tra
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -30,6 +31,10 @@ _HOME = {
     "sparsify": "srnn.inference.sparsify",
 }
 __all__ = ["Pruner", "PruningCallback", "UserError", "__version__", "desparsify", "load", "register", "sparsify"]
+
+# Exported programs name an operator of srnn, which ``torch.export.load`` must find: that alone is cheap.
+if "torch" in sys.modules:
+    importlib.import_module("srnn.inference.operator")
 
 
 def __getattr__(name: str) -> Any:

@@ -72,5 +72,5 @@ def _tensors_with_history(model: nn.Module) -> Iterator[Tensor]:
             waiting.extend(part.values())
         elif isinstance(part, list | tuple | set | frozenset):
             waiting.extend(part)
-        elif hasattr(part, "__dict__") and not callable(part) or isinstance(part, nn.Module):
+        elif (hasattr(part, "__dict__") and not callable(part)) or isinstance(part, nn.Module):
             waiting.extend(vars(part).values())

@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srnn.inference.base import SparseModule, Weights, filled, no_grad, without_gradient
+from srnn.errors import UserError
+from srnn.inference.base import SparseModule, Weights, no_grad, without_gradient
+from srnn.inference.operator import rebuilders
 from srnn.inference.sparse_recurrent import SparseRecurrent
 from srnn.kernels.contract import Kernel, Product
 from srnn.meta_device import without_memory
+from srnn.registry import register
+from srnn.sparse import SparseMatrix
 
 # Entries of an embedding up to which it is unpacked for lookups: 1 MB. A token takes 16 us then, else 52.
 SMALL_TABLE = 1 << 18
@@ -27,6 +31,7 @@ class SparseLinear(SparseModule):
     def __init__(self, original: nn.Linear, weights: Weights, kernel: Kernel) -> None:
         super().__init__(kernel, weights)
         self.in_features, self.out_features = original.in_features, original.out_features
+        self.describe()
 
     def forward(self, input: Tensor) -> Tensor:
         """``input W' + bias``, over the last dimension."""
@@ -58,11 +63,10 @@ class SparseLinear(SparseModule):
             ready = self._ready[key] = self.kernel.product(matrix, self._buffers["bias"], *key)
         return ready
 
-    def original(self) -> nn.Module:
-        """Torch's module with these weights, trainable."""
-        with without_memory():
-            module = nn.Linear(self.in_features, self.out_features, bias=self._buffers["bias"] is not None)
-        return filled(module, self)
+    def construction(self) -> tuple[type[nn.Module], dict[str, Any]]:
+        """``nn.Linear``."""
+        bias = self._buffers["bias"] is not None
+        return nn.Linear, {"in_features": self.in_features, "out_features": self.out_features, "bias": bias}
 
 
 class SparseEmbedding(SparseModule):
@@ -72,6 +76,7 @@ class SparseEmbedding(SparseModule):
         super().__init__(kernel, weights)
         self.num_embeddings, self.embedding_dim = original.num_embeddings, original.embedding_dim
         self.padding_idx = original.padding_idx
+        self.describe()
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows of these numbers."""
@@ -93,11 +98,10 @@ class SparseEmbedding(SparseModule):
         """One output."""
         return [inputs[0].new_empty(*inputs[0].shape, self.embedding_dim, dtype=torch.float32)]
 
-    def original(self) -> nn.Module:
-        """Torch's module with these weights, trainable."""
-        with without_memory():
-            module = nn.Embedding(self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx)
-        return filled(module, self)
+    def construction(self) -> tuple[type[nn.Module], dict[str, Any]]:
+        """``nn.Embedding``."""
+        sizes = {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim}
+        return nn.Embedding, sizes | {"padding_idx": self.padding_idx}
 
 
 _SPARSE: dict[type[nn.Module], Any] = {
@@ -118,3 +122,24 @@ def sparse_module(module: nn.Module, weights: Weights, kernel: Kernel) -> Sparse
     """The sparse counterpart of one of torch's modules."""
     made: SparseModule = _SPARSE[type(module)](module, weights, kernel)
     return made
+
+
+def _rebuilt(about: dict[str, Any], tensors: list[Tensor]) -> SparseModule:
+    """The module that ``SparseModule.describe`` described, of these tensors."""
+    if about["kernel"] is None:
+        raise UserError("this program runs on a kernel that was not registered where it was made: make it again.")
+    waiting = iter(tensors)
+    weights: dict[str, SparseMatrix | Tensor | None] = {
+        name: next(waiting) if is_there else None for name, is_there in about["biases"].items()
+    }
+    for name, (shape, gates, scaled) in about["matrices"].items():
+        values, columns, pointers = next(waiting), next(waiting), next(waiting)
+        scales = next(waiting) if scaled else None
+        weights[name] = SparseMatrix((shape[0], shape[1]), gates, values, columns, pointers, scales)
+    kinds = {kind.__name__: kind for kind in _SPARSE}
+    with without_memory():
+        original = kinds[about["kind"]](**about["options"])
+    return sparse_module(original, weights, register.rebuild("kernel", about["kernel"]))
+
+
+rebuilders.append(_rebuilt)

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from srnn.cells import Cell, cell_of
-from srnn.inference.base import SparseModule, Weights, filled, no_grad, without_gradient
+from srnn.inference.base import SparseModule, Weights, no_grad, refuse_tracing, without_gradient
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, State, equal_lengths
-from srnn.meta_device import without_memory
 
 
 class SparseRecurrent(SparseModule):
@@ -40,6 +39,7 @@ class SparseRecurrent(SparseModule):
             for layer in range(original.num_layers)
             for direction in (["", "_reverse"] if original.bidirectional else [""])
         ]
+        self.describe()
 
     def layer_weights(self, index: int) -> LayerWeights:
         """The weights of a layer and direction, in the order of torch's states."""
@@ -131,6 +131,7 @@ class SparseRecurrent(SparseModule):
     def _run(self, x_NI: Tensor, sizes: Tensor, state: State) -> tuple[Tensor, State]:
         if x_NI.shape[-1] != self.input_size:
             raise RuntimeError(f"input must have {self.input_size} features, not {x_NI.shape[-1]}")
+        refuse_tracing()
         directions = 2 if self.bidirectional else 1
         y, ends = x_NI, []
         with no_grad():
@@ -166,17 +167,12 @@ class SparseRecurrent(SparseModule):
         if self.proj_size:  # what a projection multiplies stays inside the kernel; a column counts as the next
             self.recorder(f"weight_hr{suffix}", x_NI.new_ones(1, self.hidden_size))
 
-    def original(self) -> nn.Module:
-        """Torch's module with these weights, trainable."""
-        options: dict[str, Any] = {"nonlinearity": self.cell} if self.kind is nn.RNN else {}
-        if self.proj_size:
-            options["proj_size"] = self.proj_size
-        with without_memory():
-            module = self.kind(
-                self.input_size, self.hidden_size, self.num_layers, bias=self.bias, batch_first=self.batch_first,
-                dropout=self.dropout, bidirectional=self.bidirectional, **options,
-            )  # fmt: skip
-        return filled(module, self)
+    def construction(self) -> tuple[type[nn.Module], dict[str, Any]]:
+        """``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``."""
+        names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
+        options = {name: getattr(self, name) for name in names}
+        options |= {"nonlinearity": self.cell} if self.kind is nn.RNN else {}
+        return self.kind, options | ({"proj_size": self.proj_size} if self.proj_size else {})
 
     def extra_repr(self) -> str:
         """The cell."""

@@ -49,6 +49,17 @@ class SparseMatrix:
     row_pointers: Tensor
     scales: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # As signed numbers of the same bits: torch writes unsigned ones into a plain pickle, and cannot read them.
+        signed = self.columns.view(torch.int16) if self.columns.dtype == torch.uint16 else self.columns
+        return self.__dict__ | {"columns": signed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        columns = state["columns"]
+        self.__dict__.update(state)
+        if columns.dtype == torch.int16:
+            self.__dict__["columns"] = columns.view(torch.uint16)
+
     @classmethod
     def from_dense(
         cls,
@@ -238,7 +249,8 @@ class SparseMatrix:
 
     def _groups_of_blocks(self) -> Tensor:
         counts = self.row_pointers.diff().long()
-        return torch.repeat_interleave(torch.arange(self.groups, device=counts.device), counts)
+        groups = torch.arange(self.groups, device=counts.device)
+        return torch.repeat_interleave(groups, counts, output_size=self.blocks)
 
     def check(self) -> None:
         """Check data from outside, before kernels that check nothing read memory by its indices.

@@ -255,5 +255,7 @@ def test_a_compiled_network_is_one_graph(module):
     inputs = [torch.randn(5, 2, 12), torch.zeros(4, 2, 24)]
     if sparse.recurrent.cell == "gru":
         torch.library.opcheck(
-            operator, (inputs, sparse.recurrent.number), test_utils=("test_schema", "test_faketensor")
+            operator,
+            (inputs, sparse.recurrent.tensors(), sparse.recurrent.description),
+            test_utils=("test_schema", "test_faketensor"),
         )

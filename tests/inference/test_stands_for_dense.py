@@ -1,8 +1,8 @@
 """A sparse module stands where a dense one stood: hooks, weights, parameters, kept tensors, pickles, exports."""
 
-import copy
-import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -132,3 +132,78 @@ def test_default_dtype_of_the_process_changes_nothing():
 def test_shared_memory_is_shared():
     sparse = srnn.sparsify(pruned(nn.Linear(16, 16)), kernel="csr").share_memory()
     assert all(buffer.is_shared() for buffer in sparse.buffers())
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.rnn, self.out = nn.Embedding(50, 16), nn.LSTM(16, 32, 2, bidirectional=True), nn.Linear(64, 50)
+
+    def forward(self, tokens_TB):
+        return self.out(self.rnn(self.emb(tokens_TB))[0])
+
+
+@pytest.mark.parametrize("values", ["fp32", "int8"])
+def test_plain_pickles_can_be_read(values):
+    sparse, tokens = srnn.sparsify(pruned(Reader()), values=values, kernel="csr"), torch.randint(50, (4, 2))
+    sparse(tokens)
+    assert distance(pickle.loads(pickle.dumps(sparse)), sparse, tokens) == 0
+    matrix = sparse.out.matrices()["weight"]
+    back = pickle.loads(pickle.dumps(matrix))
+    assert all(
+        torch.equal(a, b) and a.dtype == b.dtype
+        for a, b in zip(back.parts.values(), matrix.parts.values(), strict=True)
+    )
+
+
+def test_an_exported_program_is_exact_in_another_process(tmp_path):
+    torch.manual_seed(0)
+    sparse, tokens = srnn.sparsify(pruned(Reader()), kernel="csr"), torch.randint(50, (4, 2))
+    torch.export.save(torch.export.export(sparse, (tokens,)), tmp_path / "a.pt2")
+    torch.save((tokens, sparse(tokens)), tmp_path / "wanted.pt")
+    code = f"""
+import torch, srnn
+tokens, wanted = torch.load({str(tmp_path / "wanted.pt")!r})
+other = srnn.sparsify(torch.nn.Linear(8, 8), kernel="csr") if {{first}} else None
+program = torch.export.load({str(tmp_path / "a.pt2")!r}).module()
+for _ in range(2):
+    assert torch.equal(program(tokens), wanted)
+"""
+    for first in (False, True):
+        subprocess.run([sys.executable, "-c", code.replace("{first}", str(first))], check=True)
+
+
+def test_a_program_given_other_weights_runs_them():
+    torch.manual_seed(0)
+    one, two = pruned(nn.Linear(16, 16)), pruned(nn.Linear(16, 16))
+    two.weight.data.copy_(one.weight * 2)
+    one, two, x = srnn.sparsify(one, kernel="csr"), srnn.sparsify(two, kernel="csr"), torch.randn(3, 16)
+    operator = torch.ops.srnn.sparse_module
+    for _ in range(2):
+        assert torch.equal(operator([x], two.tensors(), one.description)[0], two(x))
+        assert torch.equal(operator([x], one.tensors(), one.description)[0], one(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", [nn.Linear, nn.GRU, nn.LSTM])
+def test_traces_and_scripts_are_refused_and_the_module_works_afterwards(kind):
+    dense, x = pruned(nn.Sequential(kind(16, 32))), torch.randn(5, 16)
+    sparse = srnn.sparsify(dense, kernel="csr")
+    with pytest.raises(UserError, match=r"torch\.jit\.trace does not see sparse kernels: use torch\.export or torch"):
+        torch.jit.trace(sparse, x)
+    with pytest.raises(UserError, match=r"torch\.jit\.script does not see sparse kernels: use torch\.export or torch"):
+        torch.jit.script(sparse)
+    y, wanted = sparse(x), dense(x)
+    y, wanted = (y, wanted) if isinstance(y, torch.Tensor) else (y[0], wanted[0])
+    torch.testing.assert_close(y, wanted.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_kernel_of_ones_own_is_refused_at_export():
+    from srnn.kernels.csr import Csr
+
+    class Mine(Csr):
+        pass
+
+    sparse = srnn.sparsify(pruned(nn.Linear(16, 16)), kernel=Mine())
+    with pytest.raises(UserError, match="kernel Mine is not registered"):
+        torch.export.export(sparse, (torch.randn(2, 16),))
