@@ -227,7 +227,6 @@ class SparseModule(nn.Module):
                     "that another process could not find it (srnn.register.kernel)."
                 )
             return call_operator(inputs, self.tensors(), self.description)
-        refuse_tracing()
         return self.compute(inputs)
 
 
@@ -237,7 +236,7 @@ def _is_torchs(names: Mapping[str, Any]) -> bool:
 
 def refuse_tracing() -> None:
     """Raises UserError inside ``torch.jit.trace``, before anything of the trace is kept in the module."""
-    if torch.jit.is_tracing():
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
         raise UserError("torch.jit.trace does not see sparse kernels: use torch.export or torch.compile.")
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from srnn.errors import UserError
+from srnn.meta_device import kept_tensors
 
 # What torch keeps beside a module's hooks, such as whether one takes keywords, has the same keys as the hooks.
 _HOOKS = (
@@ -36,8 +36,9 @@ def replaced(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         UserError: a part cannot be copied; names the module that holds it.
     """
     made = dict(memo)
-    for tensor in _tensors_with_history(model):
-        memo[id(tensor)] = tensor.detach().clone()
+    for tensor in kept_tensors(model):
+        if not tensor.is_leaf:  # which torch does not copy
+            memo[id(tensor)] = tensor.detach().clone()
     try:
         copied: nn.Module = memo[id(model)] if id(model) in made else copy.deepcopy(model, memo)
         for module in model.modules():
@@ -54,23 +55,3 @@ def _take_along(old: nn.Module, new: nn.Module, memo: dict[int, Any]) -> None:
     for name, value in vars(old).items():
         if not name.startswith("_") and name not in vars(new) and not hasattr(type(new), name):
             object.__setattr__(new, name, copy.deepcopy(value, memo))
-
-
-def _tensors_with_history(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that torch does not copy, wherever the model keeps them."""
-    seen: set[int] = set()
-    waiting: list[Any] = [model]
-    while waiting:
-        part = waiting.pop()
-        if id(part) in seen or isinstance(part, type):
-            continue
-        seen.add(id(part))
-        if isinstance(part, Tensor):
-            if not part.is_leaf:
-                yield part
-        elif isinstance(part, Mapping):
-            waiting.extend(part.values())
-        elif isinstance(part, list | tuple | set | frozenset):
-            waiting.extend(part)
-        elif (hasattr(part, "__dict__") and not callable(part)) or isinstance(part, nn.Module):
-            waiting.extend(vars(part).values())

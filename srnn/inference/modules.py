@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
-from srnn.inference.base import SparseModule, Weights, no_grad, without_gradient
+from srnn.inference.base import SparseModule, Weights, no_grad, refuse_tracing, without_gradient
 from srnn.inference.operator import rebuilders
 from srnn.inference.sparse_recurrent import SparseRecurrent
 from srnn.kernels.contract import Kernel, Product
@@ -35,6 +35,7 @@ class SparseLinear(SparseModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input W' + bias``, over the last dimension."""
+        refuse_tracing()
         if input.shape[-1] != self.in_features:
             raise RuntimeError(f"input must have {self.in_features} features, not {input.shape[-1]}")
         return self._outputs([input])[0]
@@ -80,6 +81,7 @@ class SparseEmbedding(SparseModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows of these numbers."""
+        refuse_tracing()
         return self._outputs([input])[0]
 
     def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:

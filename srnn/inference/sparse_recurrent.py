@@ -63,6 +63,7 @@ class SparseRecurrent(SparseModule):
         Raises:
             RuntimeError: shapes do not fit; also backward through the outputs.
         """
+        refuse_tracing()
         if isinstance(input, PackedSequence):
             begin = self._state(hx, int(input.batch_sizes[0]), input.data, input.sorted_indices)
             y_NP, state = self._run(input.data, input.batch_sizes, begin)
@@ -90,6 +91,7 @@ class SparseRecurrent(SparseModule):
 
         Safe to call from several threads, each with a state of its own.
         """
+        refuse_tracing()
         if self.bidirectional:
             raise RuntimeError("a bidirectional network sees the end of a sequence first: it cannot run step by step")
         if self._forward_hooks or self._forward_pre_hooks:  # which see sequences, as those of torch's modules do
@@ -131,7 +133,6 @@ class SparseRecurrent(SparseModule):
     def _run(self, x_NI: Tensor, sizes: Tensor, state: State) -> tuple[Tensor, State]:
         if x_NI.shape[-1] != self.input_size:
             raise RuntimeError(f"input must have {self.input_size} features, not {x_NI.shape[-1]}")
-        refuse_tracing()
         directions = 2 if self.bidirectional else 1
         y, ends = x_NI, []
         with no_grad():
