@@ -78,7 +78,7 @@ class SparseRecurrent(SparseModule):
             hx = hx if hx is None else tuple(p[:, None] for p in hx) if isinstance(hx, tuple | list) else hx[:, None]
         x_TBI = input[:, None] if not batched else input.transpose(0, 1) if self.batch_first else input
         steps, streams, _ = x_TBI.shape
-        if steps == 0 or streams == 0:
+        if steps == 0:
             raise RuntimeError(f"sequences of {steps} steps and {streams} streams hold nothing to run over")
         y_TBP, *after = self._outputs([x_TBI, *self._state(hx, streams, input)])
         state = tuple(after)
@@ -105,9 +105,9 @@ class SparseRecurrent(SparseModule):
         """y_TBP and the state of x_TBI and the state before."""
         x_TBI, *state = inputs
         steps, streams, _ = x_TBI.shape
-        rows = x_TBI.reshape(steps * streams, -1)
+        rows = x_TBI.reshape(steps * streams, x_TBI.shape[-1])
         y_NP, after = self._run(rows, equal_lengths(steps, streams), tuple(state))
-        return y_NP.view(steps, streams, -1), *after
+        return y_NP.view(steps, streams, y_NP.shape[-1]), *after
 
     def shapes(self, inputs: list[Tensor]) -> list[Tensor]:
         """y_TBP and the state."""
@@ -134,6 +134,8 @@ class SparseRecurrent(SparseModule):
         if x_NI.shape[-1] != self.input_size:
             raise RuntimeError(f"input must have {self.input_size} features, not {x_NI.shape[-1]}")
         directions = 2 if self.bidirectional else 1
+        if not x_NI.shape[0]:  # no streams, as in a last batch that is empty: kernels need not know of it
+            return x_NI.new_empty(0, directions * (self.proj_size or self.hidden_size)), state
         y, ends = x_NI, []
         with no_grad():
             for first in range(0, len(self.suffixes), directions):

@@ -189,7 +189,7 @@ def test_not_finite_weights_are_refused():
         sparsify(gru, values="fp16")
 
 
-@pytest.mark.parametrize("bad", [torch.randn(4, 2, 6), torch.randn(0, 2, 5), torch.randn(5), torch.randn(4, 0, 5)])
+@pytest.mark.parametrize("bad", [torch.randn(4, 2, 6), torch.randn(0, 2, 5), torch.randn(5), torch.randn(4, 0, 6)])
 def test_inputs_of_wrong_shape_are_refused(bad):
     with pytest.raises((RuntimeError, ValueError), match=r"features|nothing to run|dimensions"):
         sparsify(pruned(nn.GRU(5, 9)))(bad)

@@ -207,3 +207,27 @@ def test_a_kernel_of_ones_own_is_refused_at_export():
     sparse = srnn.sparsify(pruned(nn.Linear(16, 16)), kernel=Mine())
     with pytest.raises(UserError, match="kernel Mine is not registered"):
         torch.export.export(sparse, (torch.randn(2, 16),))
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "csr", "dense", "auto"])
+def test_an_empty_batch_gives_what_torch_gives(kernel):
+    rnns = [nn.GRU(32, 48, batch_first=True), nn.LSTM(32, 48, 2, bidirectional=True, proj_size=8), nn.RNN(32, 48)]
+    for rnn in map(pruned, rnns):
+        x = torch.empty(0, 4, 32) if rnn.batch_first else torch.empty(4, 0, 32)
+        (y, state), (wanted, end) = srnn.sparsify(rnn, kernel=kernel)(x), rnn(x)
+        assert y.shape == wanted.shape
+        assert [part.shape for part in state] == [part.shape for part in end]
+    for shape in [(0, 32), (4, 0, 32)]:
+        linear = pruned(nn.Linear(32, 48))
+        assert srnn.sparsify(linear, kernel=kernel)(torch.empty(shape)).shape == (*shape[:-1], 48)
+    for rows in (50, 30_000):
+        embedding = srnn.sparsify(pruned(nn.Embedding(rows, 9)), kernel=kernel)
+        assert embedding(torch.empty(0, 3, dtype=torch.long)).shape == (0, 3, 9)
+
+
+def test_an_lstms_state_may_be_a_list():
+    lstm = pruned(nn.LSTM(32, 48))
+    sparse = srnn.sparsify(lstm, kernel="csr")
+    for x, shape in ((torch.randn(7, 32), (1, 48)), (torch.randn(7, 2, 32), (1, 2, 48))):
+        state = [torch.randn(shape), torch.randn(shape)]
+        torch.testing.assert_close(sparse(x, state)[0], lstm(x, tuple(state))[0].detach(), rtol=1e-5, atol=1e-6)
