@@ -77,11 +77,11 @@ def mutated(header, rng):
             if action < 0.1:
                 del part[key]
             elif action < 0.2 and isinstance(part, dict):
-                part[rng.choice(["num_layers", "hidden_size", "x", "format"])] = rng.choice(JUNK)
+                part[rng.choice(["num_layers", "hidden_size", "x", "format"])] = copy.deepcopy(rng.choice(JUNK))
             elif action < 0.4 and isinstance(part[key], int):
                 part[key] = part[key] * rng.choice([-1, 2, 1000, 10**6, 10**12]) + rng.randint(-1, 1)
             else:
-                part[key] = rng.choice(JUNK)
+                part[key] = copy.deepcopy(rng.choice(JUNK))
             break
     return header
 
