@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from srnn.errors import UserError
 from srnn.meta_device import kept_tensors
@@ -52,6 +53,15 @@ def replaced(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def _take_along(old: nn.Module, new: nn.Module, memo: dict[int, Any]) -> None:
     for name in _HOOKS:
         setattr(new, name, copy.deepcopy(getattr(old, name), memo))
+    for key, hook in list(new._forward_pre_hooks.items()):
+        if is_mask(hook):  # the weights were packed with it
+            del new._forward_pre_hooks[key]
+    taken = vars(new).keys() | new._parameters.keys() | new._buffers.keys() | new._modules.keys()
     for name, value in vars(old).items():
-        if not name.startswith("_") and name not in vars(new) and not hasattr(type(new), name):
+        if not name.startswith("_") and name not in taken and not hasattr(type(new), name):
             object.__setattr__(new, name, copy.deepcopy(value, memo))
+
+
+def is_mask(hook: object) -> bool:
+    """Whether a hook is a mask of ``torch.nn.utils.prune``."""
+    return isinstance(hook, BasePruningMethod)

@@ -106,7 +106,8 @@ class SparseEmbedding(SparseModule):
         return nn.Embedding, sizes | {"padding_idx": self.padding_idx}
 
 
-_SPARSE: dict[type[nn.Module], Any] = {
+# Torch's module -> what stands for it; not for what derives from torch's.
+SPARSE_KINDS: dict[type[nn.Module], Any] = {
     nn.RNN: SparseRecurrent,
     nn.GRU: SparseRecurrent,
     nn.LSTM: SparseRecurrent,
@@ -117,12 +118,12 @@ _SPARSE: dict[type[nn.Module], Any] = {
 
 def replaceable(module: nn.Module) -> bool:
     """Whether a module has a sparse counterpart. Embeddings that change their weights when called have none."""
-    return type(module) in _SPARSE and getattr(module, "max_norm", None) is None
+    return type(module) in SPARSE_KINDS and getattr(module, "max_norm", None) is None
 
 
 def sparse_module(module: nn.Module, weights: Weights, kernel: Kernel) -> SparseModule:
     """The sparse counterpart of one of torch's modules."""
-    made: SparseModule = _SPARSE[type(module)](module, weights, kernel)
+    made: SparseModule = SPARSE_KINDS[type(module)](module, weights, kernel)
     return made
 
 
@@ -138,7 +139,7 @@ def _rebuilt(about: dict[str, Any], tensors: list[Tensor]) -> SparseModule:
         values, columns, pointers = next(waiting), next(waiting), next(waiting)
         scales = next(waiting) if scaled else None
         weights[name] = SparseMatrix((shape[0], shape[1]), gates, values, columns, pointers, scales)
-    kinds = {kind.__name__: kind for kind in _SPARSE}
+    kinds = {kind.__name__: kind for kind in SPARSE_KINDS}
     with without_memory():
         original = kinds[about["kind"]](**about["options"])
     return sparse_module(original, weights, register.rebuild("kernel", about["kernel"]))

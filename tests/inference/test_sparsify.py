@@ -74,9 +74,11 @@ def test_public_names_work_on_a_bare_layer():
 
 def test_what_is_dense_stays_what_it_is():
     linear = nn.Linear(8, 8)
-    assert type(sparsify(linear)) is nn.Linear
-    assert type(sparsify(linear, values="int8")) is nn.Linear, "narrow values alone make nothing sparse"
-    assert type(sparsify(pruned(nn.Embedding(9, 9, max_norm=1.0)))) is nn.Embedding
+    for values in ("fp32", "int8"):
+        with pytest.warns(UserWarning, match="sparsify replaced nothing: Linear has too few zeros"):
+            assert type(sparsify(linear, values=values)) is nn.Linear, "narrow values alone make nothing sparse"
+    with pytest.warns(UserWarning, match="left dense, though pruned: Embedding has max_norm"):
+        assert type(sparsify(pruned(nn.Embedding(9, 9, max_norm=1.0)))) is nn.Embedding
 
 
 def test_weights_that_two_modules_share_are_packed_once():
