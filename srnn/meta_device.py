@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from srnn.errors import UserError
 
-Module = TypeVar("Module", bound=nn.Module)
+_Module = TypeVar("_Module", bound=nn.Module)
 _FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange", "linspace", "eye"}
 
 
@@ -70,7 +70,7 @@ def without_memory(calls: float = math.inf) -> Iterator[None]:
         yield
 
 
-def weightless(build: Callable[[], Module], check: Callable[[Module], None], calls: float, nbytes: float) -> Module:
+def weightless(build: Callable[[], _Module], check: Callable[[_Module], None], calls: float, nbytes: float) -> _Module:
     """A module whose weights are replaced at once: its buffers and other tensors are real.
 
     Its parameters take no memory where it has parameters alone, as torch's own layers do.
@@ -99,7 +99,7 @@ def weightless(build: Callable[[], Module], check: Callable[[Module], None], cal
     return _real(build, calls, nbytes) if any(unreal) else module
 
 
-def _real(build: Callable[[], Module], calls: float, nbytes: float) -> Module:
+def _real(build: Callable[[], _Module], calls: float, nbytes: float) -> _Module:
     # The caller's random numbers go on as if nothing had been built.
     with torch.random.fork_rng(devices=[]), _Bounded(calls, nbytes):
         return build()
