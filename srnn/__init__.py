@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from srnn.errors import UserError as UserError
     from srnn.inference.packed_file import load as load
+    from srnn.inference.saving import save as save
     from srnn.inference.sparsify import desparsify as desparsify
     from srnn.inference.sparsify import sparsify as sparsify
     from srnn.pruning.callback import PruningCallback as PruningCallback
@@ -28,9 +29,20 @@ _HOME = {
     "desparsify": "srnn.inference.sparsify",
     "load": "srnn.inference.packed_file",
     "register": "srnn.registry",
+    "save": "srnn.inference.saving",
     "sparsify": "srnn.inference.sparsify",
 }
-__all__ = ["Pruner", "PruningCallback", "UserError", "__version__", "desparsify", "load", "register", "sparsify"]
+__all__ = [
+    "Pruner",
+    "PruningCallback",
+    "UserError",
+    "__version__",
+    "desparsify",
+    "load",
+    "register",
+    "save",
+    "sparsify",
+]
 
 # Exported programs name an operator of srnn, which ``torch.export.load`` must find: that alone is cheap.
 if "torch" in sys.modules:

@@ -6,8 +6,8 @@ fp32, but for buffers that fp32 cannot hold. The file's metadata has one key, ``
 the model's config, the vocabulary, the shape, gates, structure and values of each matrix, and a SHA-256 over all of it
 and every tensor. There is no code in it.
 
-Versions: 4 has buffers in their own types, and is written only where there are any; 3 tied weights; 2 N x 1 blocks,
-bf16 and int8; 1 single elements in fp32 or fp16. All are read.
+Versions: 4 has buffers in their own types, and files without a config, and is written for these alone; 3 has tied
+weights; 2 N x 1 blocks, bf16 and int8; 1 single elements in fp32 or fp16. All are read.
 docs/packed_format.md is the specification.
 """
 
@@ -44,7 +44,7 @@ def write(path: str | Path, packed: PackedModel) -> None:
     tensors = packed.tensors()
     header: dict[str, Any] = {
         # The oldest version that holds it, so that older srnn read it too.
-        "format": 3 if all(tensor.dtype == torch.float32 for tensor in packed.dense.values()) else FORMAT,
+        "format": 3 if packed.model and all(t.dtype == torch.float32 for t in packed.dense.values()) else FORMAT,
         "model": packed.model,
         "supplied": packed.supplied,
         "matrices": {name: _describe(matrix) for name, matrix in packed.matrices.items()},
@@ -84,7 +84,9 @@ def read(path: Path) -> PackedModel:
         header = json.loads(metadata["srnn"])
         version = header["format"]
     except (KeyError, ValueError, TypeError, RecursionError):
-        raise UserError(f"{path} is no packed model of srnn: it has no srnn header.") from None
+        raise UserError(
+            f"{path} is no packed model of srnn: it has no srnn header. srnn.save writes one of any module."
+        ) from None
     if version not in range(1, FORMAT + 1) or isinstance(version, bool | float):
         raise UserError(f"{path} is of format {str(version)[:40]}; this srnn reads 1 to {FORMAT}: upgrade srnn.")
     try:
@@ -99,7 +101,7 @@ def read(path: Path) -> PackedModel:
         ) from None
 
 
-def load(path: str | Path, kernel: str | Kernel = "auto") -> nn.Module:
+def load(path: str | Path, kernel: str | Kernel = "auto", into: nn.Module | None = None) -> nn.Module:
     """The network of a packed file, on sparse kernels.
 
     A language model is called as ``logits_BTV, state = model(tokens_BT, state)`` for sequences and as
@@ -109,12 +111,15 @@ def load(path: str | Path, kernel: str | Kernel = "auto") -> nn.Module:
     Args:
         path: the file.
         kernel: a backend's name or the backend; ``auto`` measures them at the first call and keeps what it found.
+        into: a network with the names and shapes of the file's weights, for a file of ``srnn.save``, which holds no
+            config. It is left as it is.
 
     Returns:
-        The network in eval mode; backward through its outputs raises.
+        The network, or a copy of ``into`` with the file's weights, in eval mode; backward through its outputs raises.
 
     Raises:
-        UserError: no such file, not a packed file, truncated or damaged, or the kernel cannot run here.
+        UserError: no such file, not a packed file, truncated or damaged, the kernel cannot run here, or ``into`` has
+            other names or shapes.
 
     Example:
         >>> import tempfile, torch, srnn
@@ -130,7 +135,10 @@ def load(path: str | Path, kernel: str | Kernel = "auto") -> nn.Module:
         torch.Size([1, 50])
     """
     packed = read(Path(path))
-    model = unpack(packed, register.rebuild("kernel", {"name": kernel}) if isinstance(kernel, str) else kernel)
+    chosen = register.rebuild("kernel", {"name": kernel}) if isinstance(kernel, str) else kernel
+    model = unpack(packed, chosen, into)
+    if into is not None and packed.vocabulary is None:
+        return model
     model.vocabulary = packed.vocabulary  # type: ignore[assignment]
     return model
 
@@ -158,6 +166,8 @@ def _check_header(header: dict[str, Any]) -> None:
     for key, kind in (kinds | ({"tied": dict} if header["format"] > 2 else {})).items():
         if not isinstance(header[key], kind):
             raise ValueError(f"its {key} is a {type(header[key]).__name__}")
+    if not header["model"] and header["format"] > 3:
+        return  # of srnn.save, which knows no config
     name = header["model"].get("name")
     if not isinstance(name, str) or len(name) > _LONGEST_NAME:
         raise ValueError("its model has no name")

@@ -14,33 +14,39 @@ from srnn.errors import UserError
 from srnn.inference.copying import replaced
 from srnn.inference.modules import replaceable, sparse_module
 from srnn.inference.packing import PackedModel, matrix_gates
+from srnn.inference.sparsify import desparsify
 from srnn.kernels.contract import Kernel
 from srnn.meta_device import weightless
 from srnn.registry import register
 from srnn.sparse import SparseMatrix
 
 
-def unpack(packed: PackedModel, kernel: Kernel | None = None) -> nn.Module:
+def unpack(packed: PackedModel, kernel: Kernel | None = None, into: nn.Module | None = None) -> nn.Module:
     """The network with the packed weights, in eval mode.
 
     Args:
         packed: what ``pack`` or ``read`` gave.
         kernel: the backend that runs it; nothing is unpacked that it does not need dense. None gives torch's own dense
             modules, trainable.
+        into: the network to copy, instead of one built of the config.
 
     Raises:
         UserError: weights and config do not belong together, or the kernel cannot run here.
     """
+    if into is not None:
+        skeleton = desparsify(into)
+        _check_fit(packed, skeleton)
+    else:
+        skeleton = _skeleton(packed)
     if kernel is None:
-        return _dense(packed)
+        return _dense(packed, skeleton)
     reason = kernel.supports(None, torch.device("cpu"))
     if reason is not None:
         raise UserError(f"the kernel cannot run on this CPU: {reason}.")
-    return _sparse(_untied(packed), kernel)
+    return _sparse(_untied(packed), kernel, skeleton)
 
 
-def _dense(packed: PackedModel) -> nn.Module:
-    module = _skeleton(packed)
+def _dense(packed: PackedModel, module: nn.Module) -> nn.Module:
     module.load_state_dict(_typed(packed.state_dict(), module), assign=True)
     for name, source in packed.tied.items():  # assigning made two parameters of one
         owner, _, leaf = name.rpartition(".")
@@ -48,8 +54,7 @@ def _dense(packed: PackedModel) -> nn.Module:
     return module.eval()
 
 
-def _sparse(packed: PackedModel, kernel: Kernel) -> nn.Module:
-    skeleton = _skeleton(packed)
+def _sparse(packed: PackedModel, kernel: Kernel, skeleton: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     rest = dict(packed.dense)
     for prefix, module in skeleton.named_modules():
@@ -101,6 +106,8 @@ def _inside(name: str, skeleton: nn.Module, memo: Mapping[int, Any]) -> bool:
 
 def _skeleton(packed: PackedModel) -> nn.Module:
     """The model, its weights yet to be loaded, once these are known to fit. No more is built than the file holds."""
+    if not packed.model:
+        raise UserError("the file holds weights and no config: give the network, srnn.load(path, into=model).")
 
     def build() -> nn.Module:
         module: nn.Module = register.rebuild("model", packed.model, **packed.supplied)
@@ -119,7 +126,7 @@ def _check_fit(packed: PackedModel, module: nn.Module) -> None:
         name = wrong[0]
         raise UserError(
             f"the packed weights do not fit the model they name: {name} has shape {given.get(name)}, "
-            f"{packed.model['name']} wants {wanted.get(name)}."
+            f"{packed.model.get('name', type(module).__name__)} wants {wanted.get(name)}."
         )
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     if not parameters >= packed.tied.keys() | set(packed.tied.values()):
