@@ -7,6 +7,7 @@ on first use, so that ``import srnn`` stays light and ``srnn.load`` needs no tra
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from srnn.errors import UserError as UserError
     from srnn.inference.packed_file import load as load
+    from srnn.inference.saving import save as save
     from srnn.inference.sparsify import desparsify as desparsify
     from srnn.inference.sparsify import sparsify as sparsify
     from srnn.pruning.callback import PruningCallback as PruningCallback
@@ -27,9 +29,24 @@ _HOME = {
     "desparsify": "srnn.inference.sparsify",
     "load": "srnn.inference.packed_file",
     "register": "srnn.registry",
+    "save": "srnn.inference.saving",
     "sparsify": "srnn.inference.sparsify",
 }
-__all__ = ["Pruner", "PruningCallback", "UserError", "__version__", "desparsify", "load", "register", "sparsify"]
+__all__ = [
+    "Pruner",
+    "PruningCallback",
+    "UserError",
+    "__version__",
+    "desparsify",
+    "load",
+    "register",
+    "save",
+    "sparsify",
+]
+
+# Exported programs name an operator of srnn, which ``torch.export.load`` must find: that alone is cheap.
+if "torch" in sys.modules:
+    importlib.import_module("srnn.inference.operator")
 
 
 def __getattr__(name: str) -> Any:

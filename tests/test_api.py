@@ -13,6 +13,7 @@ def test_public_names():
         "desparsify",
         "load",
         "register",
+        "save",
         "sparsify",
     ]
     assert all(getattr(srnn, name) for name in srnn.__all__)

@@ -5,8 +5,7 @@ Shapes: N rows, I inputs.
 
 from __future__ import annotations
 
-import itertools
-import weakref
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
+from srnn.inference.operator import call_operator, described
 from srnn.kernels.contract import Kernel, LayerWeights
+from srnn.meta_device import without_memory
+from srnn.registry import register
 from srnn.sparse import SparseMatrix
 
 # By torch's name: a packed matrix, a bias, or None for a bias that is not there.
@@ -43,6 +45,20 @@ class PackedWeight(nn.Module):
         assert pointers is not None
         return SparseMatrix(self.shape, self.gates, values, columns, pointers, b["scales"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        # As signed numbers of the same bits: torch writes unsigned ones into a plain pickle, and cannot read them.
+        state = dict(self.__dict__)
+        columns = state["_buffers"]["columns"]
+        if columns is not None and columns.dtype == torch.uint16:
+            state["_buffers"] = state["_buffers"] | {"columns": columns.view(torch.int16)}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        columns = self._buffers["columns"]
+        if columns is not None and columns.dtype == torch.int16:
+            self._buffers["columns"] = columns.view(torch.uint16)
+
     def extra_repr(self) -> str:
         """Shape, format, density."""
         matrix, (rows, columns) = self.matrix, self.shape
@@ -50,28 +66,18 @@ class PackedWeight(nn.Module):
         return f"{rows}x{columns}, {matrix.structure}, {matrix.values_name}, density={density:.3f}"
 
 
-# Modules by number, which an operator of a compiled graph knows them by.
-_modules: weakref.WeakValueDictionary[int, SparseModule] = weakref.WeakValueDictionary()
-_numbers = itertools.count()
-
-
-@torch.library.custom_op("srnn::sparse_module", mutates_args=())
-def _call(inputs: list[Tensor], number: int) -> list[Tensor]:
-    """A sparse module as one operator, so that ``torch.compile`` keeps a network around it in one graph."""
-    return [part.clone() for part in _modules[number].compute(inputs)]  # an operator's outputs share no memory
-
-
-@_call.register_fake
-def _shapes(inputs: list[Tensor], number: int) -> list[Tensor]:
-    return _modules[number].shapes(inputs)
+_LIKE = "like"  # the parameter of a sparse module, never trained
 
 
 class SparseModule(nn.Module):
-    """What the sparse modules share: packed weights, a kernel, and no gradients."""
+    """What the sparse modules share: packed weights, a kernel, and no gradients.
+
+    A packed weight read as an attribute, as in ``layer.weight``, is a dense copy of it; changing the copy changes
+    nothing. ``matrices`` gives the packed ones.
+    """
 
     def __init__(self, kernel: Kernel, weights: Weights) -> None:
         super().__init__()
-        self._number()
         self.kernel = kernel
         self.recorder: InputRecorder | None = None
         self._ready: dict[Any, Any] = {}
@@ -80,18 +86,56 @@ class SparseModule(nn.Module):
                 self.add_module(name, PackedWeight(weight))
             else:
                 self.register_buffer(name, None if weight is None else weight.detach().float().clone())
+        # For code that makes its tensors like ``next(model.parameters())``. It is empty, and part of no file.
+        device = next(self.buffers()).device
+        self.register_parameter(_LIKE, nn.Parameter(torch.empty(0, device=device).float(), requires_grad=False))
         self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        """Python asks here for what it did not find: parameters, buffers, modules; packed weights are given dense."""
+        found = super().__getattr__(name)
+        if not isinstance(found, PackedWeight):
+            return found
+        # torch walks along the names of buffers, such as weight.values, and wants the module on its way.
+        if not torch.compiler.is_dynamo_compiling() and _is_torchs(sys._getframe(1).f_globals):
+            return found
+        return self._dense(name, found)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses to replace a packed weight, which the kernel would not see. Raises UserError."""
+        if isinstance(self.__dict__.get("_modules", {}).get(name), PackedWeight):
+            raise UserError(
+                f"{type(self).__name__}.{name} is packed and cannot be set: change the dense network "
+                "(srnn.desparsify) and sparsify it again."
+            )
+        super().__setattr__(name, value)
+
+    def _dense(self, name: str, packed: PackedWeight) -> Tensor:
+        if torch.compiler.is_compiling():
+            return packed.matrix.to_dense()
+        # Kept, because a forward that reads it does so at every call.
+        if ("dense", name) not in self._ready:
+            self._ready["dense", name] = packed.matrix.to_dense()
+        dense: Tensor = self._ready["dense", name]
+        return dense
 
     def matrices(self) -> dict[str, SparseMatrix]:
         """Its packed weights by name."""
         return {name: child.matrix for name, child in self.named_children() if isinstance(child, PackedWeight)}
 
-    def original(self) -> nn.Module:
-        """Torch's module with these weights, trainable."""
+    def construction(self) -> tuple[type[nn.Module], dict[str, Any]]:
+        """The class of torch's module that it stands for, and the arguments that make one."""
         raise NotImplementedError
 
+    def original(self) -> nn.Module:
+        """Torch's module with these weights, trainable."""
+        kind, options = self.construction()
+        with without_memory():
+            module = kind(**options)
+        return filled(module, self)
+
     def _matrix(self, name: str) -> SparseMatrix:
-        child = getattr(self, name)
+        child = self._modules[name]
         assert isinstance(child, PackedWeight)
         return child.matrix
 
@@ -107,29 +151,65 @@ class SparseModule(nn.Module):
             for name, buffer in module._buffers.items():
                 if buffer is None:
                     continue
-                probe = fn(torch.empty(1, device=buffer.device))
+                probe = fn(torch.empty(1, device=buffer.device, dtype=torch.float32))
                 if probe.dtype not in (torch.float32, buffer.dtype):
                     raise TypeError(
                         f"{type(self).__name__} cannot become {probe.dtype}: choose sparsify(values=...) instead"
                     )
-                module._buffers[name] = buffer.to(probe.device)
+                # fn itself, where it only moves: share_memory shares the tensor it is given.
+                moved = fn(buffer)
+                module._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(probe.device)
+        like = self._parameters.get(_LIKE)
+        if like is not None:
+            like.data = like.data.to(next(self.buffers()).device)
         self._ready.clear()
         return self
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + _LIKE, None)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
         self._ready.clear()
-        super()._load_from_state_dict(*arguments)
+        like = self._parameters.pop(_LIKE, None)  # so that no file has to hold it
+        try:
+            super()._load_from_state_dict(state, prefix, *arguments)
+        finally:
+            self._parameters[_LIKE] = like
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_ready": {}, "recorder": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._number()
+        self.describe()
 
-    def _number(self) -> None:
-        self.number = next(_numbers)
-        _modules[self.number] = self
+    def tensors(self) -> list[Tensor]:
+        """Its buffers in the order of ``describe``."""
+        own = [buffer for buffer in self._buffers.values() if buffer is not None]
+        packed = [child for child in self._modules.values() if isinstance(child, PackedWeight)]
+        return own + [b for child in packed for b in child._buffers.values() if b is not None]
+
+    def describe(self) -> None:
+        """Keep as JSON all but its weights, for compiled graphs and exported programs; the last step of making one."""
+        kind, options = self.construction()
+        packed = {name: child for name, child in self._modules.items() if isinstance(child, PackedWeight)}
+        kernel = kernel_config(self.kernel)
+        self.unregistered = None if kernel else type(self.kernel).__name__
+        description = {
+            "kind": kind.__name__,
+            "options": options,
+            "kernel": kernel,
+            "biases": {name: buffer is not None for name, buffer in self._buffers.items()},
+            "matrices": {
+                name: [list(child.shape), child.gates, child._buffers["scales"] is not None]
+                for name, child in packed.items()
+            },
+        }
+        self.description = described(self, description)
+
+    def __prepare_scriptable__(self) -> None:
+        raise UserError("torch.jit.script does not see sparse kernels: use torch.export or torch.compile.")
 
     def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """Outputs, of plain tensors: what is one operator in a compiled graph."""
@@ -141,8 +221,31 @@ class SparseModule(nn.Module):
 
     def _outputs(self, inputs: list[Tensor]) -> Sequence[Tensor]:
         if torch.compiler.is_compiling():
-            return _call(inputs, self.number)
+            if self.unregistered and torch.compiler.is_exporting():
+                raise UserError(
+                    f"{type(self).__name__} cannot be exported: its kernel {self.unregistered} is not registered, so "
+                    "that another process could not find it (srnn.register.kernel)."
+                )
+            return call_operator(inputs, self.tensors(), self.description)
         return self.compute(inputs)
+
+
+def _is_torchs(names: Mapping[str, Any]) -> bool:
+    return str(names.get("__name__")).partition(".")[0] == "torch"
+
+
+def refuse_tracing() -> None:
+    """Raises UserError inside ``torch.jit.trace``, before anything of the trace is kept in the module."""
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        raise UserError("torch.jit.trace does not see sparse kernels: use torch.export or torch.compile.")
+
+
+def kernel_config(kernel: Kernel) -> dict[str, Any] | None:
+    """The config that makes a backend again, or None if it is not a registered one."""
+    for (kind, name), component in register.components.items():
+        if kind == "kernel" and component.factory is type(kernel):
+            return {"name": name} | {key: getattr(kernel, key) for key in component.options if hasattr(kernel, key)}
+    return None
 
 
 def no_grad() -> AbstractContextManager[None]:

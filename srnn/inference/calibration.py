@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from srnn.inference.base import InputRecorder, SparseModule
-from srnn.inference.sparsify import sparsify
+from srnn.inference.packing import Packer
+from srnn.inference.sparsify import sparsified
+from srnn.registry import register
 
 
 def record_inputs(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, Tensor]:
@@ -37,7 +39,7 @@ def record_inputs(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[
 
         return record
 
-    recording = sparsify(model, kernel="dense")
+    recording, _ = sparsified(model, Packer("auto", "fp32"), register.rebuild("kernel", {"name": "dense"}))
     for name, module in recording.named_modules():
         if isinstance(module, SparseModule):
             module.recorder = recorder_of(name)

@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srnn.inference.base import SparseModule, Weights, filled, no_grad, without_gradient
+from srnn.errors import UserError
+from srnn.inference.base import SparseModule, Weights, no_grad, refuse_tracing, without_gradient
+from srnn.inference.operator import rebuilders
 from srnn.inference.sparse_recurrent import SparseRecurrent
 from srnn.kernels.contract import Kernel, Product
 from srnn.meta_device import without_memory
+from srnn.registry import register
+from srnn.sparse import SparseMatrix
 
 # Entries of an embedding up to which it is unpacked for lookups: 1 MB. A token takes 16 us then, else 52.
 SMALL_TABLE = 1 << 18
@@ -27,9 +31,11 @@ class SparseLinear(SparseModule):
     def __init__(self, original: nn.Linear, weights: Weights, kernel: Kernel) -> None:
         super().__init__(kernel, weights)
         self.in_features, self.out_features = original.in_features, original.out_features
+        self.describe()
 
     def forward(self, input: Tensor) -> Tensor:
         """``input W' + bias``, over the last dimension."""
+        refuse_tracing()
         if input.shape[-1] != self.in_features:
             raise RuntimeError(f"input must have {self.in_features} features, not {input.shape[-1]}")
         return self._outputs([input])[0]
@@ -58,11 +64,10 @@ class SparseLinear(SparseModule):
             ready = self._ready[key] = self.kernel.product(matrix, self._buffers["bias"], *key)
         return ready
 
-    def original(self) -> nn.Module:
-        """Torch's module with these weights, trainable."""
-        with without_memory():
-            module = nn.Linear(self.in_features, self.out_features, bias=self._buffers["bias"] is not None)
-        return filled(module, self)
+    def construction(self) -> tuple[type[nn.Module], dict[str, Any]]:
+        """``nn.Linear``."""
+        bias = self._buffers["bias"] is not None
+        return nn.Linear, {"in_features": self.in_features, "out_features": self.out_features, "bias": bias}
 
 
 class SparseEmbedding(SparseModule):
@@ -72,9 +77,11 @@ class SparseEmbedding(SparseModule):
         super().__init__(kernel, weights)
         self.num_embeddings, self.embedding_dim = original.num_embeddings, original.embedding_dim
         self.padding_idx = original.padding_idx
+        self.describe()
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows of these numbers."""
+        refuse_tracing()
         return self._outputs([input])[0]
 
     def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -93,14 +100,14 @@ class SparseEmbedding(SparseModule):
         """One output."""
         return [inputs[0].new_empty(*inputs[0].shape, self.embedding_dim, dtype=torch.float32)]
 
-    def original(self) -> nn.Module:
-        """Torch's module with these weights, trainable."""
-        with without_memory():
-            module = nn.Embedding(self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx)
-        return filled(module, self)
+    def construction(self) -> tuple[type[nn.Module], dict[str, Any]]:
+        """``nn.Embedding``."""
+        sizes = {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim}
+        return nn.Embedding, sizes | {"padding_idx": self.padding_idx}
 
 
-_SPARSE: dict[type[nn.Module], Any] = {
+# Torch's module -> what stands for it; not for what derives from torch's.
+SPARSE_KINDS: dict[type[nn.Module], Any] = {
     nn.RNN: SparseRecurrent,
     nn.GRU: SparseRecurrent,
     nn.LSTM: SparseRecurrent,
@@ -111,10 +118,31 @@ _SPARSE: dict[type[nn.Module], Any] = {
 
 def replaceable(module: nn.Module) -> bool:
     """Whether a module has a sparse counterpart. Embeddings that change their weights when called have none."""
-    return type(module) in _SPARSE and getattr(module, "max_norm", None) is None
+    return type(module) in SPARSE_KINDS and getattr(module, "max_norm", None) is None
 
 
 def sparse_module(module: nn.Module, weights: Weights, kernel: Kernel) -> SparseModule:
     """The sparse counterpart of one of torch's modules."""
-    made: SparseModule = _SPARSE[type(module)](module, weights, kernel)
+    made: SparseModule = SPARSE_KINDS[type(module)](module, weights, kernel)
     return made
+
+
+def _rebuilt(about: dict[str, Any], tensors: list[Tensor]) -> SparseModule:
+    """The module that ``SparseModule.describe`` described, of these tensors."""
+    if about["kernel"] is None:
+        raise UserError("this program runs on a kernel that was not registered where it was made: make it again.")
+    waiting = iter(tensors)
+    weights: dict[str, SparseMatrix | Tensor | None] = {
+        name: next(waiting) if is_there else None for name, is_there in about["biases"].items()
+    }
+    for name, (shape, gates, scaled) in about["matrices"].items():
+        values, columns, pointers = next(waiting), next(waiting), next(waiting)
+        scales = next(waiting) if scaled else None
+        weights[name] = SparseMatrix((shape[0], shape[1]), gates, values, columns, pointers, scales)
+    kinds = {kind.__name__: kind for kind in SPARSE_KINDS}
+    with without_memory():
+        original = kinds[about["kind"]](**about["options"])
+    return sparse_module(original, weights, register.rebuild("kernel", about["kernel"]))
+
+
+rebuilders.append(_rebuilt)

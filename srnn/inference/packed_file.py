@@ -2,11 +2,12 @@
 
 A safetensors file. A pruned matrix ``name`` is stored as ``name.values``, ``name.columns``, ``name.row_pointers`` and,
 for int8, ``name.scales``, as ``srnn.sparse.SparseMatrix`` explains them; every other tensor under its own name, in
-fp32. The file's metadata has one key, ``srnn``: JSON with the format's version, the model's config, the vocabulary, the
-shape, gates, structure and values of each matrix, and a SHA-256 over all of it and every tensor. There is no code in
-it.
+fp32, but for buffers that fp32 cannot hold. The file's metadata has one key, ``srnn``: JSON with the format's version,
+the model's config, the vocabulary, the shape, gates, structure and values of each matrix, and a SHA-256 over all of it
+and every tensor. There is no code in it.
 
-Versions: 3 has tied weights; 2 N x 1 blocks, bf16 and int8; 1 single elements in fp32 or fp16. All are read.
+Versions: 4 has buffers in their own types, and files without a config, and is written for these alone; 3 has tied
+weights; 2 N x 1 blocks, bf16 and int8; 1 single elements in fp32 or fp16. All are read.
 docs/packed_format.md is the specification.
 """
 
@@ -34,14 +35,16 @@ from srnn.registry import register
 from srnn.sparse import SparseMatrix
 from srnn.vocabulary import Vocabulary
 
-FORMAT = 3
+FORMAT = 4
+_LONGEST_NAME = 200  # of a model
 
 
 def write(path: str | Path, packed: PackedModel) -> None:
     """Write the file atomically. Raises OSError if it cannot be written; an older file is still there then."""
     tensors = packed.tensors()
     header: dict[str, Any] = {
-        "format": FORMAT,
+        # The oldest version that holds it, so that older srnn read it too.
+        "format": 3 if packed.model and all(t.dtype == torch.float32 for t in packed.dense.values()) else FORMAT,
         "model": packed.model,
         "supplied": packed.supplied,
         "matrices": {name: _describe(matrix) for name, matrix in packed.matrices.items()},
@@ -81,18 +84,24 @@ def read(path: Path) -> PackedModel:
         header = json.loads(metadata["srnn"])
         version = header["format"]
     except (KeyError, ValueError, TypeError, RecursionError):
-        raise UserError(f"{path} is no packed model of srnn: it has no srnn header.") from None
+        raise UserError(
+            f"{path} is no packed model of srnn: it has no srnn header. srnn.save writes one of any module."
+        ) from None
     if version not in range(1, FORMAT + 1) or isinstance(version, bool | float):
-        raise UserError(f"{path} is of format {version!r}; this srnn reads 1 to {FORMAT}: upgrade srnn.")
+        raise UserError(f"{path} is of format {str(version)[:40]}; this srnn reads 1 to {FORMAT}: upgrade srnn.")
     try:
         if header.pop("sha256") != _checksum(header, tensors):
             raise ValueError("its checksum does not match")
         return _from_header(header, tensors)
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}. Take it again from where it was made.") from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever a header made by hand brings about
+        raise UserError(
+            f"{path} is damaged: {str(error)[:300] or type(error).__name__}. Take it again from where it was made."
+        ) from None
 
 
-def load(path: str | Path, kernel: str | Kernel = "auto") -> nn.Module:
+def load(path: str | Path, kernel: str | Kernel = "auto", into: nn.Module | None = None) -> nn.Module:
     """The network of a packed file, on sparse kernels.
 
     A language model is called as ``logits_BTV, state = model(tokens_BT, state)`` for sequences and as
@@ -102,12 +111,15 @@ def load(path: str | Path, kernel: str | Kernel = "auto") -> nn.Module:
     Args:
         path: the file.
         kernel: a backend's name or the backend; ``auto`` measures them at the first call and keeps what it found.
+        into: a network with the names and shapes of the file's weights, for a file of ``srnn.save``, which holds no
+            config. It is left as it is.
 
     Returns:
-        The network in eval mode; backward through its outputs raises.
+        The network, or a copy of ``into`` with the file's weights, in eval mode; backward through its outputs raises.
 
     Raises:
-        UserError: no such file, not a packed file, truncated or damaged, or the kernel cannot run here.
+        UserError: no such file, not a packed file, truncated or damaged, the kernel cannot run here, or ``into`` has
+            other names or shapes.
 
     Example:
         >>> import tempfile, torch, srnn
@@ -123,40 +135,65 @@ def load(path: str | Path, kernel: str | Kernel = "auto") -> nn.Module:
         torch.Size([1, 50])
     """
     packed = read(Path(path))
-    model = unpack(packed, register.rebuild("kernel", {"name": kernel}) if isinstance(kernel, str) else kernel)
+    chosen = register.rebuild("kernel", {"name": kernel}) if isinstance(kernel, str) else kernel
+    model = unpack(packed, chosen, into)
+    if into is not None and packed.vocabulary is None:
+        return model
     model.vocabulary = packed.vocabulary  # type: ignore[assignment]
     return model
 
 
 def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> PackedModel:
-    matrices = {}
-    for name, entry in header["matrices"].items():
-        rows, columns = (int(size) for size in entry["shape"])
-        parts = {part: tensors.pop(f"{name}.{part}") for part in ("values", "columns", "row_pointers")}
-        if header["format"] == 1:
-            parts["values"] = parts["values"][:, None]
-            entry |= {"gates": 1, "values": None}
-        elif entry["values"] == "int8":
-            parts["scales"] = tensors.pop(f"{name}.scales")
-        matrix = SparseMatrix((rows, columns), int(entry["gates"]), **parts)
-        matrix.check()
-        if matrix.structure != entry["structure"] or entry["values"] not in (None, matrix.values_name):
-            raise ValueError(f"{name} is {matrix.structure} {matrix.values_name}, not what its header says")
-        matrices[name] = matrix
+    _check_header(header)
+    matrices = {name: _matrix(name, entry, header["format"], tensors) for name, entry in header["matrices"].items()}
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32:
+        if tensor.dtype != torch.float32 and header["format"] < 4:
             raise ValueError(f"{name} is {tensor.dtype}, not fp32")
     vocabulary = Vocabulary.from_dict(header["vocabulary"]) if header["vocabulary"] else None
     tied = header["tied"] if header["format"] > 2 else {}
     if not all(isinstance(n, str) and s in matrices.keys() | tensors.keys() for n, s in tied.items()):
         raise ValueError("a weight is tied to one that is not there")
     packed = PackedModel(header["model"], header["supplied"], matrices, tensors, vocabulary, header["about"], tied)
+    # Rows and columns without an entry take no bytes in the file, and all of them in the network.
+    dense = 4 * sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices.values())
+    if dense > packed.allowance:
+        raise ValueError(f"its matrices would take {dense:,} bytes, far more than it holds")
     return packed if header["format"] > 1 else _with_gates(packed)
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    kinds = {"model": dict, "supplied": dict, "matrices": dict, "about": dict, "vocabulary": dict | None}
+    for key, kind in (kinds | ({"tied": dict} if header["format"] > 2 else {})).items():
+        if not isinstance(header[key], kind):
+            raise ValueError(f"its {key} is a {type(header[key]).__name__}")
+    if not header["model"] and header["format"] > 3:
+        return  # of srnn.save, which knows no config
+    name = header["model"].get("name")
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+        raise ValueError("its model has no name")
+
+
+def _matrix(name: str, entry: dict[str, Any], version: int, tensors: dict[str, Tensor]) -> SparseMatrix:
+    """A matrix of its parts, which are taken out of ``tensors``. Raises ValueError or KeyError if it is none."""
+    rows, columns = entry["shape"]
+    gates = entry["gates"] if version > 1 else 1
+    if not all(type(number) is int for number in (rows, columns, gates)):
+        raise ValueError(f"{name} has a shape or gates that are no numbers")
+    parts = {part: tensors.pop(f"{name}.{part}") for part in ("values", "columns", "row_pointers")}
+    if version == 1:
+        parts["values"] = parts["values"][:, None]
+    elif entry["values"] == "int8":
+        parts["scales"] = tensors.pop(f"{name}.scales")
+    matrix = SparseMatrix((rows, columns), gates, **parts)
+    matrix.check()
+    if matrix.structure != entry["structure"] or (version > 1 and entry["values"] != matrix.values_name):
+        raise ValueError(f"{name} is {matrix.structure} {matrix.values_name}, not what its header says")
+    return matrix
 
 
 def _with_gates(packed: PackedModel) -> PackedModel:
     """Format 1 did not say which gates rows belong to; for single elements that changes nothing but the number."""
-    with without_memory():
+    with without_memory(packed.calls):
         module: nn.Module = register.rebuild("model", packed.model, **packed.supplied)
     for prefix, child in module.named_modules():
         for name in child._parameters:

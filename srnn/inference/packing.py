@@ -54,7 +54,13 @@ class Packer:
         """Whether a matrix is smaller for its zeros, not only for the width of its values."""
         if weight.ndim != 2:
             return False
-        width = torch.empty((), dtype=DTYPES[self.values]).element_size()
+        return self._smaller_than(torch.empty((), dtype=DTYPES[self.values]).element_size(), weight, gates)
+
+    def is_narrower(self, weight: Tensor, gates: int) -> bool:
+        """Whether a file that holds it packed is smaller than one that holds it dense, in fp32."""
+        return weight.ndim == 2 and self._smaller_than(4, weight, gates)
+
+    def _smaller_than(self, width: int, weight: Tensor, gates: int) -> bool:
         structure = cheapest_structure(weight, self.values, gates)
         return packed_nbytes(weight, structure, self.values, gates) < width * weight.numel()
 
@@ -70,19 +76,21 @@ class Packer:
             UserError: it is not pruned in the blocks asked for, or a value is not finite in ``values``.
         """
         if (name, gates) not in self._done:
-            self._done[name, gates] = self._packed(name, weight.detach().float(), gates)
+            # What has few zeros is packed for its values' width alone, whatever blocks others are pruned in.
+            structure = self.structure if self.is_worth(weight, gates) else "auto"
+            self._done[name, gates] = self._packed(name, weight.detach().float(), gates, structure)
         return self._done[name, gates]
 
-    def _packed(self, name: str, weight: Tensor, gates: int) -> SparseMatrix:
-        if self.structure != "auto" and not has_structure(weight, self.structure, self.values, gates):
-            taken = packed_nbytes(weight, self.structure, self.values, gates)
+    def _packed(self, name: str, weight: Tensor, gates: int, structure: WantedStructure) -> SparseMatrix:
+        if structure != "auto" and not has_structure(weight, structure, self.values, gates):
+            taken = packed_nbytes(weight, structure, self.values, gates)
             least = packed_nbytes(weight, "element", self.values, gates)
             raise UserError(
-                f"{name} is not pruned in {self.structure} blocks: they would take {taken:,} bytes, its single "
+                f"{name} is not pruned in {structure} blocks: they would take {taken:,} bytes, its single "
                 f"elements {least:,}. Use structure=element, or auto."
             )
         try:
-            return SparseMatrix.from_dense(weight, self.structure, self.values, gates, self.energies.get(name))
+            return SparseMatrix.from_dense(weight, structure, self.values, gates, self.energies.get(name))
         except ValueError as error:
             diverged = "the training has probably diverged"
             fp16 = f", at most 65,504: {diverged}; else use values=fp32 or bf16"
@@ -97,7 +105,8 @@ class PackedModel:
         model: the config that builds it, ``name`` and options.
         supplied: what a run supplied to build it, such as ``vocabulary_size``.
         matrices: name -> packed matrix.
-        dense: name -> tensor left dense (biases, and matrices that packing would not shrink).
+        dense: name -> tensor left dense (biases, buffers, and matrices that packing would not shrink); fp32, but for
+            buffers that fp32 cannot hold.
         vocabulary: of a language model; else None.
         about: free-form facts of the run (metrics, sparsity); plain data.
         tied: name -> the name whose weight it shares; stored once.
@@ -112,9 +121,19 @@ class PackedModel:
     tied: dict[str, str] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All weights, dense, fp32, under the model's own names."""
+        """All weights, dense, fp32, and buffers, under the model's own names."""
         once = self.dense | {name: matrix.to_dense() for name, matrix in self.matrices.items()}
         return once | {name: once[source] for name, source in self.tied.items()}
+
+    @property
+    def allowance(self) -> int:
+        """Bytes that the dense network may take: 1,000 times those held (99.9 % zeros), and 64 MiB."""
+        return 1000 * sum(t.numel() * t.element_size() for t in self.tensors().values()) + (64 << 20)
+
+    @property
+    def calls(self) -> int:
+        """Calls to torch that building the network may take: 100 a tensor held, and 2,000."""
+        return 2000 + 100 * len(self.tensors())
 
     @property
     def nonzeros(self) -> dict[str, int]:
@@ -159,12 +178,27 @@ def pack(
     for name, tensor in module.state_dict().items():
         if name in tied:
             continue
-        weight, parts = tensor.detach().cpu().float(), gates.get(name, 1)
-        if packer.is_worth(weight, parts):
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{name} is a {type(tensor).__name__}: a packed file holds tensors only, no extra state.")
+        if name not in gates:
+            dense[name] = _buffer(tensor.detach().cpu())
+            continue
+        weight, parts = tensor.detach().cpu().float(), gates[name]
+        if packer.is_narrower(weight, parts):
             matrices[name] = packer.matrix(name, weight, parts)
         else:
             dense[name] = weight.contiguous().clone()
     return PackedModel(dict(model), dict(supplied), matrices, dense, tied=tied)
+
+
+def _buffer(tensor: Tensor) -> Tensor:
+    """A buffer as it is stored: in fp32, as all versions read it, where that holds its numbers exactly."""
+    if not tensor.is_complex():
+        wide = tensor.float()
+        same = (wide.to(tensor.dtype) == tensor) | (tensor != tensor)  # NaN is not equal to itself
+        if bool(same.all()):
+            return wide.contiguous().clone()
+    return tensor.contiguous().clone()
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from srnn.cells import Cell, cell_of
-from srnn.inference.base import SparseModule, Weights, filled, no_grad, without_gradient
+from srnn.inference.base import SparseModule, Weights, no_grad, refuse_tracing, without_gradient
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, State, equal_lengths
-from srnn.meta_device import without_memory
 
 
 class SparseRecurrent(SparseModule):
@@ -40,6 +39,7 @@ class SparseRecurrent(SparseModule):
             for layer in range(original.num_layers)
             for direction in (["", "_reverse"] if original.bidirectional else [""])
         ]
+        self.describe()
 
     def layer_weights(self, index: int) -> LayerWeights:
         """The weights of a layer and direction, in the order of torch's states."""
@@ -63,6 +63,7 @@ class SparseRecurrent(SparseModule):
         Raises:
             RuntimeError: shapes do not fit; also backward through the outputs.
         """
+        refuse_tracing()
         if isinstance(input, PackedSequence):
             begin = self._state(hx, int(input.batch_sizes[0]), input.data, input.sorted_indices)
             y_NP, state = self._run(input.data, input.batch_sizes, begin)
@@ -74,10 +75,10 @@ class SparseRecurrent(SparseModule):
             raise ValueError(f"input must have 2 or 3 dimensions, not {input.dim()}")
         batched = input.dim() == 3
         if not batched:
-            hx = hx if hx is None else tuple(p[:, None] for p in hx) if isinstance(hx, tuple) else hx[:, None]
+            hx = hx if hx is None else tuple(p[:, None] for p in hx) if isinstance(hx, tuple | list) else hx[:, None]
         x_TBI = input[:, None] if not batched else input.transpose(0, 1) if self.batch_first else input
         steps, streams, _ = x_TBI.shape
-        if steps == 0 or streams == 0:
+        if steps == 0:
             raise RuntimeError(f"sequences of {steps} steps and {streams} streams hold nothing to run over")
         y_TBP, *after = self._outputs([x_TBI, *self._state(hx, streams, input)])
         state = tuple(after)
@@ -90,8 +91,13 @@ class SparseRecurrent(SparseModule):
 
         Safe to call from several threads, each with a state of its own.
         """
+        refuse_tracing()
         if self.bidirectional:
             raise RuntimeError("a bidirectional network sees the end of a sequence first: it cannot run step by step")
+        if self._forward_hooks or self._forward_pre_hooks:  # which see sequences, as those of torch's modules do
+            time = 1 if self.batch_first else 0
+            y, state = self(x_BI.unsqueeze(time), hx)
+            return y.squeeze(time), state
         y_BP, state = self._run(x_BI, equal_lengths(1, x_BI.shape[0]), self._state(hx, x_BI.shape[0], x_BI))
         return y_BP, self._as_torch(state)
 
@@ -99,9 +105,9 @@ class SparseRecurrent(SparseModule):
         """y_TBP and the state of x_TBI and the state before."""
         x_TBI, *state = inputs
         steps, streams, _ = x_TBI.shape
-        rows = x_TBI.reshape(steps * streams, -1)
+        rows = x_TBI.reshape(steps * streams, x_TBI.shape[-1])
         y_NP, after = self._run(rows, equal_lengths(steps, streams), tuple(state))
-        return y_NP.view(steps, streams, -1), *after
+        return y_NP.view(steps, streams, y_NP.shape[-1]), *after
 
     def shapes(self, inputs: list[Tensor]) -> list[Tensor]:
         """y_TBP and the state."""
@@ -128,6 +134,8 @@ class SparseRecurrent(SparseModule):
         if x_NI.shape[-1] != self.input_size:
             raise RuntimeError(f"input must have {self.input_size} features, not {x_NI.shape[-1]}")
         directions = 2 if self.bidirectional else 1
+        if not x_NI.shape[0]:  # no streams, as in a last batch that is empty: kernels need not know of it
+            return x_NI.new_empty(0, directions * (self.proj_size or self.hidden_size)), state
         y, ends = x_NI, []
         with no_grad():
             for first in range(0, len(self.suffixes), directions):
@@ -162,17 +170,12 @@ class SparseRecurrent(SparseModule):
         if self.proj_size:  # what a projection multiplies stays inside the kernel; a column counts as the next
             self.recorder(f"weight_hr{suffix}", x_NI.new_ones(1, self.hidden_size))
 
-    def original(self) -> nn.Module:
-        """Torch's module with these weights, trainable."""
-        options: dict[str, Any] = {"nonlinearity": self.cell} if self.kind is nn.RNN else {}
-        if self.proj_size:
-            options["proj_size"] = self.proj_size
-        with without_memory():
-            module = self.kind(
-                self.input_size, self.hidden_size, self.num_layers, bias=self.bias, batch_first=self.batch_first,
-                dropout=self.dropout, bidirectional=self.bidirectional, **options,
-            )  # fmt: skip
-        return filled(module, self)
+    def construction(self) -> tuple[type[nn.Module], dict[str, Any]]:
+        """``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``."""
+        names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
+        options = {name: getattr(self, name) for name in names}
+        options |= {"nonlinearity": self.cell} if self.kind is nn.RNN else {}
+        return self.kind, options | ({"proj_size": self.proj_size} if self.proj_size else {})
 
     def extra_repr(self) -> str:
         """The cell."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from srnn.errors import UserError
 from srnn.formats import Values
-from srnn.inference.base import SparseModule, Weights
-from srnn.inference.modules import replaceable, sparse_module
+from srnn.inference.base import SparseModule, Weights, kernel_config
+from srnn.inference.copying import replaced
+from srnn.inference.left_dense import FEW_ZEROS, Replacements, Says, has_zeros, matrices_of, unmasked, why_dense
+from srnn.inference.modules import sparse_module
 from srnn.inference.packing import Energies, Packer, WantedStructure, matrix_gates
 from srnn.kernels.contract import Kernel
 from srnn.registry import register
@@ -26,7 +29,9 @@ def sparsify(
     """A copy of a network that runs on sparse kernels: the same call, outputs and states, for inference.
 
     Every ``nn.RNN``, ``nn.GRU``, ``nn.LSTM``, ``nn.Linear`` and ``nn.Embedding`` of which a matrix holds enough zeros
-    to be smaller in a sparse format is replaced; the rest is copied. The model itself is left as it is.
+    to be smaller in a sparse format is replaced; the rest is copied. The model itself is left as it is. Masks of
+    ``torch.nn.utils.prune`` are applied. The copy's ``sparsify_report``, which its ``repr`` prints, says what was
+    replaced and what was left dense, and why; a warning names what was pruned and yet left dense.
 
     Args:
         model: a trained network; it may be one of these modules itself.
@@ -54,18 +59,38 @@ def sparsify(
         True
     """
     chosen = register.rebuild("kernel", {"name": kernel}) if isinstance(kernel, str) else kernel
-    packer = Packer(structure, values, energies)
+    copied, replacements = sparsified(model, Packer(structure, values, energies), chosen)
+    warning = replacements.warning()
+    if warning is not None:
+        warnings.warn(warning, stacklevel=2)
+    return copied
+
+
+def sparsified(model: nn.Module, packer: Packer, kernel: Kernel) -> tuple[nn.Module, Replacements]:
+    """What ``sparsify`` returns, and what was replaced in it. Raises UserError as ``sparsify`` does."""
     names = {id(weight): name for name, weight in model.named_parameters()}
     memo: dict[int, Any] = {}
-    for module in model.modules():
-        if replaceable(module) and _is_sparse(module, packer):
-            memo[id(module)] = sparse_module(module, _weights(module, packer, names), chosen)
+    found = Replacements()
+    for prefix, module in model.named_modules():
+        plain, named = unmasked(module), prefix or type(module).__name__
+        reason, pruned = why_dense(plain), has_zeros(plain, packer)
+        if pruned and reason is None:
+            memo[id(module)] = sparse_module(plain, _weights(plain, packer, names, prefix), kernel)
+            found.sparse[named] = type(module).__name__
+        elif matrices_of(plain) and not isinstance(module, ParametrizationList):
+            found.dense[named] = reason if pruned and reason is not None else FEW_ZEROS
+            found.pruned |= {named} if pruned else set()
     for made in memo.values():
         for matrix in made.matrices().values():
-            reason = chosen.supports(None, matrix.device)
+            reason = kernel.supports(None, matrix.device)
             if reason is not None:
-                raise UserError(f"kernel={kernel} cannot run on {matrix.device}: {reason}.")
-    return replaced(model, memo)
+                name = next((c["name"] for c in [kernel_config(kernel)] if c), type(kernel).__name__)
+                raise UserError(f"kernel={name} cannot run on {matrix.device}: {reason}.")
+    copied = replaced(model, memo)
+    own = type(copied).extra_repr(copied)
+    copied.sparsify_report = str(found)  # type: ignore[assignment]
+    copied.extra_repr = Says("\n".join(filter(None, (own, str(found)))))  # type: ignore[method-assign]
+    return copied, found
 
 
 def desparsify(model: nn.Module) -> nn.Module:
@@ -78,7 +103,7 @@ def desparsify(model: nn.Module) -> nn.Module:
         The copy, in eval mode, its parameters trainable.
 
     Raises:
-        RuntimeError: torch cannot copy a part of the model, such as a tensor with history that it keeps.
+        UserError: a part of the model cannot be copied.
 
     Example:
         >>> import torch, srnn
@@ -88,24 +113,20 @@ def desparsify(model: nn.Module) -> nn.Module:
         >>> torch.equal(dense.weight, linear.weight)
         True
     """
-    return replaced(model, {id(m): m.original() for m in model.modules() if isinstance(m, SparseModule)})
+    copied = replaced(model, {id(m): m.original() for m in model.modules() if isinstance(m, SparseModule)})
+    for name in ("sparsify_report", "extra_repr"):
+        if name == "sparsify_report" or isinstance(vars(copied).get(name), Says):
+            vars(copied).pop(name, None)
+    return copied
 
 
-def replaced(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy in which the modules with these ids are others. What is replaced is not copied first."""
-    copied: nn.Module = memo[id(model)] if id(model) in memo else copy.deepcopy(model, memo)
-    return copied.eval()
-
-
-def _is_sparse(module: nn.Module, packer: Packer) -> bool:
-    """Whether any of its matrices is smaller for being sparse, not only for its values' width."""
-    weights = module.named_parameters(recurse=False)
-    return any(packer.is_worth(weight, matrix_gates(name, module)) for name, weight in weights)
-
-
-def _weights(module: nn.Module, packer: Packer, names: dict[int, str]) -> Weights:
+def _weights(module: nn.Module, packer: Packer, names: dict[int, str], prefix: str) -> Weights:
     """Name -> packed matrix, bias, or None for a bias it does not have."""
+
+    def full(name: str, weight: Tensor) -> str:
+        return names.get(id(weight), f"{prefix}.{name}" if prefix else name)
+
     return {
-        name: w if w is None or w.ndim != 2 else packer.matrix(names[id(w)], w, matrix_gates(name, module))
+        name: w if w is None or w.ndim != 2 else packer.matrix(full(name, w), w, matrix_gates(name, module))
         for name, w in module._parameters.items()
     }

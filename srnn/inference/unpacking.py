@@ -4,64 +4,83 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
+from srnn.inference.copying import replaced
 from srnn.inference.modules import replaceable, sparse_module
 from srnn.inference.packing import PackedModel, matrix_gates
-from srnn.inference.sparsify import replaced
+from srnn.inference.sparsify import desparsify
 from srnn.kernels.contract import Kernel
-from srnn.meta_device import without_memory
+from srnn.meta_device import weightless
 from srnn.registry import register
 from srnn.sparse import SparseMatrix
 
 
-def unpack(packed: PackedModel, kernel: Kernel | None = None) -> nn.Module:
+def unpack(packed: PackedModel, kernel: Kernel | None = None, into: nn.Module | None = None) -> nn.Module:
     """The network with the packed weights, in eval mode.
 
     Args:
         packed: what ``pack`` or ``read`` gave.
         kernel: the backend that runs it; nothing is unpacked that it does not need dense. None gives torch's own dense
             modules, trainable.
+        into: the network to copy, instead of one built of the config.
 
     Raises:
         UserError: weights and config do not belong together, or the kernel cannot run here.
     """
+    if into is not None:
+        skeleton = desparsify(into)
+        _check_fit(packed, skeleton)
+    else:
+        skeleton = _skeleton(packed)
     if kernel is None:
-        return _dense(packed)
+        return _dense(packed, skeleton)
     reason = kernel.supports(None, torch.device("cpu"))
     if reason is not None:
         raise UserError(f"the kernel cannot run on this CPU: {reason}.")
-    return _sparse(_untied(packed), kernel)
+    return _sparse(_untied(packed), kernel, skeleton)
 
 
-def _dense(packed: PackedModel) -> nn.Module:
-    module = _skeleton(packed)
-    module.load_state_dict(packed.state_dict(), assign=True)
+def _dense(packed: PackedModel, module: nn.Module) -> nn.Module:
+    module.load_state_dict(_typed(packed.state_dict(), module), assign=True)
     for name, source in packed.tied.items():  # assigning made two parameters of one
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, module.get_parameter(source))
     return module.eval()
 
 
-def _sparse(packed: PackedModel, kernel: Kernel) -> nn.Module:
-    skeleton = _skeleton(packed)
+def _sparse(packed: PackedModel, kernel: Kernel, skeleton: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     rest = dict(packed.dense)
     for prefix, module in skeleton.named_modules():
         names = {name: f"{prefix}.{name}" if prefix else name for name in module._parameters}
-        if replaceable(module) and any(name in packed.matrices for name in names.values()):
+        if replaceable(module) and any(_has_zeros(packed.matrices.get(name)) for name in names.values()):
             weights = {name: _weight(packed, full, name, module) for name, full in names.items()}
             memo[id(module)] = sparse_module(module, weights, kernel)
             for full in names.values():
                 rest.pop(full, None)
     rest |= {name: m.to_dense() for name, m in packed.matrices.items() if not _inside(name, skeleton, memo)}
     sparse = replaced(skeleton, memo)
-    sparse.load_state_dict(rest, strict=False, assign=True)
+    sparse.load_state_dict(_typed(rest, sparse), strict=False, assign=True)
     return sparse.requires_grad_(False)
+
+
+def _has_zeros(matrix: SparseMatrix | None) -> bool:
+    """Whether a matrix is packed for its zeros, and not only for the width of its values: then it runs dense."""
+    if matrix is None:
+        return False
+    return matrix.nbytes < matrix.shape[0] * matrix.shape[1] * matrix.values.element_size()
+
+
+def _typed(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The tensors, buffers in the dtypes that the module gives them: the file may hold them in fp32."""
+    dtypes = {name: buffer.dtype for name, buffer in module.named_buffers()}
+    return {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
 
 
 def _untied(packed: PackedModel) -> PackedModel:
@@ -86,9 +105,18 @@ def _inside(name: str, skeleton: nn.Module, memo: Mapping[int, Any]) -> bool:
 
 
 def _skeleton(packed: PackedModel) -> nn.Module:
-    """The model without memory for its weights, once these are known to fit."""
-    with without_memory():
+    """The model, its weights yet to be loaded, once these are known to fit. No more is built than the file holds."""
+    if not packed.model:
+        raise UserError("the file holds weights and no config: give the network, srnn.load(path, into=model).")
+
+    def build() -> nn.Module:
         module: nn.Module = register.rebuild("model", packed.model, **packed.supplied)
+        return module
+
+    return weightless(build, partial(_check_fit, packed), packed.calls, packed.allowance)
+
+
+def _check_fit(packed: PackedModel, module: nn.Module) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in packed.dense.items()}
     given |= {name: matrix.shape for name, matrix in packed.matrices.items()}
@@ -98,11 +126,13 @@ def _skeleton(packed: PackedModel) -> nn.Module:
         name = wrong[0]
         raise UserError(
             f"the packed weights do not fit the model they name: {name} has shape {given.get(name)}, "
-            f"{packed.model['name']} wants {wanted.get(name)}."
+            f"{packed.model.get('name', type(module).__name__)} wants {wanted.get(name)}."
         )
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    if not parameters >= packed.tied.keys() | set(packed.tied.values()):
+        raise UserError("the packed weights do not fit the model they name: what is tied is no parameter.")
     for prefix, child in module.named_modules():
         for name in child._parameters:
             matrix = packed.matrices.get(f"{prefix}.{name}" if prefix else name)
             if matrix is not None and matrix.gates != matrix_gates(name, child):
                 raise UserError(f"the packed weights do not fit the model they name: gates of {prefix}.{name}.")
-    return module

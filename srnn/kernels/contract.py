@@ -67,8 +67,10 @@ class LayerWeights:
     @property
     def input_bias(self) -> Tensor | None:
         """[G], what can be added before the recurrence: both biases, but for a GRU's ``new_bias``."""
-        if self.b_ih is None or self.b_hh is None:
+        if self.b_hh is None or (self.b_ih is None and self.cell != "gru"):
             return self.b_ih if self.b_hh is None else self.b_hh
+        if self.b_ih is None:  # the last gate's is ``new_bias``, and must not count twice
+            return torch.cat([self.b_hh[: 2 * self.hidden_size], torch.zeros_like(self.b_hh[2 * self.hidden_size :])])
         if self.cell != "gru":
             return self.b_ih + self.b_hh
         first = 2 * self.hidden_size

@@ -85,14 +85,16 @@ class _TorchLayer(Layer):
         kinds = {"gru": nn.GRU, "lstm": nn.LSTM}
         cell = kinds.get(weights.cell, nn.RNN)
         options: dict[str, Any] = {} if weights.cell in kinds else {"nonlinearity": weights.cell}
-        bias = weights.b_ih is not None and weights.b_hh is not None
+        bias = any(part.b_ih is not None or part.b_hh is not None for part in directions)
         with without_memory():
             module = cell(weights.w_ih.shape[1], weights.hidden_size, bias=bias, bidirectional=self.both, **options)
         tensors: dict[str, Tensor] = {}
         for suffix, part in zip(("_l0", "_l0_reverse"), directions, strict=False):
             tensors |= {f"weight_{name[2:]}{suffix}": matrix.to_dense() for name, matrix in part.matrices.items()}
-            if part.b_ih is not None and part.b_hh is not None:
-                tensors |= {f"bias_ih{suffix}": part.b_ih, f"bias_hh{suffix}": part.b_hh}
+            if bias:  # torch's module has both or none, so one that is not there is zero
+                none = torch.zeros(part.w_ih.shape[0])
+                tensors[f"bias_ih{suffix}"] = none if part.b_ih is None else part.b_ih
+                tensors[f"bias_hh{suffix}"] = none if part.b_hh is None else part.b_hh
         # Flat memory on a GPU and, for torch's oneDNN LSTM, on a CPU.
         module.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
         module.requires_grad_(False).flatten_parameters()

@@ -157,16 +157,19 @@ class Registry:
         options = {key: value for key, value in config.items() if key != "name"}
         for key, value in options.items():
             if key not in component.options:
-                raise UserError(f"{kind}={component.name} has no option {key}: the file is of another version.")
+                raise UserError(f"{kind}={component.name} has no option {key[:100]}: the file is of another version.")
             for mark in _ranges(component.options[key].type):
                 try:
                     mark.check(value)
                 except ValueError as error:
-                    raise UserError(f"{kind}.{key}={value!r} {error}.") from None
+                    raise UserError(f"{kind}.{key}={value!r:.100} {error}.") from None
         try:
             return component.factory(**options, **component.pick(supplied))
-        except (TypeError, ValueError, KeyError, RuntimeError) as error:
-            raise UserError(f"{kind}={component.name} cannot be built of {options} and {supplied}: {error}") from None
+        except UserError:
+            raise
+        except Exception as error:  # of torch or a plug-in, which have never seen such options
+            given, why = f"{options} and {supplied}"[:300], str(error)[:300] or type(error).__name__
+            raise UserError(f"{kind}={component.name} cannot be built of {given}: {why}") from None
 
     def load_plugins(self, folders: list[Path]) -> None:
         """Import installed plug-ins, then every ``*.py`` of the folders, each once.

@@ -49,6 +49,17 @@ class SparseMatrix:
     row_pointers: Tensor
     scales: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # As signed numbers of the same bits: torch writes unsigned ones into a plain pickle, and cannot read them.
+        signed = self.columns.view(torch.int16) if self.columns.dtype == torch.uint16 else self.columns
+        return self.__dict__ | {"columns": signed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        columns = state["columns"]
+        self.__dict__.update(state)
+        if columns.dtype == torch.int16:
+            self.__dict__["columns"] = columns.view(torch.uint16)
+
     @classmethod
     def from_dense(
         cls,
@@ -106,7 +117,7 @@ class SparseMatrix:
         """The matrix back, fp32 [rows, columns]: exact but for the rounding to the type of the values."""
         groups = self._groups_of_blocks()
         blocks = self.values.float() if self.scales is None else self.values.float() * self.scales[groups, None]
-        grouped = torch.zeros(self.groups, self.height, self.shape[1], device=self.values.device)
+        grouped = torch.zeros(self.groups, self.height, self.shape[1], device=self.device, dtype=torch.float32)
         grouped[groups, :, self.columns.long()] = blocks
         # Without the rows by which the last group of each gate reaches past it.
         units = grouped.view(self.gates, self.groups // self.gates * self.height, self.shape[1])[:, : self.units]
@@ -125,7 +136,7 @@ class SparseMatrix:
             group, lane = divmod(int(numbers), self.height)
             first, last = self.row_pointers[group : group + 2].tolist()
             one = self.values[first:last, lane].float()
-            row = torch.zeros(1, self.shape[1], device=self.device)
+            row = torch.zeros(1, self.shape[1], device=self.device, dtype=torch.float32)
             row[0, self.columns[first:last].long()] = one if self.scales is None else one * self.scales[group]
             return row
         # All rows without a loop: how many blocks each has, then one list of (row, block) pairs for all of them.
@@ -136,7 +147,7 @@ class SparseMatrix:
         # counts.cumsum(0) - counts is where a row begins in that list; starts, where it begins in the matrix.
         block = torch.arange(len(row), device=self.device) + (starts + counts - counts.cumsum(0))[row]
         values = self.values[block, lanes[row]].float()
-        dense = torch.zeros(len(numbers), self.shape[1], device=self.device)
+        dense = torch.zeros(len(numbers), self.shape[1], device=self.device, dtype=torch.float32)
         # As signed numbers, because torch cannot index unsigned ones on a GPU; the remainder makes 65,535 of -1 again.
         columns = self.columns.view(torch.int16) if self.columns.dtype == torch.uint16 else self.columns
         column = columns[block].long() % (1 << 8 * columns.element_size())
@@ -238,7 +249,8 @@ class SparseMatrix:
 
     def _groups_of_blocks(self) -> Tensor:
         counts = self.row_pointers.diff().long()
-        return torch.repeat_interleave(torch.arange(self.groups, device=counts.device), counts)
+        groups = torch.arange(self.groups, device=counts.device)
+        return torch.repeat_interleave(groups, counts, output_size=self.blocks)
 
     def check(self) -> None:
         """Check data from outside, before kernels that check nothing read memory by its indices.

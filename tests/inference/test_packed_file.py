@@ -270,8 +270,8 @@ def test_a_tied_weight_is_stored_once(tmp_path, sparse):
 
 
 def test_a_newer_format_asks_for_an_upgrade(file):
-    rewritten(file, lambda header: header.update(format=4))
-    with pytest.raises(UserError, match=r"format 4; this srnn reads 1 to 3: upgrade"):
+    rewritten(file, lambda header: header.update(format=5))
+    with pytest.raises(UserError, match=r"format 5; this srnn reads 1 to 4: upgrade"):
         read(file)
 
 

@@ -1,0 +1,98 @@
+"""What ``sparsify`` replaces in a network, what it leaves dense, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+from srnn.inference.copying import is_mask, replaced
+from srnn.inference.modules import SPARSE_KINDS
+from srnn.inference.packing import Packer, matrix_gates
+
+FEW_ZEROS = "has too few zeros to be smaller in a sparse format"
+
+
+@dataclass
+class Replacements:
+    """Names of modules: those replaced, with their class; those left dense, with the reason; and which were pruned."""
+
+    sparse: dict[str, str] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
+    pruned: set[str] = field(default_factory=set)
+
+    def __str__(self) -> str:
+        sparse = [f"{name} ({kind})" for name, kind in self.sparse.items()]
+        dense = [f"{name} ({reason})" for name, reason in self.dense.items()]
+        lines = [f"sparse: {', '.join(sparse) or 'nothing'}", f"left dense: {', '.join(dense)}" if dense else ""]
+        return "\n".join(line for line in lines if line)
+
+    def warning(self) -> str | None:
+        """What its user may not expect: pruned matrices that stay dense, or that nothing was replaced."""
+        left = {name: reason for name, reason in self.dense.items() if name in self.pruned}
+        if left:
+            return "sparsify left dense, though pruned: " + "; ".join(f"{n} {why}" for n, why in left.items()) + "."
+        if not self.sparse:
+            why = "; ".join(f"{name} {reason}" for name, reason in self.dense.items()) or "it has no matrices"
+            return f"sparsify replaced nothing: {why}."
+        return None
+
+
+class Says:
+    """An ``extra_repr`` that prints a report, and can be copied and pickled."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __call__(self) -> str:
+        """The report."""
+        return self.text
+
+
+def unmasked(module: nn.Module) -> nn.Module:
+    """The module with the masks of ``torch.nn.utils.prune`` made permanent: a copy, or itself where it has none."""
+    masks: list[Any] = [hook for hook in module._forward_pre_hooks.values() if is_mask(hook)]
+    if not masks:
+        return module
+    plain = replaced(module, {})
+    for mask in masks:
+        prune.remove(plain, mask._tensor_name)
+    return plain
+
+
+def matrices_of(module: nn.Module) -> Mapping[str, Tensor]:
+    """The matrices that a module multiplies by, its own and not its children's; parametrised ones as they are used."""
+    found = {name: weight for name, weight in module._parameters.items() if weight is not None and weight.ndim == 2}
+    if parametrize.is_parametrized(module):
+        used: Any = module.parametrizations
+        found |= {name: weight for name in used if (weight := getattr(module, name).detach()).ndim == 2}
+    return found
+
+
+def has_zeros(module: nn.Module, packer: Packer) -> bool:
+    """Whether any of its matrices is smaller for being sparse, not only for its values' width."""
+    return any(packer.is_worth(weight, matrix_gates(name, module)) for name, weight in matrices_of(module).items())
+
+
+def why_dense(module: nn.Module) -> str | None:
+    """Why a module has no sparse counterpart; None where it has one."""
+    name = type(module).__name__
+    if parametrize.is_parametrized(module):
+        return "is parametrised: call torch.nn.utils.parametrize.remove_parametrizations first"
+    if type(module) not in SPARSE_KINDS:
+        if isinstance(module, nn.RNNCellBase):
+            return f"is a {name}: cells have no sparse kernel, nn.{name.removesuffix('Cell')} has"
+        base = next((kind.__name__ for kind in SPARSE_KINDS if isinstance(module, kind)), None)
+        return f"is a {name}, which " + (
+            f"is derived from {base}: only torch's own classes are replaced" if base else "has no sparse counterpart"
+        )
+    if getattr(module, "max_norm", None) is not None:
+        return "has max_norm, which changes its weights when it is called"
+    if "forward" in vars(module):
+        return "has a forward of its own"
+    own = set(module._flat_weights_names) if isinstance(module, nn.RNNBase) else {"weight", "bias"}
+    more = (module._parameters.keys() - own) | module._buffers.keys() | module._modules.keys()
+    return f"holds more than torch's layer does: {', '.join(sorted(more))}" if more else None

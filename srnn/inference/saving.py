@@ -1,0 +1,53 @@
+"""Saving any network in a packed file, without the registry."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from srnn.formats import Values
+from srnn.inference.base import SparseModule
+from srnn.inference.packed_file import write
+from srnn.inference.packing import WantedStructure, pack
+from srnn.inference.sparsify import desparsify
+
+
+def save(model: nn.Module, path: str | Path, values: Values = "fp32", structure: WantedStructure = "auto") -> None:
+    """Save any network's weights in a packed file, non-zeros only; ``srnn.load(path, into=model)`` reads them.
+
+    Args:
+        model: a network with zeros, dense or sparsified. What ``sparsify`` packed is saved as it is.
+        path: where to; an older file is replaced once the new one is whole.
+        values: what the non-zeros of dense layers are stored as: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
+        structure: the blocks of their matrices; ``auto`` takes the fewest bytes for each.
+
+    Raises:
+        UserError: a weight is not finite, too large for the values asked for, or not pruned in these blocks.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile, torch, srnn
+        >>> def network(): return torch.nn.Sequential(torch.nn.Embedding(50, 16), torch.nn.GRU(16, 32))
+        >>> model = network()
+        >>> for weight in model.parameters():
+        ...     _ = weight.data.mul_(torch.rand_like(weight) < 0.1)
+        >>> path = tempfile.mkdtemp() + "/model.safetensors"
+        >>> srnn.save(model, path)
+        >>> sparse = srnn.load(path, kernel="csr", into=network())
+        >>> tokens_TB = torch.randint(50, (5, 2))
+        >>> (sparse(tokens_TB)[0] - model.eval()(tokens_TB)[0]).abs().max().item() < 1e-5
+        True
+    """
+    kept = {
+        f"{prefix}.{name}" if prefix else name: matrix.to("cpu")
+        for prefix, module in model.named_modules()
+        if isinstance(module, SparseModule)
+        for name, matrix in module.matrices().items()
+    }
+    packed = pack(desparsify(model) if kept else model, {}, {}, values, structure)
+    # As they are: to round int8 values again would not give the same numbers.
+    matrices = packed.matrices | {name: matrix for name, matrix in kept.items() if name not in packed.tied}
+    dense = {name: tensor for name, tensor in packed.dense.items() if name not in kept}
+    write(path, replace(packed, matrices=matrices, dense=dense))
