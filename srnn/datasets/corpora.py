@@ -83,15 +83,16 @@ class Corpus(TextStreams):
             if not path.is_file():
                 names = ", ".join(s.name for s in self.sources.values())
                 raise UserError(f"dataset.folder={self.folder} has no {source.name}: it must hold {names}.")
-            return read_text(path)
+            return read_text(path, "dataset.folder")
         url = source.url if self.mirror is None else f"{self.mirror.rstrip('/')}/{source.name}"
         try:
-            return read_text(fetch(url, cache_folder() / self.corpus / source.name, source.checksum))
+            path = fetch(url, cache_folder() / self.corpus / source.name, source.checksum)
         except UserError as error:
             names = ", ".join(s.name for s in self.sources.values())
             raise UserError(
                 f"dataset={self.corpus}: {error} Or put {names} into a folder and add dataset.folder=FOLDER."
             ) from None
+        return read_text(path, f"dataset={self.corpus}")
 
     def located(self, config: dict[str, Any]) -> dict[str, Any]:
         """With the absolute folder."""
