@@ -138,14 +138,21 @@ def read_back(path: Path) -> TrainedRun:
     packed = read(path)
     if "dataset" not in packed.about:
         raise UserError(f"{path} does not say which data it was trained on.")
-    data = build_data(packed.about["dataset"], packed.vocabulary)
+    data = build_data(packed.about["dataset"], packed.vocabulary, from_file=True)
     objective: Any = register.get("objective", data.objective).factory
     return TrainedRun(packed, data, objective)
 
 
-def build_data(config: Mapping[str, Any], vocabulary: Vocabulary | None = None) -> DataModule:
-    """A data set of its config, read. ``vocabulary`` is a trained network's own."""
+def build_data(config: Mapping[str, Any], vocabulary: Vocabulary | None = None, from_file: bool = False) -> DataModule:
+    """A data set of its config, read.
+
+    Args:
+        config: its name and options.
+        vocabulary: a trained network's own.
+        from_file: whether the config comes out of a packed file, which may be anybody's.
+    """
     data: DataModule = register.build("dataset", config)
+    data.from_file = from_file
     data.setup(vocabulary=vocabulary)
     return data
 
