@@ -89,12 +89,16 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _load_plugins(argv: list[str]) -> None:
-    from srnn.config.composing import plugin_folders
+    from srnn.config.composing import passed_over, plugin_folders
     from srnn.registry import register
 
-    if "srnn.plugins=off" in argv:
+    said = [word.partition("=")[2].strip("'\"") for word in argv if word.startswith("srnn.plugins=")]
+    wanted = said[-1] if said else "auto"
+    if wanted == "off":
         return
-    register.load_plugins(plugin_folders())
+    if line := passed_over(wanted):
+        print(f"srnn: {line}", file=sys.stderr)
+    register.load_plugins(plugin_folders(wanted))
     for path, reason in register.broken_plugins.items():
         print(f"srnn: plug-in {path} is left out: {reason}", file=sys.stderr)
 

@@ -56,6 +56,10 @@ def test_an_installed_wheel_runs_in_any_folder(wheel, tmp_path):
             "dataset=brackets",
             "dataset.train_characters=5000",
         ]
+        built_in = subprocess.run(run, cwd=elsewhere, env=environment, text=True, capture_output=True, check=False)
+        assert built_in.returncode == 2
+        assert "dataset=brackets: no dataset has that name" in built_in.stderr, "the examples are nobody's plug-ins"
+        run += [f"srnn.plugins={site}/srnn/plugins"]
         done = subprocess.run(run, cwd=elsewhere, env=environment, text=True, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr
     assert len(list(elsewhere.glob("outputs/*/model.safetensors"))) == 2

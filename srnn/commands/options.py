@@ -197,4 +197,7 @@ def packed_file(run: str) -> Path:
     packed = RunFolder(path).packed
     if not packed.is_file():
         raise UserError(f"run={run}: this folder holds no model.safetensors, so it is no finished run of srnn.")
+    from srnn.recording.environment import require_plugins
+
+    require_plugins(RunFolder(path))
     return packed

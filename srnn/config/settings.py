@@ -55,7 +55,7 @@ class PackedConfig:
 class SrnnConfig:
     """srnn itself."""
 
-    plugins: Literal["on", "off"] = "on"
+    plugins: str = "auto"  # or on, off, or a folder
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from srnn.__main__ import main
+from srnn.files import PACKAGE
 from srnn.inference.packed_file import read
 from srnn.inference.weights import read_weights
 from srnn.kernels.cpu.backend import MESSAGE
@@ -144,7 +145,7 @@ def test_none_and_hard(tmp_path):
         ["model.num_layers=2", "model.dropout=0.2", "optimizer=adamw", "pruning.soft=true"],
         ["dataset=text", "dataset.level=words", "dataset.vocabulary_limit=50"],
         ["dataset=text", "dataset.level=bytes", "packed.values=fp32"],
-        ["dataset=brackets", "dataset.train_characters=5000"],
+        ["dataset=brackets", "dataset.train_characters=5000", f"srnn.plugins={PACKAGE.parent}/plugins"],
     ],
     ids=lambda overrides: overrides[0] + overrides[1] if len(overrides) > 1 else overrides[0],
 )
@@ -250,9 +251,23 @@ def test_plugins_of_the_working_folder(srnn_command, tmp_path):
         "    return gru(width, 4, vocabulary_size=vocabulary_size)\n"
     )
     chosen = ["trainer=fast", "model=narrow", "model.width=12", "tracking.mode=disabled", "hydra.run.dir=run"]
-    done = srnn_command(*chosen)
+    passed_over = srnn_command(*chosen)
+    assert passed_over.returncode == 2
+    assert f"the plug-ins in {tmp_path}/plugins are passed over: add srnn.plugins=on" in passed_over.stderr
+    assert "ZeroDivisionError" not in passed_over.stderr
+    done = srnn_command(*chosen, "srnn.plugins=on")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1
+    assert f"plugins: {tmp_path}/plugins" in (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    lost = srnn_command("evaluate", f"run={tmp_path}/run", cwd=tmp_path / "elsewhere")
+    assert lost.returncode == 2
+    assert f"uses model=narrow of the plug-in {tmp_path}/plugins/narrow.py, which is not loaded" in lost.stderr
+    named = f"srnn.plugins={tmp_path}/plugins"
+    assert named in lost.stderr
+    assert srnn_command("evaluate", "run=../run", named, cwd=tmp_path / "elsewhere").returncode == 0
+    (tmp_path / "pyproject.toml").write_text('[tool.srnn]\nplugins = "plugins"\n')
+    assert srnn_command("evaluate", "run=run").returncode == 0
     assert "breaks.py is left out: ZeroDivisionError" in done.stderr
     assert read(tmp_path / "run/model.safetensors").model == {"name": "narrow", "width": 12}
     without = srnn_command(*chosen, "srnn.plugins=off")
