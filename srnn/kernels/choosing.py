@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from srnn.files import cache_folder, write_atomically
@@ -368,10 +369,14 @@ def _remembered(key: str, what: str) -> Choice | None:
 
 
 def _remember(key: str, choice: Choice) -> None:
-    cache = _read_cache()
-    entries = cache.get(key)
-    cache[key] = (entries if isinstance(entries, dict) else {}) | {choice.what: asdict(choice)}
+    path = _cache_file()
     try:
-        write_atomically(_cache_file(), json.dumps(cache, indent=1).encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Read again inside the lock: other processes write their own choices meanwhile.
+        with FileLock(f"{path}.lock"):
+            cache = _read_cache()
+            entries = cache.get(key)
+            cache[key] = (entries if isinstance(entries, dict) else {}) | {choice.what: asdict(choice)}
+            write_atomically(path, json.dumps(cache, indent=1).encode())
     except OSError as error:
         log.info("the choice of kernels cannot be kept: %s", error)

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -159,3 +161,15 @@ def test_dense_is_never_worse_than_its_parts():
     assert set(Dense().candidates()) == {"torch", "onednn"}
     assert isinstance(Dense().candidates()["torch"], Torch)
     assert set(Dense("int8").candidates()) == {"int8"}
+
+
+def test_six_processes_at_once_lose_no_choice():
+    """Each adds its own to the file, ten times, while the others do."""
+    code = (
+        "import sys; from srnn.kernels.choosing import Choice, _remember\n"
+        "for n in range(10): _remember('key cpu', Choice(f'{sys.argv[1]} {n}', 'cpu', {'cpu': 1.0}, {}))"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(number)]) for number in range(6)]
+    assert [process.wait(120) for process in processes] == [0] * 6
+    kept = json.loads(_cache_file().read_bytes())["key cpu"]
+    assert set(kept) == {f"{number} {n}" for number in range(6) for n in range(10)}
