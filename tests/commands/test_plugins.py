@@ -118,14 +118,24 @@ def test_doctor_names_what_is_in_the_way(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["doctor", f"srnn.plugins={ROOT}/plugins"]) == 0
     shown = capsys.readouterr().out
-    for word in ("torch", "cores", "kernel=cpu", "GiB free", "dataset=brackets", "Nothing is in the way"):
+    for word in (
+        "torch",
+        "cores",
+        "kernel=cpu",
+        "runs on: cpu",
+        "(from SRNN_CACHE)",
+        "GiB free",
+        "dataset=brackets",
+        "Nothing is in the way",
+    ):
         assert word in shown
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SRNN_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr("importlib.metadata.version", lambda name: _missing(name))
     assert main(["doctor"]) == 1
     shown = capsys.readouterr().out
-    assert "is not installed: pip install srnn" in shown
+    assert "is not installed: pip install wandb" in shown
+    assert "pip install srnn" not in shown
     assert "cannot be written" in shown
 
 
