@@ -58,7 +58,7 @@ def test_the_examples_train(tmp_path, chosen):
 
 
 def test_there_is_an_example_of_every_kind(capsys):
-    assert main(["list"]) == 0
+    assert main(["list", "all"]) == 0
     shown = capsys.readouterr().out
     for path in (ROOT / "plugins").glob("*.py"):
         assert f"plug-in {path.name}" in shown
