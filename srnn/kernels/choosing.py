@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import platform
 import threading
 from collections.abc import Callable, Mapping
@@ -158,7 +159,7 @@ class _Chooser(Kernel):
         key = f"{hardware(device)}; {dtype}; {' '.join(calls)}"
         known = _remembered(key, what)
         choice = known or fastest(what, _that_run(calls, left_out), device, left_out)
-        if known is None:
+        if known is None and not _busy():
             _remember(key, choice)
         self.choices[what] = choice
         log.info("%s", choice)
@@ -366,6 +367,11 @@ def _remembered(key: str, what: str) -> Choice | None:
     except (KeyError, TypeError):
         return None
     return choice if choice.what == what and choice.winner in key.split() else None
+
+
+def _busy() -> bool:
+    """Whether far more wants to run than there are cores: figures taken meanwhile are good for this process only."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
 
 
 def _remember(key: str, choice: Choice) -> None:
