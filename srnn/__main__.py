@@ -21,7 +21,7 @@ COMMANDS = {
     "bench": "time dense layers against every sparse backend that can run here",
     "generate": "write text with a run's packed file",
     "doctor": "what is installed, what can run here, and why something cannot",
-    "list": "every name and option: components, presets, and the rest",
+    "list": "every name; list GROUP=NAME: its options and what they mean",
 }
 
 HELP = """usage: python -m srnn [command] [options]      (or just: srnn ...)
@@ -44,8 +44,8 @@ examples:
   srnn bench run=outputs/RUN
   srnn generate --run outputs/RUN --prompt "def f(x):"
 
-`srnn list` shows all names and options; `srnn COMMAND --help` those of a command. `--cfg job` prints the
-config instead of running it. SRNN_DEBUG=1 shows tracebacks; SRNN_CACHE names the cache folder."""
+`srnn list` shows all names, `srnn list NAME` its options; `srnn COMMAND --help` those of a command. `--cfg job`
+prints the config instead of running it. SRNN_DEBUG=1 shows tracebacks; SRNN_CACHE names the cache folder."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,12 +89,16 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _load_plugins(argv: list[str]) -> None:
-    from srnn.config.composing import plugin_folders
+    from srnn.config.composing import passed_over, plugin_folders
     from srnn.registry import register
 
-    if "srnn.plugins=off" in argv:
+    said = [word.partition("=")[2].strip("'\"") for word in argv if word.startswith("srnn.plugins=")]
+    wanted = said[-1] if said else "auto"
+    if wanted == "off":
         return
-    register.load_plugins(plugin_folders())
+    if line := passed_over(wanted):
+        print(f"srnn: {line}", file=sys.stderr)
+    register.load_plugins(plugin_folders(wanted))
     for path, reason in register.broken_plugins.items():
         print(f"srnn: plug-in {path} is left out: {reason}", file=sys.stderr)
 

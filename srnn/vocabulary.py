@@ -12,6 +12,12 @@ import numpy as np
 
 Level = Literal["characters", "bytes", "words"]
 UNKNOWN = "<unk>"
+# How ``Vocabulary.build`` numbers the tokens of a training text after the unknown one, in words.
+ORDER: dict[Level, str] = {
+    "characters": "its characters in the order of their code points",
+    "words": "its words, the most frequent first",
+    "bytes": "none: a byte is its own number",
+}
 # A word, or a line end: the line end is a token of its own, as in Penn Treebank.
 _WORD = re.compile(r"\n|[^\s]+")
 

@@ -48,8 +48,17 @@ def test_an_installed_wheel_runs_in_any_folder(wheel, tmp_path):
         check=True,
     )
     assert where.stdout.startswith(str(site))
-    brackets = ["dataset=brackets", "dataset.train_characters=5000"]
-    for command in ([site / "bin" / "srnn", *QUIET, *brackets], [sys.executable, "-m", "srnn", "list", "dataset"]):
+    brackets = [*QUIET, "dataset=brackets", "dataset.train_characters=5000"]
+    built_in = subprocess.run(
+        [site / "bin" / "srnn", *brackets], cwd=elsewhere, env=environment, text=True, capture_output=True, check=False
+    )
+    assert built_in.returncode == 2
+    assert "dataset=brackets: no dataset has that name" in built_in.stderr, "the examples are nobody's plug-ins"
+    examples = f"srnn.plugins={site}/srnn/plugins"
+    for command in (
+        [site / "bin" / "srnn", *brackets, examples],
+        [sys.executable, "-m", "srnn", "list", "dataset", examples],
+    ):
         done = subprocess.run(command, cwd=elsewhere, env=environment, text=True, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr
     assert "plug-in brackets.py" in done.stdout

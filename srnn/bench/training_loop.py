@@ -11,7 +11,6 @@ import pytorch_lightning as pl
 import torch
 
 from srnn.config.settings import Settings
-from srnn.objectives.next_token import sum_of_losses
 from srnn.pruning.callback import PruningCallback
 from srnn.registry import register
 from srnn.training.fitting import quiet, trainer_for
@@ -73,32 +72,47 @@ def _finish() -> None:
 
 
 def bare_loop(module: Module, clip: float | None, epochs: int, device: torch.device) -> list[float]:
-    """Seconds of each pass of the loop one would write by hand: eager, fp32 unless autocast is on around it."""
-    model, data = module.model.to(device).train(), module.data
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.002)
-    seconds = []
+    """Seconds of each pass of the loop one would write by hand: eager, fp32 unless autocast is on around it.
+
+    Args:
+        module: the run's objective, whose loss is minimised by the run's optimiser.
+        clip: largest norm of all gradients; None leaves them.
+        epochs: passes.
+        device: where to train.
+    """
+    module.to(device).train()
+    module.call = module.model.__call__  # not its replay from a CUDA graph
+    optimizer, schedule = _optimizer(module)
+    batches, seconds = module.data.limited("train"), []
     for _ in range(epochs):
         _finish()
-        began, state = time.perf_counter(), None
-        for inputs, targets in data.limited("train"):
-            logits, state = model(inputs.to(device), state)
-            state = tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach()
-            loss = sum_of_losses(logits, targets := targets.to(device)) / targets.numel()
+        began = time.perf_counter()
+        module.on_train_epoch_start()
+        for index, (inputs, targets) in enumerate(batches):
+            loss = module.training_step((inputs.to(device), targets.to(device)), index)
             optimizer.zero_grad()
             loss.backward()
             if clip is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+                torch.nn.utils.clip_grad_norm_(module.model.parameters(), clip)
             optimizer.step()
+        if schedule is not None:
+            schedule.step()
         _finish()
         seconds.append(time.perf_counter() - began)
     return seconds
+
+
+def _optimizer(module: Module) -> tuple[torch.optim.Optimizer, Any]:
+    """The run's own, as torch makes it by default, and its schedule if it has one."""
+    made = register.build("optimizer", module.optimizer_config, parameters=list(module.model.parameters()), fused=False)
+    return (made["optimizer"], made["lr_scheduler"]) if isinstance(made, dict) else (made, None)
 
 
 def compare_loops(settings: Settings, options: str, repeats: int = 3) -> list[LoopRow]:
     """Passes of the bare loop, of srnn's loop without pruning, and with it; in turns, ``repeats`` times.
 
     Args:
-        settings: a config of a language model, with at least five epochs.
+        settings: a config with at least five epochs.
         options: that made it, for the rows.
         repeats: turns.
     """

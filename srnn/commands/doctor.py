@@ -70,7 +70,7 @@ def _versions() -> Rows:
         try:
             yield package, importlib.metadata.version(package), True
         except importlib.metadata.PackageNotFoundError:
-            yield package, "is not installed: pip install srnn", False
+            yield package, f"is not installed: pip install {package}", False
     for package, use in EXTRAS.items():
         try:
             yield package, f"{importlib.metadata.version(package)}, for {use}", True
@@ -105,8 +105,10 @@ def _backends() -> Rows:
     for name in sorted(register.names("kernel")):
         kernel = register.build("kernel", {"name": name})
         reasons = {str(place): kernel.supports(None, place) for place in places}
-        text = "; ".join(f"{place}: {reason or 'runs'}" for place, reason in reasons.items())
-        yield f"kernel={name}", text, True
+        runs = ", ".join(place for place, reason in reasons.items() if not reason)
+        words = [f"runs on: {runs}"] if runs else []
+        words += [f"not on {place}: {reason}" for place, reason in reasons.items() if reason]
+        yield f"kernel={name}", "; ".join(words), True
 
 
 def _folders() -> Rows:
@@ -125,7 +127,13 @@ def _folders() -> Rows:
             continue
         free = shutil.disk_usage(there).free
         enough = free > 1 << 30
-        yield name, f"{folder}, {free / 2**30:.1f} GiB free" + ("" if enough else f": {advice}"), enough
+        where = f"{folder} ({_why_there()})" if name == "cache" else str(folder)
+        yield name, f"{where}, {free / 2**30:.1f} GiB free" + ("" if enough else f": {advice}"), enough
+
+
+def _why_there() -> str:
+    chosen = next((name for name in ("SRNN_CACHE", "XDG_CACHE_HOME") if os.environ.get(name)), None)
+    return f"from {chosen}" if chosen else "the default; SRNN_CACHE names another"
 
 
 def _plugins() -> Rows:

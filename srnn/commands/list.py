@@ -1,16 +1,19 @@
-"""``python -m srnn list [GROUP]``: every name that a group takes, with its options, defaults and origin."""
+"""``python -m srnn list``: every name that a group takes; ``list GROUP=NAME``: its options and what they mean."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, cast
 
 from omegaconf import OmegaConf
+from rich.table import Table
 
 from srnn.commands.options import Help, command
-from srnn.config.composing import conf_folder, conf_folders, presets
+from srnn.config.composing import check_choice, conf_folder, conf_folders, parse_override, presets
 from srnn.config.settings import COMPONENTS, GROUPS, SECTIONS, Settings, options_of
+from srnn.errors import UserError, did_you_mean
 from srnn.registry import Option, register, type_name
 
 # What belongs to no group.
@@ -25,23 +28,98 @@ _Row = tuple[str, str, str]  # name, options, what it is and where from
 
 
 @command
-def main(group: Annotated[str | None, Help("only this group", choices=(*GROUPS, "others"))] = None, /) -> int:
-    """Every name a group takes, with its options; and all other options."""
-    from rich.table import Table
+def main(
+    name: Annotated[str | None, Help("a group, GROUP=NAME, NAME, others, or all", metavar="WHAT")] = None, /
+) -> int:
+    """The names of every group, a line each; of a group or a name all options, and what they mean."""
+    from rich.console import Group
 
     from srnn.terminal import console
 
-    for name in [group] if group else [*GROUPS, "others"]:
-        table = Table(
-            title=f"{name}=" if name in GROUPS else "of no group", title_justify="left", show_lines=True, expand=True
+    if name is None:
+        console.print(Group(*map(_menu, (*GROUPS, "others"))))
+        console.print(
+            "srnn list GROUP=NAME: its options and what they mean; srnn list GROUP: those of all its names; srnn list "
+            "all: everything.",
+            soft_wrap=True,
         )
-        table.add_column("name", no_wrap=True)
-        table.add_column("options = default (allowed)", ratio=3)
-        table.add_column("what and where from", ratio=2, overflow="fold")
-        for row in _rows(name):
-            table.add_row(*row)
-        console.print(table)
+    elif name == "all" or name in (*GROUPS, "others"):
+        console.print(Group(*map(_full, (*GROUPS, "others") if name == "all" else (name,))))
+    else:
+        console.print(Group(*(_meanings(group, one) for group, one in _found(name))))
     return 0
+
+
+def _table(title: str, *columns: str, lines: bool = False) -> Table:
+    table = Table(title=title, title_justify="left", show_lines=lines, expand=True)
+    for number, column in enumerate(columns):
+        table.add_column(column, no_wrap=number == 0, ratio=None if number == 0 else 2, overflow="fold")
+    return table
+
+
+def _title(group: str) -> str:
+    return f"{group}=" if group in GROUPS else "of no group"
+
+
+def _menu(group: str) -> Table:
+    table = _table(_title(group), "name", "what")
+    for name, _, about in _rows(group):
+        table.add_row(name, about.partition("\n")[0])
+    return table
+
+
+def _full(group: str) -> Table:
+    table = _table(_title(group), "name", "options = default (allowed)", "what and where from", lines=True)
+    table.columns[1].ratio = 3
+    for row in _rows(group):
+        table.add_row(*row)
+    return table
+
+
+def _found(name: str) -> list[tuple[str, str]]:
+    """The groups that have a name, which may say its group: ``pruning=gradual``, or ``gradual``."""
+    group, equals, one = name.partition("=")
+    if equals and group in GROUPS:
+        check_choice(parse_override(name))
+        return [(group, one)]
+    found = [(group, name) for group in GROUPS if name in presets(group) and not equals]
+    if not found:
+        names = [*GROUPS, "others", "all", *(name for group in GROUPS for name in presets(group))]
+        raise UserError(f"list: {name}: no group or name.{did_you_mean(name, names)} `srnn list` shows all there are.")
+    return found
+
+
+def _meanings(group: str, name: str) -> Table:
+    """Each option on a line of its own, with what its YAML file, or the docstring, says of it."""
+    _, shown, about = _component(group, name) if _is_component(group, name) else _preset(group, name)
+    table = _table(f"{group}={name}: {about.partition(chr(10))[0]}", "option = default (allowed)", "what it means")
+    table.columns[0].no_wrap = False
+    table.columns[0].ratio = 2
+    known = dict(_of_docstring(group, name)) | dict(_of_yaml(group, name))
+    for line in shown.splitlines():
+        table.add_row(line, known.get(line.partition(" = ")[0].rpartition(".")[2], ""))
+    return table
+
+
+def _is_component(group: str, name: str) -> bool:
+    return group in COMPONENTS and name in register.names(group)
+
+
+def _of_yaml(group: str, name: str) -> Iterator[tuple[str, str]]:
+    """Option -> its comment, which stands behind it and may go on below."""
+    file = next((file for folder in conf_folders() if (file := folder / group / f"{name}.yaml").is_file()), None)
+    text = file.read_text() if file else ""
+    for option, comment in re.findall(r"^ *(\w+):.*?  ?# (.*(?:\n +# .*)*)", text, re.MULTILINE):
+        yield option, " ".join(re.sub(r"\n +# ", " ", comment).split())
+
+
+def _of_docstring(group: str, name: str) -> Iterator[tuple[str, str]]:
+    """Option -> what a component's ``Args`` say of it: for plug-ins without a YAML file."""
+    factory = register.get(group, name).factory if _is_component(group, name) else None
+    words = inspect.getdoc(factory) or "" if factory else ""
+    _, _, arguments = words.partition("Args:\n")
+    for option, meaning in re.findall(r"^    (\w+): (.*(?:\n     +.*)*)", arguments, re.MULTILINE):
+        yield option, " ".join(meaning.split())
 
 
 def _rows(group: str) -> Iterator[_Row]:

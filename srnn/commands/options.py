@@ -148,18 +148,27 @@ def _check_range(name: str, option: Option, value: Any) -> None:
 class Parser(argparse.ArgumentParser):
     """``--key VALUE``, and ``key=value`` for the same option, as everywhere else in srnn.
 
-    What follows ``--key`` is taken literally.
+    What follows ``--key`` is taken literally. A run is named as ``run=R`` or by the bare word ``R`` in every command.
     """
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse; raises UserError for what does not fit."""
         known = {option.removeprefix("--") for action in self._actions for option in action.option_strings}
+        alone = {action.dest for action in self._actions if not action.option_strings}
+        named = "run" not in known or bool(alone)  # whether a bare word is no run's
         spelled: list[str] = []
         for previous, word in zip(["", *argv], argv, strict=False):
             key, equals, value = word.partition("=")
             literal = previous.startswith("--") and "=" not in previous
             if equals and key == "srnn.plugins" and not literal:
                 continue  # already acted on
+            if equals and key == "run" and key in alone and not literal:
+                spelled.append(value)
+                continue
+            if not literal and (word == "--run" or key in ("run", "--run")):
+                named = True
+            if not (named or literal or word.startswith("-") or (equals and key.isidentifier())):
+                named, word, key, equals, value = True, f"run={word}", "run", "=", word
             # One word, so that a value that starts with a dash stays a value.
             spelled.append(f"--{key}={value}" if equals and key in known and not literal else word)
         joined: list[str] = []
@@ -197,4 +206,7 @@ def packed_file(run: str) -> Path:
     packed = RunFolder(path).packed
     if not packed.is_file():
         raise UserError(f"run={run}: this folder holds no model.safetensors, so it is no finished run of srnn.")
+    from srnn.recording.environment import require_plugins
+
+    require_plugins(RunFolder(path))
     return packed

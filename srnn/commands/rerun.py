@@ -38,6 +38,7 @@ def main(
     from srnn.terminal import console
     from srnn.training.run import train
 
+    environment.require_plugins(before)
     settings = read_settings(before.config)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_rerun_{source.resolve().name}"
     folder = Path(output) if output else Path("outputs") / name

@@ -83,13 +83,16 @@ def _open_sweep(folder: Path, argv: Sequence[str]) -> None:
 
 def _job(composed: DictConfig) -> float:
     """One job; returns what a sweeper can optimise: the best loss on the validation part."""
-    if composed.srnn.plugins == "on":  # a worker of a launcher has not loaded them
-        register.load_plugins(plugin_folders())
-    settings = settings_of(composed)
     of_hydra = HydraConfig.get()
     folder = Path(of_hydra.runtime.output_dir)
     # Relative paths are those of the folder where srnn was started, also with hydra.job.chdir=true.
     with chdir(of_hydra.runtime.cwd):
+        if (wanted := str(composed.srnn.plugins)) != "off":  # a worker of a launcher has not loaded them
+            folders = plugin_folders(wanted)
+            register.load_plugins(folders)
+            if folders:  # the run's config keeps what it used
+                composed.srnn.plugins = str(folders[0])
+        settings = settings_of(composed)
         if of_hydra.mode == RunMode.MULTIRUN:
             report = _sweep_job(settings, folder, Path(of_hydra.sweep.dir).name)
         else:
@@ -125,13 +128,16 @@ def _sweep_job(settings: Settings, folder: Path, sweep: str) -> dict[str, Any]:
 def _resume(argv: Sequence[str]) -> int:
     """Go on with a stopped run, as it was configured."""
     folders = [word.partition("=")[2] for word in argv if word.startswith("resume=")]
-    others = [word for word in argv if not word.startswith("resume=") and word != "srnn.plugins=off"]
+    others = [word for word in argv if not word.startswith(("resume=", "srnn.plugins="))]
     if others or len(folders) > 1:
         raise UserError(
             f"resume=FOLDER goes on with a run as it was configured, so {' '.join(others) or 'a second one'} cannot be "
             f"given with it; to train its network with other options, start a run with init_from=FOLDER."
         )
+    from srnn.recording.environment import require_plugins
     from srnn.training.run import resume
 
-    resume(Path(folders[0].strip("'\"")).expanduser())
+    folder = Path(folders[0].strip("'\"")).expanduser()
+    require_plugins(RunFolder(folder))
+    resume(folder)
     return 0

@@ -55,7 +55,7 @@ class PackedConfig:
 class SrnnConfig:
     """srnn itself."""
 
-    plugins: Literal["on", "off"] = "on"
+    plugins: str = "auto"  # or on, off, or a folder
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Settings:
     srnn: SrnnConfig
     seed: Annotated[int, Range(ge=0, le=2**32 - 1)] = 0
     init_from: str | None = None
+    init_partly: bool = False
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> Settings:
@@ -86,7 +87,9 @@ class Settings:
                 raise UserError(f"{key}={given[key]!r} must be a mapping, such as {key}.OPTION=value.")
         parts: dict[str, Any] = {kind: register.check(kind, given[kind]) for kind in COMPONENTS}
         sections = {key: make(**check_options(options_of(make), given[key], key)) for key, make in SECTIONS.items()}
-        return cls(**parts, **sections, seed=given["seed"], init_from=given["init_from"])
+        return cls(
+            **parts, **sections, seed=given["seed"], init_from=given["init_from"], init_partly=given["init_partly"]
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data again."""

@@ -42,7 +42,7 @@ class Job:
 
 def identity(config: Mapping[str, Any]) -> str:
     """A fingerprint of all in a config that a run's numbers depend on."""
-    relevant = {key: value for key, value in config.items() if key not in ("tracking", "srnn")}
+    relevant = {key: value for key, value in config.items() if key not in ("tracking", "srnn", "init_partly")}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 

@@ -5,6 +5,7 @@ Shapes: N sequences, B batch, T time, I inputs, O outputs.
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -112,9 +113,12 @@ class DataModule(pl.LightningDataModule):
         counts: split -> its length in ``unit``.
         unit: what ``counts`` counts, for tables.
         limits: split -> at most so many batches; absent takes all.
+        from_file: whether its options come out of a packed file, which may be anybody's: such options must not say
+            where to download from.
     """
 
     objective: str
+    from_file = False
     vocabulary: Vocabulary | None = None
     unit: str
 
@@ -259,12 +263,15 @@ class LabelledSequences(DataModule):
         x_NTI, targets = self._parts[split]
         size, length, seed = self.batch_size, len(x_NTI), torch.initial_seed()
 
-        def fetch(epoch: int, index: int) -> Batch:
-            chosen = slice(index * size, (index + 1) * size)
-            if split != "train":
-                return x_NTI[chosen], targets[chosen]
+        @functools.lru_cache(maxsize=1)  # a pass: drawing it anew for each batch takes longer than the batch
+        def order(epoch: int) -> Tensor:
             # Of the seed and the pass alone, so that a resumed run sees the same order.
-            order = torch.randperm(length, generator=torch.Generator().manual_seed(seed + epoch))
-            return x_NTI[order[chosen]], targets[order[chosen]]
+            return torch.randperm(length, generator=torch.Generator().manual_seed(seed + epoch))
+
+        def fetch(epoch: int, index: int) -> Batch:
+            chosen: Any = slice(index * size, (index + 1) * size)
+            if split == "train":
+                chosen = order(epoch)[chosen]
+            return x_NTI[chosen], targets[chosen]
 
         return Batches(fetch, length // size if split == "train" else -(-length // size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from srnn.datasets.base import SPLITS
-from srnn.datasets.download import fetch
+from srnn.datasets.download import fetch, is_whole
 from srnn.datasets.text import Texts, TextStreams, VocabularyLimit, read_text
 from srnn.errors import UserError
 from srnn.files import cache_folder
@@ -55,7 +56,8 @@ class Corpus(TextStreams):
 
     Args:
         folder: a local folder with the files; None takes the cache, and downloads what is not there.
-        mirror: a URL under which the files lie by their names, instead of where they come from.
+        mirror: a URL under which the files lie by their names, instead of where they come from. What it gave is used
+            with this mirror only, unless the checksum of the file is known.
         options: those of ``TextStreams``.
 
     Raises:
@@ -83,15 +85,25 @@ class Corpus(TextStreams):
             if not path.is_file():
                 names = ", ".join(s.name for s in self.sources.values())
                 raise UserError(f"dataset.folder={self.folder} has no {source.name}: it must hold {names}.")
-            return read_text(path)
+            return read_text(path, "dataset.folder")
         url = source.url if self.mirror is None else f"{self.mirror.rstrip('/')}/{source.name}"
+        if self.from_file and not is_whole(self._cached(source, url), source.checksum):
+            url = source.url
         try:
-            return read_text(fetch(url, cache_folder() / self.corpus / source.name, source.checksum))
+            path = fetch(url, self._cached(source, url), source.checksum)
         except UserError as error:
             names = ", ".join(s.name for s in self.sources.values())
             raise UserError(
                 f"dataset={self.corpus}: {error} Or put {names} into a folder and add dataset.folder=FOLDER."
             ) from None
+        return read_text(path, f"dataset={self.corpus}")
+
+    def _cached(self, source: Source, url: str) -> Path:
+        """Where the cache has it: by its name if its content is known, else apart for each place it comes from."""
+        folder = cache_folder() / self.corpus
+        if source.checksum is None:
+            folder /= hashlib.sha256(url.encode()).hexdigest()[:12]
+        return folder / source.name
 
     def located(self, config: dict[str, Any]) -> dict[str, Any]:
         """With the absolute folder."""

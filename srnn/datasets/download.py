@@ -38,7 +38,7 @@ def fetch(url: str, path: Path, checksum: str | None = None) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            if not _is_whole(path):
+            if not is_whole(path, checksum):
                 _download(url, path, checksum)
     except requests.RequestException as error:
         raise UserError(f"{url} cannot be downloaded: {_reason(error)}") from None
@@ -61,10 +61,18 @@ def _reason(error: Exception) -> str:
     return f"{error}."
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether the file is there and as it was when it arrived."""
+def is_whole(path: Path, checksum: str | None = None) -> bool:
+    """Whether a file that was fetched is there, as it was when it arrived, and has the checksum.
+
+    Args:
+        path: the file.
+        checksum: as for ``fetch``.
+    """
     beside = path.with_name(f"{path.name}.sha256")
-    return path.is_file() and beside.is_file() and beside.read_text().strip() == _digest(path, "sha256")
+    if not path.is_file() or not beside.is_file() or beside.read_text().strip() != _digest(path, "sha256"):
+        return False
+    algorithm, _, wanted = (checksum or "").partition(":")
+    return not wanted or _digest(path, algorithm) == wanted
 
 
 def _digest(path: Path, algorithm: str) -> str:

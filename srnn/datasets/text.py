@@ -216,7 +216,14 @@ class Text(TextStreams):
 
 def _files(path: str) -> list[Path]:
     if os.path.isdir(path):
-        files = [p for p in Path(path).rglob("*") if p.is_file() and not any(x.startswith(".") for x in p.parts)]
+        found = [p for p in Path(path).rglob("*") if p.is_file()]
+        # What is hidden is no text, such as .git; but the folder itself may lie in a hidden one, as .data/books does.
+        files = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        if found and not files:
+            raise UserError(
+                f"dataset.path={path}: all files in the folder are hidden (their names, or those of their folders, "
+                f"begin with a dot): name them by a pattern, such as '{path}/.*'."
+            )
     else:
         files = [Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
         # A file whose name holds brackets or stars matches no pattern, not even its own.
@@ -228,20 +235,31 @@ def _files(path: str) -> list[Path]:
     return sorted(files)
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 text file. Raises UserError for anything else."""
+def read_text(path: Path, option: str = "dataset.path") -> str:
+    """A UTF-8 text file, whose line ends of any kind (LF, CR LF, CR) are read as LF.
+
+    Args:
+        path: the file.
+        option: what named it, for messages.
+
+    Raises:
+        UserError: it cannot be read, or is anything else.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")  # without the byte order mark of some editors
     except OSError as error:
-        raise UserError(f"dataset.path: {path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{option}: {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f"dataset.path: {path} is not UTF-8 text (byte {error.start}): convert it, or name text files only, as in "
-            f"'folder/*.txt'."
+            f"{option}: {path} is not UTF-8 text (byte {error.start}): convert it{_or_name_others(option)}."
         ) from None
     # Zero bytes are valid UTF-8, and no text has them.
     if "\0" in text:
         raise UserError(
-            f"dataset.path: {path} is binary (it holds zero bytes): name text files only, as in 'folder/*.txt'."
+            f"{option}: {path} is binary (it holds zero bytes): give a text file in UTF-8{_or_name_others(option)}."
         )
-    return text.replace("\r\n", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _or_name_others(option: str) -> str:
+    return ", or name text files only, as in 'folder/*.txt'" if option == "dataset.path" else ""

@@ -58,12 +58,37 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def weights_of(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint under the model's own names. Raises UserError if there are none."""
-    state = checkpoint.get("state_dict", checkpoint)
-    weights = {_plain(name): w for name, w in state.items() if isinstance(w, Tensor)} if hasattr(state, "items") else {}
+    """The weights of a checkpoint under the model's own names.
+
+    They are its ``state_dict``; else the tensors of the one other key that holds tensors by name, such as torch's
+    tutorials' ``model_state_dict``; else those of the file itself.
+
+    Raises:
+        UserError: there are none, or several keys hold some.
+    """
+    parts = {str(key): part for key, part in checkpoint.items() if _is_weights(key, part)}
+    if "state_dict" in checkpoint:
+        parts = {key: part for key, part in parts.items() if key == "state_dict"}
+    if len(parts) > 1:
+        counted = ", ".join(f"{key} ({len(_tensors(part))} weights)" for key, part in parts.items())
+        raise UserError(
+            f"{path} holds several networks, or a network in parts: {counted}. Save the one that is meant alone: "
+            f"torch.save(torch.load('{path.name}')['{next(iter(parts))}'], 'weights.pt')."
+        )
+    weights = _tensors(next(iter(parts.values()), {} if "state_dict" in checkpoint else checkpoint))
     if not weights:
-        raise UserError(f"{path} is no checkpoint: it holds no weights by name.")
+        keys = ", ".join(str(key) for key in list(checkpoint)[:6]) or "nothing"
+        raise UserError(f"{path} is no checkpoint: it holds no weights by name, but {keys}.")
     return weights
+
+
+def _is_weights(key: object, part: object) -> bool:
+    # A module's own extra state may be a mapping, too, beside the weights of a plain file.
+    return isinstance(part, Mapping) and not str(key).endswith("_extra_state") and bool(_tensors(part))
+
+
+def _tensors(part: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {_plain(name): w for name, w in part.items() if isinstance(name, str) and isinstance(w, Tensor)}
 
 
 def _plain(name: object) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import platform
 import threading
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from statistics import median
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from srnn.files import cache_folder, write_atomically
@@ -157,7 +159,7 @@ class _Chooser(Kernel):
         key = f"{hardware(device)}; {dtype}; {' '.join(calls)}"
         known = _remembered(key, what)
         choice = known or fastest(what, _that_run(calls, left_out), device, left_out)
-        if known is None:
+        if known is None and not _busy():
             _remember(key, choice)
         self.choices[what] = choice
         log.info("%s", choice)
@@ -367,11 +369,20 @@ def _remembered(key: str, what: str) -> Choice | None:
     return choice if choice.what == what and choice.winner in key.split() else None
 
 
+def _busy() -> bool:
+    """Whether far more wants to run than there are cores: figures taken meanwhile are good for this process only."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
+
+
 def _remember(key: str, choice: Choice) -> None:
-    cache = _read_cache()
-    entries = cache.get(key)
-    cache[key] = (entries if isinstance(entries, dict) else {}) | {choice.what: asdict(choice)}
+    path = _cache_file()
     try:
-        write_atomically(_cache_file(), json.dumps(cache, indent=1).encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Read again inside the lock: other processes write their own choices meanwhile.
+        with FileLock(f"{path}.lock"):
+            cache = _read_cache()
+            entries = cache.get(key)
+            cache[key] = (entries if isinstance(entries, dict) else {}) | {choice.what: asdict(choice)}
+            write_atomically(path, json.dumps(cache, indent=1).encode())
     except OSError as error:
         log.info("the choice of kernels cannot be kept: %s", error)

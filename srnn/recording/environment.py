@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,16 +22,19 @@ import torch
 from srnn.datasets.base import SPLITS, DataModule
 from srnn.errors import UserError
 from srnn.files import PACKAGE, write_atomically
+from srnn.registry import register
+from srnn.registry.registry import KINDS
 from srnn.run_folder import RunFolder
 
 LONGEST_PATCH = 1 << 20  # bytes of uncommitted changes that are kept
 
 
-def environment(command: Sequence[str]) -> dict[str, Any]:
-    """The command, the folder it ran in, the state of git, all packages' versions, and the hardware."""
+def environment(command: Sequence[str], config: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The command, the folder it ran in, the state of git, all packages' versions, the hardware, files of plug-ins."""
     return {
         "command": shlex.join(command),
         "folder": os.getcwd(),
+        "plugins": plugins_of(config),
         "python": sys.version.split()[0],
         "git": _git(),
         "packages": _packages(),
@@ -71,6 +75,29 @@ def record_data(folder: RunFolder, data: DataModule) -> None:
         raise UserError(f"{folder} cannot go on: its data have changed since it was started ({changed}).")
     if "data" not in made_in:
         write_environment(folder, {**made_in, "data": sums})
+
+
+def plugins_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """``kind=name`` -> the file of the plug-in that it comes from, for all in a run's config that is of plug-ins."""
+    found = {}
+    for kind in KINDS:
+        component = register.components.get((kind, str(config.get(kind, {}).get("name"))))
+        if component is not None and component.origin.startswith("plug-in"):
+            file = getattr(sys.modules.get(component.factory.__module__), "__file__", None)
+            found[f"{kind}={component.name}"] = str(file or component.origin)
+    return found
+
+
+def require_plugins(folder: RunFolder) -> None:
+    """Refuse to read a run whose plug-ins are not loaded. Raises UserError, which names their files."""
+    known = read_environment(folder).get("plugins", {})
+    for chosen, file in known.items() if isinstance(known, dict) else ():
+        kind, _, name = str(chosen).partition("=")
+        if kind in KINDS and name not in register.names(kind):
+            raise UserError(
+                f"{folder} uses {chosen} of the plug-in {file}, which is not loaded: install its package again, or add "
+                f"srnn.plugins={Path(str(file)).parent}."
+            )
 
 
 def read_environment(folder: RunFolder) -> dict[str, Any]:

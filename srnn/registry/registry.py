@@ -59,11 +59,13 @@ class Registry:
         components: (kind, name) -> component.
         broken_plugins: file or package -> why it was left out.
         conf_folders: the ``conf/`` folders of installed plug-ins.
+        plugin_folders: what plug-ins were last loaded from, beside installed packages; None before.
     """
 
     components: dict[tuple[str, str], Component] = field(default_factory=dict)
     broken_plugins: dict[str, str] = field(default_factory=dict)
     conf_folders: list[Path] = field(default_factory=list)
+    plugin_folders: list[Path] | None = None
     _plugin: str | None = None
 
     def add(self, kind: str, name: str) -> Callable[[F], F]:
@@ -181,6 +183,7 @@ class Registry:
         Args:
             folders: where to look for files; those that are not there are passed over.
         """
+        self.plugin_folders = folders
         for entry in sorted(importlib.metadata.entry_points(group="srnn.plugins"), key=lambda entry: entry.name):
             origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.name
             if entry.module not in sys.modules and self._isolated(f"plug-in {origin}", origin, entry.load):

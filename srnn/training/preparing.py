@@ -26,7 +26,7 @@ from srnn.terminal import console
 from srnn.training.cuda_graph import Graphed
 from srnn.training.processes import Place
 from srnn.training.start_from import Initial, load_weights, read_initial
-from srnn.vocabulary import Vocabulary
+from srnn.vocabulary import ORDER, UNKNOWN, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
     _limit(data, settings.trainer)
     data.share(place.rank, place.count)
     model = _build_model(settings.model, data.sizes)
-    match = _start_from(model, initial) if initial else None
+    match = _start_from(model, initial, settings.init_partly, data.vocabulary) if initial else None
     if checkpoint is not None:  # for methods that look at the weights
         model.load_state_dict(read_weights(checkpoint))
     call = Graphed(model, data.batches("train").fetch(0, 0)[0]) if settings.trainer.cuda_graph else None
@@ -138,14 +138,21 @@ def read_back(path: Path) -> TrainedRun:
     packed = read(path)
     if "dataset" not in packed.about:
         raise UserError(f"{path} does not say which data it was trained on.")
-    data = build_data(packed.about["dataset"], packed.vocabulary)
+    data = build_data(packed.about["dataset"], packed.vocabulary, from_file=True)
     objective: Any = register.get("objective", data.objective).factory
     return TrainedRun(packed, data, objective)
 
 
-def build_data(config: Mapping[str, Any], vocabulary: Vocabulary | None = None) -> DataModule:
-    """A data set of its config, read. ``vocabulary`` is a trained network's own."""
+def build_data(config: Mapping[str, Any], vocabulary: Vocabulary | None = None, from_file: bool = False) -> DataModule:
+    """A data set of its config, read.
+
+    Args:
+        config: its name and options.
+        vocabulary: a trained network's own.
+        from_file: whether the config comes out of a packed file, which may be anybody's.
+    """
     data: DataModule = register.build("dataset", config)
+    data.from_file = from_file
     data.setup(vocabulary=vocabulary)
     return data
 
@@ -179,9 +186,17 @@ def _build_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Modu
     return model
 
 
-def _start_from(model: nn.Module, initial: Initial) -> dict[str, Any]:
-    match = load_weights(model, initial)
+def _start_from(model: nn.Module, initial: Initial, partly: bool, vocabulary: Vocabulary | None) -> dict[str, Any]:
+    match = load_weights(model, initial, partly)
     console.print(f"init_from {initial.path}: {match.lines()[0]}", soft_wrap=True)
     for line in match.lines()[1:]:
         console.print(f"  {line}", soft_wrap=True)
+    # Bytes have one order only.
+    if initial.vocabulary is None and vocabulary is not None and vocabulary.level != "bytes":
+        console.print(
+            f"  warning: the file has no vocabulary, so row n of its embedding is taken for token n of this text (0 is "
+            f"{UNKNOWN}, then {ORDER[vocabulary.level]}). If it was trained with another order, its scores are wrong.",
+            soft_wrap=True,
+            markup=False,
+        )
     return {"path": str(initial.path), **vars(match)}

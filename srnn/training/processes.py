@@ -30,6 +30,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from srnn.distributed import forget_groups
 from srnn.errors import UserError
+from srnn.registry import register
 
 GRACE = 3.0  # seconds in which a rank notices by itself that another has failed
 READY = 600.0  # seconds in which all ranks have to have read the data and be ready to train
@@ -198,6 +199,7 @@ def _await_ready(rank: int, process: subprocess.Popen[bytes], deadline: float) -
 def _start(folder: Path, place: Place, resumes: bool, errors: IO[bytes]) -> subprocess.Popen[bytes]:
     """Start a rank. In a session of its own: Ctrl-C asks rank 0 alone, which agrees with the others when to stop."""
     words = [str(folder.resolve()), str(place.rank), str(place.count), str(place.port), str(int(resumes))]
+    words += ["off"] if register.plugin_folders is None else map(str, register.plugin_folders)
     shown = None if os.environ.get("SRNN_DEBUG") == "1" else errors
     return subprocess.Popen(
         [sys.executable, "-m", "srnn.training.follower", *words],

@@ -61,7 +61,9 @@ def train(
         try:
             stack.enter_context(home.locked())
             write_atomically(home.config, OmegaConf.to_yaml(settings.as_dict()).encode())
-            environment.write_environment(home, environment.environment(command or ["srnn", *sys.argv[1:]]))
+            environment.write_environment(
+                home, environment.environment(command or ["srnn", *sys.argv[1:]], settings.as_dict())
+            )
         except OSError as error:
             raise cannot_be_written(folder, error, "hydra.run.dir") from None
         return _run(settings, home, None)
@@ -84,7 +86,9 @@ def resume(folder: Path) -> dict[str, Any]:
     with home.locked():
         settings = read_settings(home.config)
         if not environment.read_environment(home):
-            environment.write_environment(home, environment.environment(["srnn", f"resume={folder}"]))
+            environment.write_environment(
+                home, environment.environment(["srnn", f"resume={folder}"], settings.as_dict())
+            )
         with environment.started_in(home):
             return _run(settings, home, _last_checkpoint(home))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,18 +35,20 @@ class Match:
         renamed: the model's name -> the file's.
         fresh: weights of the model that the file does not have in this shape; they start as always.
         unused: weights of the file that the model has no place for.
+        near: a fresh name -> why no weight of the file was taken for it, though one has that last name.
     """
 
     loaded: list[str] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)
     fresh: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    near: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """For people."""
         shown = [f"{len(self.loaded) + len(self.renamed)} weights loaded"]
         shown += [f"{name}: taken from {source}" for name, source in self.renamed.items()]
-        shown += [f"{name}: not there, starts anew" for name in self.fresh]
+        shown += [f"{name}: {self.near.get(name, 'not there')}, starts anew" for name in self.fresh]
         return shown + [f"{name}: has no place in this model" for name in self.unused]
 
 
@@ -67,16 +70,29 @@ def read_initial(path: str) -> Initial:
     if file.suffix == ".safetensors":
         return Initial(file, *read_packed_or_plain(file))
     checkpoint = read_checkpoint(file)
-    vocabulary = checkpoint.get("vocabulary")
-    return Initial(file, weights_of(checkpoint, file), Vocabulary.from_dict(vocabulary) if vocabulary else None)
+    return Initial(file, weights_of(checkpoint, file), _vocabulary(checkpoint))
+
+
+def _vocabulary(checkpoint: Mapping[str, Any]) -> Vocabulary | None:
+    """srnn's; what others call a vocabulary may be anything, and says nothing here."""
+    given = checkpoint.get("vocabulary")
+    try:
+        return Vocabulary.from_dict(given) if isinstance(given, Mapping) else None
+    except ValueError:
+        return None
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, initial: Initial) -> Match:
+def load_weights(model: nn.Module, initial: Initial, partly: bool = False) -> Match:
     """Copy into the model what fits: by name and shape, else the only weight of that last name and shape in both.
 
+    Args:
+        model: takes the weights, in place.
+        initial: the existing network.
+        partly: whether its embedding or decoder may be left as they are, where the file has none that fits.
+
     Raises:
-        UserError: nothing fits.
+        UserError: nothing fits; or embedding or decoder would start anew, and may not.
     """
     parameters: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
     left = dict(initial.weights)
@@ -94,20 +110,67 @@ def load_weights(model: nn.Module, initial: Initial) -> Match:
             match.fresh.append(name)
     for name, source in match.renamed.items():
         parameters[name].copy_(left.pop(source))
+    match.near = {name: near for name in match.fresh if (near := _near(name, parameters, left))}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parameters.keys()
     match.unused = [name for name in left if name not in tied]
-    if not match.loaded and not match.renamed:
-        some = ", ".join(f"{name} {_shape(weight)}" for name, weight in list(initial.weights.items())[:6])
-        raise UserError(
-            f"init_from={initial.path}: none of its weights fits the model; it has {some or 'none'}, and the model "
-            f"{', '.join(f'{name} {_shape(p)}' for name, p in list(parameters.items())[:6])}."
-        )
+    _refuse_what_hardly_fits(match, initial, parameters, partly)
     return match
 
 
+def _refuse_what_hardly_fits(match: Match, initial: Initial, parameters: Mapping[str, Tensor], partly: bool) -> None:
+    if not match.loaded and not match.renamed:
+        raise UserError(
+            f"init_from={initial.path}: none of its weights fits the model; it has {_some(initial.weights)}, and the "
+            f"model {_some(parameters)}. {_how_to_go_on(match)}".rstrip()
+        )
+    ends = [name for name in match.fresh if {"embedding", "decoder"} & set(name.split("."))]
+    if ends and not partly:
+        raise UserError(
+            f"init_from={initial.path}: {', '.join(ends)} would start anew: what was learned is of no use without "
+            f"them. {_how_to_go_on(match)} Where that is meant, add init_partly=true.".replace("  ", " ")
+        )
+
+
+def _how_to_go_on(match: Match) -> str:
+    """What almost fits, and what to do about it; empty where nothing does."""
+    if not match.near:
+        return ""
+    almost = "; ".join(f"{name}: {near}" for name, near in match.near.items())
+    return f"Almost fit: {almost}. Choose the model and data of these shapes, or save the part that is meant alone."
+
+
+def _some(weights: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {_shape(weight)}" for name, weight in list(weights.items())[:6]) or "none"
+
+
+def _near(name: str, parameters: Mapping[str, Tensor], left: Mapping[str, Tensor]) -> str | None:
+    """Why none of the file's weights of this last name was taken; None if there is none."""
+    fits = [n for n in left if _alike(n, left, name, parameters)]
+    others = [n for n in left if n == name] or [n for n in left if _resembles(n, left, name, parameters)]
+    shape = _shape(parameters[name])
+    if fits:
+        return f"{shape} here, and more than one could be meant, such as {_some({n: left[n] for n in fits})}"
+    if others:
+        return f"{shape} here, in the file {_some({n: left[n] for n in others})}"
+    return None
+
+
 def _alike(name: str, weights: Mapping[str, Tensor], other: str, others: Mapping[str, Tensor]) -> bool:
-    same_name = name.rpartition(".")[2] == other.rpartition(".")[2]
-    return same_name and weights[name].shape == others[other].shape
+    return _kind(name) == _kind(other) and weights[name].shape == others[other].shape
+
+
+def _resembles(name: str, weights: Mapping[str, Tensor], other: str, others: Mapping[str, Tensor]) -> bool:
+    """Whether it may be the same weight of a network of other sizes."""
+    if _kind(name) != _kind(other) or weights[name].ndim != others[other].ndim:
+        return False
+    # Any module has a `weight`: only one that shares a size says anything.
+    sizes = zip(weights[name].shape, others[other].shape, strict=True)
+    return _kind(name) not in ("weight", "bias") or any(one == two for one, two in sizes)
+
+
+def _kind(name: str) -> str:
+    """The last part of a name; a cell's ``weight_ih`` is the ``weight_ih_l0`` of a layer."""
+    return re.sub(r"^((?:weight|bias)_[ih]h)$", r"\1_l0", name.rpartition(".")[2])
 
 
 def _shape(weight: Any) -> str:

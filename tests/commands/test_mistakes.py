@@ -207,7 +207,7 @@ def test_debug_shows_the_traceback(monkeypatch):
 
 
 def test_list_shows_every_component(capsys):
-    assert main(["list"]) == 0
+    assert main(["list", "all"]) == 0
     shown = capsys.readouterr().out
     for name in (
         "gru",
@@ -245,8 +245,35 @@ def test_list_shows_the_files_of_a_plugin(capsys, tmp_path, monkeypatch):
             assert word in shown
 
 
-def test_list_shows_the_options_of_no_component(capsys):
+def test_list_alone_is_a_menu(capsys):
     assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for group in GROUPS:
+        for name in presets(group):
+            assert f"│ {name} " in shown
+    assert "long short-term memory" in shown
+    assert "hidden_size" not in shown
+    assert "srnn list GROUP=NAME" in shown
+
+
+@pytest.mark.parametrize("word", ["lstm", "model=lstm"])
+def test_list_tells_what_the_options_of_a_name_mean(capsys, word):
+    assert main(["list", word]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "hidden_size = 256" in shown
+    assert "units of a recurrent layer" in shown
+    assert "gradual" not in shown
+
+
+def test_list_names_what_is_near(capsys):
+    assert main(["list", "pruning=gradul"]) == 2
+    assert "gradual" in capsys.readouterr().err
+    assert main(["list", "gradul"]) == 2
+    assert "list: gradul: no group or name. Did you mean" in capsys.readouterr().err
+
+
+def test_list_shows_the_options_of_no_component(capsys):
+    assert main(["list", "all"]) == 0
     shown = capsys.readouterr().out
     for section in SECTIONS.values():
         for name in options_of(section):

@@ -141,3 +141,29 @@ def test_choices_are_those_of_the_formats():
     assert get_args(ValuesChoice) == get_args(Values)
     assert get_args(FloatsChoice) == tuple(FLOAT_DTYPES)
     assert get_args(StructureChoice) == ("auto", *PACKED_STRUCTURES)
+
+
+def score(run: str, kernel: str = "auto") -> tuple[str, str]:
+    """Score a run."""
+    return run, kernel
+
+
+def repeat(run: str, /, kernel: str = "auto") -> tuple[str, str]:
+    """Repeat a run."""
+    return run, kernel
+
+
+@pytest.mark.parametrize("function", [score, repeat])
+@pytest.mark.parametrize("words", [["R"], ["run=R"], ["kernel=cpu", "R"], ["--kernel", "cpu", "run=R"]])
+def test_a_run_is_named_bare_or_with_its_key(function, words):
+    assert call(function, words) == ("R", "cpu" if len(words) > 1 else "auto")
+
+
+def test_a_run_is_named_once():
+    assert call(score, ["outputs/lr=0.1"]) == ("outputs/lr=0.1", "auto")
+    assert call(score, ["--run", "kernel=x"]) == ("kernel=x", "auto")
+    for words in (["R", "S"], ["run=R", "S"], ["--run", "R", "S"]):
+        with pytest.raises(UserError, match="unrecognized arguments: S"):
+            call(score, words)
+    with pytest.raises(UserError, match="unrecognized arguments: colour=red"):
+        call(score, ["R", "colour=red"])

@@ -58,7 +58,7 @@ def test_the_examples_train(tmp_path, chosen):
 
 
 def test_there_is_an_example_of_every_kind(capsys):
-    assert main(["list"]) == 0
+    assert main(["list", "all"]) == 0
     shown = capsys.readouterr().out
     for path in (ROOT / "plugins").glob("*.py"):
         assert f"plug-in {path.name}" in shown
@@ -116,16 +116,26 @@ def test_every_command_has_a_help(command, capsys):
 
 def test_doctor_names_what_is_in_the_way(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["doctor"]) == 0
+    assert main(["doctor", f"srnn.plugins={ROOT}/plugins"]) == 0
     shown = capsys.readouterr().out
-    for word in ("torch", "cores", "kernel=cpu", "GiB free", "dataset=brackets", "Nothing is in the way"):
+    for word in (
+        "torch",
+        "cores",
+        "kernel=cpu",
+        "runs on: cpu",
+        "(from SRNN_CACHE)",
+        "GiB free",
+        "dataset=brackets",
+        "Nothing is in the way",
+    ):
         assert word in shown
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SRNN_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr("importlib.metadata.version", lambda name: _missing(name))
     assert main(["doctor"]) == 1
     shown = capsys.readouterr().out
-    assert "is not installed: pip install srnn" in shown
+    assert "is not installed: pip install wandb" in shown
+    assert "pip install srnn" not in shown
     assert "cannot be written" in shown
 
 

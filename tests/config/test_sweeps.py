@@ -15,6 +15,7 @@ from srnn.__main__ import main
 from srnn.config.command_line import check_command_line
 from srnn.config.sweeps import Sweep, expand
 from srnn.errors import UserError
+from srnn.files import PACKAGE
 from tests.conftest import QUIET
 from tests.long_sweep import sample_sweep
 
@@ -212,6 +213,7 @@ def test_launchers_run_two_jobs_side_by_side(launcher, plugin, srnn_command, tmp
     """With a plug-in's data set, which every worker has to know, and a job that fails."""
     pytest.importorskip(f"hydra_plugins.{plugin}")
     jobs = ["dataset=brackets", "dataset.train_characters=5000", "model.hidden_size=24,1000000"]
+    jobs += [f"srnn.plugins={PACKAGE.parent}/plugins"]
     options = [o for o in QUIET if not o.startswith("model.hidden")]
     many = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
     command = ["-m", *options, *jobs, f"hydra/launcher={launcher}", *many, "hydra.sweep.dir=sweep"]

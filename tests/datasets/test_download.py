@@ -12,6 +12,7 @@ from srnn.datasets import PennTreebank, Shakespeare, WikiText2
 from srnn.datasets.corpora import Source
 from srnn.datasets.download import fetch
 from srnn.errors import UserError
+from srnn.training.preparing import build_data
 
 CONTENT = b"".join(b"line %d of a text\n" % n for n in range(5000))
 SHA = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
@@ -149,6 +150,42 @@ def test_corpora_from_a_folder_the_cache_and_a_mirror(tmp_path, monkeypatch):
     with serving() as (url, _):
         assert Shakespeare(mirror=url).texts().train == text[: round(0.9 * len(text))]
     assert Shakespeare().texts().test, "from the cache"
+
+
+def test_a_mirror_decides_nothing_but_its_own_runs(tmp_path, monkeypatch):
+    """A file without a known checksum is kept apart for each place that gave it."""
+    monkeypatch.setenv("SRNN_CACHE", str(tmp_path / "cache"))
+    with serving(b"of the mirror " * 9) as (mirror, _), serving(b"of the source " * 9) as (source, _):
+        names = {"train": "train.txt", "valid": "valid.txt", "test": "test.txt"}
+        sources = {split: Source(name, f"{source}/{name}") for split, name in names.items()}
+        monkeypatch.setattr(WikiText2, "sources", sources)
+        assert WikiText2(mirror=mirror).texts().test.startswith("of the mirror")
+        assert WikiText2().texts().test.startswith("of the source")
+        assert WikiText2(mirror=mirror).texts().test.startswith("of the mirror")
+    assert WikiText2().texts().test.startswith("of the source"), "from the cache"
+
+
+def test_a_packed_file_never_says_where_to_download_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("SRNN_CACHE", str(tmp_path / "cache"))
+    config = {"name": "wikitext2", "batch_size": 2, "eval_streams": 2}
+    with serving(b"of the mirror " * 9) as (mirror, asked), serving(b"of the source " * 9) as (source, _):
+        names = {"train": "train.txt", "valid": "valid.txt", "test": "test.txt"}
+        sources = {split: Source(name, f"{source}/{name}") for split, name in names.items()}
+        monkeypatch.setattr(WikiText2, "sources", sources)
+        data = build_data(config | {"mirror": mirror}, from_file=True)
+        assert not asked
+        assert data.texts().test.startswith("of the source")
+        build_data(config | {"mirror": mirror})  # the user's own word
+        assert len(asked) == 3
+        assert build_data(config | {"mirror": mirror}, from_file=True).texts().test.startswith("of the mirror")
+
+
+def test_a_cached_file_has_its_checksum(tmp_path):
+    path = tmp_path / "file.txt"
+    with serving(b"another file") as (url, _):
+        fetch(f"{url}/file.txt", path)
+    with serving() as (url, _):
+        assert fetch(f"{url}/file.txt", path, SHA).read_bytes() == CONTENT
 
 
 def test_the_command_line_says_it_too(capsys, tmp_path, monkeypatch):

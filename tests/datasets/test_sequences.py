@@ -45,6 +45,20 @@ def test_each_pass_has_its_own_order_and_every_sequence():
     assert all(torch.equal(one.sort().values, passes[0].sort().values) for one in passes)
 
 
+def test_an_order_is_drawn_once_a_pass(monkeypatch):
+    data = Adding(sequence_length=4, train_sequences=64, batch_size=16)
+    data.setup()
+    draw, drawn = torch.randperm, []
+    monkeypatch.setattr(torch, "randperm", lambda *args, **options: drawn.append(args) or draw(*args, **options))
+    batches = data.train_dataloader()
+    passes = [torch.cat([x for x, _ in batches]) for _ in range(2)]
+    assert len(drawn) == 2
+    x_NTI = torch.cat([batches.fetch(0, index)[0] for index in range(4)])
+    assert torch.equal(x_NTI, passes[0]), "an earlier pass again"
+    order = draw(64, generator=torch.Generator().manual_seed(torch.initial_seed() + 1))
+    assert torch.equal(passes[1], data.sequences()["train"][0][order]), "of the seed and the pass alone"
+
+
 @pytest.mark.parametrize("stop", range(8))
 def test_batches_go_on_where_they_were(stop):
     def made():

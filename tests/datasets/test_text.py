@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srnn.datasets import PythonSource, Text
+from srnn.datasets.corpora import Shakespeare
 from srnn.datasets.text import IGNORED, stream_batches, streams
 from srnn.errors import UserError
 from srnn.vocabulary import Vocabulary
@@ -76,6 +77,38 @@ def test_files_folders_and_globs(tmp_path):
     ):
         parts = Text(str(path), valid_share=0.1, test_share=0.1).texts()
         assert parts.train + parts.valid + parts.test == text
+
+
+def test_only_what_is_hidden_below_the_folder_is_left_out(tmp_path):
+    folder = tmp_path / ".data" / "books"  # as torchtext has it
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".git" / "config").write_text("no text")
+    (folder / ".hidden").write_text("no text either")
+    with pytest.raises(UserError, match=r"all files in the folder are hidden .* name them by a pattern"):
+        Text(str(folder)).texts()
+    (folder / "book.txt").write_text(POEM)
+    texts = Text(str(folder)).texts()
+    assert texts.train + texts.valid + texts.test == POEM
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_line_ends_of_any_kind_are_one_token(tmp_path, line_end):
+    (tmp_path / "poem.txt").write_bytes(POEM.replace("\n", line_end).encode())
+    texts = Text(str(tmp_path / "poem.txt")).texts()
+    assert texts.train + texts.valid + texts.test == POEM
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+def test_a_bad_file_of_a_corpus_names_the_option_that_gave_it(tmp_path, encoding):
+    path = tmp_path / "tinyshakespeare.txt"
+    path.write_bytes((POEM + "\u00e9").encode(encoding))
+    with pytest.raises(UserError) as error:
+        Shakespeare(folder=str(tmp_path)).texts()
+    assert str(error.value).startswith(f"dataset.folder: {path} is ")
+    assert "dataset.path" not in str(error.value)
+    assert "folder/*.txt" not in str(error.value), "a corpus takes no pattern"
+    with pytest.raises(UserError, match=r"^dataset\.path: .* name text files only, as in 'folder/\*\.txt'"):
+        Text(str(path)).texts()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -159,3 +161,30 @@ def test_dense_is_never_worse_than_its_parts():
     assert set(Dense().candidates()) == {"torch", "onednn"}
     assert isinstance(Dense().candidates()["torch"], Torch)
     assert set(Dense("int8").candidates()) == {"int8"}
+
+
+def test_six_processes_at_once_lose_no_choice():
+    """Each adds its own to the file, ten times, while the others do."""
+    code = (
+        "import sys; from srnn.kernels.choosing import Choice, _remember\n"
+        "for n in range(10): _remember('key cpu', Choice(f'{sys.argv[1]} {n}', 'cpu', {'cpu': 1.0}, {}))"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(number)]) for number in range(6)]
+    assert [process.wait(120) for process in processes] == [0] * 6
+    kept = json.loads(_cache_file().read_bytes())["key cpu"]
+    assert set(kept) == {f"{number} {n}" for number in range(6) for n in range(10)}
+
+
+def test_what_was_measured_on_a_busy_machine_is_measured_again(monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (1000.0, 0.0, 0.0))
+    first, second = Dense(), Dense()
+    run(first, batch=70)
+    (what,) = first.choices
+    run(second, batch=70)
+    assert what not in str(_cache_file().read_text() if _cache_file().exists() else "")
+    monkeypatch.setattr("os.getloadavg", lambda: (0.5, 0.0, 0.0))
+    run(third := Dense(), batch=70)
+    assert json.loads(_cache_file().read_bytes())
+    assert what in _cache_file().read_text()
+    run(fourth := Dense(), batch=70)
+    assert fourth.choices == third.choices, "remembered"

@@ -44,7 +44,7 @@ def test_a_plugin_brings_an_objective(tmp_path, monkeypatch, capsys):
     before = dict(register.components)
     try:
         chosen = [*CHOSEN, "dataset=adding_huber", "dataset.train_sequences=256", "dataset.sequence_length=8"]
-        assert main([*chosen, "kernel=dense", "tracking.mode=disabled", "hydra.run.dir=run"]) == 0
+        assert main([*chosen, "kernel=dense", "tracking.mode=disabled", "srnn.plugins=on", "hydra.run.dir=run"]) == 0
         assert "mean absolute error" in capsys.readouterr().out
         assert json.loads((tmp_path / "run/report.json").read_text())["objective"] == "huber"
         assert main(["evaluate", "run=run"]) == 0

@@ -122,5 +122,5 @@ def test_a_plugin_that_prints_disturbs_no_rank(tmp_path, monkeypatch):
     two = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.limit_epochs=5"]
     chosen = [o for o in SMALL if o != "trainer=fast"]
     limits = ["trainer.limit_train_batches=8", "trainer.limit_eval_batches=8"]
-    assert main([*chosen, *two, *limits, *QUIET, "hydra.run.dir=run"]) == 0
+    assert main([*chosen, *two, *limits, *QUIET, "srnn.plugins=on", "hydra.run.dir=run"]) == 0
     assert (tmp_path / "run/report.json").is_file()
