@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from srnn.errors import UserError
 
 
-def matrices_of(module: nn.Module) -> list[str]:
+def matrix_names(module: nn.Module) -> list[str]:
     """The names of the matrices that a plain layer of this type has."""
     if isinstance(module, nn.RNNBase):
         return [name for names in module._all_weights for name in names if name.startswith("weight")]
@@ -60,7 +60,7 @@ def left_out(layers: Iterable[tuple[str, nn.Module]], patterns: Sequence[str]) -
             named by one; the matrix is then not left out.
     """
     for prefix, module in layers:
-        for name in matrices_of(module):
+        for name in matrix_names(module):
             full = f"{prefix}.{name}".lstrip(".")
             inside = [f"{prefix}.parametrizations.{name}.{each}".lstrip(".") for each in ("original", "original1")]
             if any(fnmatch.fnmatchcase(each, pattern) for each in inside for pattern in patterns):
