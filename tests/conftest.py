@@ -34,13 +34,18 @@ def train(folder, *overrides):
 
 @pytest.fixture(scope="session", autouse=True)
 def isolated_session(tmp_path_factory):
-    """Caches in a temporary folder, no network key, short timings: for the runs that tests share, too."""
+    """Caches in a temporary folder, no network key, less to time and to draw: for the runs that tests share, too."""
+    from matplotlib.figure import Figure
+
     from srnn.inference import latency
 
-    interleaved = latency.interleaved
+    interleaved, savefig = latency.interleaved, Figure.savefig
 
     def few_rounds(calls, device, rounds, seconds):
         return interleaved(calls, device, min(rounds, 5), seconds)
+
+    def draw_once(figure, path, **options):
+        return savefig(figure, path, **options | {"bbox_inches": None})
 
     cache = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # kernels are compiled once for all workers
@@ -49,8 +54,10 @@ def isolated_session(tmp_path_factory):
         patch.setenv("SRNN_CACHE", str(cache / "cache"))
         patch.delenv("SRNN_DEBUG", raising=False)
         patch.delenv("WANDB_API_KEY", raising=False)
-        # No test asks how fast a network is; 200 rounds would be a third of a small run's time.
+        # Half of a small run's time would be 200 rounds of timing, and a second drawing of each plot to find its edges.
+        # No test asks how fast a network is; runs in processes of their own do both as users' do.
         patch.setattr(latency, "interleaved", few_rounds)
+        patch.setattr(Figure, "savefig", draw_once)
         yield
 
 

@@ -175,7 +175,7 @@ def test_every_method_trains(tmp_path, overrides):
 
 
 def test_open_loop_says_what_resulted(tmp_path, capsys):
-    report = train(tmp_path / "run", "pruning.q=0.12")
+    report = train(tmp_path / "run", "pruning.q=0.12", "srnn.plugins=off")
     assert report["sparsity"]["reached"] != pytest.approx(0.9, abs=0.001)
     shown = capsys.readouterr().out
     assert "q is fixed" in shown

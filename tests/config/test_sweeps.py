@@ -134,7 +134,9 @@ def test_a_failed_job_stops_no_other_and_the_same_command_goes_on(tmp_path, caps
     assert "4 jobs: 1 finished already, 1 to go on with, 2 new" in capsys.readouterr().out
     assert not list(tmp_path.glob("sweep/*/error.txt"))
     assert main([*command, "seed=1,0"]) == 0
-    assert "4 jobs: 4 finished already" in capsys.readouterr().out
+    again = capsys.readouterr().out
+    assert "4 jobs: 4 finished already" in again
+    assert "What will be pruned" not in again
     assert finished.stat().st_mtime_ns == first
     assert (tmp_path / "sweep/command.txt").read_text().startswith("srnn -m trainer=fast")
 
@@ -161,7 +163,7 @@ def test_an_option_of_a_choice_that_is_not_the_default(sweep):
 
 
 # Long enough to be stopped in the middle of its second job.
-LONGER = ["-m", *QUIET, "trainer.max_epochs=24", "trainer.limit_epochs=24",
+LONGER = ["-m", *QUIET, "trainer.max_epochs=12", "trainer.limit_epochs=12",
           "pruning=none,gradual", "pruning.sparsity=0.8,0.9"]  # fmt: skip
 
 
@@ -190,10 +192,6 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_never_stopped(tmp_path, how, whol
     capsys.readouterr()
     assert main(command) == 0
     assert "3 jobs: 1 finished already, 1 to go on with, 1 new" in capsys.readouterr().out
-    assert main(command) == 0
-    again = capsys.readouterr().out
-    assert "3 jobs: 3 finished already" in again
-    assert "What will be pruned" not in again
     jobs = list(whole.glob("*/metrics.csv"))
     assert len(jobs) == 3
     for job in jobs:
@@ -256,10 +254,10 @@ def test_the_slurm_preset_composes():
 @pytest.mark.slow
 def test_a_long_sweep_stays_as_it_is(tmp_path):
     """Memory, open files and time a job, of the last quarter of the jobs against those before it."""
-    samples = sample_sweep(tmp_path / "sweep", 16)
+    samples = sample_sweep(tmp_path / "sweep", 12)
     times = [after.cpu_seconds - before.cpu_seconds for before, after in itertools.pairwise(samples)]
-    middle, last = samples[4:12], samples[12:]
+    middle, last = samples[3:9], samples[9:]
     assert len({sample.files for sample in last} | {sample.files for sample in middle}) <= 3
     assert max(s.memory_mb for s in last) < 1.1 * statistics.fmean(s.memory_mb for s in middle)
-    assert statistics.median(times[12:]) < 1.3 * statistics.median(times[4:12])
+    assert statistics.median(times[9:]) < 1.3 * statistics.median(times[3:9])
     assert {sample.children for sample in last} <= {0, 1}, "W&B's process is not started again and again"

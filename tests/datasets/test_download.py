@@ -4,6 +4,7 @@ import hashlib
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from srnn.datasets import PennTreebank, Shakespeare, WikiText2
 from srnn.datasets.corpora import Source
 from srnn.datasets.download import fetch
 from srnn.errors import UserError
+from srnn.files import cache_folder
 from srnn.training.preparing import build_data
 
 CONTENT = b"".join(b"line %d of a text\n" % n for n in range(5000))
@@ -196,3 +198,12 @@ def test_the_command_line_says_it_too(capsys, tmp_path, monkeypatch):
     url = "http://127.0.0.1:9/train.txt"
     assert error.startswith(f"srnn: dataset=wikitext2: {url} cannot be downloaded: no connection.")
     assert error.count("\n") == 1
+
+
+def test_without_srnn_cache_it_is_the_users_cache_folder(monkeypatch):
+    monkeypatch.delenv("SRNN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/some/caches")
+    assert cache_folder() == Path("/some/caches/srnn")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert cache_folder() == Path("/home/somebody/.cache/srnn")

@@ -147,12 +147,13 @@ def files(folder):
 @pytest.mark.parametrize("overrides", [[], ["dataset=digits"]], ids=["text", "digits"])
 def test_two_processes_are_one_on_the_joined_batch(tmp_path, capfd, text_run, overrides):
     chosen = [o for o in QUIET if not overrides or not o.startswith(("dataset.sequence_length", "model.embedding"))]
-    one, two, before = text_run, tmp_path / "two", dict(os.environ)
+    before = dict(os.environ)
+    one, two, where = text_run, tmp_path / "gru_gradual_s0", ["-m", f"hydra.sweep.dir={tmp_path}"]  # a job of a sweep
     if overrides:
-        one = tmp_path / "one"
+        one, where = tmp_path / "one", [f"hydra.run.dir={two}"]
         assert main([*chosen, *overrides, f"hydra.run.dir={one}"]) == 0
         capfd.readouterr()
-    assert main([*chosen, *overrides, TWO, f"hydra.run.dir={two}"]) == 0
+    assert main([*chosen, *overrides, TWO, *where]) == 0
     printed = capfd.readouterr()
     assert len([line for line in printed.out.splitlines() if line.startswith("epoch ")]) == 5
     assert "rank" not in (printed.out + printed.err).lower(), "only the run speaks"
@@ -188,42 +189,22 @@ def signal_rank_1(monkeypatch, step, number):
     monkeypatch.setattr(PruningCallback, "on_train_batch_end", send)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of an uninterrupted run with two processes."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert main([*RUN, TWO, f"hydra.run.dir={folder}"]) == 0
-    return folder
-
-
 @pytest.mark.slow
-def test_stopped_and_resumed_with_two_processes(tmp_path, monkeypatch, whole):
-    """With dropout, each rank's recurrent state and random numbers matter. Any rank may be asked to stop."""
+def test_stopped_or_killed_and_resumed_with_two_processes(tmp_path, monkeypatch, capsys):
+    """With dropout, each rank's recurrent state and random numbers matter. Any rank may be asked to stop, or killed."""
+    assert main([*RUN, TWO, f"hydra.run.dir={tmp_path}/one"]) == 0
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
         assert main([*RUN, TWO, f"hydra.run.dir={tmp_path}/two"]) == 130
     with monkeypatch.context() as patch:
         signal_rank_1(patch, 18, signal.SIGTERM)
         assert main([f"resume={tmp_path}/two"]) == 130
-    assert main([f"resume={tmp_path}/two"]) == 0
-    check_same_run(whole, tmp_path / "two")
-
-
-@pytest.mark.slow
-def test_a_job_of_a_sweep_with_two_processes(tmp_path):
-    assert main(["-m", *QUIET, TWO, "seed=1", f"hydra.sweep.dir={tmp_path}/sweep"]) == 0
-    (report,) = (tmp_path / "sweep").glob("*/report.json")
-    assert report.parent.name == "gru_gradual_s1"
-
-
-@pytest.mark.slow
-def test_a_killed_rank_ends_the_run_which_goes_on_from_its_checkpoint(tmp_path, capsys, monkeypatch, whole):
     with monkeypatch.context() as patch:
-        signal_rank_1(patch, 20, signal.SIGKILL)
-        assert main([*RUN, TWO, f"hydra.run.dir={tmp_path}/two"]) == 2
+        signal_rank_1(patch, 28, signal.SIGKILL)
+        assert main([f"resume={tmp_path}/two"]) == 2
     assert "rank 1 of trainer.devices=2 was killed by SIGKILL" in capsys.readouterr().err
     assert main([f"resume={tmp_path}/two"]) == 0
-    check_same_run(whole, tmp_path / "two")
+    check_same_run(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow

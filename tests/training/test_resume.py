@@ -103,12 +103,12 @@ OF_TEXT = ("dataset.sequence_length", "model.embedding")
 
 @pytest.mark.slow
 def test_killed_at_any_moment(tmp_path, monkeypatch):
-    """kill -9 three times, wherever it hits; each resumed run starts from whole files."""
+    """kill -9 twice, wherever it hits; each resumed run starts from whole files."""
     command = [*RUN, "trainer.max_epochs=40", "trainer.limit_epochs=40"]
     assert main([*command, f"hydra.run.dir={tmp_path}/one"]) == 0
     last = tmp_path / "two/checkpoints/last.ckpt"
     command.append("hydra.run.dir=two")
-    for seconds in (1.0, 0.3, 0.7):
+    for seconds in (1.0, 0.4):
         before = last.stat().st_mtime_ns if last.exists() else 0
         process = subprocess.Popen(
             [sys.executable, "-m", "srnn", *command], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
