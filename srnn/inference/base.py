@@ -5,7 +5,6 @@ Shapes: N rows, I inputs.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -67,6 +66,7 @@ class PackedWeight(nn.Module):
 
 
 _LIKE = "like"  # the parameter of a sparse module, never trained
+_PACKED = "_packed"  # the end of a packed weight's name as a module; the name itself answers with the dense weight
 
 
 class SparseModule(nn.Module):
@@ -83,7 +83,7 @@ class SparseModule(nn.Module):
         self._ready: dict[Any, Any] = {}
         for name, weight in weights.items():
             if isinstance(weight, SparseMatrix):
-                self.add_module(name, PackedWeight(weight))
+                self.add_module(f"{name}{_PACKED}", PackedWeight(weight))
             else:
                 self.register_buffer(name, None if weight is None else weight.detach().float().clone())
         # For code that makes its tensors like ``next(model.parameters())``. It is empty, and part of no file.
@@ -93,17 +93,12 @@ class SparseModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Python asks here for what it did not find: parameters, buffers, modules; packed weights are given dense."""
-        found = super().__getattr__(name)
-        if not isinstance(found, PackedWeight):
-            return found
-        # torch walks along the names of buffers, such as weight.values, and wants the module on its way.
-        if not torch.compiler.is_dynamo_compiling() and _is_torchs(sys._getframe(1).f_globals):
-            return found
-        return self._dense(name, found)
+        packed = self.__dict__.get("_modules", {}).get(f"{name}{_PACKED}")
+        return super().__getattr__(name) if packed is None else self._dense(name, packed)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses to replace a packed weight, which the kernel would not see. Raises UserError."""
-        if isinstance(self.__dict__.get("_modules", {}).get(name), PackedWeight):
+        if f"{name}{_PACKED}" in self.__dict__.get("_modules", {}):
             raise UserError(
                 f"{type(self).__name__}.{name} is packed and cannot be set: change the dense network "
                 "(srnn.desparsify) and sparsify it again."
@@ -121,7 +116,11 @@ class SparseModule(nn.Module):
 
     def matrices(self) -> dict[str, SparseMatrix]:
         """Its packed weights by name."""
-        return {name: child.matrix for name, child in self.named_children() if isinstance(child, PackedWeight)}
+        return {name: child.matrix for name, child in self._packed().items()}
+
+    def _packed(self) -> dict[str, PackedWeight]:
+        found = {name: child for name, child in self._modules.items() if isinstance(child, PackedWeight)}
+        return {name.removesuffix(_PACKED): child for name, child in found.items()}
 
     def construction(self) -> tuple[type[nn.Module], dict[str, Any]]:
         """The class of torch's module that it stands for, and the arguments that make one."""
@@ -135,7 +134,7 @@ class SparseModule(nn.Module):
         return filled(module, self)
 
     def _matrix(self, name: str) -> SparseMatrix:
-        child = self._modules[name]
+        child = self._modules[f"{name}{_PACKED}"]
         assert isinstance(child, PackedWeight)
         return child.matrix
 
@@ -171,6 +170,10 @@ class SparseModule(nn.Module):
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
         self._ready.clear()
+        for name in self._packed():  # as older versions called them
+            for part in ("values", "columns", "row_pointers", "scales"):
+                if f"{prefix}{name}.{part}" in state:
+                    state[f"{prefix}{name}{_PACKED}.{part}"] = state.pop(f"{prefix}{name}.{part}")
         like = self._parameters.pop(_LIKE, None)  # so that no file has to hold it
         try:
             super()._load_from_state_dict(state, prefix, *arguments)
@@ -187,13 +190,11 @@ class SparseModule(nn.Module):
     def tensors(self) -> list[Tensor]:
         """Its buffers in the order of ``describe``."""
         own = [buffer for buffer in self._buffers.values() if buffer is not None]
-        packed = [child for child in self._modules.values() if isinstance(child, PackedWeight)]
-        return own + [b for child in packed for b in child._buffers.values() if b is not None]
+        return own + [b for child in self._packed().values() for b in child._buffers.values() if b is not None]
 
     def describe(self) -> None:
         """Keep as JSON all but its weights, for compiled graphs and exported programs; the last step of making one."""
         kind, options = self.construction()
-        packed = {name: child for name, child in self._modules.items() if isinstance(child, PackedWeight)}
         kernel = kernel_config(self.kernel)
         self.unregistered = None if kernel else type(self.kernel).__name__
         description = {
@@ -203,7 +204,7 @@ class SparseModule(nn.Module):
             "biases": {name: buffer is not None for name, buffer in self._buffers.items()},
             "matrices": {
                 name: [list(child.shape), child.gates, child._buffers["scales"] is not None]
-                for name, child in packed.items()
+                for name, child in self._packed().items()
             },
         }
         self.description = described(self, description)
@@ -228,10 +229,6 @@ class SparseModule(nn.Module):
                 )
             return call_operator(inputs, self.tensors(), self.description)
         return self.compute(inputs)
-
-
-def _is_torchs(names: Mapping[str, Any]) -> bool:
-    return str(names.get("__name__")).partition(".")[0] == "torch"
 
 
 def refuse_tracing() -> None:

@@ -134,7 +134,7 @@ def test_copies_pickles_and_state_dicts():
         buffer.zero_() if buffer.dtype != torch.int32 else None
     other.load_state_dict(sparse.state_dict())
     assert torch.equal(other(x)[0], wanted)
-    assert {"weight_hh_l0.values", "weight_hh_l0.scales", "bias_ih_l0"} <= set(sparse.state_dict())
+    assert {"weight_hh_l0_packed.values", "weight_hh_l0_packed.scales", "bias_ih_l0"} <= set(sparse.state_dict())
 
 
 def test_dtype_is_decided_when_packing():
@@ -261,3 +261,14 @@ def test_a_compiled_network_is_one_graph(module):
             (inputs, sparse.recurrent.tensors(), sparse.recurrent.description),
             test_utils=("test_schema", "test_faketensor"),
         )
+
+
+def test_a_state_dict_of_older_names_is_taken():
+    gru = pruned(nn.GRU(5, 9))
+    sparse, other = sparsify(gru, kernel="csr"), sparsify(gru, kernel="csr")
+    state = {name.replace("_packed.", "."): 2 * t for name, t in sparse.state_dict().items() if "values" in name}
+    assert "weight_hh_l0.values" in state
+    missing, unexpected = other.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert not any("values" in name for name in missing)
+    assert torch.equal(other.weight_hh_l0, 2 * gru.weight_hh_l0)
