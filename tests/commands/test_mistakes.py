@@ -60,7 +60,7 @@ def run_folder(tmp_path):
             ["start_itr=0.6 (step 24)", "end_itr=0.5 (step 20)", "out of order"],
         ),
         (["trainer.max_epochs=4"], ["5 epochs", "has 4", "fractions"]),
-        (["pruning.freq=99"], ["pruning.freq=99", "at most"]),
+        (["pruning.freq=99"], ["pruning.freq=99", "is more than the 12 steps between start_itr and end_itr"]),
         (["pruning.q=/no/dense.ckpt"], ["/no/dense.ckpt", "no such checkpoint"]),
         (["pruning.q=1e6"], ["threshold reaches", "q=1e+06", "every weight"]),
         (["model.hidden_size=1000000"], ["does not fit into memory", "model.hidden_size"]),
