@@ -65,7 +65,7 @@ class SrnnSweeper(Sweeper):
             try:
                 self.launcher.launch(overrides, initial_job_idx=0)
             except KeyboardInterrupt:
-                print(f"srnn: {sweep.folder} was stopped; the same command goes on with it.", file=sys.stderr)
+                print(f"srnn: {sweep.folder} was stopped; the same command resumes it.", file=sys.stderr)
                 raise
             except Exception as error:  # such as a worker that was killed: the folders tell what was done
                 print(f"srnn: the launcher stopped: {type(error).__name__}: {error}", file=sys.stderr)

@@ -35,7 +35,7 @@ examples:
   srnn dataset=text dataset.path=book.txt               your own text
   srnn -m pruning=none,gradual,hard seed=0,1            a sweep
   srnn plan pruning=cubic pruning.sparsity=0.95         what that would prune, and when
-  srnn resume=outputs/RUN                               go on with a run that was stopped
+  srnn resume=outputs/RUN                               resume a run that was stopped
   srnn init_from=outputs/RUN pruning=fixed              fine-tune a pruned network
   srnn compare outputs/SWEEP
   srnn rerun outputs/RUN

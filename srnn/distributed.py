@@ -54,7 +54,7 @@ def own(values: Sequence[Any]) -> Any:
     """This rank's value of those that were gathered. Raises UserError if other ranks were there."""
     if len(values) != ranks():
         raise UserError(
-            f"the checkpoint is of a run with trainer.devices={len(values)}, which cannot go on with "
+            f"the checkpoint is of a run with trainer.devices={len(values)}, which cannot be resumed with "
             f"trainer.devices={ranks()}; to train its network further, start a run with init_from=FOLDER."
         )
     return values[dist.get_rank() if len(values) > 1 else 0]

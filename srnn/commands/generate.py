@@ -13,7 +13,7 @@ from srnn.registry import Range
 @command
 def main(
     run: RunOption,
-    prompt: Annotated[str, Help("where to go on from; taken literally", metavar="TEXT")] = "\n",
+    prompt: Annotated[str, Help("what to continue; taken literally", metavar="TEXT")] = "\n",
     length: Annotated[int, Range(ge=0), Help("tokens to write")] = 300,
     temperature: Annotated[float, Help("0 takes the likeliest token")] = 0.7,
     top_k: Annotated[int | None, Range(ge=1), Help("sample among so many likeliest tokens (all)")] = None,

@@ -21,7 +21,7 @@ OTHERS = {
     "packed": "The packed file.",
     "seed": "Fixes all that is random.",
     "init_from": "Start from an existing network: a checkpoint, a packed file, a state_dict file, or a run's folder.",
-    "resume": "Go on with a stopped run, as it was configured; takes no other option.",
+    "resume": "Resume a stopped run, as it was configured; takes no other option.",
     "srnn": "srnn itself.",
 }
 _Row = tuple[str, str, str]  # name, options, what it is and where from

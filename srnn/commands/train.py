@@ -34,10 +34,10 @@ Train, prune, pack, measure, report. Everything lands in a folder of its own und
   optimizer=adam|adamw|sgd      the optimiser                   trainer=default|cpu|gpu|ddp|fast  the loop
   experiment=NAME               a preset of all of these        tracking.mode=offline|online|disabled
   seed=0                        fixes all that is random        init_from=FILE   start from an existing network
-  resume=FOLDER                 go on with a stopped run, as it was configured; takes no other option
+  resume=FOLDER                 resume a stopped run, as it was configured; takes no other option
 
   -m, --multirun                every combination of options with several values: pruning=none,gradual seed=0,1,2;
-                                the same command again goes on with what is not finished
+                                the same command again resumes what is not finished
   --cfg job                     print the config instead of running it
   hydra.run.dir=FOLDER          where the run lands; of a sweep hydra.sweep.dir=FOLDER
 
@@ -126,12 +126,12 @@ def _sweep_job(settings: Settings, folder: Path, sweep: str) -> dict[str, Any]:
 
 
 def _resume(argv: Sequence[str]) -> int:
-    """Go on with a stopped run, as it was configured."""
+    """Resume a stopped run, as it was configured."""
     folders = [word.partition("=")[2] for word in argv if word.startswith("resume=")]
     others = [word for word in argv if not word.startswith(("resume=", "srnn.plugins="))]
     if others or len(folders) > 1:
         raise UserError(
-            f"resume=FOLDER goes on with a run as it was configured, so {' '.join(others) or 'a second one'} cannot be "
+            f"resume=FOLDER resumes a run as it was configured, so {' '.join(others) or 'a second one'} cannot be "
             f"given with it; to train its network with other options, start a run with init_from=FOLDER."
         )
     from srnn.recording.environment import require_plugins

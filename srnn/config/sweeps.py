@@ -152,7 +152,7 @@ class Sweep:
         begun = sum(RunFolder(self.folders[job]).config.is_file() for job in left)
         counts = [
             (len(self.jobs) - len(left), "finished already"),
-            (begun, "to go on with"),
+            (begun, "to resume"),
             (len(left) - begun, "new"),
         ]
         words = ", ".join(f"{count} {word}" for count, word in counts if count)
@@ -170,7 +170,7 @@ class Sweep:
         for job in failed:
             console.print(f"failed: {self.folders[job]}: {_error(self.folders[job])}", soft_wrap=True)
         if failed:
-            again = "the same command goes on with them"
+            again = "the same command resumes them"
             console.print(f"{len(failed)} of {len(self.jobs)} jobs failed; {again}.", soft_wrap=True)
         if len(failed) < len(self.jobs):
             console.print(f"Compare them: srnn compare {shlex.quote(str(self.folder))}", soft_wrap=True)

@@ -230,7 +230,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def _prompt(data: DataModule, vocabulary: Vocabulary) -> str:
-    """The beginning of a line of the validation text, to go on from."""
+    """The beginning of a line of the validation text, to continue."""
     inputs_BT, _ = data.batches("valid").fetch(0, 0)
     lines = [line.strip() for line in vocabulary.decode(inputs_BT[0].tolist()).splitlines()]
     return max(lines, key=lambda line: min(len(line), PROMPT), default="")[:PROMPT].strip()

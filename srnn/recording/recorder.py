@@ -69,7 +69,7 @@ class Recorder(pl.Callback):
         return {"validations": rows, "loop_seconds": self.loop_seconds + self._running()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the record of a stopped run."""
+        """Resume the record of a stopped run."""
         self.validations = [Validation(**row) for row in state_dict["validations"]]
         self.loop_seconds = state_dict["loop_seconds"]
 

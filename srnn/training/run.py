@@ -123,7 +123,7 @@ def _run(settings: Settings, folder: RunFolder, checkpoint: Path | None) -> dict
         try:
             recorder = fit(run, folder, wandb)
         except KeyboardInterrupt:
-            console.print(f"Go on with it: srnn {shlex.quote(f'resume={folder}')}", soft_wrap=True)
+            console.print(f"Resume it: srnn {shlex.quote(f'resume={folder}')}", soft_wrap=True)
             raise
         report = _finish(run, folder, recorder)
         report["seconds"]["total"] = time.perf_counter() - began

@@ -131,7 +131,7 @@ def test_a_failed_job_stops_no_other_and_the_same_command_goes_on(tmp_path, caps
     first = finished.stat().st_mtime_ns
     (tmp_path / "gone.txt").write_text(text)
     assert main([*command, "seed=0,1"]) == 0, "a larger sweep finds the jobs of a smaller one"
-    assert "4 jobs: 1 finished already, 1 to go on with, 2 new" in capsys.readouterr().out
+    assert "4 jobs: 1 finished already, 1 to resume, 2 new" in capsys.readouterr().out
     assert not list(tmp_path.glob("sweep/*/error.txt"))
     assert main([*command, "seed=1,0"]) == 0
     again = capsys.readouterr().out
@@ -191,7 +191,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_never_stopped(tmp_path, how, whol
     assert not (running.parent.parent / "report.json").exists()
     capsys.readouterr()
     assert main(command) == 0
-    assert "3 jobs: 1 finished already, 1 to go on with, 1 new" in capsys.readouterr().out
+    assert "3 jobs: 1 finished already, 1 to resume, 1 new" in capsys.readouterr().out
     jobs = list(whole.glob("*/metrics.csv"))
     assert len(jobs) == 3
     for job in jobs:

@@ -81,7 +81,9 @@ def test_one_process_is_its_own_rank():
     state = (torch.ones(2), {"a": 1})
     assert distributed.own(distributed.gather(state)) == state
     assert distributed.any_rank(True, False) == [True, False]
-    with pytest.raises(UserError, match=r"run with trainer\.devices=2, which cannot go on with trainer\.devices=1"):
+    with pytest.raises(
+        UserError, match=r"run with trainer\.devices=2, which cannot be resumed with trainer\.devices=1"
+    ):
         distributed.own([1, 2])
 
 

@@ -91,7 +91,7 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, cap
         assert main([*chosen, *overrides, f"hydra.run.dir={tmp_path}/two"]) == 130
         for _ in stops[1:]:
             assert main([f"resume={tmp_path}/two"]) == 130
-    assert f"Go on with it: srnn resume={tmp_path}/two" in capsys.readouterr().out
+    assert f"Resume it: srnn resume={tmp_path}/two" in capsys.readouterr().out
     assert main([f"resume={tmp_path}/two"]) == 0
     check_same_run(whole, tmp_path / "two")
     assert main([f"resume={tmp_path}/two"]) == 2
