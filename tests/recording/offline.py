@@ -2,11 +2,13 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from wandb.proto import wandb_internal_pb2 as pb
 
 
@@ -32,19 +34,32 @@ class OfflineRun:
 
 
 def read_offline(folder: Path) -> OfflineRun:
-    """The W&B run in a run's folder; the parts of a resumed one together."""
-    run = OfflineRun()
-    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        for data in _records(path.read_bytes()):
-            record = pb.Record()
-            record.ParseFromString(data)
-            _take(run, record)
-    return run
+    """The W&B run in a run's folder; the parts of a resumed one together.
+
+    W&B's own process writes the end of the file some time after ``finish`` has returned: wait for the exit code.
+    """
+    deadline = time.monotonic() + 60
+    while True:
+        run, error = OfflineRun(), None
+        try:
+            for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+                run.exit_code = None
+                for data in _records(path.read_bytes()):
+                    record = pb.Record()
+                    record.ParseFromString(data)
+                    _take(run, record)
+        except (DecodeError, EOFError) as half:
+            error = half
+        if run.exit_code is not None:
+            return run
+        assert time.monotonic() < deadline, f"no finished W&B run in {folder}: {error or 'no exit code'}"
+        time.sleep(0.05)
 
 
 def _records(file: bytes) -> Iterator[bytes]:
     """LevelDB's log format after a header of 7 bytes: blocks of 32 KB with pieces of checksum, length, kind, bytes."""
-    assert file.startswith(b":W&B")
+    if not file.startswith(b":W&B"):
+        raise EOFError(f"no W&B file: {file[:8]!r}")
     position, whole = 7, b""
     while position + 7 <= len(file):
         if 32768 - position % 32768 < 7:  # no piece begins so near to a block's end
@@ -52,6 +67,8 @@ def _records(file: bytes) -> Iterator[bytes]:
             continue
         _, length, kind = struct.unpack_from("<IHB", file, position)
         piece, position = file[position + 7 : position + 7 + length], position + 7 + length
+        if len(piece) < length:
+            raise EOFError("the last piece is not whole")
         whole = whole + piece if kind in (3, 4) else piece
         if kind in (1, 4):
             yield whole
