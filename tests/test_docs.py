@@ -12,7 +12,8 @@ from srnn.config.composing import conf_folder, presets
 from srnn.datasets import PennTreebank
 from tests.conftest import QUIET, ROOT, SMALL
 
-FILES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+FILES = ["README.md", "CONTRIBUTING.md", "SECURITY.md"]
+FILES += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))
 
 
 def commands():
