@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from srnn.inference.sparsify import desparsify as desparsify
     from srnn.inference.sparsify import sparsify as sparsify
     from srnn.pruning.callback import PruningCallback as PruningCallback
+    from srnn.pruning.once import prune as prune
     from srnn.pruning.pruner import Pruner as Pruner
     from srnn.registry import register as register
 
@@ -28,6 +29,7 @@ _HOME = {
     "UserError": "srnn.errors",
     "desparsify": "srnn.inference.sparsify",
     "load": "srnn.inference.packed_file",
+    "prune": "srnn.pruning.once",
     "register": "srnn.registry",
     "save": "srnn.inference.saving",
     "sparsify": "srnn.inference.sparsify",
@@ -39,6 +41,7 @@ __all__ = [
     "__version__",
     "desparsify",
     "load",
+    "prune",
     "register",
     "save",
     "sparsify",

@@ -14,6 +14,7 @@ from srnn.terminal import close_output, show_what_can_be_shown
 COMMANDS = {
     "train": "train, prune, pack, measure, report (the default)",
     "plan": "what a config will prune, and when, without training",
+    "prune": "prune a trained network once, without training; pack, score and report it",
     "rerun": "repeat a finished run, and say whether its numbers come out again",
     "evaluate": "score a run's packed file on its validation and test text",
     "compare": "tables and plots of several runs, or of a sweep",
@@ -36,6 +37,7 @@ examples:
   srnn -m pruning=none,gradual,hard seed=0,1            a sweep
   srnn plan pruning=cubic pruning.sparsity=0.95         what that would prune, and when
   srnn resume=outputs/RUN                               resume a run that was stopped
+  srnn prune init_from=outputs/RUN pruning.sparsity=0.9  prune a trained network, without training
   srnn init_from=outputs/RUN pruning=fixed              fine-tune a pruned network
   srnn compare outputs/SWEEP
   srnn rerun outputs/RUN

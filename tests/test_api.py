@@ -12,6 +12,7 @@ def test_public_names():
         "__version__",
         "desparsify",
         "load",
+        "prune",
         "register",
         "save",
         "sparsify",

@@ -14,7 +14,7 @@ from srnn.registry import Component, Option, Range, check_options, register
 class TrainerConfig:
     """The training loop."""
 
-    max_epochs: Annotated[int, Range(ge=1, le=1_000_000)] = 8
+    max_epochs: Annotated[int, Range(ge=0, le=1_000_000)] = 8
     gradient_clip_val: Annotated[float, Range(gt=0)] | None = 1.0
     accumulate_grad_batches: Annotated[int, Range(ge=1, le=1_000_000)] = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"

@@ -213,8 +213,9 @@ def print_report(report: dict[str, Any]) -> None:
                 f"{1e6 * dense:,.0f} us, {1e6 * sparse:,.0f} us ({dense / sparse:.2f}x)",
             )
     seconds = report["seconds"]
-    share = 100 * seconds["pruning"] / seconds["training_loop"]
-    table.add_row("time in the training loop, inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
+    if seconds["training_loop"]:
+        share = 100 * seconds["pruning"] / seconds["training_loop"]
+        table.add_row("time in the training loop, inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
     console.print(table)
     for part, batches in report["limits"].items():
         words = f"Only the first {batches} batches of the {part} part were used (trainer.limit_...)"

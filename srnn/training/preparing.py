@@ -40,7 +40,7 @@ class Run:
         method: the pruning method.
         kernel: the backend that will run the packed network.
         objective: the Lightning module that trains the model on the data.
-        length: optimiser steps, and those of an epoch.
+        length: optimiser steps, and those of an epoch; one step in a run without training, which takes none.
         trainer, tracking, packed: options of the loop, of W&B, of the packed file.
         place: which of the run's processes this is.
         reference: a dense model's weights by name, for a method that wants one.
@@ -89,6 +89,7 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
     place = place or Place()
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     method: PruningMethod = register.build("pruning", settings.pruning)
+    _check_training(settings, method)
     reference = read_weights(Path(method.reference_path)) if method.reference_path else None
     initial = read_initial(settings.init_from) if settings.init_from and checkpoint is None else None
     data = build_data(settings.dataset, _vocabulary(initial, checkpoint))
@@ -164,6 +165,19 @@ def _vocabulary(initial: Initial | None, checkpoint: Path | None) -> Vocabulary 
     return initial.vocabulary if initial else None
 
 
+def _check_training(settings: Settings, method: PruningMethod) -> None:
+    """Refuse a run without training that needs some. Raises UserError."""
+    if settings.trainer.epochs:
+        return
+    if method.needs_training:
+        raise UserError(
+            f"trainer.max_epochs=0 trains nothing, and pruning={settings.pruning['name']} prunes while a network "
+            f"trains: to prune a trained one as it is, `srnn prune init_from=FILE pruning.sparsity=0.9`."
+        )
+    if not settings.init_from:
+        raise UserError("trainer.max_epochs=0 trains nothing: name the trained network, init_from=FILE.")
+
+
 def _limit(data: DataModule, trainer: TrainerConfig) -> None:
     if trainer.limit_train_batches is not None:
         data.limits["train"] = trainer.limit_train_batches
@@ -173,7 +187,7 @@ def _limit(data: DataModule, trainer: TrainerConfig) -> None:
 
 def _length(data: DataModule, trainer: TrainerConfig) -> RunLength:
     steps = -(-len(data.train_dataloader()) // trainer.accumulate_grad_batches)
-    return RunLength(steps * trainer.epochs, steps)
+    return RunLength(max(1, steps * trainer.epochs), steps)
 
 
 def _build_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Module:

@@ -34,6 +34,7 @@ from srnn.terminal import console
 from srnn.training.fitting import check_devices, fit, quiet
 from srnn.training.preparing import Run, prepare
 from srnn.training.processes import Place
+from srnn.training.prune_only import prune_only
 from srnn.training.verifying import pack_and_verify, rehearse, score
 
 
@@ -121,7 +122,7 @@ def _run(settings: Settings, folder: RunFolder, checkpoint: Path | None) -> dict
             with carefully("which scores count"):
                 define_scores(wandb, run.data.objective)
         try:
-            recorder = fit(run, folder, wandb)
+            recorder = fit(run, folder, wandb) if run.trainer.epochs else prune_only(run, folder, wandb)
         except KeyboardInterrupt:
             console.print(f"Resume it: srnn {shlex.quote(f'resume={folder}')}", soft_wrap=True)
             raise
