@@ -1,38 +1,92 @@
-"""``python -m srnn export run=FOLDER values=fp16 structure=16x1``: write a packed file and say what it costs."""
+"""``python -m srnn export run=FOLDER format=onnx``: write a run's network as another file and say what it costs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from srnn import __version__
 from srnn.commands.options import Help, StructureChoice, ValuesChoice, command, output_folder, packed_file
 from srnn.errors import UserError
 from srnn.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from srnn.inference.packing import PackedModel
 
-_VALUES = "what non-zeros are stored as; int8 is calibrated on validation data"
-_STRUCTURE = "blocks to store; refused if the weights are not pruned in them"
-_OUTPUT = "(model-VALUES-STRUCTURE.safetensors beside the run's)"
+FormatChoice = Literal["packed", "onnx"]  # the second on as in srnn.exporting
+_FORMAT = "another packed file, or ONNX"
+_VALUES = "what weights are stored as (packed: fp16, and int8 is calibrated on validation data; onnx: fp32, or int8)"
+_STRUCTURE = "blocks of a packed file; refused if the weights are not pruned in them"
+_OUTPUT = "(model-VALUES-STRUCTURE.safetensors or model-VALUES.onnx beside the run's)"
 
 
 @command
 def main(
     run: Annotated[str, Help("a finished run's folder, or a packed file", metavar="FOLDER")],
-    values: Annotated[ValuesChoice, Help(_VALUES)] = "fp16",
+    format: Annotated[FormatChoice, Help(_FORMAT)] = "packed",
+    values: Annotated[ValuesChoice | None, Help(_VALUES)] = None,
     structure: Annotated[StructureChoice, Help(_STRUCTURE)] = "auto",
     output: Annotated[str | None, Help(_OUTPUT, metavar="FILE")] = None,
 ) -> int:
-    """Write a run's network as another packed file; score it beside the run's."""
+    """Write a run's network as another packed file, or as ONNX, and say what that costs."""
+    if format == "packed":
+        return _pack_again(run, values or "fp16", structure, output)
+    if structure != "auto":
+        raise UserError(f"export: --structure={structure} is for format=packed: format={format} stores no blocks.")
+    return _to_another_runtime(run, format, values or "fp32", output)
+
+
+def _to_another_runtime(run: str, format: str, values: ValuesChoice, output: str | None) -> int:
+    """The packed network in a format of ``srnn.exporting``, with its score on the run's test data."""
     source = packed_file(run)
-    target = Path(output or source.with_name(f"model-{values}-{structure}.safetensors"))
-    target = target.expanduser()
-    if target.is_dir() or target.suffix != ".safetensors":
-        raise UserError(f"export: --output={target} must be a file named *.safetensors.")
-    output_folder(target.parent)  # before anything is scored
+    from srnn.exporting.exporter import EXPORT_FORMATS, export
+
+    target = _target(output, source.with_name(f"model-{values}{EXPORT_FORMATS[format].suffix}"))
+
+    import torch
+
+    from srnn.inference.packed_file import load
+    from srnn.terminal import console
+    from srnn.training.preparing import read_back
+
+    of_run = read_back(source)
+    network = load(source, kernel="csr")
+    scores: list[dict[str, float]] = []
+
+    def about(written: nn.Module) -> str:
+        scores.extend(of_run.objective.score(n, of_run.data, "test") for n in (network, written))
+        name, data = of_run.packed.model["name"], of_run.packed.about["dataset"]["name"]
+        return f"{name} on {data}, test: {of_run.objective.words.format(**scores[1])}. Written by srnn {__version__}."
+
+    inputs = next(iter(of_run.data.val_dataloader()))[0][:2, :8]
+    with torch.inference_mode():
+        example = (inputs, network(inputs)[1])  # for networks that are no chain of layers
+    report = export(network, target, format, example, about, values=values)
+    console.print(str(report), soft_wrap=True, highlight=False)
+    told = of_run.objective.telling
+    cost = f"{scores[1][told] - scores[0][told]:+z.4f}"
+    words = of_run.objective.words.format(**scores[1])
+    console.print(f"test: {words}; costs {cost} {told.replace('_', ' ')} over {source.name}", soft_wrap=True)
+    return 0
+
+
+def _target(output: str | None, default: Path) -> Path:
+    """The file to write; its folder is made and tried before anything is scored."""
+    target = Path(output or default).expanduser()
+    if target.is_dir() or target.suffix != default.suffix:
+        raise UserError(f"export: --output={target} must be a file named *{default.suffix}.")
+    output_folder(target.parent)
+    return target
+
+
+def _pack_again(run: str, values: ValuesChoice, structure: StructureChoice, output: str | None) -> int:
+    """Another packed file, scored beside the run's."""
+    source = packed_file(run)
+    target = _target(output, source.with_name(f"model-{values}-{structure}.safetensors"))
 
     from srnn.inference.packed_file import read, write
     from srnn.inference.packing import pack

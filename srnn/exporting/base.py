@@ -1,0 +1,51 @@
+"""What every export format shares: its entry in the table of formats, and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+# What a file says about itself; or a function that makes it of the network with the numbers that the file holds.
+About = str | Callable[[nn.Module], str]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote, and what it was compared with before.
+
+    Attributes:
+        path: the file; of several, the first one to look at.
+        nbytes: of all that was written.
+        verified: what was run and compared, in words.
+        difference: the largest difference of an output or state from the network's, over the larger of 1 and the
+            largest output.
+        notes: what a user should know about the file, in sentences.
+    """
+
+    path: Path
+    nbytes: int
+    verified: str
+    difference: float
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """A line each: the file, what was verified, the notes."""
+        head = f"{self.path}: {self.nbytes:,} bytes"
+        return "\n".join([head, f"{self.verified}: largest difference {self.difference:.1e}", *self.notes])
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """A way to write a network.
+
+    Attributes:
+        suffix: of its files, such as ``.onnx``.
+        write: ``write(model, path, example, about, **options)``; its keyword arguments are the format's options. It
+            leaves no file unless what it wrote agrees with the network.
+    """
+
+    suffix: str
+    write: Callable[..., ExportReport]
