@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from srnn.commands.options import Help, StructureChoice, ValuesChoice, command, output_folder, packed_file
+from srnn.commands.options import Help, RunOption, StructureChoice, ValuesChoice, command, output_folder, packed_file
 from srnn.errors import UserError
 from srnn.run_folder import RunFolder
 
@@ -21,7 +21,7 @@ _OUTPUT = "(model-VALUES-STRUCTURE.safetensors beside the run's)"
 
 @command
 def main(
-    run: Annotated[str, Help("a finished run's folder, or a packed file", metavar="FOLDER")],
+    run: RunOption,
     values: Annotated[ValuesChoice, Help(_VALUES)] = "fp16",
     structure: Annotated[StructureChoice, Help(_STRUCTURE)] = "auto",
     output: Annotated[str | None, Help(_OUTPUT, metavar="FILE")] = None,
