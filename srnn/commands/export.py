@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from srnn import __version__
-from srnn.commands.options import Help, StructureChoice, ValuesChoice, command, output_folder, packed_file
+from srnn.commands.options import Help, RunOption, StructureChoice, ValuesChoice, command, output_folder, packed_file
 from srnn.errors import UserError
 from srnn.run_folder import RunFolder
 
@@ -26,7 +26,7 @@ _OUTPUT = "(model-VALUES-STRUCTURE.safetensors or model-VALUES.onnx beside the r
 
 @command
 def main(
-    run: Annotated[str, Help("a finished run's folder, or a packed file", metavar="FOLDER")],
+    run: RunOption,
     format: Annotated[FormatChoice, Help(_FORMAT)] = "packed",
     values: Annotated[ValuesChoice | None, Help(_VALUES)] = None,
     structure: Annotated[StructureChoice, Help(_STRUCTURE)] = "auto",
