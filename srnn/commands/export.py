@@ -47,6 +47,8 @@ def _to_another_runtime(run: str, format: str, values: ValuesChoice, output: str
 
     target = _target(output, source.with_name(f"model-{values}{EXPORT_FORMATS[format].suffix}"))
 
+    import torch
+
     from srnn.inference.packed_file import load
     from srnn.terminal import console
     from srnn.training.preparing import read_back
@@ -60,7 +62,10 @@ def _to_another_runtime(run: str, format: str, values: ValuesChoice, output: str
         name, data = of_run.packed.model["name"], of_run.packed.about["dataset"]["name"]
         return f"{name} on {data}, test: {of_run.objective.words.format(**scores[1])}. Written by srnn {__version__}."
 
-    report = export(network, target, format, about=about, values=values)
+    inputs = next(iter(of_run.data.val_dataloader()))[0][:2, :8]
+    with torch.inference_mode():
+        example = (inputs, network(inputs)[1])  # for networks that are no chain of layers
+    report = export(network, target, format, example, about, values=values)
     console.print(str(report), soft_wrap=True, highlight=False)
     told = of_run.objective.telling
     cost = f"{scores[1][told] - scores[0][told]:+z.4f}"

@@ -27,23 +27,59 @@ def write_onnx(
 ) -> ExportReport:
     """Write a network as ONNX; as ``srnn.export``."""
     if values not in ("fp32", "int8"):
-        raise UserError(f"format=onnx: values={values!r} must be fp32, or int8 for onnxruntime's dynamic quantisation.")
+        raise UserError(f"format=onnx: values={values} must be fp32, or int8 for onnxruntime's dynamic quantisation.")
     require_onnx()
+    try:
+        chain = read_chain(model)
+    except UserError as reason:
+        if example is None:
+            hint = "give example=, the arguments of a call, and torch.onnx writes it with the states that it has."
+            raise UserError(f"{reason} To export it all the same, {hint}") from None
+        return _write_traced(model, path, example, about, values, str(reason))
+    return _write_chain(model, path, chain, about, values)
+
+
+def _write_chain(model: nn.Module, path: Path, chain: Chain, about: About, values: OnnxValues) -> ExportReport:
     from srnn.exporting.onnx_graph import onnx_model
 
-    chain = read_chain(model)
     data = onnx_model(chain, _metadata(model)).SerializeToString()
     away = largest_difference(OnnxNetwork(data).run, model, chain)
     if not away <= AGREEMENT:
         raise UserError(f"{path} is not written: onnxruntime's outputs differ by {away:.1e}, over {AGREEMENT:g}.")
     notes = [_DENSE]
     if values == "int8":
-        data, quantised_notes = _quantised(data, model, chain)
-        notes += quantised_notes
+        data, left = _quantised(data)
+        notes += [f"In fp32 the largest difference is {away:.1e}; the rest is int8's.", *left]
+        away = largest_difference(OnnxNetwork(data).run, model, chain)
+        if not away <= _QUANTISED:
+            raise UserError(f"{path} is not written: in int8 outputs differ by {away:.1e}. Use values=fp32.")
     text = about if isinstance(about, str) else about(OnnxNetwork(data))
-    write_atomically(path, _described(data, text))
-    verified = "onnxruntime against the network, at 3 lengths, 2 batches and over chained calls"
-    return ExportReport(path, path.stat().st_size, verified, away, tuple(notes))
+    return _handed_over(path, data, text, away, tuple(notes), "at 3 lengths, 2 batches and over chained calls")
+
+
+def _write_traced(
+    model: nn.Module, path: Path, example: Any, about: About, values: OnnxValues, reason: str
+) -> ExportReport:
+    require_onnx("onnxscript")
+    from srnn.exporting.onnx_traced import traced
+
+    if values == "int8":
+        raise UserError(f"values=int8 is for chains of layers, and {reason}")
+    data, away, free = traced(model, example)
+    notes = (f"Written by torch.onnx, its states as its call has them: {reason}", free, _DENSE)
+    text = about if isinstance(about, str) else about(model)
+    return _handed_over(path, data, text, away, notes, "at the example's sizes, and at others of what is free")
+
+
+def _handed_over(
+    path: Path, data: bytes, text: str, away: float, notes: tuple[str, ...], compared: str
+) -> ExportReport:
+    import onnx
+
+    model = onnx.load_from_string(data)
+    model.doc_string = text
+    write_atomically(path, model.SerializeToString())
+    return ExportReport(path, path.stat().st_size, f"onnxruntime against the network, {compared}", away, notes)
 
 
 def _metadata(model: nn.Module) -> dict[str, str]:
@@ -56,24 +92,10 @@ def _metadata(model: nn.Module) -> dict[str, str]:
     return {"vocabulary": json.dumps(data)}
 
 
-def _quantised(data: bytes, model: nn.Module, chain: Chain) -> tuple[bytes, list[str]]:
-    """The model in int8, as far as onnxruntime goes, and what there is to say about it."""
+def _quantised(data: bytes) -> tuple[bytes, list[str]]:
+    """The model in int8, and a note on what stays fp32."""
     from srnn.exporting.onnx_int8 import quantised
 
     small, left = quantised(data)
-    away = largest_difference(OnnxNetwork(small).run, model, chain)
-    if not away <= _QUANTISED:
-        raise UserError(f"values=int8: onnxruntime's quantised outputs differ by {away:.1e}: use values=fp32.")
-    notes = [f"int8: outputs differ by up to {away:.1e} from the network's."]
-    if left:
-        notes.append(f"onnxruntime quantises LSTM and linear layers only: {', '.join(left)} stay fp32.")
-    return small, notes
-
-
-def _described(data: bytes, text: str) -> bytes:
-    import onnx
-
-    model = onnx.load_from_string(data)
-    model.doc_string = text
-    described: bytes = model.SerializeToString()
-    return described
+    note = f"onnxruntime quantises LSTM and linear layers only: {', '.join(left)} stay fp32."
+    return small, [note] if left else []

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
+
+from srnn.exporting.onnx_session import quiet
 
 # What has an int8 form, and what has none though it holds most weights.
 _OPERATORS = ["LSTM", "MatMul"]
@@ -21,18 +20,7 @@ def quantised(data: bytes) -> tuple[bytes, list[str]]:
 
     model = onnx.load_from_string(data)
     left = sorted({_WITHOUT[node.op_type] for node in model.graph.node if node.op_type in _WITHOUT})
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():  # of the advice to prepare graphs, which these need not
         path = Path(folder) / "int8.onnx"
         quantize_dynamic(model, path, op_types_to_quantize=_OPERATORS, weight_type=QuantType.QInt8)
         return path.read_bytes(), left
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the advice to run a preparation first, of which these graphs need nothing."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,29 @@ def require_onnx(*packages: str) -> None:
         raise UserError(f"ONNX needs {' and '.join(missing)}, not installed here: pip install 'srnn[onnx]'.")
 
 
+def open_session(model: Path | bytes) -> Any:
+    """A session of onnxruntime on the CPU, with torch's number of threads as it is now."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what exporters and quantisers log about themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 class OnnxNetwork(nn.Module):
     """A network in onnxruntime, on the CPU, with torch's number of threads at the time it is made.
 
@@ -40,14 +65,7 @@ class OnnxNetwork(nn.Module):
     def __init__(self, model: Path | bytes) -> None:
         super().__init__()
         require_onnx()
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors
-        source = model if isinstance(model, bytes) else str(model)
-        self.session: Any = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self.session = open_session(model)
         self.states: dict[str, str] = json.loads(self.session.get_modelmeta().custom_metadata_map["states"])
         self.shapes = {given.name: given.shape for given in self.session.get_inputs()}
         self.input_name = next(name for name in self.shapes if name not in self.states)

@@ -5,6 +5,7 @@ Shapes: T steps, B streams, V tokens, I inputs, O outputs, P outputs of a recurr
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
@@ -69,7 +70,9 @@ class ChainNetwork(nn.Module):
             else:
                 before = None if states is None else tuple(states[name] for name in part.states)
                 hx = before[0] if before is not None and len(before) == 1 else before
-                x, end = self.layers[part.name](x, hx)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that oneDNN has no projections
+                    x, end = self.layers[part.name](x, hx)
                 ends = end if isinstance(end, tuple) else (end,)
                 after |= dict(zip(part.states, ends, strict=True))
                 if self.chain.last_only and part is last:
