@@ -17,7 +17,7 @@ COMMANDS = {
     "rerun": "repeat a finished run, and say whether its numbers come out again",
     "evaluate": "score a run's packed file on its validation and test text",
     "compare": "tables and plots of several runs, or of a sweep",
-    "export": "write a run's network as another packed file, or as ONNX, and say what that costs",
+    "export": "write a run's network as another packed file, as ONNX or as C, and say what that costs",
     "bench": "time dense layers against every sparse backend that can run here",
     "generate": "write text with a run's packed file",
     "doctor": "what is installed, what can run here, and why something cannot",

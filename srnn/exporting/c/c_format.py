@@ -62,7 +62,7 @@ def write_c(
     if not re.fullmatch(r"[\w.+-]+", path.stem, re.ASCII):
         raise UserError(f"{path}: C includes the header by its name, which may have letters, digits and . _ + - only.")
     chain = packed_chain(read_chain(model), values, structure)
-    text = about if isinstance(about, str) else about(ChainNetwork(chain))
+    text = about if isinstance(about, str) else about(_Rounded(chain))
     vocabulary = getattr(model, "vocabulary", None)
     characters = vocabulary.tokens[1:] if isinstance(vocabulary, Characters) else ()
     program = c_program(chain, name, path.stem, [line for line in text.splitlines() if line.strip()], characters)
@@ -87,6 +87,21 @@ def _verified(program: Program, chain: Chain, path: Path) -> tuple[str, float | 
         )
     shown = Path(compiler[0]).name if len(compiler) == 1 else "zig"
     return f"compiled by {shown} and run against the network for {STEPS:,} steps", error
+
+
+class _Rounded(nn.Module):
+    """The network with the weights that the file holds, called as torch's modules: the state is a tensor or several."""
+
+    def __init__(self, chain: Chain) -> None:
+        super().__init__()
+        self.network, self.names = ChainNetwork(chain), tuple(chain.states)
+
+    def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        several = state if state is None or isinstance(state, tuple) else (state,)
+        before = None if several is None else dict(zip(self.names, several, strict=True))
+        outputs, after = self.network(inputs, before)
+        ends = tuple(after[name] for name in self.names)
+        return outputs, ends[0] if len(ends) == 1 else ends
 
 
 def packed_chain(chain: Chain, values: Values | None = None, structure: WantedStructure = "auto") -> Chain:

@@ -60,14 +60,15 @@ class Stream:
         library: from ``compiled``.
 
     Attributes:
-        members: members of the state's struct -> fp32; they share its memory.
+        memory: the state's struct as fp32 numbers.
+        members: its members by name; they share the memory.
     """
 
     def __init__(self, program: Program, library: Path) -> None:
         self.calls, self._library = program.calls, ctypes.CDLL(str(library))
-        self._memory = np.zeros(program.ram // 4, dtype=np.float32)
+        self.memory = np.zeros(program.ram // 4, dtype=np.float32)
         ends = np.cumsum(list(program.state.values()))[:-1]
-        self.members = dict(zip(program.state, np.split(self._memory, ends), strict=True))
+        self.members = dict(zip(program.state, np.split(self.memory, ends), strict=True))
         self.reset()
 
     def reset(self) -> None:
@@ -110,4 +111,4 @@ class Stream:
         called = getattr(self._library, f"{self.calls.name}_{function}")
         called.restype = None
         given = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else a for a in arguments]
-        called(ctypes.c_void_p(self._memory.ctypes.data), *given)
+        called(ctypes.c_void_p(self.memory.ctypes.data), *given)
