@@ -19,7 +19,7 @@ COMMANDS = {
     "resume": "resume a run that was stopped",
     "evaluate": "score a run's packed file on its validation and test data",
     "compare": "tables and plots of several runs, or of a sweep",
-    "export": "write a run's network as another packed file, or as ONNX, and say what that costs",
+    "export": "write a run's network as another packed file, as ONNX or as C, and say what that costs",
     "bench": "time dense layers against every sparse backend that can run here",
     "generate": "write text with a run's packed file",
     "doctor": "what is installed, what can run here, and why something cannot",
