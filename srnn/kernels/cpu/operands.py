@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
 import threading
@@ -175,26 +174,29 @@ def _timed(forms: dict[tuple[str, int], Form], matrix: SparseMatrix, streams: in
     return best
 
 
-def product_call(form: Form, matrix: SparseMatrix, x_IS: Tensor) -> tuple[Callable[[], object], Tensor]:
+def product_call(
+    form: Form, matrix: SparseMatrix, x_IS: Tensor, place: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> tuple[Callable[[], object], Tensor]:
     """A call of the bare product with all rows, and the outputs [gates, groups, streams, lanes] that it writes.
 
     Args:
         form: of the matrix.
         matrix: what is multiplied.
         x_IS: [columns, streams]; streams are filled up to the form's tile.
+        place: where x and the outputs are to lie.
     """
     streams = -(-x_IS.shape[1] // form.tile) * form.tile
     wide = torch.zeros(matrix.shape[1], streams)
     wide[:, : x_IS.shape[1]] = x_IS
     if form.width:
         wide = torch.nn.functional.pad(wide.T, (0, form.width - matrix.shape[1]))
-    x, numbers = wide.contiguous(), form.numbers
-    y = torch.full((matrix.gates, form.groups, streams, form.lanes), torch.nan)
+    x, numbers = place(wide.contiguous()), form.numbers
+    shape = (matrix.gates, form.groups, streams, form.lanes)
+    y = place(torch.full(shape, torch.nan)).view(shape)
     careful = int(not bool(x.isfinite().all()))
-    call = form.dot.ctypes
-    arguments = [numbers.ctypes.data, 0, matrix.gates * form.groups, x.data_ptr(), streams, careful, y.data_ptr()]
+    arguments = (numbers.ctypes.data, 0, matrix.gates * form.groups, x.data_ptr(), streams, careful, y.data_ptr())
 
-    def run(_kept: object = (x, numbers, y)) -> None:
-        call(*(ctypes.c_longlong(argument) for argument in arguments))
+    def run(_kept: object = (x, numbers, y, form)) -> None:
+        form.dot.ctypes(*arguments)
 
     return run, y
