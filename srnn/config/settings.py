@@ -74,6 +74,8 @@ class Settings:
     seed: Annotated[int, Range(ge=0, le=2**32 - 1)] = 0
     init_from: str | None = None
     init_partly: bool = False
+    init_map: dict[str, str] | None = None
+    init_vocabulary: str | None = None
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> Settings:
@@ -87,9 +89,7 @@ class Settings:
                 raise UserError(f"{key}={given[key]!r} must be a mapping, such as {key}.OPTION=value.")
         parts: dict[str, Any] = {kind: register.check(kind, given[kind]) for kind in COMPONENTS}
         sections = {key: make(**check_options(options_of(make), given[key], key)) for key, make in SECTIONS.items()}
-        return cls(
-            **parts, **sections, seed=given["seed"], init_from=given["init_from"], init_partly=given["init_partly"]
-        )
+        return cls(**given | parts | sections)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data again."""

@@ -43,6 +43,8 @@ class Job:
 def identity(config: Mapping[str, Any]) -> str:
     """A fingerprint of all in a config that a run's numbers depend on."""
     relevant = {key: value for key, value in config.items() if key not in ("tracking", "srnn", "init_partly")}
+    # Absent from the configs of older runs.
+    relevant = {key: value for key, value in relevant.items() if value is not None}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
