@@ -41,6 +41,7 @@ examples:
   srnn rerun outputs/RUN
   srnn evaluate run=outputs/RUN
   srnn export run=outputs/RUN values=int8
+  srnn export run=outputs/RUN format=onnx
   srnn bench run=outputs/RUN
   srnn generate --run outputs/RUN --prompt "def f(x):"
 

@@ -17,6 +17,7 @@ PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "omegaconf", "pydantic",
             "torchmetrics", "wandb")  # fmt: skip
 EXTRAS = {
     "scikit-learn": "dataset=digits",
+    "onnxruntime": "srnn export format=onnx",
     "hydra-joblib-launcher": "hydra/launcher=joblib",
     "hydra-submitit-launcher": "hydra/launcher=slurm",
     "hydra-ray-launcher": "hydra/launcher=ray",
