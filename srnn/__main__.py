@@ -44,6 +44,7 @@ examples:
   srnn rerun outputs/RUN
   srnn evaluate outputs/RUN
   srnn export outputs/RUN values=int8
+  srnn export outputs/RUN format=onnx
   srnn bench outputs/RUN
   srnn generate outputs/RUN --prompt "def f(x):"
 

@@ -18,6 +18,7 @@ REQUIRED = ("torch", "pytorch-lightning", "hydra-core", "omegaconf", "pydantic",
 # What it is for -> the package that it takes, and what installs it.
 EXTRAS = {
     "dataset=digits": ("scikit-learn", "srnn[digits]"),
+    "srnn export format=onnx": ("onnxruntime", "srnn[onnx]"),
     "hydra/launcher=joblib": ("hydra-joblib-launcher", "srnn[launchers]"),
     "hydra/launcher=slurm": ("hydra-submitit-launcher", "srnn[launchers]"),
     "hydra/launcher=ray": ("hydra-ray-launcher", "srnn[launchers]"),

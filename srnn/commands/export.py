@@ -53,21 +53,24 @@ def _to_another_runtime(run: str, format: str, values: ValuesChoice, output: str
     source = packed_file(run)
     from srnn.exporting.exporter import EXPORT_FORMATS, export
 
+    EXPORT_FORMATS[format].check(values=values)
     target = _target(output, source.with_name(f"model-{values}{EXPORT_FORMATS[format].suffix}"))
 
     import torch
 
-    from srnn.inference.packed_file import load
+    from srnn.inference.unpacking import unpack
+    from srnn.kernels import Csr
     from srnn.terminal import console
     from srnn.training.preparing import read_back
 
     of_run = read_back(source)
-    network = load(source, kernel="csr")
-    scores: list[dict[str, float]] = []
+    packed, scores = of_run.packed, list[dict[str, float]]()
+    network: Any = unpack(packed, Csr())
+    network.vocabulary = packed.vocabulary
 
     def about(written: nn.Module) -> str:
-        scores.extend(of_run.objective.score(n, of_run.data, "test") for n in (network, written))
-        name, data = of_run.packed.model["name"], of_run.packed.about["dataset"]["name"]
+        scores.extend(of_run.objective.score(n, of_run.data, "test") for n in (unpack(packed), written))
+        name, data = packed.model["name"], packed.about["dataset"]["name"]
         return f"{name} on {data}, test: {of_run.objective.words.format(**scores[1])}. Written by srnn {__version__}."
 
     inputs = next(iter(of_run.data.val_dataloader()))[0][:2, :8]
