@@ -6,7 +6,7 @@ stands for the network's name.
 
 from __future__ import annotations
 
-from srnn.exporting.c.arrays import Form
+from srnn.exporting.c.arrays import WIDE, Form
 
 _TANH = """\
 /* x P(x^2) / Q(x^2) up to 9, where tanh is 1 in single precision; at most 4e-7 off. */
@@ -99,51 +99,44 @@ static void NAME_multiply_FORM(NAME_FORM *w, const float *restrict x, float *res
 """
 
 _BLOCKS = """\
-/* y += W x for the next rows of a matrix of blocks: HEIGHT rows share a column. */
+/* y += W x for the next rows of a matrix of HEIGHT rows a group. */
 static void NAME_multiply_FORM(NAME_FORM *w, const float *restrict x, float *restrict y, int rows)
 {
-    const uint8_t *gaps = w->gaps;
     const TYPE *values = w->values;
-    for (int row = 0; row < rows; row += HEIGHT) {
+BEGIN    for (int row = 0; row < rows; row += HEIGHT) {
         const int lanes = rows - row < HEIGHT ? rows - row : HEIGHT;
         float sums[HEIGHT] = {0.0f};
         int at = 0;
-        for (int left = (int)*w->counts++; left > 0; left--) {
-            at += *gaps++;
-            const float factor = x[at];
-            for (int lane = 0; lane < HEIGHT; lane++)
-                sums[lane] += VALUE(values[lane]) * factor;
-            values += HEIGHT;
-        }
-        PREPAREfor (int lane = 0; lane < lanes; lane++)
-            y[row + lane] += SCALED(sums[lane]);
-    }
-    w->gaps = gaps;
-    w->values = values;
-}
-"""
-
-_BLOCKS_ALL = """\
-/* y += W x for the next rows of a matrix of HEIGHT rows a group that stores every column. */
-static void NAME_multiply_FORM(NAME_FORM *w, const float *restrict x, float *restrict y, int rows)
-{
-    const TYPE *values = w->values;
-    for (int row = 0; row < rows; row += HEIGHT) {
-        const int lanes = rows - row < HEIGHT ? rows - row : HEIGHT;
-        float sums[HEIGHT] = {0.0f};
-        for (int column = 0; column < w->columns; column++) {
-            const float factor = x[column];
-            for (int lane = 0; lane < HEIGHT; lane++)
-                sums[lane] += VALUE(values[lane]) * factor;
-            values += HEIGHT;
-        }
+INNER
         PREPAREfor (int lane = 0; lane < lanes; lane++)
             y[row + lane] += SCALED(sums[lane]);
     }
     w->values = values;
-}
+END}
 """
 
+_BLOCK_BY_BLOCK = """\
+        for (int left = COUNT; left > 0; left--) {
+            const float factor = FACTOR;
+            for (int lane = 0; lane < HEIGHT; lane++)
+                sums[lane] += values[lane] * factor;
+            values += HEIGHT;
+        }"""
+
+# Widened in a loop of its own: compilers vectorise this one and the next, and not one that does both.
+_WIDENED = """\
+        for (int left = COUNT; left > 0; left -= MANY) {
+            const int blocks = left < MANY ? left : MANY;
+            float wide[MANY * HEIGHT];
+            for (int i = 0; i < blocks * HEIGHT; i++)
+                wide[i] = VALUE(values[i]);
+            for (int block = 0; block < blocks; block++) {
+                const float factor = FACTOR;
+                for (int lane = 0; lane < HEIGHT; lane++)
+                    sums[lane] += wide[block * HEIGHT + lane] * factor;
+            }
+            values += blocks * HEIGHT;
+        }"""
 _EXP = """\
 /* e to the x for x of 0 and less: 2 to a whole number times a polynomial of what is left. */
 static float NAME_exp(float x)
@@ -245,10 +238,15 @@ def walk(variable: str, form: Form, array: str, columns: int, name: str) -> str:
 
 def multiply_function(form: Form, name: str) -> str:
     """The product of a matrix of this form with a vector."""
-    some, every = (_ELEMENT, _ELEMENT_ALL) if form.height == 1 else (_BLOCKS, _BLOCKS_ALL)
-    text = some if form.counts else every
+    text = _BLOCKS if form.height > 1 else _ELEMENT if form.counts else _ELEMENT_ALL
     scaled = form.values == "int8"
     for word, by in {
+        "INNER": _BLOCK_BY_BLOCK if form.values == "fp32" else _WIDENED,
+        "COUNT": "(int)*w->counts++" if form.counts else "w->columns",
+        "FACTOR": "x[at += *gaps++]" if form.counts else "x[at++]",
+        "BEGIN": "    const uint8_t *gaps = w->gaps;\n" if form.counts else "",
+        "END": "    w->gaps = gaps;\n" if form.counts else "",
+        "MANY": str(WIDE // form.height),
         "PREPARE": "const float scale = *w->scales++;\n        " if scaled else "",
         "SCALED(sums[lane])": "scale * sums[lane]" if scaled else "sums[lane]",
         "SCALE((a + b) + (c + d))": "*w->scales++ * ((a + b) + (c + d))" if scaled else "(a + b) + (c + d)",

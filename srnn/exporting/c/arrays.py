@@ -19,6 +19,7 @@ WIDEST_GAP = 255  # a column further on is reached by way of blocks of zeros
 _C_TYPES = {"fp32": "float", "fp16": "uint16_t", "bf16": "uint16_t", "int8": "int8_t"}
 _NUMPY_TYPES: dict[str, str] = {"uint8": "uint8_t", "uint16": "uint16_t", "uint32": "uint32_t", "int8": "int8_t"}
 _LINE = 100
+WIDE = 64  # values of fewer than 32 bits that a product with blocks widens at a time
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Form:
     def c_type(self) -> str:
         """C type of a stored value."""
         return _C_TYPES[self.values]
+
+    @property
+    def stack(self) -> int:
+        """Bytes of a product's sums, and of the values that it widens at a time."""
+        return 4 * (self.height + (WIDE if self.height > 1 and self.values != "fp32" else 0))
 
 
 @dataclass(frozen=True)

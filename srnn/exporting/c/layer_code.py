@@ -70,7 +70,8 @@ class Code:
         flash: bytes of the arrays.
         multiply_adds: of a step.
         state: members of the state's struct -> floats.
-        stack: bytes of a layer's sums; of the layer that takes most.
+        layer_stack: bytes of a layer's sums; of the layer that takes most.
+        product_stack: bytes that a product takes beside them; of the product that takes most.
     """
 
     name: str
@@ -80,7 +81,8 @@ class Code:
     flash: int = 0
     multiply_adds: int = 0
     state: dict[str, int] = field(default_factory=dict)
-    stack: int = 0
+    layer_stack: int = 0
+    product_stack: int = 0
     _declared: set[str] = field(default_factory=set)
     _stored: dict[object, tuple[str, StoredMatrix]] = field(default_factory=dict)
     _kept: list[SparseMatrix] = field(default_factory=list)
@@ -108,7 +110,7 @@ class Code:
         for part, numbers in stored.arrays.items():
             self.array(f"{array}_{part}", numbers)
         self.multiply_adds += stored.multiply_adds
-        self.stack = max(self.stack, 4 * stored.form.height)
+        self.product_stack = max(self.product_stack, stored.form.stack)
         start = walk(variable, stored.form, array, stored.columns, self.name)
         return start, f"{self.name}_multiply_{stored.form.name}"
 
@@ -176,7 +178,7 @@ def recurrent_code(code: Code, label: str, weights: LayerWeights) -> str:
     begin = _biases(code, label, weights)
     input_walk, input_multiply = code.multiply(f"w{label}_ih", weights.w_ih, chunk, "input")
     state_walk, state_multiply = code.multiply(f"w{label}_hh", weights.w_hh, chunk, "recurrent")
-    code.stack = max(code.stack, 4 * (chunk * len(sums) + max(weights.w_ih.height, weights.w_hh.height)))
+    code.layer_stack = max(code.layer_stack, 4 * chunk * len(sums))
     whole = units % chunk == 0
     lines = [
         f"static void {code.name}_layer{label}({code.name}_state *state, const float *x)",

@@ -112,7 +112,8 @@ def c_program(chain: Chain, name: str, stem: str, about: Sequence[str] = (), cha
     shared = "\n".join(code.shared_functions())
     comment = f"/* {name}: see {stem}.h. Written by srnn. */"
     parts = [comment, f'#include "{stem}.h"\n', *code.arrays, table, used_functions(shared + body, name), shared, body]
-    program = Program(calls, stem, "", "\n".join(parts), code.flash, code.state, code.stack, code.multiply_adds)
+    stack = code.layer_stack + code.product_stack
+    program = Program(calls, stem, "", "\n".join(parts), code.flash, code.state, stack, code.multiply_adds)
     return replace(program, header=header_text(calls, code.state, [*about, "", *program.costs], bool(characters)))
 
 
