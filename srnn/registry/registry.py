@@ -218,3 +218,4 @@ class Registry:
 
 
 register = Registry()
+"""The registry that srnn uses: ``register.model``, ``register.dataset`` and so on add a component by name."""
