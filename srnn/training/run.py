@@ -113,7 +113,6 @@ def _run(settings: Settings, folder: RunFolder, checkpoint: Path | None) -> dict
     _check_kernel(settings.kernel)
     run = prepare(settings, place, checkpoint)
     environment.record_data(folder, run.data)
-    run.pruner()  # a first look at the schedule; the callback makes the pruner that counts
     rehearse(run, folder)
     tags = [run.config[group]["name"] for group in ("model", "dataset", "pruning")]
     with wandb_run(run.tracking, folder.path, run.config, "train", tags) as wandb:
