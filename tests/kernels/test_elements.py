@@ -91,6 +91,8 @@ def test_layers_run_on_every_form(cell, form, monkeypatch):
         weights = random_layer(cell, 9, hidden, "element", values)
         sizes = torch.tensor([batch, batch, max(1, batch - 1), 1])
         check_against_truth(weights, torch.randn(int(sizes.sum()), 9), sizes, random_state(weights, batch))
+        one = torch.tensor([1])
+        check_against_truth(weights, torch.randn(1, 9), one, random_state(weights, 1))
     assert form in operands._fastest.values()
 
 

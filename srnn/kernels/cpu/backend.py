@@ -10,15 +10,17 @@ import sys
 import tempfile
 import threading
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from srnn.cells import CELLS
-from srnn.kernels.contract import Kernel, LayerWeights, Product, Recurrence, State
+from srnn.kernels.contract import ComposedLayer, Kernel, Layer, LayerWeights, Product, Recurrence, State
 from srnn.kernels.cpu.operands import Operand
 from srnn.kernels.cpu.shapes import NUMBERS_OF_MATRIX, ROWS, Array, chunk_size
 from srnn.registry import register
@@ -29,6 +31,7 @@ from srnn.sparse import SparseMatrix
 WORTH_THREADS = 200_000
 MESSAGE = "srnn: making the CPU kernels ready; once on a machine they are compiled, which takes some seconds."
 NONE = np.zeros(NUMBERS_OF_MATRIX, np.int64)  # in place of a projection
+NOTHING = np.zeros((1, 0), np.float32)  # in place of an LSTM's cell state
 
 
 @register.kernel("cpu")
@@ -61,6 +64,10 @@ class Cpu(Kernel):
     def recurrence(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Recurrence:
         """A loop over time; the matrices' memory is used as it is."""
         return _Recurrence(weights)
+
+    def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
+        """Product and recurrence one after the other; of a single step of one stream both in one call."""
+        return _Layer(_Product(weights.w_ih, weights.input_bias), _Recurrence(weights))
 
 
 def _vector(bias: Tensor | None, size: int) -> Array:
@@ -135,6 +142,41 @@ class _Recurrence(Recurrence):
             )
         parts = (h_PS, c_HS) if self.cell == "lstm" else (h_PS,)
         return torch.from_numpy(y_NP), tuple(torch.from_numpy(part[:, :streams].T.copy()) for part in parts)
+
+
+@dataclass(frozen=True)
+class _Layer(ComposedLayer):
+    product: _Product
+    recurrence: _Recurrence
+
+    def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        recurrence = self.recurrence
+        if x_NI.shape[0] != 1 or recurrence.project is not None or not recurrence.new_bias.size:
+            return super().run(x_NI, batch_sizes, state)
+        if _threads(max(self.product.operand.matrix.entries, recurrence.operand.matrix.entries)) > 1:
+            return super().run(x_NI, batch_sizes, state)
+        with _announced("step", self.product.operand.kind, recurrence.operand.kind):
+            step, before = self._step
+            y, h, c0, c = np.empty_like(before[-1]), np.empty_like(before[-1]), NOTHING, NOTHING
+            if recurrence.cell == "lstm":
+                c0, c = _array(state[1]), np.empty_like(before[-1])
+            step(*before[:-1], _array(x_NI), _array(state[0]), c0, y, h, c)
+        new = (h, c) if recurrence.cell == "lstm" else (h,)
+        return torch.from_numpy(y), tuple(torch.from_numpy(part) for part in new)
+
+    @cached_property
+    def _step(self) -> tuple[Any, tuple[Any, ...]]:
+        """The compiled step, what it takes that stays the same, and an array like its outputs."""
+        product, recurrence = self.product, self.recurrence
+        chunks = []
+        for operand in (product.operand, recurrence.operand):
+            units = operand.matrix.units
+            chunk = chunk_size(units, 1, 1, operand.form(1).lanes)
+            chunks += [chunk, -(-units // chunk)]
+        numbers = product.operand.numbers(1), recurrence.operand.numbers(1)
+        biases = product.bias, recurrence.new_bias
+        same = (CELLS.index(recurrence.cell), np.array(chunks), *numbers, *biases, biases[1][None])
+        return _compiled_code("loops").step, same
 
 
 def _array(x: Tensor) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit, prange
 
 from srnn.cells import CELLS, CLIP
-from srnn.kernels.cpu.multiplying import as_taken, products, zeros
+from srnn.kernels.cpu.multiplying import as_taken, multiply, products, zeros
 from srnn.kernels.cpu.shapes import LANES_OF_GROUP
 
 TANH, RELU, CLIPPED, GRU, LSTM = (CELLS.index(cell) for cell in ("tanh", "relu", "clipped_relu", "gru", "lstm"))
@@ -260,6 +260,34 @@ def recur(cell, chunk_size, matrix, project, u, sizes, reverse, tile, new_bias, 
             _projected_chunks(chunk_size, 0, project_bounds[-1], project, offsets[t], sizes[t], hidden, h, h_new, y)
         h, h_new = h_new, h
     return h
+
+
+@njit(nogil=True, cache=True)
+def step(cell, chunks, input_matrix, matrix, input_bias, new_bias, x, h0, c0, y, h, c):
+    """One step of one stream, product with the input included, on one thread; c of other cells than LSTM is empty.
+
+    Args:
+        cell: index in ``CELLS``.
+        chunks: units of a chunk and number of chunks, of the input's matrix and of the recurrent one.
+        input_matrix: the numbers of W_ih.
+        matrix: the numbers of W_hh.
+        input_bias: [G].
+        new_bias: [H]; zeros but for a GRU.
+        x: [1, I].
+        h0: [1, H].
+        c0: [1, H].
+        y: [1, H], filled.
+        h: [1, H], filled.
+        c: [1, H], filled.
+    """
+    units = new_bias.shape[0]
+    u = np.empty((1, input_bias.shape[0]), np.float32)
+    multiply(chunks[0], input_matrix, input_bias.shape[0] // units, x, 1, input_bias, chunks[:2], u)
+    old, new = zeros(units, 1), zeros(units, 1)
+    old[:, 0] = h0[0]
+    c[:] = c0
+    _chunks(cell, chunks[2], 0, chunks[3], matrix, u, 0, 1, new_bias, old, new, c.reshape(-1, 1), y)
+    h[0] = new[:, 0]
 
 
 @njit(nogil=True, cache=True, parallel=True)
