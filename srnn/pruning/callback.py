@@ -149,8 +149,9 @@ class PruningCallback(pl.Callback):
         if self._is_over() or not self.pruner.groups:
             return
         for callback in callbacks:
-            keeps_best = isinstance(callback, ModelCheckpoint) and callback.monitor and callback.save_top_k > 0
-            if keeps_best and not isinstance(callback, CheckpointWhile):
+            if not isinstance(callback, ModelCheckpoint) or isinstance(callback, CheckpointWhile):
+                continue
+            if callback.monitor and callback.save_top_k > 0:
                 given = f"monitor={callback.monitor!r}"
                 warnings.warn(
                     f"{type(callback).__name__}({given}) keeps the best network of all, which may be one from before "

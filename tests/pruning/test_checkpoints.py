@@ -132,7 +132,7 @@ def test_a_state_of_other_settings_is_refused():
     ):
         with pytest.raises(UserError, match=f"belongs to other settings: {words}$"):
             Pruner(nn.Linear(20, 10), "cubic", 100, **options).load_state_dict(state)
-    with pytest.raises(UserError, match=r"other settings: method was Cubic and is Gradual, initial_sparsity was 0\.0 and"):
+    with pytest.raises(UserError, match=r"settings: method was Cubic and is Gradual, initial_sparsity was 0\.0 and"):
         Pruner(nn.Linear(20, 10), "gradual", 100, start_itr=1, ramp_itr=50, end_itr=90).load_state_dict(state)
 
 
