@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from srnn.errors import UserError as UserError
+    from srnn.exporting.exporter import export as export
     from srnn.inference.packed_file import load as load
     from srnn.inference.saving import save as save
     from srnn.inference.sparsify import desparsify as desparsify
@@ -28,6 +29,7 @@ _HOME = {
     "PruningCallback": "srnn.pruning.callback",
     "UserError": "srnn.errors",
     "desparsify": "srnn.inference.sparsify",
+    "export": "srnn.exporting.exporter",
     "load": "srnn.inference.packed_file",
     "prune": "srnn.pruning.once",
     "register": "srnn.registry",
@@ -40,6 +42,7 @@ __all__ = [
     "UserError",
     "__version__",
     "desparsify",
+    "export",
     "load",
     "prune",
     "register",

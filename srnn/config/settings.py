@@ -67,6 +67,7 @@ class Settings:
     pruning: dict[str, Any]
     kernel: dict[str, Any]
     optimizer: dict[str, Any]
+    schedule: dict[str, Any]
     trainer: TrainerConfig
     tracking: TrackingConfig
     packed: PackedConfig
@@ -82,7 +83,9 @@ class Settings:
         """Check a plain config. Raises UserError for the first thing wrong."""
         root = options_of(cls)
         given = check_options(
-            {k: Option(k, Any) if k in SECTIONS or k in COMPONENTS else root[k] for k in root}, config, ""
+            {k: Option(k, Any) if k in SECTIONS or k in COMPONENTS else root[k] for k in root},
+            EARLIER | dict(config),
+            "",
         )
         for key in (*COMPONENTS, *SECTIONS):
             if not isinstance(given[key], Mapping):
@@ -97,7 +100,9 @@ class Settings:
 
 
 # What a config chooses by name from the registry. The data set names its own objective.
-COMPONENTS = ("model", "dataset", "pruning", "kernel", "optimizer")
+COMPONENTS = ("model", "dataset", "pruning", "kernel", "optimizer", "schedule")
+# What a config of an earlier version, which lacks them, meant.
+EARLIER: dict[str, Any] = {"schedule": {"name": "constant"}}
 SECTIONS: dict[str, type] = {
     "trainer": TrainerConfig,
     "tracking": TrackingConfig,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from srnn.registry import register
 from srnn.terminal import console
 from srnn.training.cuda_graph import Graphed
 from srnn.training.init_vocabulary import TokenRows, read_tokens
+from srnn.training.moments import Moments
 from srnn.training.processes import Place
 from srnn.training.start_from import Initial, load_weights, read_initial
+from srnn.training.step_size import attach
 from srnn.vocabulary import ORDER, UNKNOWN, Vocabulary
 
 
@@ -102,7 +105,7 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
         model.load_state_dict(read_weights(checkpoint))
     call = Graphed(model, data.batches("train").fetch(0, 0)[0]) if settings.trainer.cuda_graph else None
     objective: Any = register.get("objective", data.objective).factory
-    return Run(
+    run = Run(
         config=settings.as_dict(),
         data=data,
         model=model,
@@ -118,6 +121,12 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
         match=match,
         checkpoint=checkpoint,
     )
+    run.pruner()  # a first look: from now on the method knows its steps; the callback makes the pruner that counts
+    schedule = register.build(
+        "schedule", settings.schedule, moments=Moments.of(method, run.length), batches=len(data.train_dataloader())
+    )
+    run.objective.schedule = partial(attach, schedule) if schedule is not None else None
+    return run
 
 
 @dataclass(frozen=True)
