@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import ModelCheckpoint
 
 from srnn.distributed import mean_over_ranks
 from srnn.errors import UserError
 from srnn.pruning.callback import PruningCallback
+from srnn.pruning.checkpoint_while import CheckpointWhile
 from srnn.pruning.pruner import Pruner
 
 
@@ -125,7 +125,7 @@ class Recorder(pl.Callback):
         self.loop_seconds, self._began = self.loop_seconds + self._running(), None
 
 
-class BestWhile(ModelCheckpoint):
+class BestWhile(CheckpointWhile):
     """Keeps the best checkpoint among those taken while a condition holds.
 
     Args:
@@ -135,20 +135,15 @@ class BestWhile(ModelCheckpoint):
 
     def __init__(self, eligible: Callable[[], bool], path: Path) -> None:
         super().__init__(
+            eligible,
             dirpath=str(path.parent),
             filename=path.stem,
             monitor="valid_loss",
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
-        self.eligible = eligible
 
     @property
     def state_key(self) -> str:
         """Apart from the other checkpoint callbacks' state."""
         return f"BestWhile-{self.filename}"
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compete only while eligible."""
-        if self.eligible():
-            super().on_validation_end(trainer, pl_module)
