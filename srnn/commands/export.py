@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from srnn.commands.options import Help, StructureChoice, ValuesChoice, command, output_folder, packed_file
 from srnn.errors import UserError
+from srnn.files import expanded
 from srnn.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def main(
     """Write a run's network as another packed file; score it beside the run's."""
     source = packed_file(run)
     target = Path(output or source.with_name(f"model-{values}-{structure}.safetensors"))
-    target = target.expanduser()
+    target = expanded(target)
     if target.is_dir() or target.suffix != ".safetensors":
         raise UserError(f"export: --output={target} must be a file named *.safetensors.")
     output_folder(target.parent)  # before anything is scored
@@ -47,7 +48,7 @@ def main(
     packed, data = of_run.packed, of_run.data
     model = unpack(packed)
     checkpoint = RunFolder(source.parent).best
-    trained = Path(run).expanduser().is_dir() and checkpoint.exists()
+    trained = expanded(run).is_dir() and checkpoint.exists()
     if trained:  # fp32, where the packed file is rounded
         model.load_state_dict(read_weights(checkpoint))
     energies = calibration(model, data) if values == "int8" else None

@@ -21,7 +21,7 @@ from srnn.config.composing import conf_folder, connect_hydra, plugin_folders, se
 from srnn.config.settings import Settings
 from srnn.config.sweeps import identity, identity_of
 from srnn.errors import JobFailed, UserError, cannot_be_written
-from srnn.files import nearest_there, write_atomically
+from srnn.files import expanded, nearest_there, write_atomically
 from srnn.registry import register
 from srnn.run_folder import RunFolder
 
@@ -137,7 +137,7 @@ def _resume(argv: Sequence[str]) -> int:
     from srnn.recording.environment import require_plugins
     from srnn.training.run import resume
 
-    folder = Path(folders[0].strip("'\"")).expanduser()
+    folder = expanded(folders[0].strip("'\""))
     require_plugins(RunFolder(folder))
     resume(folder)
     return 0
