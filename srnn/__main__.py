@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"srnn {__version__}")
         return 0
     show_what_can_be_shown()
+    _pass_over_what_is_no_rank()
     try:
         return _dispatch(argv)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
@@ -78,6 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("srnn: interrupted; what was written so far is whole.", file=sys.stderr)
         return 130
+
+
+def _pass_over_what_is_no_rank() -> None:
+    """Lightning reads these as numbers when it is imported, and they may be anybody's: RANK=junior."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
+        try:
+            int(os.environ.get(name, "0"))
+        except ValueError:
+            print(f"srnn: {name}={os.environ.pop(name)} is passed over: it is no rank.", file=sys.stderr)
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -72,8 +72,9 @@ def _runs(folders: Sequence[str], project: str | None) -> list[FinishedRun]:
 
         return read_project(project)
     from srnn.comparing.runs import read_runs
+    from srnn.files import expanded
 
-    runs, unfinished = read_runs([Path(folder).expanduser() for folder in folders])
+    runs, unfinished = read_runs([expanded(folder) for folder in folders])
     for path in unfinished:
         console.print(f"left out, not finished: {path}", soft_wrap=True)
     if not runs:

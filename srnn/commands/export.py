@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from srnn import __version__
 from srnn.commands.options import Help, RunOption, StructureChoice, ValuesChoice, command, output_folder, packed_file
 from srnn.errors import UserError
+from srnn.files import expanded
 from srnn.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _to_c(run: str, output: str | None, name: str | None, verify: bool, packing:
 
 def _target(output: str | None, default: Path) -> Path:
     """The file to write; its folder is made and tried before anything is scored."""
-    target = Path(output or default).expanduser()
+    target = expanded(output or default)
     if target.is_dir() or target.suffix != default.suffix:
         raise UserError(f"export: --output={target} must be a file named *{default.suffix}.")
     output_folder(target.parent)
@@ -188,7 +189,7 @@ def _packed_again(run: str, source: Path, values: ValuesChoice, structure: Struc
     of_run = read_back(source)
     packed, model = of_run.packed, unpack(of_run.packed)
     checkpoint = RunFolder(source.parent).best
-    trained = Path(run).expanduser().is_dir() and checkpoint.exists()
+    trained = expanded(run).is_dir() and checkpoint.exists()
     if trained:  # fp32, where the packed file is rounded
         model.load_state_dict(read_weights(checkpoint))
     energies = calibration(model, of_run.data) if values == "int8" else None

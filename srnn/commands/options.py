@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from srnn.errors import UserError, cannot_be_written
+from srnn.files import expanded
 from srnn.registry import Component, Option, Range
 from srnn.run_folder import RunFolder
 
@@ -193,7 +194,7 @@ class Parser(argparse.ArgumentParser):
 
 def output_folder(folder: Path) -> Path:
     """What ``--output`` names, or its default, made if needed. Raises UserError if it cannot be written."""
-    folder = folder.expanduser()
+    folder = expanded(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -205,7 +206,7 @@ def output_folder(folder: Path) -> Path:
 
 def packed_file(run: str) -> Path:
     """The packed file of a run's folder; a file is taken as it is. Raises UserError."""
-    path = Path(run).expanduser()
+    path = expanded(run)
     if path.is_file():
         return path
     if not path.is_dir():

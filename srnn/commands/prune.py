@@ -10,6 +10,7 @@ from typing import Any
 from srnn.commands import train
 from srnn.config.composing import read_settings
 from srnn.errors import UserError
+from srnn.files import expanded
 from srnn.registry import register
 from srnn.run_folder import RunFolder
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
                 f"({key}={value}). To prune while training, leave out the word prune."
             )
     once = [f"{key}={value}" for key, value in _ONCE.items() if key not in given]
-    kept = _of_the_run(Path(given["init_from"].strip("'\"")).expanduser(), given)
+    kept = _of_the_run(expanded(given["init_from"].strip("'\"")), given)
     return train.main([*once, *kept, *argv])
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from srnn.errors import UserError
+from srnn.files import expanded
 from srnn.run_folder import RunFolder
 
 _HELP = """usage: srnn resume RUN
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     from srnn.recording.environment import require_plugins
     from srnn.training.run import resume
 
-    folder = Path(runs[0]).expanduser()
+    folder = expanded(runs[0])
     require_plugins(RunFolder(folder))
     resume(folder)
     return 0

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from rich.table import Table
 
 from srnn.config.composing import (
     compose_config,
     parse_override,
+    read_plain,
     settings_of,
     slug,
     unknown_options,
@@ -187,7 +187,11 @@ class Sweep:
     def _row(self, job: Job, ran: bool) -> list[str]:
         if not self.finished(job):
             return ["failed", "", "", ""]
-        return ["finished" if ran else "finished before", *outcome(RunFolder(self.folders[job]).read_report())]
+        try:
+            told = outcome(RunFolder(self.folders[job]).read_report())
+        except (UserError, KeyError, TypeError, ValueError):
+            return ["its report is damaged", "", "", ""]
+        return ["finished" if ran else "finished before", *told]
 
 
 def outcome(report: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -201,15 +205,15 @@ def outcome(report: Mapping[str, Any]) -> tuple[str, str, str]:
 def identity_of(path: Path) -> str | None:
     """Of a run's ``config.yaml``; None if it is damaged."""
     try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return identity(read_plain(path))
+    except (UserError, TypeError, ValueError):  # or it holds what no config does, such as bytes
         return None
-    return identity(config) if isinstance(config, dict) else None
 
 
 def _error(folder: Path) -> str:
     """The last line of what a job left; a killed one leaves nothing."""
     try:
-        return RunFolder(folder).error.read_text().strip().splitlines()[-1].removeprefix("srnn.errors.UserError: ")
+        lines = RunFolder(folder).error.read_text(encoding="utf-8").strip().splitlines()
+        return lines[-1].removeprefix("srnn.errors.UserError: ")
     except (OSError, IndexError):
         return "it was stopped or killed, and left no error"

@@ -14,6 +14,7 @@ from srnn.errors import UserError, did_you_mean
 from srnn.exporting.base import About, ExportFormat, ExportReport
 from srnn.exporting.c.c_format import write_c
 from srnn.exporting.onnx_format import check_onnx, write_onnx
+from srnn.files import expanded
 
 # A new format is a line here.
 EXPORT_FORMATS: dict[str, ExportFormat] = {
@@ -61,7 +62,7 @@ def export(
         if name not in takes:
             raise UserError(f"format={format} takes no {name}: its options are {', '.join(takes) or 'none'}.")
     chosen.check(**options)
-    target = Path(path).expanduser()
+    target = expanded(path)
     if target.is_dir() or target.suffix != chosen.suffix:
         raise UserError(f"{target} must be a file named *{chosen.suffix}.")
     with _in_eval_mode(model):

@@ -147,3 +147,14 @@ class BestWhile(CheckpointWhile):
     def state_key(self) -> str:
         """Apart from the other checkpoint callbacks' state."""
         return f"BestWhile-{self.filename}"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also in a folder that was moved: Lightning would forget the best score, and keep whatever comes next."""
+        moved = {"dirpath": str(self.dirpath)}
+        for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            moved[name] = self._here(state_dict[name])
+        best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | moved | {"best_k_models": best})
+
+    def _here(self, path: str) -> str:
+        return str(Path(str(self.dirpath), Path(path).name)) if path else path

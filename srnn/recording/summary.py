@@ -30,7 +30,7 @@ def summary_of(report: Mapping[str, Any]) -> dict[str, Any]:
 def read_metrics(path: Path) -> dict[str, Points]:
     """Column -> (steps, values) of a ``metrics.csv``; empty cells are left out."""
     columns: dict[str, Points] = {}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             for name, cell in row.items():
                 if cell and name != "step":

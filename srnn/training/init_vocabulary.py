@@ -14,6 +14,7 @@ from torch import Tensor
 
 from srnn.datasets.text import TextStreams, read_text
 from srnn.errors import UserError
+from srnn.files import expanded
 from srnn.pruning.parts import some_of
 from srnn.vocabulary import UNKNOWN, Vocabulary
 
@@ -79,7 +80,7 @@ def read_tokens(path: str, level: str | None) -> TokenRows:
     Raises:
         UserError: no such file, no list of tokens, a token twice, one that is no character, or no text at all.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     if level not in ("characters", "words"):
         why = "bytes are their own numbers" if level == "bytes" else "these data are no text"
         raise UserError(f"init_vocabulary={path}: {why}; leave it out.")

@@ -102,7 +102,7 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
     model = _build_model(settings.model, data.sizes)
     match = _start_from(model, initial, settings, rows, data) if initial else None
     if checkpoint is not None:  # for methods that look at the weights
-        model.load_state_dict(read_weights(checkpoint))
+        _go_on_from(model, checkpoint)
     call = Graphed(model, data.batches("train").fetch(0, 0)[0]) if settings.trainer.cuda_graph else None
     objective: Any = register.get("objective", data.objective).factory
     run = Run(
@@ -147,7 +147,7 @@ class TrainedRun:
 def read_back(path: Path) -> TrainedRun:
     """The run of a packed file. Raises UserError if the file does not say which data it is of."""
     packed = read(path)
-    if "dataset" not in packed.about:
+    if not isinstance(packed.about.get("dataset"), Mapping):
         raise UserError(f"{path} does not say which data it was trained on.")
     data = build_data(packed.about["dataset"], packed.vocabulary, from_file=True)
     objective: Any = register.get("objective", data.objective).factory
@@ -171,7 +171,10 @@ def build_data(config: Mapping[str, Any], vocabulary: Vocabulary | None = None, 
 def _vocabulary(initial: Initial | None, checkpoint: Path | None) -> Vocabulary | None:
     """The vocabulary of the network that is trained further, if there is one."""
     if checkpoint is not None and "vocabulary" in (saved := read_checkpoint(checkpoint)):
-        return Vocabulary.from_dict(saved["vocabulary"])
+        try:
+            return Vocabulary.from_dict(saved["vocabulary"])
+        except ValueError as error:
+            raise UserError(f"{checkpoint} is damaged: {error}.") from None
     return initial.vocabulary if initial else None
 
 
@@ -186,6 +189,13 @@ def _check_training(settings: Settings, method: PruningMethod) -> None:
         )
     if not settings.init_from:
         raise UserError("trainer.max_epochs=0 trains nothing: name the trained network, init_from=FILE.")
+
+
+def _go_on_from(model: nn.Module, checkpoint: Path) -> None:
+    try:
+        model.load_state_dict(read_weights(checkpoint))
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint} does not fit the network of its run: {' '.join(str(error).split())}") from None
 
 
 def _limit(data: DataModule, trainer: TrainerConfig) -> None:

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ def resume(folder: Path) -> dict[str, Any]:
     if not home.config.is_file():
         raise UserError(f"resume={folder}: no run is there: it has no config.yaml.")
     if home.finished:
+        with suppress(UserError, OSError), home.locked():  # takes away what a kill after the report left
+            pass
         raise UserError(
             f"resume={folder}: this run is finished. To train its network further, start a run with init_from={folder}."
         )

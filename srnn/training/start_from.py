@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
+from srnn.files import expanded
 from srnn.inference.weights import read_checkpoint, read_packed_or_plain, weights_of
 from srnn.run_folder import RunFolder
 from srnn.training.init_map import follow_map, layer_name, suggested_map
@@ -61,7 +62,7 @@ def read_initial(path: str) -> Initial:
     Raises:
         UserError: no such file, or none of these.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     if file.is_dir():
         run = RunFolder(file)
         found = [path for path in (run.best, run.packed) if path.is_file()]
