@@ -31,7 +31,7 @@ from srnn.exporting.chain import (
 )
 
 OPSET, IR_VERSION = 17, 8  # of early 2022, so that older runtimes read it too
-LARGEST = 2_000_000_000  # bytes of weights: a protobuf message has less than 2 GiB
+MOST_BYTES = 2_000_000_000  # bytes of weights: a protobuf message has less than 2 GiB
 # Where each of ONNX's gates stands in torch's order: z, r, n of r, z, n; i, o, f, g of i, f, g, o.
 _GATE_ORDER = {"gru": (1, 0, 2), "lstm": (0, 3, 1, 2)}
 _OPERATORS = {"gru": "GRU", "lstm": "LSTM"}
@@ -121,8 +121,8 @@ class _Graph:
 
     def model(self) -> onnx.ModelProto:
         taken = sum(constant.ByteSize() for constant in self.constants.values())
-        if taken > LARGEST:
-            raise UserError(f"an ONNX file holds at most {LARGEST:,} bytes of weights, and these are {taken:,}.")
+        if taken > MOST_BYTES:
+            raise UserError(f"an ONNX file holds at most {MOST_BYTES:,} bytes of weights, and these are {taken:,}.")
         graph = helper.make_graph(self.nodes, "network", self.inputs, self.outputs, list(self.constants.values()))
         opsets = [helper.make_opsetid("", OPSET)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="srnn")

@@ -42,7 +42,7 @@ def open_session(model: Path | bytes) -> Any:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def without_logs() -> Iterator[None]:
     """Without what exporters and quantisers log about themselves."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -210,7 +210,7 @@ def test_what_computes_something_else_is_not_handed_over(tmp_path, monkeypatch):
 
 
 def test_more_than_a_file_holds_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_graph, "LARGEST", 100)
+    monkeypatch.setattr(onnx_graph, "MOST_BYTES", 100)
     with pytest.raises(UserError, match=r"holds at most 100 bytes of weights, and these are \d"):
         srnn.export(nn.GRU(4, 6), tmp_path / "net.onnx")
 
