@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from srnn.inference.sparsify import desparsify as desparsify
     from srnn.inference.sparsify import sparsify as sparsify
     from srnn.pruning.callback import PruningCallback as PruningCallback
+    from srnn.pruning.once import prune as prune
     from srnn.pruning.pruner import Pruner as Pruner
     from srnn.registry import register as register
 
@@ -30,6 +31,7 @@ _HOME = {
     "desparsify": "srnn.inference.sparsify",
     "export": "srnn.exporting.exporter",
     "load": "srnn.inference.packed_file",
+    "prune": "srnn.pruning.once",
     "register": "srnn.registry",
     "save": "srnn.inference.saving",
     "sparsify": "srnn.inference.sparsify",
@@ -42,6 +44,7 @@ __all__ = [
     "desparsify",
     "export",
     "load",
+    "prune",
     "register",
     "save",
     "sparsify",

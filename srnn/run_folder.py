@@ -83,6 +83,11 @@ class RunFolder:
         return self.path / "error.txt"
 
     @property
+    def log(self) -> Path:
+        """Of a sweep's job: what it printed."""
+        return self.path / "log.txt"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"

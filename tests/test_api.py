@@ -13,6 +13,7 @@ def test_public_names():
         "desparsify",
         "export",
         "load",
+        "prune",
         "register",
         "save",
         "sparsify",

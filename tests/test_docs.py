@@ -1,18 +1,24 @@
 """What the documentation says is tried: links, commands, code blocks, presets."""
 
 import re
+import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 
+import srnn
 from srnn.__main__ import COMMANDS, main
 from srnn.config.command_line import check_command_line
-from srnn.config.composing import conf_folder, presets
+from srnn.config.composing import conf_folder, plugin_folders, presets
 from srnn.datasets import PennTreebank
+from srnn.registry import KINDS, register
 from tests.conftest import QUIET, ROOT, SMALL
 
-FILES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+FILES = ["README.md", "CONTRIBUTING.md", "SECURITY.md"]
+FILES += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))
 
 
 def commands():
@@ -39,6 +45,7 @@ def runs_here(words):
 def folder(tmp_path_factory, text_run):
     """A folder with all that the documents' commands name."""
     folder = tmp_path_factory.mktemp("docs")
+    (folder / "pyproject.toml").write_text(f'[tool.srnn]\nplugins = "{ROOT}/plugins"\n')
     (folder / "books").mkdir()
     text = "".join(f"It was the {word} of times.\n" for word in ("best", "worst", "age", "epoch")) * 200
     (folder / "books/a.txt").write_text(text)
@@ -66,6 +73,7 @@ def test_links_lead_somewhere(file):
 
 @pytest.mark.parametrize("command", [c for c in commands() if is_train(shlex.split(c))])
 def test_commands_compose(command):
+    register.load_plugins(plugin_folders())
     check_command_line(shlex.split(command))
 
 
@@ -81,7 +89,7 @@ def test_commands_run(command, folder, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(folder)
     if is_train(words):
         ours = [o for o in QUIET if "init_from" not in command or not o.startswith("model")]
-        if "dataset=adding" in words or "dataset=digits" in words:
+        if {"dataset=adding", "dataset=digits", "dataset=sine"} & {*words}:
             ours = [o for o in ours if not o.startswith(("dataset.sequence", "model.embedding"))]
         words = [w for w in words if "model.hidden_size" not in w] + ours + [f"hydra.run.dir={tmp_path}/run"]
         words += ["model.hidden_size=24", "model.embedding_size=8"] if "init_from" in command else []
@@ -117,8 +125,6 @@ def test_every_preset_runs_fast(name, folder, tmp_path):
 @pytest.mark.parametrize("file", [f for f in FILES if "```python" in (ROOT / f).read_text()])
 @few_weights
 def test_python_runs(file, folder, monkeypatch, capsys):
-    from srnn.registry import KINDS, register
-
     assert all(register.names(kind) for kind in KINDS)  # all of srnn's own are in what is restored
     before = dict(register.components)
     monkeypatch.chdir(folder)
@@ -127,3 +133,24 @@ def test_python_runs(file, folder, monkeypatch, capsys):
             exec(compile(block, file, "exec"), {"__name__": "block"})
     finally:
         register.components = before
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path):
+    pytest.importorskip("properdocs", reason="the site is built with what pip install -e '.[docs]' brings")
+    build = [sys.executable, "-m", "properdocs", "build", "--strict", "-f", "mkdocs.yml", "-d", str(tmp_path)]
+    done = subprocess.run(build, cwd=ROOT, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
+    for name in {*srnn.__all__} - {"__version__"}:
+        assert f'id="srnn.{name}"' in pages["reference/index.html"], f"{name} is not in the reference"
+    for page, text in pages.items():
+        fetched = re.findall(r'<(?:script|img|link)[^>]* (?:src|href)="(?:https?:)?//[^"]*"', text)
+        assert not fetched, f"{page} fetches {fetched}"
+        assert "<blockquote" not in text, f"{page}: an example of a docstring is not shown as code"
+
+
+def test_the_picture_of_speed_is_drawn_from_what_was_measured(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs/results/speed_over_sparsity.py"))
+    script["draw"](ROOT / "docs/results/cpu_layers.csv", tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")

@@ -17,8 +17,7 @@ TOLERANCE = 0.001  # relative: what other hardware or versions may round to
 
 @command
 def main(
-    run: Annotated[str, Help("a finished run's folder", metavar="FOLDER")],
-    /,
+    run: Annotated[str, Help("a finished run's folder", metavar="RUN")],
     output: Annotated[str | None, Help("where it is repeated (outputs/DATE_rerun_NAME)", metavar="FOLDER")] = None,
     tolerance: Annotated[float, Help("relative difference that still counts as the same")] = TOLERANCE,
 ) -> int:
@@ -30,7 +29,7 @@ def main(
     source = Path(run).expanduser()
     before = RunFolder(source.resolve())
     if not before.finished:
-        raise UserError(f"rerun {source}: no finished run is there: it has no report.json.")
+        raise UserError(f"rerun: {source}: no finished run is there: it has no report.json.")
 
     from srnn.config.composing import read_settings
     from srnn.files import nearest_there

@@ -21,20 +21,21 @@ class ExportReport:
         nbytes: of all that was written.
         verified: what was run and compared, in words.
         difference: the largest difference of an output or state from the network's, over the larger of 1 and the
-            largest output.
+            largest output; None where nothing could be run.
         notes: what a user should know about the file, in sentences.
     """
 
     path: Path
     nbytes: int
     verified: str
-    difference: float
+    difference: float | None
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """A line each: the file, what was verified, the notes."""
         head = f"{self.path}: {self.nbytes:,} bytes"
-        return "\n".join([head, f"{self.verified}: largest difference {self.difference:.1e}", *self.notes])
+        away = "" if self.difference is None else f": largest difference {self.difference:.1e}"
+        return "\n".join([head, f"{self.verified}{away}", *self.notes])
 
 
 def _nothing_to_check(**options: object) -> None:

@@ -12,10 +12,14 @@ from torch import nn
 
 from srnn.errors import UserError, did_you_mean
 from srnn.exporting.base import About, ExportFormat, ExportReport
+from srnn.exporting.c.c_format import write_c
 from srnn.exporting.onnx_format import check_onnx, write_onnx
 
 # A new format is a line here.
-EXPORT_FORMATS: dict[str, ExportFormat] = {"onnx": ExportFormat(".onnx", write_onnx, check_onnx)}
+EXPORT_FORMATS: dict[str, ExportFormat] = {
+    "onnx": ExportFormat(".onnx", write_onnx, check_onnx),
+    "c": ExportFormat(".c", write_c),
+}
 
 
 def export(
@@ -27,11 +31,12 @@ def export(
         model: a network, dense or sparsified. Any whose layers run one after the other is written with its states as
             named inputs and outputs: embedding, ``nn.RNN``, ``nn.GRU``, ``nn.LSTM``, linear layers, activations.
         path: where to. An older file is replaced once the new one agrees with the network.
-        format: ``onnx``.
+        format: ``onnx``, or ``c`` for a C file and its header.
         example: the arguments of a call, a tensor or a tuple of them; for networks that are no such chain.
         about: what the file says about itself; or a function that makes it of the network with the file's numbers.
         options: of the format. ``onnx`` takes ``values``: ``fp32``, or ``int8`` for onnxruntime's dynamic
-            quantisation.
+            quantisation. ``c`` takes ``values`` and ``structure`` as ``srnn.save`` does, ``name`` for what its names
+            begin with (the file's), and ``verify``, which compiles the file and compares it where there is a compiler.
 
     Returns:
         What was written, what it was compared with, and what to know about it.

@@ -85,9 +85,11 @@ class Recorder(pl.Callback):
             return
         self._step = trainer.global_step
         if self._step % self.every == 0:
-            loss = mean_over_ranks(pl_module.train_loss)  # type: ignore[arg-type]
+            logged = {"train_loss": float(mean_over_ranks(pl_module.train_loss))}  # type: ignore[arg-type]
+            if pl_module.schedule is not None:
+                logged["step_size"] = trainer.optimizers[0].param_groups[0]["lr"]  # of the next step
             for logger in trainer.loggers:
-                logger.log_metrics({"train_loss": float(loss)}, step=self._step)
+                logger.log_metrics(logged, step=self._step)
         if pruner.method.is_update(pruner.itr):
             sparsities = {f"sparsity/{name}": value for name, value in pruner.sparsities().items()}
             thresholds = {f"threshold/{kind}": value for kind, value in pruner.thresholds.items()}

@@ -22,7 +22,9 @@ def summary_of(report: Mapping[str, Any]) -> dict[str, Any]:
         if kind in latency:
             summary |= {f"latency/{kind}": latency[kind]["sparse"], f"latency/{kind}_dense": latency[kind]["dense"]}
     summary["latency/sequence_speedup"] = latency["sequence"]["dense"] / latency["sequence"]["sparse"]
-    return summary | {"time/pruning_share": seconds["pruning"] / seconds["training_loop"]}
+    if seconds["training_loop"]:  # a run without training has none
+        summary["time/pruning_share"] = seconds["pruning"] / seconds["training_loop"]
+    return summary
 
 
 def read_metrics(path: Path) -> dict[str, Points]:

@@ -1,7 +1,7 @@
 """What was measured on a card: which form of a kernel runs, and in what sizes.
 
 The defaults of ``Tuning`` are for an NVIDIA H100 80GB HBM3, and so are the times beside them unless they name another
-card; docs/RESULTS.md has the tables. Every card takes them until it has a row in ``TUNINGS``.
+card; docs/results/gpu.md has the tables. Every card takes them until it has a row in ``TUNINGS``.
 """
 
 from __future__ import annotations
