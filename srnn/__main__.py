@@ -41,6 +41,8 @@ examples:
   srnn rerun outputs/RUN
   srnn evaluate run=outputs/RUN
   srnn export run=outputs/RUN values=int8
+  srnn export run=outputs/RUN format=onnx
+  srnn export run=outputs/RUN format=c values=int8
   srnn bench run=outputs/RUN
   srnn generate --run outputs/RUN --prompt "def f(x):"
 

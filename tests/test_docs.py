@@ -116,11 +116,12 @@ def test_every_preset_runs_fast(name, folder, tmp_path):
 
 @pytest.mark.parametrize("file", [f for f in FILES if "```python" in (ROOT / f).read_text()])
 @few_weights
-def test_python_runs(file, capsys):
+def test_python_runs(file, folder, monkeypatch, capsys):
     from srnn.registry import KINDS, register
 
     assert all(register.names(kind) for kind in KINDS)  # all of srnn's own are in what is restored
     before = dict(register.components)
+    monkeypatch.chdir(folder)
     try:
         for block in re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), flags=re.DOTALL):
             exec(compile(block, file, "exec"), {"__name__": "block"})

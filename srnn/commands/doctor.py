@@ -17,6 +17,8 @@ PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "omegaconf", "pydantic",
             "torchmetrics", "wandb")  # fmt: skip
 EXTRAS = {
     "scikit-learn": "dataset=digits",
+    "onnxruntime": "srnn export format=onnx",
+    "ziglang": "a C compiler, where there is none",
     "hydra-joblib-launcher": "hydra/launcher=joblib",
     "hydra-submitit-launcher": "hydra/launcher=slurm",
     "hydra-ray-launcher": "hydra/launcher=ray",

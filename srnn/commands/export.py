@@ -53,21 +53,24 @@ def _to_another_runtime(run: str, format: str, values: ValuesChoice, output: str
     source = packed_file(run)
     from srnn.exporting.exporter import EXPORT_FORMATS, export
 
+    EXPORT_FORMATS[format].check(values=values)
     target = _target(output, source.with_name(f"model-{values}{EXPORT_FORMATS[format].suffix}"))
 
     import torch
 
-    from srnn.inference.packed_file import load
+    from srnn.inference.unpacking import unpack
+    from srnn.kernels import Csr
     from srnn.terminal import console
     from srnn.training.preparing import read_back
 
     of_run = read_back(source)
-    network = load(source, kernel="csr")
-    scores: list[dict[str, float]] = []
+    packed, scores = of_run.packed, list[dict[str, float]]()
+    network: Any = unpack(packed, Csr())
+    network.vocabulary = packed.vocabulary
 
     def about(written: nn.Module) -> str:
-        scores.extend(of_run.objective.score(n, of_run.data, "test") for n in (network, written))
-        name, data = of_run.packed.model["name"], of_run.packed.about["dataset"]["name"]
+        scores.extend(of_run.objective.score(n, of_run.data, "test") for n in (unpack(packed), written))
+        name, data = packed.model["name"], packed.about["dataset"]["name"]
         return f"{name} on {data}, test: {of_run.objective.words.format(**scores[1])}. Written by srnn {__version__}."
 
     inputs = next(iter(of_run.data.val_dataloader()))[0][:2, :8]
@@ -86,15 +89,18 @@ def _to_c(run: str, output: str | None, name: str | None, verify: bool, packing:
     """The network as C, packed again of the weights as they were trained, with its score on the run's test data."""
     source = packed_file(run)
     target = _target(output, source.with_name(f"{name or 'model'}.c"))
+    from srnn.exporting.exporter import EXPORT_FORMATS, export
 
-    from srnn.exporting.exporter import export
+    EXPORT_FORMATS["c"].check(name=name or target.stem)
+
     from srnn.inference.unpacking import unpack
-    from srnn.registry import register
+    from srnn.kernels import Csr
     from srnn.terminal import console
 
     again = _packed_again(run, source, packing["values"], packing["structure"])
-    of_run, network = again.of_run, unpack(again.exported, register.build("kernel", {"name": "csr"}))
-    network.vocabulary = again.exported.vocabulary  # type: ignore[assignment]
+    of_run = again.of_run
+    network: Any = unpack(again.exported, Csr())
+    network.vocabulary = again.exported.vocabulary
     before = "pruned, not packed, fp32" if again.trained else source.name
     scores: dict[str, Mapping[str, float]] = {}
 

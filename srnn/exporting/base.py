@@ -38,6 +38,10 @@ class ExportReport:
         return "\n".join([head, f"{self.verified}{away}", *self.notes])
 
 
+def _nothing_to_check(**options: object) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class ExportFormat:
     """A way to write a network.
@@ -46,7 +50,10 @@ class ExportFormat:
         suffix: of its files, such as ``.onnx``.
         write: ``write(model, path, example, about, **options)``; its keyword arguments are the format's options. It
             leaves no file unless what it wrote agrees with the network.
+        check: called with the options before anything is read or run; raises UserError for a value that there is not,
+            or a package that is missing.
     """
 
     suffix: str
     write: Callable[..., ExportReport]
+    check: Callable[..., None] = _nothing_to_check

@@ -12,13 +12,13 @@ from torch import nn
 
 from srnn.errors import UserError, did_you_mean
 from srnn.exporting.base import About, ExportFormat, ExportReport
-from srnn.exporting.c.c_format import write_c
-from srnn.exporting.onnx_format import write_onnx
+from srnn.exporting.c.c_format import check_c, write_c
+from srnn.exporting.onnx_format import check_onnx, write_onnx
 
 # A new format is a line here.
 EXPORT_FORMATS: dict[str, ExportFormat] = {
-    "onnx": ExportFormat(".onnx", write_onnx),
-    "c": ExportFormat(".c", write_c),
+    "onnx": ExportFormat(".onnx", write_onnx, check_onnx),
+    "c": ExportFormat(".c", write_c, check_c),
 }
 
 
@@ -60,6 +60,7 @@ def export(
     for name in options:
         if name not in takes:
             raise UserError(f"format={format} takes no {name}: its options are {', '.join(takes) or 'none'}.")
+    chosen.check(**options)
     target = Path(path).expanduser()
     if target.is_dir() or target.suffix != chosen.suffix:
         raise UserError(f"{target} must be a file named *{chosen.suffix}.")

@@ -19,16 +19,21 @@ from srnn.vocabulary import UNKNOWN, Vocabulary
 OnnxValues = Literal["fp32", "int8"]
 # How far outputs may be after quantisation, over the larger of 1 and the largest: more is no rounding.
 _QUANTISED = 0.5
+_VERIFIED = "onnxruntime against the network, at "
 _DENSE = "Weights are dense, zeros stored: size and speed are those of a dense network."
+
+
+def check_onnx(values: str = "fp32") -> None:
+    """Raises UserError for other values, or if a package is missing."""
+    if values not in ("fp32", "int8"):
+        raise UserError(f"format=onnx: values={values} must be fp32, or int8 for onnxruntime's dynamic quantisation.")
+    require_onnx()
 
 
 def write_onnx(
     model: nn.Module, path: Path, example: Any = None, about: About = "", *, values: OnnxValues = "fp32"
 ) -> ExportReport:
     """Write a network as ONNX; as ``srnn.export``."""
-    if values not in ("fp32", "int8"):
-        raise UserError(f"format=onnx: values={values} must be fp32, or int8 for onnxruntime's dynamic quantisation.")
-    require_onnx()
     try:
         chain = read_chain(model)
     except UserError as reason:
@@ -42,7 +47,7 @@ def write_onnx(
 def _write_chain(model: nn.Module, path: Path, chain: Chain, about: About, values: OnnxValues) -> ExportReport:
     from srnn.exporting.onnx_graph import onnx_model
 
-    data = onnx_model(chain, _metadata(model)).SerializeToString()
+    data = onnx_model(chain).SerializeToString()
     away = largest_difference(OnnxNetwork(data).run, model, chain)
     if not away <= AGREEMENT:
         raise UserError(f"{path} is not written: onnxruntime's outputs differ by {away:.1e}, over {AGREEMENT:g}.")
@@ -54,7 +59,8 @@ def _write_chain(model: nn.Module, path: Path, chain: Chain, about: About, value
         if not away <= _QUANTISED:
             raise UserError(f"{path} is not written: in int8 outputs differ by {away:.1e}. Use values=fp32.")
     text = about if isinstance(about, str) else about(OnnxNetwork(data))
-    return _handed_over(path, data, text, away, tuple(notes), "at 3 lengths, 2 batches and over chained calls")
+    nbytes = _hand_over(path, data, text, model)
+    return ExportReport(path, nbytes, _VERIFIED + "3 lengths, 2 batches and over chained calls", away, tuple(notes))
 
 
 def _write_traced(
@@ -67,29 +73,25 @@ def _write_traced(
         raise UserError(f"values=int8 is for chains of layers, and {reason}")
     data, away, free = traced(model, example)
     notes = (f"Written by torch.onnx, its states as its call has them: {reason}", free, _DENSE)
-    text = about if isinstance(about, str) else about(model)
-    return _handed_over(path, data, text, away, notes, "at the example's sizes, and at others of what is free")
+    nbytes = _hand_over(path, data, about if isinstance(about, str) else about(model), model)
+    return ExportReport(path, nbytes, _VERIFIED + "the example's sizes, and others of what is free", away, notes)
 
 
-def _handed_over(
-    path: Path, data: bytes, text: str, away: float, notes: tuple[str, ...], compared: str
-) -> ExportReport:
+def _hand_over(path: Path, data: bytes, text: str, network: nn.Module) -> int:
+    """Write what was verified, with what it says about itself; returns its bytes."""
     import onnx
 
     model = onnx.load_from_string(data)
     model.doc_string = text
-    write_atomically(path, model.SerializeToString())
-    return ExportReport(path, path.stat().st_size, f"onnxruntime against the network, {compared}", away, notes)
-
-
-def _metadata(model: nn.Module) -> dict[str, str]:
-    vocabulary = getattr(model, "vocabulary", None)
-    if not isinstance(vocabulary, Vocabulary):
-        return {}
-    data = vocabulary.to_dict()
-    if "tokens" in data:  # each at its number
-        data["tokens"] = [UNKNOWN, *data["tokens"]]
-    return {"vocabulary": json.dumps(data)}
+    vocabulary = getattr(network, "vocabulary", None)
+    if isinstance(vocabulary, Vocabulary):
+        tokens = vocabulary.to_dict()
+        if "tokens" in tokens:  # each at its number
+            tokens["tokens"] = [UNKNOWN, *tokens["tokens"]]
+        model.metadata_props.add(key="vocabulary", value=json.dumps(tokens))
+    written = model.SerializeToString()
+    write_atomically(path, written)
+    return len(written)
 
 
 def _quantised(data: bytes) -> tuple[bytes, list[str]]:

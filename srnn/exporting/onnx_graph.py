@@ -42,13 +42,8 @@ _ACTIVATIONS = {
 }
 
 
-def onnx_model(chain: Chain, metadata: dict[str, str] | None = None) -> onnx.ModelProto:
-    """The model of a chain.
-
-    Args:
-        chain: the network.
-        metadata: more entries of ``metadata_props``. ``states`` is there: JSON, name of each input -> its output.
-    """
+def onnx_model(chain: Chain) -> onnx.ModelProto:
+    """The model of a chain. Its metadata's ``states`` is JSON: name of each state that comes in -> that goes out."""
     graph = _Graph()
     streams = ["batch", "time"] if chain.batch_first else ["time", "batch"]
     if chain.vocabulary_size is not None:
@@ -78,7 +73,7 @@ def onnx_model(chain: Chain, metadata: dict[str, str] | None = None) -> onnx.Mod
         graph.output(f"{name}_next", [layers, "batch", size])
     model = graph.model()
     states = {name: f"{name}_next" for name in chain.states}
-    helper.set_model_props(model, {"states": json.dumps(states)} | (metadata or {}))
+    helper.set_model_props(model, {"states": json.dumps(states)})
     onnx.checker.check_model(model)
     return model
 

@@ -232,7 +232,7 @@ class SparseModule(nn.Module):
 
 
 def refuse_tracing() -> None:
-    """Raises UserError inside ``torch.jit.trace``, also of ``torch.onnx``, before anything of the trace is kept in the module."""
+    """Raises UserError inside ``torch.jit.trace``, before anything of the trace is kept in the module."""
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():
         refuse_onnx()
         raise UserError("torch.jit.trace does not see sparse kernels: use torch.export or torch.compile.")
