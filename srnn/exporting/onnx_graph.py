@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from srnn.cells import CLIP, GATES
+from srnn.errors import UserError
 from srnn.exporting.chain import (
     ActivationPart,
     Chain,
@@ -30,6 +31,7 @@ from srnn.exporting.chain import (
 )
 
 OPSET, IR_VERSION = 17, 8  # of early 2022, so that older runtimes read it too
+MOST_BYTES = 2_000_000_000  # bytes of weights: a protobuf message has less than 2 GiB
 # Where each of ONNX's gates stands in torch's order: z, r, n of r, z, n; i, o, f, g of i, f, g, o.
 _GATE_ORDER = {"gru": (1, 0, 2), "lstm": (0, 3, 1, 2)}
 _OPERATORS = {"gru": "GRU", "lstm": "LSTM"}
@@ -43,7 +45,11 @@ _ACTIVATIONS = {
 
 
 def onnx_model(chain: Chain) -> onnx.ModelProto:
-    """The model of a chain. Its metadata's ``states`` is JSON: name of each state that comes in -> that goes out."""
+    """The model of a chain. Its metadata's ``states`` is JSON: name of each state that comes in -> that goes out.
+
+    Raises:
+        UserError: the weights are more than such a file holds.
+    """
     graph = _Graph()
     streams = ["batch", "time"] if chain.batch_first else ["time", "batch"]
     if chain.vocabulary_size is not None:
@@ -114,6 +120,9 @@ class _Graph:
         return outputs[0]
 
     def model(self) -> onnx.ModelProto:
+        taken = sum(constant.ByteSize() for constant in self.constants.values())
+        if taken > MOST_BYTES:
+            raise UserError(f"an ONNX file holds at most {MOST_BYTES:,} bytes of weights, and these are {taken:,}.")
         graph = helper.make_graph(self.nodes, "network", self.inputs, self.outputs, list(self.constants.values()))
         opsets = [helper.make_opsetid("", OPSET)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="srnn")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from srnn.exporting.onnx_session import quiet
+from srnn.exporting.onnx_session import without_logs
 
 # What has an int8 form, and what has none though it holds most weights.
 _OPERATORS = ["LSTM", "MatMul"]
@@ -20,7 +20,15 @@ def quantised(data: bytes) -> tuple[bytes, list[str]]:
 
     model = onnx.load_from_string(data)
     left = sorted({_WITHOUT[node.op_type] for node in model.graph.node if node.op_type in _WITHOUT})
-    with tempfile.TemporaryDirectory() as folder, quiet():  # of the advice to prepare graphs, which these need not
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        without_logs(),
+    ):  # of the advice to prepare graphs, which these need not
         path = Path(folder) / "int8.onnx"
-        quantize_dynamic(model, path, op_types_to_quantize=_OPERATORS, weight_type=QuantType.QInt8)
+        # A scale a row: 1.2 to 1.9 times closer than one a matrix. Of 7 bits: with 8, sums of 16 bits overflow on
+        # processors that have AVX2 and no VNNI, so that a file would compute something else there than here.
+        quantize_dynamic(
+            model, path, op_types_to_quantize=_OPERATORS, weight_type=QuantType.QInt8, per_channel=True,
+            reduce_range=True,
+        )  # fmt: skip
         return path.read_bytes(), left

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
-from srnn.exporting.onnx_session import open_session, quiet
+from srnn.exporting.onnx_session import open_session, without_logs
 from srnn.exporting.reading import AGREEMENT, difference
 from srnn.inference.sparsify import desparsify
 
@@ -49,7 +49,7 @@ def traced(model: nn.Module, example: Any) -> tuple[bytes, float, str]:
 
 def _written(network: nn.Module, arguments: tuple[Any, ...], free: bool) -> bytes:
     shapes = _dynamic(arguments) if free else None
-    with warnings.catch_warnings(), quiet():
+    with warnings.catch_warnings(), without_logs():
         warnings.simplefilter("ignore")  # torch's, about itself
         program = torch.onnx.export(network, arguments, dynamo=True, dynamic_shapes=shapes, verbose=False)
     assert program is not None

@@ -209,6 +209,12 @@ def test_what_computes_something_else_is_not_handed_over(tmp_path, monkeypatch):
     assert target.read_bytes() != b"older"
 
 
+def test_more_than_a_file_holds_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_graph, "MOST_BYTES", 100)
+    with pytest.raises(UserError, match=r"holds at most 100 bytes of weights, and these are \d"):
+        srnn.export(nn.GRU(4, 6), tmp_path / "net.onnx")
+
+
 class Skips(nn.Module):
     """Its layers are a chain's, what it computes is not."""
 
@@ -306,6 +312,18 @@ def test_a_run_by_the_command(text_run, tmp_path, capsys):
     assert model.doc_string.startswith(f"gru on python_source, test: {score}. Written by srnn")
     reported = json.loads((text_run / "report.json").read_text())["scores"]["test_packed"]  # of fewer batches
     assert float(score.split()[0]) == pytest.approx(reported["bits_per_character"], abs=0.3)
+
+
+def test_a_run_in_int8_by_the_command(text_run, tmp_path, capsys):
+    path = tmp_path / "net.onnx"
+    assert main(["export", f"run={text_run}", "format=onnx", "values=int8", f"output={path}"]) == 0
+    out = capsys.readouterr().out
+    assert "GRU layers stay fp32" in out
+    score, cost = re.search(
+        r"test: (.*); costs ([+-]\d\.\d{4}) bits per character over model.safetensors", out
+    ).groups()
+    assert abs(float(cost)) < 0.05
+    assert f"test: {score}." in onnx.load(path).doc_string
 
 
 def test_the_command_takes_all_formats(text_run, tmp_path, capsys):
