@@ -45,6 +45,7 @@ examples:
   srnn evaluate outputs/RUN
   srnn export outputs/RUN values=int8
   srnn export outputs/RUN format=onnx
+  srnn export outputs/RUN format=c values=int8
   srnn bench outputs/RUN
   srnn generate outputs/RUN --prompt "def f(x):"
 

@@ -19,6 +19,7 @@ REQUIRED = ("torch", "pytorch-lightning", "hydra-core", "omegaconf", "pydantic",
 EXTRAS = {
     "dataset=digits": ("scikit-learn", "srnn[digits]"),
     "srnn export format=onnx": ("onnxruntime", "srnn[onnx]"),
+    "a C compiler, where there is none": ("ziglang", "srnn[c]"),
     "hydra/launcher=joblib": ("hydra-joblib-launcher", "srnn[launchers]"),
     "hydra/launcher=slurm": ("hydra-submitit-launcher", "srnn[launchers]"),
     "hydra/launcher=ray": ("hydra-ray-launcher", "srnn[launchers]"),

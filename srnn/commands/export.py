@@ -90,15 +90,18 @@ def _to_c(run: str, output: str | None, name: str | None, verify: bool, packing:
     """The network as C, packed again of the weights as they were trained, with its score on the run's test data."""
     source = packed_file(run)
     target = _target(output, source.with_name(f"{name or 'model'}.c"))
+    from srnn.exporting.exporter import EXPORT_FORMATS, export
 
-    from srnn.exporting.exporter import export
+    EXPORT_FORMATS["c"].check(name=name or target.stem)
+
     from srnn.inference.unpacking import unpack
-    from srnn.registry import register
+    from srnn.kernels import Csr
     from srnn.terminal import console
 
     again = _packed_again(run, source, packing["values"], packing["structure"])
-    of_run, network = again.of_run, unpack(again.exported, register.build("kernel", {"name": "csr"}))
-    network.vocabulary = again.exported.vocabulary  # type: ignore[assignment]
+    of_run = again.of_run
+    network: Any = unpack(again.exported, Csr())
+    network.vocabulary = again.exported.vocabulary
     before = "pruned, not packed, fp32" if again.trained else source.name
     scores: dict[str, Mapping[str, float]] = {}
 

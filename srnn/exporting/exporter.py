@@ -12,14 +12,14 @@ from torch import nn
 
 from srnn.errors import UserError, did_you_mean
 from srnn.exporting.base import About, ExportFormat, ExportReport
-from srnn.exporting.c.c_format import write_c
+from srnn.exporting.c.c_format import check_c, write_c
 from srnn.exporting.onnx_format import check_onnx, write_onnx
 from srnn.files import expanded
 
 # A new format is a line here.
 EXPORT_FORMATS: dict[str, ExportFormat] = {
     "onnx": ExportFormat(".onnx", write_onnx, check_onnx),
-    "c": ExportFormat(".c", write_c),
+    "c": ExportFormat(".c", write_c, check_c),
 }
 
 

@@ -27,6 +27,7 @@ from srnn.inference.packing import matrix_gates
 from srnn.models import LanguageModel, SequenceModel
 from srnn.sparse import SparseMatrix
 from srnn.vocabulary import Vocabulary
+from tests.conftest import ROOT
 
 COMPILER = find_compiler()
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler here: cc, gcc, clang or ziglang")
@@ -255,6 +256,23 @@ def test_the_program_scores_as_the_command_says_and_as_evaluate_does(text_run, t
     scored = of_run.objective.score(network, of_run.data, "test")["bits_per_character"]
     assert scored == pytest.approx(evaluated, abs=1e-4)
     assert scored == pytest.approx(told, abs=1e-4)
+
+
+@needs_compiler
+def test_the_documents_program_writes_what_generate_does(text_run, tmp_path, capsys):
+    command = ["export", f"run={text_run}/model.safetensors", "format=c", "verify=false"]
+    assert main([*command, f"output={tmp_path}/model.c"]) == 0
+    prompt = "def f(x):\n"
+    written = ["--kernel=dense", f"--prompt={prompt}", "--length=40", "--temperature=0"]
+    capsys.readouterr()
+    assert main(["generate", f"run={text_run}", *written]) == 0
+    wanted = capsys.readouterr().out
+    (program,) = re.findall(r"```c\n(.*?)```", (ROOT / "docs/export.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "main.c").write_text(program)
+    run(tmp_path, *COMPILER, "-std=c99", *STRICT, "-O1", "-o", "writer", "main.c", "model.c")
+    letters = run(tmp_path, "./writer")
+    assert len(letters) == 40
+    assert letters in wanted
 
 
 def test_the_command_packs_the_trained_weights_again(text_run, tmp_path, capsys):

@@ -6,6 +6,8 @@ stands for the network's name.
 
 from __future__ import annotations
 
+import re
+
 from srnn.exporting.c.arrays import WIDE, Form
 
 _TANH = """\
@@ -240,8 +242,9 @@ def multiply_function(form: Form, name: str) -> str:
     """The product of a matrix of this form with a vector."""
     text = _BLOCKS if form.height > 1 else _ELEMENT if form.counts else _ELEMENT_ALL
     scaled = form.values == "int8"
+    text = text.replace("INNER", _BLOCK_BY_BLOCK if form.values == "fp32" else _WIDENED)
+    text = re.sub(r"VALUE\(([^()]*)\)", _widened(form), text)
     for word, by in {
-        "INNER": _BLOCK_BY_BLOCK if form.values == "fp32" else _WIDENED,
         "COUNT": "(int)*w->counts++" if form.counts else "w->columns",
         "FACTOR": "x[at += *gaps++]" if form.counts else "x[at++]",
         "BEGIN": "    const uint8_t *gaps = w->gaps;\n" if form.counts else "",
@@ -251,7 +254,6 @@ def multiply_function(form: Form, name: str) -> str:
         "SCALED(sums[lane])": "scale * sums[lane]" if scaled else "sums[lane]",
         "SCALE((a + b) + (c + d))": "*w->scales++ * ((a + b) + (c + d))" if scaled else "(a + b) + (c + d)",
         "SCALE(sum)": "*w->scales++ * sum" if scaled else "sum",
-        "VALUE(": {"fp32": "(", "int8": "(float)(", "fp16": "NAME_fp16(", "bf16": "NAME_bf16("}[form.values],
         "FORM": form.name,
         "TYPE": form.c_type,
         "HEIGHT": str(form.height),
@@ -259,6 +261,13 @@ def multiply_function(form: Form, name: str) -> str:
     }.items():
         text = text.replace(word, by)
     return text
+
+
+def _widened(form: Form) -> str:
+    """The matched value as a float."""
+    if form.by_table:
+        return r"NAME_int8[(uint8_t)\1]"
+    return {"fp32": r"\1", "int8": r"(float)\1", "fp16": r"NAME_fp16(\1)", "bf16": r"NAME_bf16(\1)"}[form.values]
 
 
 def row_code(form: Form, array: str, columns: int, name: str) -> str:

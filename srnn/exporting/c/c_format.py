@@ -35,6 +35,15 @@ from srnn.vocabulary import Characters
 _NO_COMPILER = "no C compiler is here (cc, gcc, clang, or pip install ziglang)"
 
 
+def check_c(
+    values: Values | None = None, structure: WantedStructure = "auto", name: str | None = None, verify: bool = True
+) -> None:
+    """Raises UserError for values, blocks or a name that there are not."""
+    Packer(structure, values or "fp32")
+    if name is not None:
+        checked_name(name)
+
+
 def write_c(
     model: nn.Module,
     path: Path,

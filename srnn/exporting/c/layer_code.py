@@ -12,7 +12,7 @@ from torch import Tensor
 
 from srnn.cells import CLIP, GATES, Cell
 from srnn.exporting.c.arithmetic import multiply_function, row_code, walk, walk_type
-from srnn.exporting.c.arrays import Form, StoredMatrix, declaration, stored_matrix
+from srnn.exporting.c.arrays import INT8_TABLE, Form, StoredMatrix, declaration, stored_matrix
 from srnn.exporting.chain import ActivationKind
 from srnn.kernels.contract import LayerWeights
 from srnn.sparse import SparseMatrix
@@ -109,6 +109,8 @@ class Code:
         array, stored = self.matrix(name, weight, chunk)
         for part, numbers in stored.arrays.items():
             self.array(f"{array}_{part}", numbers)
+        if stored.form.by_table:
+            self.array(f"{self.name}_int8", INT8_TABLE)
         self.multiply_adds += stored.multiply_adds
         self.product_stack = max(self.product_stack, stored.form.stack)
         start = walk(variable, stored.form, array, stored.columns, self.name)
