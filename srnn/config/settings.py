@@ -68,6 +68,7 @@ class Settings:
     kernel: dict[str, Any]
     optimizer: dict[str, Any]
     schedule: dict[str, Any]
+    averaging: dict[str, Any]
     trainer: TrainerConfig
     tracking: TrackingConfig
     packed: PackedConfig
@@ -100,9 +101,9 @@ class Settings:
 
 
 # What a config chooses by name from the registry. The data set names its own objective.
-COMPONENTS = ("model", "dataset", "pruning", "kernel", "optimizer", "schedule")
+COMPONENTS = ("model", "dataset", "pruning", "kernel", "optimizer", "schedule", "averaging")
 # What a config of an earlier version, which lacks them, meant.
-EARLIER: dict[str, Any] = {"schedule": {"name": "constant"}}
+EARLIER: dict[str, Any] = {"schedule": {"name": "constant"}, "averaging": {"name": "none"}}
 SECTIONS: dict[str, type] = {
     "trainer": TrainerConfig,
     "tracking": TrackingConfig,

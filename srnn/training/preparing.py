@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from srnn.datasets.base import DataModule
 from srnn.errors import UserError
 from srnn.inference.packed_file import read
 from srnn.inference.packing import PackedModel
-from srnn.inference.weights import read_checkpoint, read_weights
+from srnn.inference.weights import read_checkpoint, read_weights, weights_of
 from srnn.kernels import Kernel
 from srnn.objectives import Objective
 from srnn.pruning.methods import PruningMethod
@@ -24,6 +24,7 @@ from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import RunLength
 from srnn.registry import register
 from srnn.terminal import console
+from srnn.training.averaging import RunningAverage
 from srnn.training.cuda_graph import Graphed
 from srnn.training.moments import Moments
 from srnn.training.processes import Place
@@ -49,6 +50,7 @@ class Run:
         reference: a dense model's weights by name, for a method that wants one.
         match: what was taken from ``init_from``; None without.
         checkpoint: what a resumed run starts from; None for a new one.
+        averaging: what averages the weights; None for the weights as they are.
     """
 
     config: Mapping[str, Any]
@@ -65,6 +67,7 @@ class Run:
     reference: Mapping[str, Tensor] | None = None
     match: Mapping[str, Any] | None = None
     checkpoint: Path | None = None
+    averaging: RunningAverage | None = None
 
     @property
     def seed(self) -> int:
@@ -101,7 +104,9 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
     model = _build_model(settings.model, data.sizes)
     match = _start_from(model, initial, settings.init_partly, data.vocabulary) if initial else None
     if checkpoint is not None:  # for methods that look at the weights
-        model.load_state_dict(read_weights(checkpoint))
+        saved = read_checkpoint(checkpoint)
+        weights = saved.get("current_model_state", saved["state_dict"])  # there where `state_dict` is an average
+        model.load_state_dict(weights_of({"state_dict": weights}, checkpoint))
     call = Graphed(model, data.batches("train").fetch(0, 0)[0]) if settings.trainer.cuda_graph else None
     objective: Any = register.get("objective", data.objective).factory
     run = Run(
@@ -121,11 +126,10 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
         checkpoint=checkpoint,
     )
     run.pruner()  # a first look: from now on the method knows its steps; the callback makes the pruner that counts
-    schedule = register.build(
-        "schedule", settings.schedule, moments=Moments.of(method, run.length), batches=len(data.train_dataloader())
-    )
+    moments, batches = Moments.of(method, run.length), len(data.train_dataloader())
+    schedule = register.build("schedule", settings.schedule, moments=moments, batches=batches)
     run.objective.schedule = partial(attach, schedule) if schedule is not None else None
-    return run
+    return replace(run, averaging=register.build("averaging", settings.averaging, moments=moments))
 
 
 @dataclass(frozen=True)
