@@ -30,6 +30,7 @@ from srnn.training.moments import Moments
 from srnn.training.processes import Place
 from srnn.training.start_from import Initial, load_weights, read_initial
 from srnn.training.step_size import attach
+from srnn.training.teaching import teacher_of
 from srnn.vocabulary import ORDER, UNKNOWN, Vocabulary
 
 
@@ -129,6 +130,7 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
     moments, batches = Moments.of(method, run.length), len(data.train_dataloader())
     schedule = register.build("schedule", settings.schedule, moments=moments, batches=batches)
     run.objective.schedule = partial(attach, schedule) if schedule is not None else None
+    run.objective.teacher = teacher_of(settings.distill, run.objective)
     return replace(run, averaging=register.build("averaging", settings.averaging, moments=moments))
 
 
