@@ -129,3 +129,19 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, tex
     check_same_run(tmp_path / "one", tmp_path / "two")
     after = read_weights(text_run / "checkpoints/best.ckpt")
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.slow
+def test_two_processes_with_teacher_schedule_and_average_are_one(tmp_path, monkeypatch, text_run):
+    chosen = [*QUIET, f"distill.teacher={text_run}", "averaging=ema", "schedule=cosine", "schedule.warmup=3"]
+    assert main([*chosen, f"hydra.run.dir={tmp_path}/one"]) == 0
+    assert main([*chosen, "trainer.devices=2", f"hydra.run.dir={tmp_path}/two"]) == 0
+    wanted, got = (read_weights(tmp_path / f"{name}/checkpoints/best.ckpt") for name in ("one", "two"))
+    for name, weight in wanted.items():
+        assert torch.equal(got[name] != 0, weight != 0), name
+        assert torch.allclose(got[name], weight, atol=1e-4), name
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 13)
+        assert main([*chosen, "trainer.devices=2", f"hydra.run.dir={tmp_path}/stopped"]) == 130
+    assert main([f"resume={tmp_path}/stopped"]) == 0
+    check_same_run(tmp_path / "two", tmp_path / "stopped")
