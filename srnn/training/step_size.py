@@ -92,7 +92,7 @@ def step(
     moments: Moments,
 ) -> Schedule:
     """Multiplied by ``decay`` every so often."""
-    falls, rises, steps = Falling.resolve(decay_from, restart_at, moments), rising(warmup, moments), 0
+    falls, rises = Falling.resolve(decay_from, restart_at, moments), rising(warmup, moments)
     steps = moments.step("schedule.every", every)
     if steps < 1:
         raise UserError(f"schedule.every={every!r} must be at least one step.")
