@@ -19,6 +19,7 @@ from srnn.registry import Option, register, type_name
 # What belongs to no group.
 OTHERS = {
     "packed": "The packed file.",
+    "distill": "A trained network to learn from: a run's folder, one of its checkpoints, or a packed file.",
     "seed": "Fixes all that is random.",
     "init_from": "Start from an existing network: a checkpoint, a packed file, a state_dict file, or a run's folder.",
     "resume": "Resume a stopped run, as it was configured; takes no other option.",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from srnn.errors import UserError
 from srnn.registry import Component, Option, Range, check_options, register
+from srnn.registry.option_types import Positive
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,15 @@ class PackedConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """A trained network to learn from."""
+
+    teacher: str | None = None
+    temperature: Positive = 2.0
+    weight: Annotated[float, Range(gt=0, le=1)] = 0.5
+
+
+@dataclass(frozen=True)
 class SrnnConfig:
     """srnn itself."""
 
@@ -68,9 +78,11 @@ class Settings:
     kernel: dict[str, Any]
     optimizer: dict[str, Any]
     schedule: dict[str, Any]
+    averaging: dict[str, Any]
     trainer: TrainerConfig
     tracking: TrackingConfig
     packed: PackedConfig
+    distill: DistillConfig
     srnn: SrnnConfig
     seed: Annotated[int, Range(ge=0, le=2**32 - 1)] = 0
     init_from: str | None = None
@@ -100,13 +112,14 @@ class Settings:
 
 
 # What a config chooses by name from the registry. The data set names its own objective.
-COMPONENTS = ("model", "dataset", "pruning", "kernel", "optimizer", "schedule")
+COMPONENTS = ("model", "dataset", "pruning", "kernel", "optimizer", "schedule", "averaging")
 # What a config of an earlier version, which lacks them, meant.
-EARLIER: dict[str, Any] = {"schedule": {"name": "constant"}}
+EARLIER: dict[str, Any] = {"schedule": {"name": "constant"}, "averaging": {"name": "none"}, "distill": {}}
 SECTIONS: dict[str, type] = {
     "trainer": TrainerConfig,
     "tracking": TrackingConfig,
     "packed": PackedConfig,
+    "distill": DistillConfig,
     "srnn": SrnnConfig,
 }
 # What `group=name` can choose: components, and presets of a section.

@@ -16,6 +16,7 @@ from torchmetrics import Metric, MetricCollection
 
 from srnn.datasets.base import DataModule, Split
 from srnn.models.recurrent import TorchState
+from srnn.objectives.teacher import Teacher
 from srnn.registry import register
 
 
@@ -30,7 +31,9 @@ class Objective(pl.LightningModule):
         loss_name: what the loss is called in plots, with its unit.
         words: how scores are written in tables, as a format string of their names.
         schedule: what it makes of the optimiser, an addition to it: a schedule of the step size; None leaves it.
-        train_loss: of the last batch. Logging it at every step would cost a small network on a GPU a fifth of its time.
+        teacher: a trained network whose outputs are learned too; None for the targets alone.
+        train_loss: of the last batch, by its targets alone. Logging it at every step would cost a small network on a
+            GPU a fifth of its time.
 
     Args:
         model: what to train: ``outputs, state = model(inputs, state)``.
@@ -56,6 +59,7 @@ class Objective(pl.LightningModule):
         self.optimizer_config = dict(optimizer)
         self.data = data
         self.schedule: Callable[[Any], Any] | None = None
+        self.teacher: Teacher | None = None
         self.train_loss: Tensor | None = None
         self.call: Callable[..., Any] = call or model.__call__
         self.metric: Any = None  # of the validation that runs; no submodule, so that checkpoints hold the model alone
@@ -67,6 +71,24 @@ class Objective(pl.LightningModule):
         fused = all(p.device.type == "cuda" for p in parameters) and self.trainer.precision == "32-true"
         built = register.build("optimizer", self.optimizer_config, parameters=parameters, fused=fused)
         return built if self.schedule is None else self.schedule(built)
+
+    def taught(self, loss: Tensor, inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss to minimise: that of the targets, and the teacher's part where there is one."""
+        if self.teacher is None:
+            return loss
+        part = self.imitation(outputs, self.teacher(inputs), targets, self.teacher.temperature)
+        return (1 - self.teacher.weight) * loss + self.teacher.weight * part
+
+    def imitation(self, outputs: Tensor, teachers: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """How far outputs are from a teacher's: an objective that has it can learn from one, by ``taught``.
+
+        Args:
+            outputs: of the model that is trained.
+            teachers: of the teacher.
+            targets: of the batch, which may say that some do not count.
+            temperature: what logits are divided by.
+        """
+        raise NotImplementedError
 
     @classmethod
     @abstractmethod

@@ -12,6 +12,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from srnn.datasets.base import DataModule, Split
+from srnn.objectives.teacher import softened_cross_entropy
 from srnn.objectives.whole_sequence import WholeSequence
 from srnn.registry import register
 
@@ -63,3 +64,7 @@ class Classification(WholeSequence):
     def loss(outputs_BO: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy."""
         return F.cross_entropy(outputs_BO, targets)
+
+    def imitation(self, outputs: Tensor, teachers: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """Softened cross-entropy."""
+        return softened_cross_entropy(outputs, teachers, temperature).mean()

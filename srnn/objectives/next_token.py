@@ -20,6 +20,7 @@ from srnn.datasets.base import Batch, DataModule, Split
 from srnn.datasets.text import IGNORED, TextStreams
 from srnn.models.recurrent import TorchState, detach
 from srnn.objectives.base import Objective
+from srnn.objectives.teacher import softened_cross_entropy
 from srnn.registry import register
 
 
@@ -63,8 +64,12 @@ def mean_of_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Cross-entropy in nats; the mean over ranks is that over the targets of all ranks, of which some have fewer."""
     if distributed.ranks() == 1:
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
-    targets = (targets_BT != IGNORED).sum().to(torch.float32)
-    return sum_of_losses(logits_BTV, targets_BT) / distributed.mean_over_ranks(targets)
+    return sum_of_losses(logits_BTV, targets_BT) / mean_of_counts(targets_BT)
+
+
+def mean_of_counts(targets_BT: Tensor) -> Tensor:
+    """How many targets are not padding, as a mean over ranks."""
+    return distributed.mean_over_ranks((targets_BT != IGNORED).sum().to(torch.float32))
 
 
 @register.objective("next_token")
@@ -100,6 +105,8 @@ class NextToken(Objective):
     def on_train_epoch_start(self) -> None:
         """Every pass over the text starts from a zero state; Lightning does not call this in a resumed pass."""
         self.state = None
+        if self.teacher is not None:
+            self.teacher.state = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss over the batch's targets."""
@@ -108,7 +115,12 @@ class NextToken(Objective):
         self.state = detach(state)
         loss = mean_of_losses(logits_BTV, targets_BT)
         self.train_loss = loss.detach()
-        return loss
+        return self.taught(loss, inputs_BT, logits_BTV, targets_BT)
+
+    def imitation(self, outputs: Tensor, teachers: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """Softened cross-entropy, the mean over all targets that are not padding."""
+        losses = softened_cross_entropy(outputs.flatten(0, 1), teachers.flatten(0, 1), temperature)
+        return (losses * (targets.flatten() != IGNORED)).sum() / mean_of_counts(targets)
 
     def on_validation_epoch_start(self) -> None:
         """Set the training streams' state aside and start the text from zero."""
@@ -127,11 +139,15 @@ class NextToken(Objective):
         self.state = self._training_state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Every rank's streams' state, and the vocabulary, without which the weights mean nothing."""
+        """Every rank's streams' state, its teacher's, and the vocabulary, without which the weights mean nothing."""
         checkpoint["recurrent_state"] = distributed.gather(self.state)
+        if self.teacher is not None:
+            checkpoint["teacher_state"] = distributed.gather(self.teacher.state)
         if self.data.vocabulary is not None:
             checkpoint["vocabulary"] = self.data.vocabulary.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from the streams' state."""
         self.state = move_data_to_device(distributed.own(checkpoint["recurrent_state"]), self.device)
+        if self.teacher is not None:
+            self.teacher.state = move_data_to_device(distributed.own(checkpoint["teacher_state"]), self.device)

@@ -24,9 +24,10 @@ class WholeSequence(Objective):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss over the sequences."""
         inputs_BTI, targets = batch
-        loss = self.loss(self.call(inputs_BTI)[0], targets)
+        outputs_BO = self.call(inputs_BTI)[0]
+        loss = self.loss(outputs_BO, targets)
         self.train_loss = loss.detach()
-        return loss
+        return self.taught(loss, inputs_BTI, outputs_BO, targets)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up the scores."""

@@ -27,6 +27,7 @@ KINDS = {
     "kernel": "srnn.kernels",
     "optimizer": "srnn.training.optimizers",
     "schedule": "srnn.training.step_size",
+    "averaging": "srnn.training.averaging",
 }
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,8 +41,8 @@ class Registry:
     default (``*, vocabulary_size: int``) are no options: the run supplies them; ``**sizes`` takes all that it supplies.
 
     ``register.model(name)`` registers what it decorates, and so do ``dataset``, ``objective``, ``pruning``, ``kernel``,
-    ``optimizer`` and ``schedule``: each is ``add`` with its own name as the kind. A decorated class or function stays
-    as it is.
+    ``optimizer``, ``schedule`` and ``averaging``: each is ``add`` with its own name as the kind. A decorated class or
+    function stays as it is.
 
     Example:
         >>> import torch

@@ -76,8 +76,9 @@ def fit(run: Run, folder: RunFolder, wandb: Any = None) -> Recorder:
 
 
 def _callbacks(run: Run, folder: RunFolder, recorder: Recorder, last: LastCheckpoint) -> list[pl.Callback]:
-    """In the order in which they act: weights are masked before anything is recorded or saved."""
+    """In the order in which they act: weights and their average are masked before anything is recorded or saved."""
     return [
+        *([run.averaging] if run.averaging is not None else []),
         recorder.pruning,
         recorder,
         *([RunProgress(recorder.pruning)] if run.place.rank == 0 else []),

@@ -16,7 +16,7 @@ from srnn.datasets.base import DataModule
 from srnn.errors import UserError
 from srnn.inference.packed_file import read
 from srnn.inference.packing import PackedModel
-from srnn.inference.weights import read_checkpoint, read_weights
+from srnn.inference.weights import read_checkpoint, read_weights, weights_of
 from srnn.kernels import Kernel
 from srnn.objectives import Objective
 from srnn.pruning.methods import PruningMethod
@@ -24,12 +24,14 @@ from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import RunLength
 from srnn.registry import register
 from srnn.terminal import console
+from srnn.training.averaging import RunningAverage
 from srnn.training.cuda_graph import Graphed
 from srnn.training.init_vocabulary import TokenRows, read_tokens
 from srnn.training.moments import Moments
 from srnn.training.processes import Place
 from srnn.training.start_from import Initial, load_weights, read_initial
 from srnn.training.step_size import attach
+from srnn.training.teaching import teacher_of
 from srnn.vocabulary import ORDER, UNKNOWN, Vocabulary
 
 
@@ -50,6 +52,7 @@ class Run:
         reference: a dense model's weights by name, for a method that wants one.
         match: what was taken from ``init_from``; None without.
         checkpoint: what a resumed run starts from; None for a new one.
+        averaging: what averages the weights; None for the weights as they are.
     """
 
     config: Mapping[str, Any]
@@ -66,6 +69,7 @@ class Run:
     reference: Mapping[str, Tensor] | None = None
     match: Mapping[str, Any] | None = None
     checkpoint: Path | None = None
+    averaging: RunningAverage | None = None
 
     @property
     def seed(self) -> int:
@@ -122,11 +126,11 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
         checkpoint=checkpoint,
     )
     run.pruner()  # a first look: from now on the method knows its steps; the callback makes the pruner that counts
-    schedule = register.build(
-        "schedule", settings.schedule, moments=Moments.of(method, run.length), batches=len(data.train_dataloader())
-    )
+    moments, batches = Moments.of(method, run.length), len(data.train_dataloader())
+    schedule = register.build("schedule", settings.schedule, moments=moments, batches=batches)
     run.objective.schedule = partial(attach, schedule) if schedule is not None else None
-    return run
+    run.objective.teacher = teacher_of(settings.distill, run.objective)
+    return replace(run, averaging=register.build("averaging", settings.averaging, moments=moments))
 
 
 @dataclass(frozen=True)
@@ -192,8 +196,11 @@ def _check_training(settings: Settings, method: PruningMethod) -> None:
 
 
 def _go_on_from(model: nn.Module, checkpoint: Path) -> None:
+    saved = read_checkpoint(checkpoint)
+    if "current_model_state" in saved:  # there where `state_dict` is an average
+        saved = {"state_dict": saved["current_model_state"]}
     try:
-        model.load_state_dict(read_weights(checkpoint))
+        model.load_state_dict(weights_of(saved, checkpoint))
     except RuntimeError as error:
         raise UserError(f"{checkpoint} does not fit the network of its run: {' '.join(str(error).split())}") from None
 

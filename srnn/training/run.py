@@ -54,6 +54,9 @@ def train(
     """
     tracking = replace(settings.tracking, group=settings.tracking.group or group)
     settings = replace(settings, tracking=tracking)
+    if settings.distill.teacher is not None:  # a resumed run may be started from another folder
+        teacher = str(Path(settings.distill.teacher).expanduser().resolve())
+        settings = replace(settings, distill=replace(settings.distill, teacher=teacher))
     home = RunFolder(folder)
     if home.begun:
         raise UserError(f"{folder} holds a run already, which would be mixed with this one; set another hydra.run.dir.")

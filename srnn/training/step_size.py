@@ -24,7 +24,7 @@ Schedule = Callable[[torch.optim.Optimizer], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Decay:
+class Falling:
     """When the step size falls: from ``decay_from`` on, and again from ``restart_at`` on, where there is one.
 
     Attributes:
@@ -38,7 +38,7 @@ class Decay:
     end: int
 
     @classmethod
-    def resolve(cls, decay_from: Moment, restart_at: Moment | None, moments: Moments) -> Decay:
+    def resolve(cls, decay_from: Moment, restart_at: Moment | None, moments: Moments) -> Falling:
         """From options. Raises UserError unless 0 <= decay_from < restart_at < the last step."""
         first, end = moments.step("schedule.decay_from", decay_from), moments.run.total_steps
         again = None if restart_at is None else moments.step("schedule.restart_at", restart_at)
@@ -92,7 +92,7 @@ def step(
     moments: Moments,
 ) -> Schedule:
     """Multiplied by ``decay`` every so often."""
-    falls, rises, steps = Decay.resolve(decay_from, restart_at, moments), rising(warmup, moments), 0
+    falls, rises = Falling.resolve(decay_from, restart_at, moments), rising(warmup, moments)
     steps = moments.step("schedule.every", every)
     if steps < 1:
         raise UserError(f"schedule.every={every!r} must be at least one step.")
@@ -109,7 +109,7 @@ def cosine(
     moments: Moments,
 ) -> Schedule:
     """Falls by half a cosine to the end of the run (Loshchilov and Hutter, *SGDR*, ICLR 2017)."""
-    falls, rises = Decay.resolve(decay_from, restart_at, moments), rising(warmup, moments)
+    falls, rises = Falling.resolve(decay_from, restart_at, moments), rising(warmup, moments)
 
     def factor(itr: int) -> float:
         done, span = falls.since(itr)
@@ -128,7 +128,7 @@ class PlateauFrom(ReduceLROnPlateau):
         options: of torch's.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, falls: Decay, steps: float, **options: Any) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, falls: Falling, steps: float, **options: Any) -> None:
         super().__init__(optimizer, **options)
         self.decay_from, self.restart_at, self.steps = falls.decay_from, falls.restart_at, steps
         self.full = [group["lr"] for group in optimizer.param_groups]
@@ -158,7 +158,7 @@ def plateau(
     batches: int,
 ) -> Schedule:
     """Multiplied by ``decay`` when the validation loss no longer falls."""
-    falls, steps = Decay.resolve(decay_from, restart_at, moments), moments.step("schedule.warmup", warmup)
+    falls, steps = Falling.resolve(decay_from, restart_at, moments), moments.step("schedule.warmup", warmup)
 
     def schedulers(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         lowers = PlateauFrom(optimizer, falls, moments.run.steps_per_epoch, factor=decay, patience=patience)

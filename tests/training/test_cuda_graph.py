@@ -49,7 +49,15 @@ def test_a_graph_trains_as_eager_does(make, dtype):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize("data", [[], ["dataset=adding", "dataset.train_sequences=400"]], ids=["text", "adding"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        ["dataset=adding", "dataset.train_sequences=400"],
+        ["dataset=adding", "dataset.train_sequences=400", "averaging=ema", "schedule=cosine"],
+    ],
+    ids=["text", "adding", "averaged"],
+)
 def test_runs_on_a_gpu(tmp_path, precision, data):
     small = [o for o in SMALL if not data or not o.startswith(("dataset.sequence", "model.embedding"))]
     chosen = [*small, "trainer=gpu", f"trainer.precision={precision}", "trainer.limit_epochs=5",

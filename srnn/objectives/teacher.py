@@ -1,0 +1,64 @@
+"""A trained network whose outputs another one learns to give: distillation.
+
+Hinton, Vinyals and Dean, *Distilling the knowledge in a neural network*, 2015.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Teacher:
+    """A trained network that is asked what it makes of each training batch; it is no part of what is trained.
+
+    Args:
+        model: ``outputs, state = model(inputs, state)``; any sizes inside.
+        carried: what of a batch's final state the next batch starts from, as the objective says.
+        temperature: what logits are divided by before they are compared.
+        weight: of its part in the loss; the targets' part has the rest.
+
+    Attributes:
+        state: what the next batch starts from.
+    """
+
+    def __init__(self, model: nn.Module, carried: Callable[[Any], Any], temperature: float, weight: float) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.carried = carried
+        self.temperature = temperature
+        self.weight = weight
+        self.state: Any = None
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Its outputs, without gradients; the state goes on to the next batch."""
+        self.model.to(inputs.device)  # which is where it is, but for the first batch
+        outputs, state = self.model(inputs, self.state)
+        self.state = self.carried(state)
+        return outputs
+
+
+def softened_cross_entropy(logits: Tensor, teachers: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of the teacher's softened distribution and the student's, times the temperature squared.
+
+    The square keeps the gradients' size, which falls with it (Hinton et al. 2015, section 2.1).
+
+    Args:
+        logits: of the student, [N, classes].
+        teachers: logits of the teacher, [N, classes].
+        temperature: what both are divided by.
+
+    Returns:
+        One number a row, in nats times the temperature squared.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[0.0, 2.0]])
+        >>> softened_cross_entropy(logits, logits, 1.0).round(decimals=4)
+        tensor([0.3653])
+    """
+    soft = torch.softmax(teachers / temperature, -1)
+    return temperature**2 * nn.functional.cross_entropy(logits / temperature, soft, reduction="none")

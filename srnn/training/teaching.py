@@ -1,0 +1,94 @@
+"""The teacher of a run: read from another run's folder, one of its checkpoints, or a packed file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from srnn.config.composing import read_settings
+from srnn.config.settings import DistillConfig
+from srnn.datasets.base import DataModule
+from srnn.errors import UserError
+from srnn.inference.packed_file import read
+from srnn.inference.unpacking import unpack
+from srnn.inference.weights import read_checkpoint, weights_of
+from srnn.objectives import Objective
+from srnn.objectives.teacher import Teacher
+from srnn.registry import register
+from srnn.run_folder import RunFolder
+from srnn.vocabulary import Vocabulary
+
+
+def teacher_of(chosen: DistillConfig, objective: Objective) -> Teacher | None:
+    """The teacher that a config names; None if it names none.
+
+    Raises:
+        UserError: there is no network, or it is of other data, or the objective cannot learn from one.
+    """
+    if chosen.teacher is None:
+        return None
+    if type(objective).imitation is Objective.imitation:
+        raise UserError(
+            f"distill.teacher={chosen.teacher}: the objective {objective.data.objective} has no `imitation`, so it "
+            f"cannot learn from a teacher."
+        )
+    model = _read_network(chosen.teacher, objective.data)
+    return Teacher(model, objective.carried, chosen.temperature, chosen.weight)
+
+
+def _read_network(given: str, data: DataModule) -> nn.Module:
+    path = Path(given).expanduser()
+    if path.is_dir():
+        run = RunFolder(path)
+        found = [file for file in (run.packed, run.best) if file.is_file()]
+        if not found:
+            raise UserError(f"distill.teacher={given}: this folder is no finished run: it has no packed file.")
+        path = found[0]
+    if not path.is_file():
+        raise UserError(
+            f"distill.teacher={given}: no such file; give a run's folder, one of its checkpoints, or a packed file."
+        )
+    if path.suffix == ".safetensors":
+        packed = read(path)
+        _check_data(given, packed.supplied, packed.vocabulary, data)
+        return unpack(packed)
+    return _of_checkpoint(given, path, data)
+
+
+def _of_checkpoint(given: str, path: Path, data: DataModule) -> nn.Module:
+    """The network of a run's checkpoint, which its folder's config describes."""
+    config = RunFolder(path.resolve().parent.parent).config
+    if not config.is_file():
+        raise UserError(
+            f"distill.teacher={given}: a checkpoint alone does not say which network it is of: give one in a run's "
+            f"folder, the folder itself, or a packed file."
+        )
+    checkpoint = read_checkpoint(path)
+    vocabulary = checkpoint.get("vocabulary")
+    _check_data(given, data.sizes, Vocabulary.from_dict(vocabulary) if vocabulary else None, data)
+    with torch.random.fork_rng(devices=[]):  # its initial weights, which are replaced, take no numbers from the run
+        model: nn.Module = register.build("model", read_settings(config).model, **data.sizes)
+    try:
+        model.load_state_dict(weights_of(checkpoint, path))
+    except RuntimeError as error:
+        raise UserError(
+            f"distill.teacher={given}: it is of other data: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    return model
+
+
+def _check_data(given: str, sizes: Mapping[str, Any], vocabulary: Vocabulary | None, data: DataModule) -> None:
+    """Raise UserError unless the teacher's inputs and outputs mean what this run's do."""
+    if dict(sizes) != dict(data.sizes):
+        raise UserError(
+            f"distill.teacher={given}: it is of other data: its sizes are {dict(sizes)}, this run's {data.sizes}."
+        )
+    if data.vocabulary is not None and (vocabulary is None or vocabulary.to_dict() != data.vocabulary.to_dict()):
+        raise UserError(
+            f"distill.teacher={given}: its vocabulary is not this run's: train on the text that it was trained on, or "
+            f"take its vocabulary by starting from it (init_from={given})."
+        )

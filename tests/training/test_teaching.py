@@ -1,0 +1,147 @@
+"""Distillation: the formula, the teacher's state, and who may teach."""
+
+import shutil
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from srnn.__main__ import main
+from srnn.config.composing import compose_settings
+from srnn.config.settings import Settings
+from srnn.datasets.text import IGNORED
+from srnn.errors import UserError
+from srnn.inference.weights import read_weights
+from srnn.models import gru, lstm
+from srnn.objectives import Objective
+from srnn.objectives.teacher import Teacher, softened_cross_entropy
+from srnn.training.preparing import prepare
+from tests.conftest import QUIET
+from tests.training.test_resume import RUN, check_same_run, interrupt_after
+
+SEQUENCES = [o for o in QUIET if not o.startswith(("dataset.sequence_length", "model.embedding"))]
+
+
+def test_softened_cross_entropy_is_hintons():
+    logits, teachers = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
+    found = softened_cross_entropy(logits, teachers, 3.0)
+    p, log_p = (f(teachers / 3, -1) for f in (torch.softmax, torch.log_softmax))
+    # Up to the teacher's own entropy it is the divergence of the two.
+    divergence = F.kl_div(torch.log_softmax(logits / 3, -1), p, reduction="none").sum(-1)
+    torch.testing.assert_close(found, 9 * (divergence - (p * log_p).sum(-1)))
+    (slope,) = torch.autograd.grad(found.sum(), logits)
+    torch.testing.assert_close(slope, 3 * (torch.softmax(logits.detach() / 3, -1) - p))
+
+
+def loss_of(objective, batch):
+    """Of a training step, and what the hard loss is."""
+    objective.model.eval()
+    return objective.training_step(batch, 0), objective.train_loss
+
+
+def test_next_tokens_by_hand_over_two_batches():
+    objective = prepare(compose_settings(QUIET)).objective
+    size = objective.data.sizes["vocabulary_size"]
+    teacher = lstm(7, 5, num_layers=2, vocabulary_size=size).eval()
+    objective.teacher = Teacher(teacher, objective.carried, temperature=2.0, weight=0.3)
+    tokens, targets = torch.randint(0, size, (4, 12)), torch.randint(0, size, (4, 12))
+    targets[2:, 9:] = IGNORED
+    teachers = teacher(tokens)[0].detach()
+    for part in (slice(0, 5), slice(5, 12)):
+        loss, hard = loss_of(objective, (tokens[:, part], targets[:, part]))
+        counted = targets[:, part] != IGNORED
+        logits = objective.model(tokens)[0][:, part].detach()
+        soft = softened_cross_entropy(logits[counted], teachers[:, part][counted], 2.0).mean()
+        torch.testing.assert_close(hard, F.cross_entropy(logits[counted], targets[:, part][counted]))
+        torch.testing.assert_close(loss.detach(), 0.7 * hard + 0.3 * soft)
+    objective.on_train_epoch_start()
+    assert objective.teacher.state is None, "a pass starts from the beginning of the text"
+
+
+@pytest.mark.parametrize("dataset", ["digits", "adding"])
+def test_whole_sequences_by_hand(dataset):
+    if dataset == "digits":
+        pytest.importorskip("sklearn")
+    objective = prepare(compose_settings([*SEQUENCES, f"dataset={dataset}"])).objective
+    teacher = gru(7, **objective.data.sizes).eval()
+    inputs, targets = next(iter(objective.data.train_dataloader()))
+    objective.teacher = Teacher(teacher, objective.carried, temperature=2.0, weight=0.3)
+    for _ in range(2):  # each sequence from a zero state
+        loss, hard = loss_of(objective, (inputs, targets))
+        outputs, teachers = objective.model(inputs)[0].detach(), teacher(inputs)[0].detach()
+        if dataset == "digits":
+            soft = softened_cross_entropy(outputs, teachers, 2.0).mean()
+        else:
+            soft = (outputs - teachers).square().mean()
+        torch.testing.assert_close(loss.detach(), 0.7 * hard + 0.3 * soft)
+
+
+def test_the_same_teacher_from_a_folder_a_checkpoint_and_a_packed_file(text_run):
+    tokens = torch.randint(0, 90, (2, 9))
+    found = []
+    for name in ("", "/model.safetensors", "/checkpoints/best.ckpt", "/checkpoints/best-dense.ckpt"):
+        run = prepare(compose_settings([*QUIET, "model.hidden_size=12", f"distill.teacher={text_run}{name}"]))
+        assert not any(p.requires_grad for p in run.objective.teacher.model.parameters())
+        assert not [key for key in run.objective.state_dict() if "teacher" in key], "no part of checkpoints"
+        found.append(run.objective.teacher(tokens))
+        start = run.model.state_dict()
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2], atol=2e-3, rtol=2e-3)  # fp16 in the packed file
+    assert not torch.allclose(found[2], found[3], atol=1e-2)
+    alone = prepare(compose_settings([*QUIET, "model.hidden_size=12"])).model.state_dict()
+    assert all(torch.equal(start[name], weight) for name, weight in alone.items()), "a teacher draws no numbers"
+
+
+def test_who_cannot_teach(tmp_path, text_run, monkeypatch):
+    (tmp_path / "a.txt").write_text("abcdefgh ijklm nop.\n" * 300)
+    other = [*QUIET, "dataset=text", f"dataset.path={tmp_path}/a.txt"]
+    shutil.copy(text_run / "checkpoints/best.ckpt", tmp_path / "alone.ckpt")
+    for chosen, teacher, words in (
+        (other, text_run, "it is of other data: its sizes are"),
+        (other, text_run / "checkpoints/best.ckpt", "its vocabulary is not this run's"),
+        ([*SEQUENCES, "dataset=adding"], text_run, "it is of other data"),
+        (QUIET, tmp_path / "none", "no such file; give a run's folder"),
+        (QUIET, tmp_path, "this folder is no finished run"),
+        (QUIET, tmp_path / "alone.ckpt", "a checkpoint alone does not say which network it is of"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prepare(compose_settings([*chosen, f"distill.teacher={teacher}"]))
+    settings = compose_settings([*QUIET, f"distill.teacher={text_run}"])
+    monkeypatch.setattr("srnn.objectives.NextToken.imitation", Objective.imitation)
+    with pytest.raises(UserError, match="the objective next_token has no `imitation`"):
+        prepare(settings)
+
+
+def test_a_config_of_before_has_no_teacher():
+    config = compose_settings(QUIET).as_dict()
+    del config["distill"]
+    assert prepare(Settings.check(config)).objective.teacher is None
+
+
+def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, text_run):
+    chosen = [*RUN, f"distill.teacher={text_run}", "distill.weight=0.8", "averaging=ema", "schedule=cosine"]
+    before = read_weights(text_run / "checkpoints/best.ckpt")
+    assert main([*chosen, f"hydra.run.dir={tmp_path}/one"]) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 13)
+        assert main([*chosen, f"hydra.run.dir={tmp_path}/two"]) == 130
+    assert main([f"resume={tmp_path}/two"]) == 0
+    check_same_run(tmp_path / "one", tmp_path / "two")
+    after = read_weights(text_run / "checkpoints/best.ckpt")
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.slow
+def test_two_processes_with_teacher_schedule_and_average_are_one(tmp_path, monkeypatch, text_run):
+    chosen = [*QUIET, f"distill.teacher={text_run}", "averaging=ema", "schedule=cosine", "schedule.warmup=3"]
+    assert main([*chosen, f"hydra.run.dir={tmp_path}/one"]) == 0
+    assert main([*chosen, "trainer.devices=2", f"hydra.run.dir={tmp_path}/two"]) == 0
+    wanted, got = (read_weights(tmp_path / f"{name}/checkpoints/best.ckpt") for name in ("one", "two"))
+    for name, weight in wanted.items():
+        assert torch.equal(got[name] != 0, weight != 0), name
+        assert torch.allclose(got[name], weight, atol=1e-4), name
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 13)
+        assert main([*chosen, "trainer.devices=2", f"hydra.run.dir={tmp_path}/stopped"]) == 130
+    assert main([f"resume={tmp_path}/stopped"]) == 0
+    check_same_run(tmp_path / "two", tmp_path / "stopped")
