@@ -209,10 +209,8 @@ def print_report(report: dict[str, Any]) -> None:
             table.add_row(title.format(**told), words.format(**told))
     table.add_section()
     for layer in report["layers"]:
-        table.add_row(
-            f"{layer['parameter']}: {layer['nonzeros']:,} of {layer['weights']:,} weights left",
-            f"{100 * layer['sparsity']:.2f} % sparse",
-        )
+        left = f"{layer['nonzeros']:,} of {layer['weights']:,} left"
+        table.add_row(layer["parameter"], f"{left}, {100 * layer['sparsity']:.2f} % sparse")
     table.add_section()
     sparsity = report["sparsity"]
     if report["layers"]:
@@ -228,12 +226,13 @@ def print_report(report: dict[str, Any]) -> None:
         if kind in latency:
             dense, sparse = latency[kind]["dense"], latency[kind]["sparse"]
             table.add_row(
-                f"one stream, {steps}, {plural(latency['threads'], 'thread')}: dense, packed",
+                f"one stream, {steps}: dense, packed",
                 f"{1e6 * dense:,.0f} us, {1e6 * sparse:,.0f} us ({dense / sparse:.2f}x)",
             )
     seconds = report["seconds"]
     share = 100 * seconds["pruning"] / seconds["training_loop"]
-    table.add_row("time in the training loop, inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
+    table.add_row("training loop, of it inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
+    table.caption = f"one stream: {plural(latency['threads'], 'thread')}, and dense as fast as it gets here"
     console.print(table)
     for part, batches in report["limits"].items():
         words = f"Only the first {batches} batches of the {part} part were used (trainer.limit_...)"
@@ -251,7 +250,7 @@ def print_report(report: dict[str, Any]) -> None:
 def _print_choices(choices: Sequence[Mapping[str, Any]], threads: int) -> None:
     """The backend that each layer runs on; every candidate's time, and why others cannot run, is in the report."""
     table = Table(title=f"Backends measured and chosen ({plural(threads, 'thread')})")
-    for column in ("layer", "use", "backend", "us", "dense, us"):
+    for column in ("layer, inputs to units", "use", "backend", "us", "dense, us"):
         table.add_column(column, justify="right" if column.endswith("us") else "left")
     for choice in choices:
         seconds = choice["seconds"]  # none where there was one candidate
