@@ -128,8 +128,7 @@ class RunProgress(ProgressBar):
         if not self._screen.bar:
             return
         self._progress = Progress(
-            TextColumn(self._screen.title, markup=False),
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[title]}step {task.completed:.0f}/{task.total:.0f}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[numbers]}"),
             TimeElapsedColumn(),
@@ -138,7 +137,8 @@ class RunProgress(ProgressBar):
             transient=bool(self._screen.title),
         )
         total = self.pruning.pruner.run.total_steps
-        self._task = self._progress.add_task("", total=total, completed=trainer.global_step, numbers="")
+        done, title = trainer.global_step, self._screen.title
+        self._task = self._progress.add_task("", total=total, completed=done, numbers="", title=title)
         self._progress.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
