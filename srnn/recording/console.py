@@ -234,9 +234,10 @@ def print_report(report: dict[str, Any]) -> None:
     table.add_row("training loop, of it inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
     table.caption = f"one stream: {plural(latency['threads'], 'thread')}, and dense as fast as it gets here"
     console.print(table)
-    for part, batches in report["limits"].items():
-        words = f"Only the first {batches} batches of the {part} part were used (trainer.limit_...)"
-        console.print(f"{words}." if part == "train" else f"{words}; `srnn evaluate` takes all.", soft_wrap=True)
+    if report["limits"]:
+        used = ", ".join(f"{batches} of {part}" for part, batches in report["limits"].items())
+        whole = "; `srnn evaluate` takes all" if report["limits"].keys() - {"train"} else ""
+        console.print(f"Only the first batches were used, {used} (trainer.limit_...){whole}.")
     if latency["choices"]:
         _print_choices(latency["choices"], latency["threads"])
     if sparsity["wanted"] is not None and abs(sparsity["reached"] - sparsity["wanted"]) > MISSED:
@@ -250,6 +251,7 @@ def print_report(report: dict[str, Any]) -> None:
 def _print_choices(choices: Sequence[Mapping[str, Any]], threads: int) -> None:
     """The backend that each layer runs on; every candidate's time, and why others cannot run, is in the report."""
     table = Table(title=f"Backends measured and chosen ({plural(threads, 'thread')})")
+    table.caption = "all measurements, and what cannot run: report.json, latency.choices"
     for column in ("layer, inputs to units", "use", "backend", "us", "dense, us"):
         table.add_column(column, justify="right" if column.endswith("us") else "left")
     for choice in choices:
