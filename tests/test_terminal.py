@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from srnn.terminal import console
+from srnn.terminal import console, logged, screen
 
 SAY = "from srnn.terminal import *; show_what_can_be_shown(); {}"
 
@@ -18,6 +18,20 @@ def test_brackets_are_no_markup():
     with console.capture() as capture:
         console.print("Everything is in runs [old]/a, not [/b] :smile:", soft_wrap=True)
     assert capture.get() == "Everything is in runs [old]/a, not [/b] :smile:\n"
+
+
+def test_what_a_job_of_a_sweep_prints_is_in_its_log(tmp_path, capsys):
+    log = tmp_path / "log.txt"
+    log.write_text("before\n")
+    assert (screen().console, screen().title) == (console, "")
+    with logged(log, "job", bar=True):
+        console.print("inside", style="bold")
+        screen().console.print(f"{screen().title}step 1")
+        assert not screen().bar, "there is no terminal"
+    console.print("after")
+    assert log.read_text() == "before\ninside\n"
+    assert capsys.readouterr().out == "job: step 1\nafter\n"
+    assert screen().console is console
 
 
 def test_what_the_output_cannot_show_is_escaped():

@@ -47,19 +47,21 @@ def packed_verdict(rows: Sequence[PackedRow]) -> str:
     return f"Use: {'; '.join(words)}."
 
 
-def stream_verdict(rows: Sequence[StreamRow]) -> str:
+def stream_verdict(rows: Sequence[StreamRow]) -> str | None:
     """The sparse network of the shortest step, at the median, over the best dense one."""
     named = [(f"{row.network} with {plural(row.threads, 'thread')}", row.p50_us) for row in rows]
     return _over_dense(named, lambda name: name.startswith("cpu "))
 
 
-def network_verdict(rows: Sequence[NetworkRow]) -> str:
+def network_verdict(rows: Sequence[NetworkRow]) -> str | None:
     """The sparse network of the shortest sequence, over the best dense one."""
     named = [(f"{row.network}, {row.what}", row.median_us) for row in rows if row.what.startswith("sequence")]
     return _over_dense(named, lambda name: not name.startswith("dense"))
 
 
-def _over_dense(named: Sequence[tuple[str, float]], is_sparse: Callable[[str], bool]) -> str:
-    dense = min(us for name, us in named if not is_sparse(name))
-    name, us = min(((name, us) for name, us in named if is_sparse(name)), key=lambda pair: pair[1])
+def _over_dense(named: Sequence[tuple[str, float]], is_sparse: Callable[[str], bool]) -> str | None:
+    dense = min((us for name, us in named if not is_sparse(name)), default=None)
+    name, us = min(((name, us) for name, us in named if is_sparse(name)), key=lambda pair: pair[1], default=("", 0.0))
+    if dense is None or not name:
+        return None
     return f"Use {name}: {dense / us:.1f}x the best dense." if us < dense else "Stay dense: no sparse one is faster."

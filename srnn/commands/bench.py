@@ -176,7 +176,8 @@ def _packed(run: str, limit: float) -> int:
 
     path = packed_file(run)
     rows = measure_packed(path, limit)
-    made = Table(title=f"{path}, one stream, {plural(torch.get_num_threads(), 'thread')}", title_justify="left")
+    console.print(f"{path}", soft_wrap=True)
+    made = Table(title=f"one stream, {plural(torch.get_num_threads(), 'thread')}", title_justify="left")
     for column in ("what", "backend", "median", "over dense"):
         made.add_column(column, justify="right" if column in ("median", "over dense") else "left")
     for what, several in groupby(rows, key=lambda row: row.what):

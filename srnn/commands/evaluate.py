@@ -32,7 +32,8 @@ def main(run: RunOption, kernel: KernelOption = "auto") -> int:
     scores = {part: trained.objective.score(model, data, part) for part in ("valid", "test")}
     table = Table(title=f"{packed.model['name']} on {packed.about['dataset']['name']}, from {path.name}")
     table.caption = "the packed file, on all of each part"
-    for column in ("part", data.unit, *(name.replace("_", " ") for name in scores["test"])):
+    of_tokens = {"perplexity": f"perplexity a {data.vocabulary.level[:-1]}"} if data.vocabulary else {}
+    for column in ("part", data.unit, *(of_tokens.get(name, name.replace("_", " ")) for name in scores["test"])):
         table.add_column(column, justify="right" if column != "part" else "left")
     titles: dict[Split, str] = {"valid": "validation", "test": "test"}
     for part, words in titles.items():

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from srnn.commands.options import Help, command
-from srnn.config.composing import check_choice, conf_folder, conf_folders, parse_override, presets
+from srnn.config.composing import check_choice, compose_hydra, conf_folder, conf_folders, parse_override, presets
 from srnn.config.settings import COMPONENTS, GROUPS, SECTIONS, Settings, options_of
 from srnn.errors import UserError, did_you_mean
 from srnn.registry import Option, register, type_name
@@ -29,7 +29,7 @@ OTHERS = {
 ADVICE = {
     "pruning": """Which one? Bits per character of the main job at 90 % zeros (dense: 2.53), and how
 many times as fast as the best dense one a GRU of 1024 units is on a CPU thread:
-  for the best score: pruning=cubic (2.68, 3.6x) or gradual, the paper's (2.69, 3.6x)
+  for the best score: pruning=cubic (2.68, 3.6x) or gradual (2.69, 3.6x)
   for speed:          pruning=cubic pruning.structure=16x1 (2.86, 11.6x)
 """,
 }
@@ -71,8 +71,7 @@ def _title(group: str) -> str:
 def _menu() -> Table:
     """Every name, with a sentence."""
     table = Table.grid(padding=(0, 2, 0, 0))
-    defaults = [entry for entry in OmegaConf.load(conf_folder() / "config.yaml").defaults if not isinstance(entry, str)]
-    chosen = {str(group): name for entry in defaults for group, name in entry.items()}
+    chosen = compose_hydra([]).runtime.choices
     for group in (*GROUPS, "others"):
         default = chosen.get(group)
         table.add_row(

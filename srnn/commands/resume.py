@@ -10,7 +10,8 @@ from srnn.run_folder import RunFolder
 
 _HELP = """usage: srnn resume RUN
 
-Resume a run that was stopped, as it was configured. On a CPU the result is the uninterrupted run's, bit for bit.
+Resume a run that was stopped, as it was configured. On a CPU the result is
+the uninterrupted run's, bit for bit.
 
   RUN    its folder, such as outputs/RUN; also run=RUN, and `srnn resume=RUN`"""
 

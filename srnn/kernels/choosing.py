@@ -56,7 +56,7 @@ class Choice:
         winner: name of the candidate.
         seconds: candidate -> median time of a call; empty where there was only one candidate.
         left_out: candidate -> why it cannot run.
-        layer: its kind and sizes, in words.
+        layer: its kind, inputs and units, in words.
         use: how much of a call was timed, in words.
     """
 
@@ -105,7 +105,7 @@ class _Chooser(Kernel):
             x_BI = torch.randn(batch, matrix.shape[1], device=device, dtype=dtype)
             return lambda: ready(x_BI)
 
-        layer = f"linear, {matrix.shape[1]} inputs, {matrix.shape[0]} outputs"
+        layer = f"linear {matrix.shape[1]} to {matrix.shape[0]}"
         what = f"product {_describe(matrix)}"
         pick = _Pick[Product](self, what, layer, matrix, device, dtype, prepare, call)
         return lambda x_NI: pick(x_NI.shape[0], 1)(x_NI)
@@ -123,7 +123,7 @@ class _Chooser(Kernel):
             return lambda: ready(u_NG, sizes, state)
 
         what = f"{weights.cell} recurrence {_describe(weights.w_hh)}"
-        layer = f"{weights.cell} recurrence, {weights.hidden_size} units"
+        layer = f"{weights.cell} recurrence {weights.hidden_size}"
         return _ChosenRecurrence(_Pick[Recurrence](self, what, layer, weights, device, dtype, prepare, call))
 
     def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
@@ -140,7 +140,7 @@ class _Chooser(Kernel):
 
         kind = f"{weights.cell}{' reversed' * weights.reverse}"
         what = f"{kind} {' '.join(_describe(m) for m in weights.matrices.values())}"
-        layer = f"{kind}, {_sizes(weights)}"
+        layer = f"{kind} {weights.w_ih.shape[1]} to {weights.hidden_size}"
         return _ChosenLayer(_Pick[Layer](self, what, layer, weights, device, dtype, prepare, call))
 
     def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
@@ -156,7 +156,7 @@ class _Chooser(Kernel):
             return lambda: ready.run(x_NI, equal_lengths(steps, batch), state)
 
         what = f"{forward.cell} both ways {' '.join(_describe(m) for m in forward.matrices.values())}"
-        layer = f"{forward.cell} both ways, {_sizes(forward)}"
+        layer = f"{forward.cell} both ways {forward.w_ih.shape[1]} to {forward.hidden_size}"
         return _ChosenLayer(_Pick[Layer](self, what, layer, forward, device, dtype, prepare, call))
 
     def choose(
@@ -229,9 +229,9 @@ class _Pick(Generic[P]):
         steps = _STEPS.get(self.device.type, 16) if sequence else 1
         kind = f"{batch} at a time, {'sequences' if sequence else 'single steps'}, {threads} threads"
         what = f"{self.what}, {kind}"
-        several = f"{batch:,} {'row' if isinstance(self.weights, SparseMatrix) else 'stream'}{'s' * (batch > 1)}"
-        use = several if isinstance(self.weights, SparseMatrix) else f"{several}, {steps} step{'s' * (steps > 1)}"
-
+        plural = "s" * (batch > 1)
+        of_layer = f"{batch:,} stream{plural}, {steps} step{'s' * sequence}"
+        use = f"{batch:,} row{plural}" if isinstance(self.weights, SparseMatrix) else of_layer
         calls = {name: partial(self._call, name, batch, steps) for name in able}
         return self.chooser.choose(what, (self.device, self.dtype), calls, left_out, (self.layer, use)).winner
 
@@ -351,10 +351,6 @@ def processor(device: torch.device) -> str:
     except OSError:
         pass
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _sizes(weights: LayerWeights) -> str:
-    return f"{weights.w_ih.shape[1]} inputs, {weights.hidden_size} units"
 
 
 def _describe(matrix: SparseMatrix) -> str:

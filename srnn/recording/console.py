@@ -128,8 +128,7 @@ class RunProgress(ProgressBar):
         if not self._screen.bar:
             return
         self._progress = Progress(
-            TextColumn(self._screen.title, markup=False),
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[title]}step {task.completed:.0f}/{task.total:.0f}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[numbers]}"),
             TimeElapsedColumn(),
@@ -138,7 +137,8 @@ class RunProgress(ProgressBar):
             transient=bool(self._screen.title),
         )
         total = self.pruning.pruner.run.total_steps
-        self._task = self._progress.add_task("", total=total, completed=trainer.global_step, numbers="")
+        done, title = trainer.global_step, self._screen.title
+        self._task = self._progress.add_task("", total=total, completed=done, numbers="", title=title)
         self._progress.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -209,10 +209,8 @@ def print_report(report: dict[str, Any]) -> None:
             table.add_row(title.format(**told), words.format(**told))
     table.add_section()
     for layer in report["layers"]:
-        table.add_row(
-            f"{layer['parameter']}: {layer['nonzeros']:,} of {layer['weights']:,} weights left",
-            f"{100 * layer['sparsity']:.2f} % sparse",
-        )
+        left = f"{layer['nonzeros']:,} of {layer['weights']:,} left"
+        table.add_row(layer["parameter"], f"{left}, {100 * layer['sparsity']:.2f} % sparse")
     table.add_section()
     sparsity = report["sparsity"]
     if report["layers"]:
@@ -228,17 +226,19 @@ def print_report(report: dict[str, Any]) -> None:
         if kind in latency:
             dense, sparse = latency[kind]["dense"], latency[kind]["sparse"]
             table.add_row(
-                f"one stream, {steps}, {plural(latency['threads'], 'thread')}: dense, packed",
+                f"one stream, {steps}: dense, packed",
                 f"{1e6 * dense:,.0f} us, {1e6 * sparse:,.0f} us ({dense / sparse:.2f}x)",
             )
     seconds = report["seconds"]
     if seconds["training_loop"]:
         share = 100 * seconds["pruning"] / seconds["training_loop"]
-        table.add_row("time in the training loop, inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
+        table.add_row("training loop, of it inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
+    table.caption = f"one stream: {plural(latency['threads'], 'thread')}, and dense as fast as it gets here"
     console.print(table)
-    for part, batches in report["limits"].items():
-        words = f"Only the first {batches} batches of the {part} part were used (trainer.limit_...)"
-        console.print(f"{words}." if part == "train" else f"{words}; `srnn evaluate` takes all.", soft_wrap=True)
+    if report["limits"]:
+        used = ", ".join(f"{batches} of {part}" for part, batches in report["limits"].items())
+        whole = "; `srnn evaluate` takes all" if report["limits"].keys() - {"train"} else ""
+        console.print(f"Only the first batches were used, {used} (trainer.limit_...){whole}.")
     if latency["choices"]:
         _print_choices(latency["choices"], latency["threads"])
     if sparsity["wanted"] is not None and abs(sparsity["reached"] - sparsity["wanted"]) > MISSED:
@@ -252,7 +252,8 @@ def print_report(report: dict[str, Any]) -> None:
 def _print_choices(choices: Sequence[Mapping[str, Any]], threads: int) -> None:
     """The backend that each layer runs on; every candidate's time, and why others cannot run, is in the report."""
     table = Table(title=f"Backends measured and chosen ({plural(threads, 'thread')})")
-    for column in ("layer", "use", "backend", "us", "dense, us"):
+    table.caption = "all measurements, and what cannot run: report.json, latency.choices"
+    for column in ("layer, inputs to units", "use", "backend", "us", "dense, us"):
         table.add_column(column, justify="right" if column.endswith("us") else "left")
     for choice in choices:
         seconds = choice["seconds"]  # none where there was one candidate

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -228,7 +229,7 @@ def _explain(
         said = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed: {lines[-1] if lines else code}"
         raise UserError(
             f"rank {rank} of trainer.devices={len(processes) + 1} {said}. SRNN_DEBUG=1 shows all it says. If there is "
-            f"a checkpoint, resume it: srnn resume={folder}"
+            f"a checkpoint, resume it: srnn resume {shlex.quote(str(folder))}"
         ) from error
 
 

@@ -69,6 +69,11 @@ def test_a_stream(us, told):
     assert stream_verdict([of(StreamRow, network=n, threads=t, p50_us=p50) for n, t, p50 in rows]) == told
 
 
+def test_there_is_no_verdict_without_both():
+    assert stream_verdict([of(StreamRow, network="best dense", threads=1, p50_us=1.0)]) is None
+    assert network_verdict([of(NetworkRow, network="90 % 32x1", what="sequence", median_us=1.0)]) is None
+
+
 def test_a_network_on_a_gpu():
     rows = [
         ("dense", "sequence", 90.0),

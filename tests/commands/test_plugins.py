@@ -123,6 +123,8 @@ def test_doctor_names_what_is_in_the_way(tmp_path, capsys, monkeypatch):
         "cores",
         "kernel=cpu",
         "runs on: cpu",
+        "from OMP_NUM_THREADS=1",
+        "ready: scikit-learn",
         "(from SRNN_CACHE)",
         "GiB free",
         "dataset=brackets",
@@ -131,11 +133,14 @@ def test_doctor_names_what_is_in_the_way(tmp_path, capsys, monkeypatch):
         assert word in shown
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SRNN_CACHE", str(tmp_path / "file"))
+    monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr("importlib.metadata.version", lambda name: _missing(name))
     assert main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert "is not installed: pip install wandb" in shown
     assert "pip install srnn" not in shown
+    assert "needs scikit-learn: pip install 'srnn[digits]'" in shown
+    assert "torch's own choice; OMP_NUM_THREADS=N sets another" in shown
     assert "cannot be written" in shown
 
 

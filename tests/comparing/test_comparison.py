@@ -146,8 +146,8 @@ def test_mistakes(sweep, tmp_path, capsys):
     (damaged / "config.yaml").write_text("seed: 0")
     (damaged / "report.json").write_text("{}")
     for arguments, words in (
-        ([], "give folders of runs"),
-        ([sweep, "--wandb", "me/srnn"], "give folders of runs"),
+        ([], "Give folders, as outputs/SWEEP or run=outputs/SWEEP"),
+        ([sweep, "--wandb", "me/srnn"], "which runs? Give folders"),
         ([tmp_path / "none"], "no run is there"),
         ([tmp_path / "begun"], "none of these runs is finished"),
         ([damaged], "its report or metrics are damaged"),

@@ -139,8 +139,12 @@ def test_a_failed_job_stops_no_other_and_the_same_command_goes_on(tmp_path, caps
     finished = tmp_path / "sweep/gru_gradual_path-there.txt_s0/report.json"
     first = finished.stat().st_mtime_ns
     (tmp_path / "gone.txt").write_text(text)
-    assert main([*command, "seed=0,1"]) == 0, "a larger sweep finds the jobs of a smaller one"
-    assert "4 jobs: 1 finished already, 1 to resume, 2 new" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr("srnn.recording.console.SILENCE", 0.0)
+        assert main([*command, "seed=0,1"]) == 0, "a larger sweep finds the jobs of a smaller one"
+    told = capsys.readouterr().out
+    assert "4 jobs: 1 finished already, 1 to resume, 2 new" in told
+    assert "\ngru_gradual_path-gone.txt_s1: step 3/40: loss " in told, "progress is seen"
     assert not list(tmp_path.glob("sweep/*/error.txt"))
     assert main([*command, "seed=1,0"]) == 0
     again = capsys.readouterr().out

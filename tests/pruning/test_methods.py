@@ -130,7 +130,7 @@ def test_block_scales_theta_by_the_fourth_root_and_takes_the_largest_weight_of_e
 
 
 def test_block_ends_at_40_percent_and_meets_the_sparsity_with_auto():
-    pruner = walk(Block(sparsity=0.8))
+    pruner = walk(Block(sparsity=0.8, structure="4x4"))
     assert (pruner.method.schedule.start_itr, pruner.method.schedule.ramp_itr) == (20, 80)
     assert pruner.method.done_from == 160
     assert pruner.reached()
@@ -142,7 +142,7 @@ def test_q_of_a_reference_is_of_single_weights_for_block_and_of_blocks_for_gradu
     reference = {name: torch.randn_like(p) for name, p in Net().named_parameters()}
     weights = torch.cat([reference[n].abs().flatten() for n in ("rnn.weight_ih_l0", "rnn.weight_hh_l0")])
     q = sorted(weights.tolist())[round(0.8 * len(weights)) - 1]
-    block = Block(q="dense.ckpt", sparsity=0.8)
+    block = Block(q="dense.ckpt", sparsity=0.8, structure="4x4")
     Pruner(Net(), block, RUN, reference=reference)
     assert block.fixed_q["recurrent"] == pytest.approx(q * 16**0.25)
     gradual = Gradual(q="dense.ckpt", sparsity=0.8, structure="4x4")

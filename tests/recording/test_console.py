@@ -10,6 +10,7 @@ from srnn.config.sweeps import Sweep, expand
 from srnn.datasets import Adding, Text
 from srnn.recording.console import _prompt, figure, print_way_back, print_ways_on
 from srnn.run_folder import RunFolder
+from tests.conftest import SMALL
 
 NAME = """it's $HOME (a) `b` "c" [d] = 1"""  # of a folder: whatever a shell would look at
 LINE = """it's "$HOME" `x` \\ --y !"""
@@ -35,7 +36,7 @@ def test_figures_have_four_digits_that_count(value, shown):
 
 
 def text_of(folder, text, level="characters"):
-    (folder / "text.txt").write_text(text * 400)
+    (folder / "text.txt").write_text(text * max(1, 20_000 // len(text)))
     data = Text(str(folder / "text.txt"), level, batch_size=4, sequence_length=80)
     data.setup()
     return data
@@ -48,7 +49,7 @@ def text_of(folder, text, level="characters"):
         ("ACGTACGTACGTACGTACGTACGTACGTACGT", "characters", "ACGTACGTACGTACGTACGT"),
         ("short\n", "bytes", "short"),
         ("extraordinarily long words here\n", "words", "extraordinarily long"),
-        ("\n \n", "characters", ""),
+        ("a" + "\n" * 40_000, "characters", ""),
     ],
 )
 def test_a_prompt_is_whole_words_of_the_data(tmp_path, text, level, prompt):
@@ -66,7 +67,7 @@ def through_a_shell(line):
 
 
 def test_there_is_no_prompt_where_there_are_no_words(tmp_path, capsys):
-    print_ways_on(RunFolder(tmp_path), text_of(tmp_path, "\n \n"))
+    print_ways_on(RunFolder(tmp_path), text_of(tmp_path, "a" + "\n" * 40_000))
     assert f"Try it: srnn generate {tmp_path}\n" in capsys.readouterr().out
 
 
@@ -103,7 +104,7 @@ def test_every_suggestion_is_a_command_for_a_shell(tmp_path, text_run, sweep, ca
 
     many = tmp_path / f"sweep {NAME}"
     shutil.copytree(sweep, many)
-    Sweep(many, expand(["pruning=none", "seed=0"])).summarize(ran=[])
+    Sweep(many, expand([*SMALL, "kernel=dense", "pruning=none", "seed=0"])).summarize(ran=[])
     compare, upload = map(through_a_shell, suggestions(capsys))
     assert compare == ["compare", str(many)]
     assert main([*compare, f"output={tmp_path}/compared", "mode=disabled"]) == 0
