@@ -74,7 +74,7 @@ def test_mistakes(text_run, tmp_path, capsys):
         assert main(["rerun", *map(str, arguments)]) == 2
         assert words in capsys.readouterr().err
     (tmp_path / "config.yaml").write_text((text_run / "config.yaml").read_text().replace("freq: auto", "freq: 99"))
-    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "report.json").write_text((text_run / "report.json").read_text())
     assert main(["rerun", str(tmp_path), "--output", str(tmp_path / "some/run")]) == 2
     assert "freq=99" in capsys.readouterr().err
     assert not (tmp_path / "some").exists()

@@ -1,6 +1,7 @@
 """Anything may be typed: a command line is run, or refused in one sentence that names what was wrong with it."""
 
 import os
+import re
 import shutil
 
 import pytest
@@ -139,8 +140,8 @@ def test_names_of_folders(tmp_path, text_run, monkeypatch, capsys):
 
 
 def quoted(path):
-    """As Hydra's grammar takes it between single quotes."""
-    return str(path).replace("\\'", "\\\\\\'").replace("'", "\\'") if "'" in str(path) else str(path)
+    """As Hydra's grammar takes it between single quotes: backslashes count only before a quote, the closing one too."""
+    return re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), str(path))
 
 
 @pytest.mark.slow
