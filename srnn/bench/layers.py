@@ -31,6 +31,7 @@ class LayerRow:
 
     Attributes:
         error: relative norm of the outputs from float64's with the same weights; if too large, there are no times.
+        min_us: the shortest, which is what a busy machine leaves to compare.
         over_dense: how many times faster than the fastest dense in the inputs' dtype.
         over_int8: the same over the fastest dynamic int8; None where none can run.
     """
@@ -49,6 +50,7 @@ class LayerRow:
     median_us: float | None
     p20_us: float | None
     p80_us: float | None
+    min_us: float | None
     over_dense: float | None
     over_int8: float | None
 
@@ -191,6 +193,7 @@ def _rows(
                 median_us=_micro(mine),
                 p20_us=_micro(low),
                 p80_us=_micro(high),
+                min_us=_micro(min(times[name, format]) if mine else None),
                 over_dense=_ratio(best, mine),
                 over_int8=_ratio(int8, mine),
             )

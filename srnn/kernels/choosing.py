@@ -350,7 +350,8 @@ def processor(device: torch.device) -> str:
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
         pass
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+    forced = os.environ.get("NUMBA_CPU_FEATURES")
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}" + (f", numba {forced}" if forced else "")
 
 
 def _describe(matrix: SparseMatrix) -> str:
