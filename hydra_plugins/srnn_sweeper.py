@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,8 @@ class SrnnSweeper(Sweeper):
             ) from None
 
     def _run(self, sweep: Sweep) -> None:
+        for package in ("hydra", "hydra_plugins"):  # launchers tell each job's options, on lines of their own
+            logging.getLogger(package).setLevel(logging.WARNING)
         left = sweep.left()
         sweep.announce()
         if left:

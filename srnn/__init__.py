@@ -14,11 +14,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from srnn.errors import UserError as UserError
+    from srnn.exporting.exporter import export as export
     from srnn.inference.packed_file import load as load
     from srnn.inference.saving import save as save
     from srnn.inference.sparsify import desparsify as desparsify
     from srnn.inference.sparsify import sparsify as sparsify
     from srnn.pruning.callback import PruningCallback as PruningCallback
+    from srnn.pruning.once import prune as prune
     from srnn.pruning.pruner import Pruner as Pruner
     from srnn.registry import register as register
 
@@ -27,7 +29,9 @@ _HOME = {
     "PruningCallback": "srnn.pruning.callback",
     "UserError": "srnn.errors",
     "desparsify": "srnn.inference.sparsify",
+    "export": "srnn.exporting.exporter",
     "load": "srnn.inference.packed_file",
+    "prune": "srnn.pruning.once",
     "register": "srnn.registry",
     "save": "srnn.inference.saving",
     "sparsify": "srnn.inference.sparsify",
@@ -38,7 +42,9 @@ __all__ = [
     "UserError",
     "__version__",
     "desparsify",
+    "export",
     "load",
+    "prune",
     "register",
     "save",
     "sparsify",

@@ -14,10 +14,12 @@ from srnn.terminal import close_output, show_what_can_be_shown
 COMMANDS = {
     "train": "train, prune, pack, measure, report (the default)",
     "plan": "what a config will prune, and when, without training",
+    "prune": "prune a trained network once, without training; pack, score and report it",
     "rerun": "repeat a finished run, and say whether its numbers come out again",
-    "evaluate": "score a run's packed file on its validation and test text",
+    "resume": "resume a run that was stopped",
+    "evaluate": "score a run's packed file on its validation and test data",
     "compare": "tables and plots of several runs, or of a sweep",
-    "export": "write a run's network as another packed file, and say what that costs",
+    "export": "write a run's network as another packed file, as ONNX or as C, and say what that costs",
     "bench": "time dense layers against every sparse backend that can run here",
     "generate": "write text with a run's packed file",
     "doctor": "what is installed, what can run here, and why something cannot",
@@ -35,17 +37,20 @@ examples:
   srnn dataset=text dataset.path=book.txt               your own text
   srnn -m pruning=none,gradual,hard seed=0,1            a sweep
   srnn plan pruning=cubic pruning.sparsity=0.95         what that would prune, and when
-  srnn resume=outputs/RUN                               resume a run that was stopped
+  srnn resume outputs/RUN                               resume a run that was stopped
+  srnn prune init_from=outputs/RUN pruning.sparsity=0.9  prune a trained network, without training
   srnn init_from=outputs/RUN pruning=fixed              fine-tune a pruned network
   srnn compare outputs/SWEEP
   srnn rerun outputs/RUN
-  srnn evaluate run=outputs/RUN
-  srnn export run=outputs/RUN values=int8
-  srnn bench run=outputs/RUN
-  srnn generate --run outputs/RUN --prompt "def f(x):"
+  srnn evaluate outputs/RUN
+  srnn export outputs/RUN values=int8
+  srnn export outputs/RUN format=onnx
+  srnn bench outputs/RUN
+  srnn generate outputs/RUN --prompt "def f(x):"
 
-`srnn list` shows all names, `srnn list NAME` its options; `srnn COMMAND --help` those of a command. `--cfg job`
-prints the config instead of running it. SRNN_DEBUG=1 shows tracebacks; SRNN_CACHE names the cache folder."""
+A run is named in every command as outputs/RUN or run=outputs/RUN. `srnn list` shows all names, `srnn list NAME`
+its options; `srnn COMMAND --help` those of a command. `--cfg job` prints the config instead of running it.
+SRNN_DEBUG=1 shows tracebacks; SRNN_CACHE names the cache folder."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"srnn {__version__}")
         return 0
     show_what_can_be_shown()
+    _pass_over_what_is_no_rank()
     try:
         return _dispatch(argv)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
@@ -73,6 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("srnn: interrupted; what was written so far is whole.", file=sys.stderr)
         return 130
+
+
+def _pass_over_what_is_no_rank() -> None:
+    """Lightning reads these as numbers when it is imported, and they may be anybody's: RANK=junior."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
+        try:
+            int(os.environ.get(name, "0"))
+        except ValueError:
+            print(f"srnn: {name}={os.environ.pop(name)} is passed over: it is no rank.", file=sys.stderr)
 
 
 def _dispatch(argv: list[str]) -> int:

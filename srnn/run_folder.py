@@ -25,7 +25,7 @@ class RunFolder:
 
         folder = RunFolder(Path("outputs/RUN"))
         if folder.finished:
-            report = json.loads(folder.report.read_text())
+            report = folder.read_report()
 
     Args:
         path: the folder; it need not be there.
@@ -83,6 +83,11 @@ class RunFolder:
         return self.path / "error.txt"
 
     @property
+    def log(self) -> Path:
+        """Of a sweep's job: what it printed."""
+        return self.path / "log.txt"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
@@ -118,8 +123,8 @@ class RunFolder:
         return self.checkpoints.exists()
 
     def read_report(self) -> dict[str, Any]:
-        """The report. Raises OSError or ValueError if it is not there or damaged."""
-        return dict(json.loads(self.report.read_text()))
+        """The report. Raises OSError if it is not there, UserError if it is damaged."""
+        return read_json(self.report)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -166,3 +171,11 @@ class RunFolder:
                 made.rmdir()
             except OSError:  # something else has come into it
                 return
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A mapping that srnn wrote as JSON. Raises OSError if it is not there, UserError if it is damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}.") from None

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
 
+WIDTH = 110  # characters, where the output is no terminal
+
 
 class _Console(Console):
-    """Prints what it is given as it is: brackets in a path are no markup. A reader that goes away ends nothing."""
+    """Prints what it is given as it is: brackets in a path are no markup. A reader that goes away ends nothing.
+
+    Attributes:
+        instead: what prints in its place, while that is there.
+    """
+
+    instead: Console | None = None
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """As rich's, but for what stands in its place."""
+        if self.instead is None:
+            super().print(*objects, **how)
+        else:
+            self.instead.print(*objects, **how)
 
     def on_broken_pipe(self) -> None:
         """Print nothing more, and say once why."""
@@ -18,9 +38,55 @@ class _Console(Console):
         print("srnn: the output was closed; srnn itself goes on, and its files tell the rest.", file=sys.stderr)
 
 
-console = _Console(
-    width=None if sys.stdout.isatty() else 110, highlight=False, soft_wrap=False, markup=False, emoji=False
-)
+def _console(file: TextIO | None = None) -> _Console:
+    width = None if (file or sys.stdout).isatty() else WIDTH
+    return _Console(file=file, width=width, highlight=False, soft_wrap=False, markup=False, emoji=False)
+
+
+console = _console()
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where a run shows its progress.
+
+    Attributes:
+        console: that it is printed to.
+        title: what stands before it: of a sweep's job its name.
+        bar: whether it is a bar; else it is a line now and then.
+    """
+
+    console: Console
+    title: str
+    bar: bool
+
+
+_jobs: list[Screen] = []
+
+
+def screen() -> Screen:
+    """Where progress is shown now."""
+    return _jobs[-1] if _jobs else Screen(console, "", console.is_terminal)
+
+
+@contextmanager
+def logged(path: Path, title: str, bar: bool) -> Iterator[None]:
+    """Print into a file, and show nothing but progress, while inside: what a sweep's job prints nobody reads at once.
+
+    Args:
+        path: the file; what it holds stays.
+        title: what stands before the progress.
+        bar: whether a terminal may show it as a bar; not if several processes write to it.
+    """
+    beside = _console()
+    with path.open("a", encoding="utf-8") as file:
+        _jobs.append(Screen(beside, f"{title}: ", bar and beside.is_terminal))
+        console.instead = _console(file)
+        try:
+            yield
+        finally:
+            console.instead = None
+            _jobs.pop()
 
 
 def close_output() -> None:

@@ -83,6 +83,8 @@ class Vocabulary(ABC):
         Raises:
             ValueError: it is anything else.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a vocabulary must be a mapping, not a {type(data).__name__}")
         level, tokens = data.get("level"), data.get("tokens", [])
         if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
             raise ValueError("vocabulary tokens must be a list of strings")
@@ -105,7 +107,8 @@ class Bytes(Vocabulary):
 
     def encode(self, text: str) -> np.ndarray:
         """One token a byte."""
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+        # What Python could not decode, as in a prompt from a terminal, are the bytes that were there.
+        return np.frombuffer(text.encode(errors="surrogateescape"), dtype=np.uint8).astype(np.int64)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Bytes that are no UTF-8 become the replacement character."""

@@ -32,9 +32,11 @@ def train(folder, *overrides):
     return json.loads((folder / "report.json").read_text())
 
 
-@pytest.fixture(scope="session", autouse=True)
-def isolated_session(tmp_path_factory):
-    """Caches in a temporary folder, no network key, less to time and to draw: for the runs that tests share, too."""
+def less_to_time_and_draw(patch):
+    """Half of a small run's time would be 200 rounds of timing, and a second drawing of each plot to find its edges.
+
+    No test asks how fast a network is; runs in processes of their own do both as users' do.
+    """
     from matplotlib.figure import Figure
 
     from srnn.inference import latency
@@ -45,8 +47,15 @@ def isolated_session(tmp_path_factory):
         return interleaved(calls, device, min(rounds, 5), seconds)
 
     def draw_once(figure, path, **options):
-        return savefig(figure, path, **options | {"bbox_inches": None})
+        return savefig(figure, path, **options | {"bbox_inches": None, "dpi": 50})
 
+    patch.setattr(latency, "interleaved", few_rounds)
+    patch.setattr(Figure, "savefig", draw_once)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated_session(tmp_path_factory):
+    """Caches in a temporary folder, no network key, less to time and to draw: for the runs that tests share, too."""
     cache = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # kernels are compiled once for all workers
         cache = cache.parent
@@ -54,10 +63,7 @@ def isolated_session(tmp_path_factory):
         patch.setenv("SRNN_CACHE", str(cache / "cache"))
         patch.delenv("SRNN_DEBUG", raising=False)
         patch.delenv("WANDB_API_KEY", raising=False)
-        # Half of a small run's time would be 200 rounds of timing, and a second drawing of each plot to find its edges.
-        # No test asks how fast a network is; runs in processes of their own do both as users' do.
-        patch.setattr(latency, "interleaved", few_rounds)
-        patch.setattr(Figure, "savefig", draw_once)
+        less_to_time_and_draw(patch)
         yield
 
 

@@ -11,7 +11,9 @@ def test_public_names():
         "UserError",
         "__version__",
         "desparsify",
+        "export",
         "load",
+        "prune",
         "register",
         "save",
         "sparsify",
@@ -22,7 +24,7 @@ def test_public_names():
 
 def test_loading_a_model_needs_no_training_stack():
     code = (
-        "import sys, srnn; srnn.load; import srnn.kernels, srnn.sparse\n"
+        "import sys, srnn; srnn.load; srnn.export; import srnn.kernels, srnn.sparse\n"
         "heavy = {'pytorch_lightning', 'hydra', 'omegaconf', 'wandb', 'matplotlib', 'pydantic'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

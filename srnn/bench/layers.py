@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from srnn.bench.cases import Case, Format, LayerPlan, Problem, dense_format
+from srnn.bench.onnx_baseline import ONNX_BASELINES
 from srnn.kernels.choosing import hardware
 from srnn.kernels.contract import Kernel
 from srnn.kernels.dense import Int8, OneDnn, Torch
@@ -21,7 +22,7 @@ _REPEATS = 50  # of a product or a step, in one CUDA graph
 _CHECKED_STEPS = 8  # of the sequence whose outputs are compared; more only adds up the same errors
 # What outputs rounded to their dtype may differ by.
 _ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-_BASELINES: dict[str, Kernel] = {"torch": Torch(), "onednn": OneDnn(), "int8": Int8()}
+_BASELINES: dict[str, Kernel] = {"torch": Torch(), "onednn": OneDnn(), "int8": Int8(), **ONNX_BASELINES}
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class LayerRow:
     Attributes:
         error: relative norm of the outputs from float64's with the same weights; if too large, there are no times.
         over_dense: how many times faster than the fastest dense in the inputs' dtype.
-        over_int8: the same over dynamic int8; None where that cannot run.
+        over_int8: the same over the fastest dynamic int8; None where none can run.
     """
 
     device: str
@@ -72,7 +73,8 @@ def measure_layers(
         All rows, and what was left out and why.
     """
     rows: list[LayerRow] = []
-    left_out: list[str] = []
+    reasons_here = {name: kernel.supports(None, device, plan.dtype) for name, kernel in _BASELINES.items()}
+    left_out = [f"{name}: {reason}" for name, reason in reasons_here.items() if reason is not None]
     cases, began, threads = list(plan.cases()), time.monotonic(), torch.get_num_threads()
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False  # else dense fp32 layers on a GPU are not
@@ -109,7 +111,8 @@ def measure_case(
     left_out = []
     repeats = _REPEATS if case.steps == 1 else 1
     baseline = dense_format(dtype)
-    for format, several in ((baseline, _BASELINES), *((f, kernels) for f in formats)):
+    baselines = {name: kernel for name, kernel in _BASELINES.items() if kernel.supports(None, device, dtype) is None}
+    for format, several in ((baseline, baselines), *((f, kernels) for f in formats)):
         problem = Problem(case, format, device, dtype)
         steps = min(case.steps, _CHECKED_STEPS)
         truth = problem.truth(steps)
@@ -165,9 +168,9 @@ def _rows(
     def median(key: Any) -> float | None:
         return float(np.median(times[key])) if key in times else None
 
-    names = {name for name, format in times if format == baseline and not name.startswith("int8")}
-    dense = [m for name in names if (m := median((name, baseline))) is not None]
-    best, int8 = min(dense, default=None), median(("int8", baseline))
+    dense = {name: m for name, format in times if format == baseline and (m := median((name, baseline))) is not None}
+    best = min((m for name, m in dense.items() if not _is_int8(name)), default=None)
+    int8 = min((m for name, m in dense.items() if _is_int8(name)), default=None)
     rows = []
     for (name, format), error in errors.items():
         mine = median((name, format))
@@ -181,7 +184,7 @@ def _rows(
                 threads=case.threads,
                 backend=name,
                 structure="dense" if format is baseline else format.structure,
-                values="int8" if name == "int8" else format.values,
+                values="int8" if format is baseline and _is_int8(name) else format.values,
                 sparsity=format.sparsity,
                 error=float(f"{error:.2g}"),
                 rounds=len(times.get((name, format), ())),
@@ -193,6 +196,11 @@ def _rows(
             )
         )
     return rows
+
+
+def _is_int8(baseline: str) -> bool:
+    """Of the name of a dense baseline, which may be followed by ``, graph``."""
+    return baseline.partition(",")[0].endswith("int8")
 
 
 def _micro(seconds: float | None) -> float | None:

@@ -49,7 +49,7 @@ class BenchOptions:
     """Time dense layers against every backend that can run here."""
 
     bench: Annotated[_Bench, Help(_BENCH)] = "paper"
-    run: Annotated[str | None, Help("a run's packed network instead, or a packed file", metavar="FOLDER")] = None
+    run: Annotated[str | None, Help("a run's packed network instead, or a packed file", metavar="RUN")] = None
     shapes: Annotated[str | None, Help(_SHAPES)] = None
     sparsity: Annotated[str | None, Help("such as 0.8,0.9,0.95")] = None
     structure: Annotated[str | None, Help("such as element,16x1")] = None
@@ -93,6 +93,7 @@ def _layers(options: BenchOptions) -> int:
 
     from srnn.bench.layer_report import layer_table, plot_layers
     from srnn.bench.layers import LayerRow, barrier_us, measure_layers
+    from srnn.bench.verdict import layers_verdict
     from srnn.terminal import console
 
     plan = _plan(options, torch.get_num_threads())
@@ -120,6 +121,8 @@ def _layers(options: BenchOptions) -> int:
     for line in dict.fromkeys(left_out):
         console.print(f"left out: {line}", soft_wrap=True)
     console.print(f"Rows in {folder / 'bench.csv'}" + (f", plot in {folder / 'bench.png'}" * drawn), soft_wrap=True)
+    if verdict := layers_verdict(rows):
+        console.print(verdict, soft_wrap=True)
     return 1 if any(row.median_us is None for row in rows) else 0
 
 
@@ -168,11 +171,12 @@ def _packed(run: str, limit: float) -> int:
     from rich.table import Table
 
     from srnn.bench.packed_network import measure_packed
-    from srnn.terminal import console
+    from srnn.bench.verdict import packed_verdict
+    from srnn.terminal import console, plural
 
     path = packed_file(run)
     rows = measure_packed(path, limit)
-    made = Table(title=f"{path}, one stream, {torch.get_num_threads()} threads", title_justify="left")
+    made = Table(title=f"{path}, one stream, {plural(torch.get_num_threads(), 'thread')}", title_justify="left")
     for column in ("what", "backend", "median", "over dense"):
         made.add_column(column, justify="right" if column in ("median", "over dense") else "left")
     for what, several in groupby(rows, key=lambda row: row.what):
@@ -180,24 +184,27 @@ def _packed(run: str, limit: float) -> int:
             made.add_row(what, row.backend, f"{1e6 * row.seconds:,.0f} us", f"{row.over_dense:.2f}x")
         made.add_section()
     console.print(made)
+    console.print(packed_verdict(rows), soft_wrap=True)
     return 0
 
 
 def _stream(options: BenchOptions) -> int:
     from srnn.bench.stream import measure_stream
+    from srnn.bench.verdict import stream_verdict
     from srnn.terminal import console
 
     folder, rows = _folder(options), []
     for row in measure_stream(10_000 if options.steps is None else options.steps, _threads(options) or (1,)):
         rows.append(row)
         console.print(csv_bytes([row]).decode().splitlines()[1])
-    return _finish(folder / "stream.csv", rows)
+    return _finish(folder / "stream.csv", rows, stream_verdict(rows))
 
 
 def _network(options: BenchOptions) -> int:
     import torch
 
     from srnn.bench.gpu_network import MEASURED_NETWORK, measure_network
+    from srnn.bench.verdict import network_verdict
     from srnn.terminal import console
 
     if options.device == "cpu":
@@ -210,7 +217,7 @@ def _network(options: BenchOptions) -> int:
     for row in rows:
         figures = f"{row.median_us:,.1f} us, {row.tokens_per_second:,} tokens a second"
         console.print(f"{row.network}, {row.what}: {figures}")
-    return _finish(folder / "network.csv", rows, quoted=("device", "what"))
+    return _finish(folder / "network.csv", rows, network_verdict(rows), quoted=("device", "what"))
 
 
 def _training(options: BenchOptions) -> int:
@@ -295,9 +302,11 @@ def _write(path: Path, rows: Sequence[Any], columns: Sequence[str] | None = None
     write_atomically(path, csv_bytes(rows, columns, quoted))
 
 
-def _finish(path: Path, rows: Sequence[Any], quoted: Sequence[str] = ()) -> int:
+def _finish(path: Path, rows: Sequence[Any], verdict: str | None = None, quoted: Sequence[str] = ()) -> int:
     from srnn.terminal import console
 
     _write(path, rows, quoted=quoted)
     console.print(f"Rows in {path}", soft_wrap=True)
+    if verdict is not None:
+        console.print(verdict, soft_wrap=True)
     return 0

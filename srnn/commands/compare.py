@@ -22,7 +22,7 @@ _METRIC = "a score of the test part, such as perplexity (the one that tells most
 
 @command
 def main(
-    folders: Annotated[list[str], Help("runs, or sweeps and other folders of runs", metavar="FOLDER")],
+    runs: Annotated[list[str], Help("runs, or sweeps and other folders of runs", metavar="RUN")],
     /,
     wandb: Annotated[str | None, Help("read them from W&B instead", metavar=_WANDB)] = None,
     metric: Annotated[str | None, Help(_METRIC)] = None,
@@ -36,8 +36,10 @@ def main(
 
     Prints the table, writes Markdown, CSV and plots, and keeps them as a W&B run.
     """
-    if bool(folders) == bool(wandb):
-        raise UserError("compare: give folders of runs, such as outputs/SWEEP, or --wandb ENTITY/PROJECT.")
+    if bool(runs) == bool(wandb):
+        raise UserError(
+            "compare: which runs? Give folders, as outputs/SWEEP or run=outputs/SWEEP; or --wandb ENTITY/PROJECT."
+        )
 
     from srnn.comparing.comparison import compare, markdown, rich_table, run_rows, setting_rows
     from srnn.comparing.comparison_plots import plot_comparison
@@ -45,7 +47,7 @@ def main(
     from srnn.files import csv_bytes, write_atomically
     from srnn.terminal import console
 
-    comparison = compare(_runs(folders, wandb), metric)
+    comparison = compare(_runs(runs, wandb), metric)
     for run in comparison.repeated:
         console.print(f"left out, another has its config and seed: {run.name}", soft_wrap=True)
     console.print(rich_table(comparison))
@@ -55,9 +57,9 @@ def main(
     plots = plot_comparison(comparison, folder)
     pictures = "".join(f"\n![{path.stem.replace('_', ' ')}]({path.name})\n" for path in plots)
     write_atomically(folder / f"{NAME}.md", (markdown(comparison) + pictures).encode())
-    group = Path(folders[0]).resolve().name if len(folders) == 1 else None  # a sweep's own
+    group = Path(runs[0]).resolve().name if len(runs) == 1 else None  # a sweep's own
     tracking = TrackingConfig(mode=mode, project=project, group=group)
-    _track(comparison, folders or [str(wandb)], tracking, folder, plots)
+    _track(comparison, runs or [str(wandb)], tracking, folder, plots)
     console.print(f"Tables and plots are in {folder}", soft_wrap=True)
     return 0
 
@@ -70,8 +72,9 @@ def _runs(folders: Sequence[str], project: str | None) -> list[FinishedRun]:
 
         return read_project(project)
     from srnn.comparing.runs import read_runs
+    from srnn.files import expanded
 
-    runs, unfinished = read_runs([Path(folder).expanduser() for folder in folders])
+    runs, unfinished = read_runs([expanded(folder) for folder in folders])
     for path in unfinished:
         console.print(f"left out, not finished: {path}", soft_wrap=True)
     if not runs:

@@ -13,14 +13,17 @@ from pathlib import Path
 
 from srnn.commands.options import command
 
-PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "omegaconf", "pydantic", "numba", "numpy", "safetensors",
-            "torchmetrics", "wandb")  # fmt: skip
+REQUIRED = ("torch", "pytorch-lightning", "hydra-core", "omegaconf", "pydantic", "numpy", "safetensors", "torchmetrics",
+            "numba", "matplotlib", "wandb")  # fmt: skip
+# What it is for -> the package that it takes, and what installs it.
 EXTRAS = {
-    "scikit-learn": "dataset=digits",
-    "hydra-joblib-launcher": "hydra/launcher=joblib",
-    "hydra-submitit-launcher": "hydra/launcher=slurm",
-    "hydra-ray-launcher": "hydra/launcher=ray",
-    "hydra-optuna-sweeper": "hydra/sweeper=search",
+    "dataset=digits": ("scikit-learn", "srnn[digits]"),
+    "srnn export format=onnx": ("onnxruntime", "srnn[onnx]"),
+    "hydra/launcher=joblib": ("hydra-joblib-launcher", "srnn[launchers]"),
+    "hydra/launcher=slurm": ("hydra-submitit-launcher", "srnn[launchers]"),
+    "hydra/launcher=ray": ("hydra-ray-launcher", "srnn[launchers]"),
+    "hydra/sweeper=search": ("hydra-optuna-sweeper", "srnn[launchers]"),
+    "the tests": ("pytest", "srnn[dev]"),
 }
 
 
@@ -39,10 +42,10 @@ def main() -> int:
     for title, rows in (
         ("versions", _versions()),
         ("devices", _devices()),
-        ("backends", _backends()),
+        ("what can be done here, and what the rest needs", _uses()),
+        ("kernels", _kernels()),
         ("folders", _folders()),
         ("plug-ins", _plugins()),
-        ("tracking", _tracking()),
     ):
         table = Table(title=title, title_justify="left", show_header=False, expand=True)
         table.add_column("", ratio=1)
@@ -66,37 +69,69 @@ def _versions() -> Rows:
 
     yield "srnn", f"{srnn.__version__}, {Path(srnn.__file__).parent}", True
     yield "python", f"{platform.python_version()}, {platform.platform()}", True
-    for package in PACKAGES:
-        try:
-            yield package, importlib.metadata.version(package), True
-        except importlib.metadata.PackageNotFoundError:
-            yield package, f"is not installed: pip install {package}", False
-    for package, use in EXTRAS.items():
-        try:
-            yield package, f"{importlib.metadata.version(package)}, for {use}", True
-        except importlib.metadata.PackageNotFoundError:
-            yield package, f"not there: without it no {use}", True
+    for package in REQUIRED:
+        version = _version(package)
+        yield package, version or f"is not installed: pip install {package}", version is not None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _devices() -> Rows:
     import torch
 
-    yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used, {_cpu_name()}", True
-    if not torch.cuda.is_available():
-        reason = "no driver or no GPU" if torch.version.cuda else "this torch is built for CPUs alone"
-        yield "cuda", f"none: {reason}", True
+    yield "cpu", f"{os.cpu_count()} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}", True
+    yield "threads", f"{torch.get_num_threads()}, {_why_so_many()}", True
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         yield f"cuda:{index}", f"{found.name}, {found.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}", True
 
 
-def _cpu_name() -> str:
+def _why_so_many() -> str:
+    """Where the number of threads comes from, as torch reads it."""
+    chosen = next((name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if os.environ.get(name)), None)
+    return f"from {chosen}={os.environ[chosen]}" if chosen else "torch's own choice; OMP_NUM_THREADS=N sets another"
+
+
+def _uses() -> Rows:
+    """A row a use: ready, or what it takes."""
+    missing = [package for package in REQUIRED if _version(package) is None]
+    yield "training, packing, plots", f"needs {', '.join(missing)}" if missing else "ready", not missing
+    no_gpu = _no_gpu()
+    yield "training on a GPU", no_gpu or "ready: trainer=gpu", True
+    no_triton = None if _version("triton") else "needs the package triton, which is for Linux: pip install triton"
+    yield "Triton kernels", no_triton or no_gpu or "ready: kernel=triton", True
+    yield "W&B, offline", "ready" if _version("wandb") else "needs wandb: pip install wandb", True
+    yield "W&B, upload", _no_upload() or "ready: tracking.mode=online", True
+    for use, (package, install) in EXTRAS.items():
+        version = _version(package)
+        yield use, f"ready: {package} {version}" if version else f"needs {package}: pip install '{install}'", True
+
+
+def _no_gpu() -> str | None:
+    """Why torch has no GPU here; None if it has."""
     import torch
 
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return "needs a CUDA build of torch, as pytorch.org shows: this one is for CPUs alone"
+    return "needs an NVIDIA GPU and its driver: torch finds none"
 
 
-def _backends() -> Rows:
+def _no_upload() -> str | None:
+    if _version("wandb") is None:
+        return "needs wandb: pip install wandb"
+    from srnn.recording.wandb import has_key
+
+    return None if has_key() else "needs a key: wandb login, or WANDB_API_KEY; until then runs stay offline"
+
+
+def _kernels() -> Rows:
     import torch
 
     from srnn.registry import register
@@ -106,9 +141,11 @@ def _backends() -> Rows:
         kernel = register.build("kernel", {"name": name})
         reasons = {str(place): kernel.supports(None, place) for place in places}
         runs = ", ".join(place for place, reason in reasons.items() if not reason)
-        words = [f"runs on: {runs}"] if runs else []
-        words += [f"not on {place}: {reason}" for place, reason in reasons.items() if reason]
-        yield f"kernel={name}", "; ".join(words), True
+        yield (
+            f"kernel={name}",
+            f"runs on: {runs}" if runs else f"not here: {'; '.join(map(str, reasons.values()))}",
+            True,
+        )
 
 
 def _folders() -> Rows:
@@ -147,13 +184,3 @@ def _plugins() -> Rows:
         yield path, f"left out: {reason}", False
     if not origins and not register.broken_plugins:
         yield "none", "", True
-
-
-def _tracking() -> Rows:
-    from srnn.recording.wandb import has_key
-
-    yield (
-        "W&B key",
-        "there: tracking.mode=online works" if has_key() else "none: tracking.mode=offline, the default",
-        True,
-    )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srnn.commands.options import KernelOption, RunOption, command, packed_file
+from srnn.errors import UserError
 from srnn.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def main(run: RunOption, kernel: KernelOption = "auto") -> int:
 def _limits(folder: Path) -> dict[Split, int]:
     """Part -> how many batches of it the run scored, where it did not take all; empty where there is no report."""
     try:
-        return dict(RunFolder(folder).read_report()["limits"])
-    except (OSError, ValueError, KeyError, TypeError):
+        limits = dict(RunFolder(folder).read_report()["limits"])
+    except (UserError, OSError, ValueError, KeyError, TypeError):
         return {}
+    return {part: limit for part, limit in limits.items() if isinstance(limit, int)}

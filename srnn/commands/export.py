@@ -1,60 +1,145 @@
-"""``python -m srnn export run=FOLDER values=fp16 structure=16x1``: write a packed file and say what it costs."""
+"""``python -m srnn export run=FOLDER format=onnx``: write a run's network as another file and say what it costs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from srnn.commands.options import Help, StructureChoice, ValuesChoice, command, output_folder, packed_file
+from srnn import __version__
+from srnn.commands.options import Help, RunOption, StructureChoice, ValuesChoice, command, output_folder, packed_file
 from srnn.errors import UserError
+from srnn.files import expanded
 from srnn.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from srnn.inference.packing import PackedModel
 
-_VALUES = "what non-zeros are stored as; int8 is calibrated on validation data"
-_STRUCTURE = "blocks to store; refused if the weights are not pruned in them"
-_OUTPUT = "(model-VALUES-STRUCTURE.safetensors beside the run's)"
+FormatChoice = Literal["packed", "onnx", "c"]  # the second on as in srnn.exporting
+_FORMAT = "another packed file, ONNX, or a C file and its header"
+_VALUES = "what weights are stored as (packed: fp16; onnx: fp32, or int8; c: fp32); int8 is calibrated, but for onnx"
+_STRUCTURE = "blocks of a packed or C file; refused if the weights are not pruned in them"
+_OUTPUT = "(model-VALUES-STRUCTURE.safetensors, model-VALUES.onnx or NAME.c beside the run's)"
+_NAME = "of format=c: what all names in the file begin with"
+_VERIFY = "of format=c: whether to compile the file and compare it, where there is a compiler"
 
 
 @command
 def main(
-    run: Annotated[str, Help("a finished run's folder, or a packed file", metavar="FOLDER")],
-    values: Annotated[ValuesChoice, Help(_VALUES)] = "fp16",
+    run: RunOption,
+    format: Annotated[FormatChoice, Help(_FORMAT)] = "packed",
+    values: Annotated[ValuesChoice | None, Help(_VALUES)] = None,
     structure: Annotated[StructureChoice, Help(_STRUCTURE)] = "auto",
     output: Annotated[str | None, Help(_OUTPUT, metavar="FILE")] = None,
+    name: Annotated[str | None, Help(_NAME)] = None,
+    verify: Annotated[bool, Help(_VERIFY)] = True,
 ) -> int:
-    """Write a run's network as another packed file; score it beside the run's."""
-    source = packed_file(run)
-    target = Path(output or source.with_name(f"model-{values}-{structure}.safetensors"))
-    target = target.expanduser()
-    if target.is_dir() or target.suffix != ".safetensors":
-        raise UserError(f"export: --output={target} must be a file named *.safetensors.")
-    output_folder(target.parent)  # before anything is scored
+    """Write a run's network as another packed file, as ONNX or as C, and say what that costs."""
+    if format == "c":
+        return _to_c(run, output, name, verify, {"values": values or "fp32", "structure": structure})
+    if name is not None or not verify:
+        raise UserError(f"export: name and verify are for format=c, not for format={format}.")
+    if format == "packed":
+        return _pack_again(run, values or "fp16", structure, output)
+    if structure != "auto":
+        raise UserError(f"export: --structure={structure} is for format=packed: format={format} stores no blocks.")
+    return _to_another_runtime(run, format, values or "fp32", output)
 
-    from srnn.inference.packed_file import read, write
-    from srnn.inference.packing import pack
+
+def _to_another_runtime(run: str, format: str, values: ValuesChoice, output: str | None) -> int:
+    """The packed network in a format of ``srnn.exporting``, with its score on the run's test data."""
+    source = packed_file(run)
+    from srnn.exporting.exporter import EXPORT_FORMATS, export
+
+    EXPORT_FORMATS[format].check(values=values)
+    target = _target(output, source.with_name(f"model-{values}{EXPORT_FORMATS[format].suffix}"))
+
+    import torch
+
     from srnn.inference.unpacking import unpack
-    from srnn.inference.weights import read_weights
-    from srnn.recording.environment import changed_data
+    from srnn.kernels import Csr
     from srnn.terminal import console
     from srnn.training.preparing import read_back
-    from srnn.training.verifying import calibration
 
     of_run = read_back(source)
-    packed, data = of_run.packed, of_run.data
-    model = unpack(packed)
-    checkpoint = RunFolder(source.parent).best
-    trained = Path(run).expanduser().is_dir() and checkpoint.exists()
-    if trained:  # fp32, where the packed file is rounded
-        model.load_state_dict(read_weights(checkpoint))
-    energies = calibration(model, data) if values == "int8" else None
-    exported = pack(model, packed.model, packed.supplied, values, structure, energies)
-    exported = replace(exported, vocabulary=packed.vocabulary, about=packed.about)
-    if not exported.matrices:
-        raise UserError(f"export: no matrix of {run} holds enough zeros to be packed.")
+    packed, scores = of_run.packed, list[dict[str, float]]()
+    network: Any = unpack(packed, Csr())
+    network.vocabulary = packed.vocabulary
+
+    def about(written: nn.Module) -> str:
+        scores.extend(of_run.objective.score(n, of_run.data, "test") for n in (unpack(packed), written))
+        name, data = packed.model["name"], packed.about["dataset"]["name"]
+        return f"{name} on {data}, test: {of_run.objective.words.format(**scores[1])}. Written by srnn {__version__}."
+
+    inputs = next(iter(of_run.data.val_dataloader()))[0][:2, :8]
+    with torch.inference_mode():
+        example = (inputs, network(inputs)[1])  # for networks that are no chain of layers
+    report = export(network, target, format, example, about, values=values)
+    console.print(str(report), soft_wrap=True, highlight=False)
+    told = of_run.objective.telling
+    cost = f"{scores[1][told] - scores[0][told]:+z.4f}"
+    words = of_run.objective.words.format(**scores[1])
+    console.print(f"test: {words}; costs {cost} {told.replace('_', ' ')} over {source.name}", soft_wrap=True)
+    return 0
+
+
+def _to_c(run: str, output: str | None, name: str | None, verify: bool, packing: Mapping[str, Any]) -> int:
+    """The network as C, packed again of the weights as they were trained, with its score on the run's test data."""
+    source = packed_file(run)
+    target = _target(output, source.with_name(f"{name or 'model'}.c"))
+
+    from srnn.exporting.exporter import export
+    from srnn.inference.unpacking import unpack
+    from srnn.registry import register
+    from srnn.terminal import console
+
+    again = _packed_again(run, source, packing["values"], packing["structure"])
+    of_run, network = again.of_run, unpack(again.exported, register.build("kernel", {"name": "csr"}))
+    network.vocabulary = again.exported.vocabulary  # type: ignore[assignment]
+    before = "pruned, not packed, fp32" if again.trained else source.name
+    scores: dict[str, Mapping[str, float]] = {}
+
+    def about(written: nn.Module) -> str:
+        for row, scored in ((before, again.model), ("exported", written)):
+            scores[row] = of_run.objective.score(scored, of_run.data, "test")
+        of, on = again.exported.model["name"], again.exported.about["dataset"]["name"]
+        words = of_run.objective.words.format(**scores["exported"])
+        return f"{of} on {on}, test: {words}\nWeights: {_formats(again.exported)}. Written by srnn {__version__}."
+
+    report = export(network, target, "c", about=about, name=name, verify=verify, **packing)
+    console.print(str(report), soft_wrap=True, highlight=False)
+    told = of_run.objective.telling
+    cost = f"{scores['exported'][told] - scores[before][told]:+z.4f} {told.replace('_', ' ')}"
+    words = of_run.objective.words.format(**scores["exported"])
+    console.print(f"test: {words}; costs {cost} over {before!r}", soft_wrap=True)
+    return 0
+
+
+def _target(output: str | None, default: Path) -> Path:
+    """The file to write; its folder is made and tried before anything is scored."""
+    target = expanded(output or default)
+    if target.is_dir() or target.suffix != default.suffix:
+        raise UserError(f"export: --output={target} must be a file named *{default.suffix}.")
+    output_folder(target.parent)
+    return target
+
+
+def _pack_again(run: str, values: ValuesChoice, structure: StructureChoice, output: str | None) -> int:
+    """Another packed file, scored beside the run's."""
+    source = packed_file(run)
+    target = _target(output, source.with_name(f"model-{values}-{structure}.safetensors"))
+
+    from srnn.inference.packed_file import read, write
+    from srnn.inference.unpacking import unpack
+    from srnn.recording.environment import changed_data
+    from srnn.terminal import console
+
+    again = _packed_again(run, source, values, structure)
+    of_run, packed, model, exported = again.of_run, again.of_run.packed, again.model, again.exported
+    data = of_run.data
     dense_bytes, source_bytes = 4 * sum(weight.numel() for weight in model.parameters()), source.stat().st_size
     write(target, exported)
     target_bytes = target.stat().st_size
@@ -62,7 +147,7 @@ def main(
         f"{source.name}, {_formats(packed)}": (source_bytes, unpack(packed)),
         f"exported, {_formats(exported)}": (target_bytes, unpack(read(target))),
     }
-    if trained:
+    if again.trained:
         rows = {"pruned, not packed, fp32": (dense_bytes, model)} | rows
     scores = {name: (size, of_run.objective.score(network, data, "test")) for name, (size, network) in rows.items()}
     _print_scores(f"{packed.model['name']} on {packed.about['dataset']['name']}, test", scores)
@@ -74,6 +159,45 @@ def main(
     smaller = f"{dense_bytes / target_bytes:.1f}x smaller than dense in fp32"
     console.print(f"{target}: {smaller}, costs {cost} over {before!r}", soft_wrap=True)
     return 0
+
+
+@dataclass(frozen=True)
+class _Again:
+    """A run's network packed again.
+
+    Attributes:
+        of_run: the run as it was read back.
+        model: the weights it was packed of, dense.
+        trained: whether these are as they were trained; else they are those of the packed file.
+        exported: the network, packed.
+    """
+
+    of_run: Any
+    model: nn.Module
+    trained: bool
+    exported: PackedModel
+
+
+def _packed_again(run: str, source: Path, values: ValuesChoice, structure: StructureChoice) -> _Again:
+    """Raises UserError if weights are not pruned in these blocks, or none has zeros."""
+    from srnn.inference.packing import pack
+    from srnn.inference.unpacking import unpack
+    from srnn.inference.weights import read_weights
+    from srnn.training.preparing import read_back
+    from srnn.training.verifying import calibration
+
+    of_run = read_back(source)
+    packed, model = of_run.packed, unpack(of_run.packed)
+    checkpoint = RunFolder(source.parent).best
+    trained = expanded(run).is_dir() and checkpoint.exists()
+    if trained:  # fp32, where the packed file is rounded
+        model.load_state_dict(read_weights(checkpoint))
+    energies = calibration(model, of_run.data) if values == "int8" else None
+    exported = pack(model, packed.model, packed.supplied, values, structure, energies)
+    if not exported.matrices:
+        raise UserError(f"export: no matrix of {run} holds enough zeros to be packed.")
+    exported = replace(exported, vocabulary=packed.vocabulary, about=packed.about)
+    return _Again(of_run, model, trained, exported)
 
 
 def _print_scores(title: str, scores: Mapping[str, tuple[int, Mapping[str, float]]]) -> None:

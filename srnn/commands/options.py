@@ -6,13 +6,15 @@ A command is one function; its typed arguments *are* its options, as those of a 
     def main(folder: Annotated[str, Help("a finished run's folder")], /, tolerance: float = 0.1) -> int:
         '''What ``--help`` says that the command does.'''
 
-Arguments before ``/`` stand alone on the command line, the others are ``--tolerance VALUE`` or ``tolerance=VALUE``.
+Arguments before ``/`` stand alone on the command line, the others are ``--tolerance VALUE`` or ``tolerance=VALUE``. The
+argument ``run``, or the list ``runs``, is both in every command: ``outputs/RUN``, or ``run=outputs/RUN``.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import tempfile
 import types
 import typing
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from srnn.errors import UserError, cannot_be_written
+from srnn.files import expanded
 from srnn.registry import Component, Option, Range
 from srnn.run_folder import RunFolder
 
@@ -44,8 +47,10 @@ class Help:
 
 
 # What several commands take.
-RunOption = Annotated[str, Help("a run's folder, or a packed file", metavar="FOLDER")]
+RunOption = Annotated[str, Help("a run's folder, or a packed file", metavar="RUN")]
 KernelOption = Annotated[str, Help("the backend that runs it")]
+
+RUNS = ("run", "runs")  # arguments that name runs
 
 # As in srnn.formats, which imports torch: seconds that `--help` and a mistyped option need not wait for.
 ValuesChoice = Literal["fp32", "fp16", "bf16", "int8"]
@@ -83,7 +88,7 @@ def call(function: Callable[..., _T], argv: Sequence[str]) -> _T:
     parser = Parser(prog=f"srnn {component.name}", description=component.summary)
     alone = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_ONLY]
     for option in component.options.values():
-        if option.name in alone:
+        if option.name in (*alone, *RUNS):
             parser.add_argument(option.name, **_settings(option, alone=True))
         else:
             parser.add_argument(_flag(option.name), required=option.required, **_settings(option, alone=False))
@@ -127,6 +132,7 @@ def _help(about: Help, option: Option) -> str:
     default = "" if option.required or option.default is None else option.default
     shown = f"{default:g}" if isinstance(default, float) else str(default)
     text = f"{about.text} ({shown})" if shown.strip() else about.text
+    text += "; also run=RUN" if option.name in RUNS else ""
     return text.replace("%", "%%")  # argparse fills in %(default)s
 
 
@@ -154,39 +160,41 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse; raises UserError for what does not fit."""
         known = {option.removeprefix("--") for action in self._actions for option in action.option_strings}
-        alone = {action.dest for action in self._actions if not action.option_strings}
-        named = "run" not in known or bool(alone)  # whether a bare word is no run's
-        spelled: list[str] = []
-        for previous, word in zip(["", *argv], argv, strict=False):
+        takes_run = any(action.dest in RUNS for action in self._actions)
+        bare: list[str] = []
+        flags: list[str] = []  # each one word, so that a value that starts with a dash stays a value
+        words = iter(argv)
+        for word in words:
             key, equals, value = word.partition("=")
-            literal = previous.startswith("--") and "=" not in previous
-            if equals and key == "srnn.plugins" and not literal:
+            name = key.removeprefix("--")
+            if equals and key == "srnn.plugins":
                 continue  # already acted on
-            if equals and key == "run" and key in alone and not literal:
-                spelled.append(value)
-                continue
-            if not literal and (word == "--run" or key in ("run", "--run")):
-                named = True
-            if not (named or literal or word.startswith("-") or (equals and key.isidentifier())):
-                named, word, key, equals, value = True, f"run={word}", "run", "=", word
-            # One word, so that a value that starts with a dash stays a value.
-            spelled.append(f"--{key}={value}" if equals and key in known and not literal else word)
-        joined: list[str] = []
-        for word in spelled:
-            if joined and joined[-1].startswith("--") and joined[-1] != "--help" and joined[-1][2:] in known:
-                joined[-1] = f"{joined[-1]}={word}"
+            if takes_run and name == "run" and (equals or key != name):
+                bare.append(value if equals else next(words, ""))
+            elif equals and name in known:
+                flags.append(f"--{name}={value}")
+            elif key != name and name in known and name != "help":
+                following = next(words, None)
+                flags.append(key if following is None else f"{key}={following}")
+            elif word.startswith("-"):
+                flags.append(word)
+            elif takes_run and equals and key.isidentifier() and not os.path.exists(word):
+                self.error(f"unrecognized arguments: {word}")  # an option mistyped, and no folder
             else:
-                joined.append(word)
-        return self.parse_args(joined)
+                bare.append(word)
+        return self.parse_args([*bare, *flags])
 
     def error(self, message: str) -> NoReturn:
         """Bad arguments are the user's mistake like any other."""
-        raise UserError(f"{self.prog.removeprefix('srnn ')}: {message}; see `{self.prog} --help`.")
+        command = self.prog.removeprefix("srnn ")
+        if message == "the following arguments are required: RUN":
+            raise UserError(f"{command}: which run? Give its folder, as `{self.prog} outputs/RUN` or run=outputs/RUN.")
+        raise UserError(f"{command}: {message}; see `{self.prog} --help`.")
 
 
 def output_folder(folder: Path) -> Path:
     """What ``--output`` names, or its default, made if needed. Raises UserError if it cannot be written."""
-    folder = folder.expanduser()
+    folder = expanded(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -198,14 +206,14 @@ def output_folder(folder: Path) -> Path:
 
 def packed_file(run: str) -> Path:
     """The packed file of a run's folder; a file is taken as it is. Raises UserError."""
-    path = Path(run).expanduser()
+    path = expanded(run)
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"run={run}: no such folder; give the folder of a finished run, such as outputs/RUN.")
+        raise UserError(f"{run}: no such folder; give that of a finished run, as outputs/RUN or run=outputs/RUN.")
     packed = RunFolder(path).packed
     if not packed.is_file():
-        raise UserError(f"run={run}: this folder holds no model.safetensors, so it is no finished run of srnn.")
+        raise UserError(f"{run}: this folder holds no model.safetensors, so it is no finished run of srnn.")
     from srnn.recording.environment import require_plugins
 
     require_plugins(RunFolder(path))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from srnn.commands.options import Help, command
 from srnn.errors import UserError
+from srnn.files import expanded
 
 _CONFIG = "the config, as for a run: pruning=cubic pruning.sparsity=0.95"
 
@@ -21,7 +21,7 @@ def main(
 
     Prints and plots the forecast. The data are read, for the number of steps.
     """
-    path = Path(plot).expanduser()
+    path = expanded(plot)
     if path.suffix != ".png":
         raise UserError(f"plan: --plot={plot} must be a file named *.png.")
 

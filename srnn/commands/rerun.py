@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from srnn.commands.options import Help, command, output_folder
 from srnn.errors import UserError
+from srnn.files import expanded
 from srnn.run_folder import RunFolder
 
 TOLERANCE = 0.001  # relative: what other hardware or versions may round to
@@ -17,8 +18,7 @@ TOLERANCE = 0.001  # relative: what other hardware or versions may round to
 
 @command
 def main(
-    run: Annotated[str, Help("a finished run's folder", metavar="FOLDER")],
-    /,
+    run: Annotated[str, Help("a finished run's folder", metavar="RUN")],
     output: Annotated[str | None, Help("where it is repeated (outputs/DATE_rerun_NAME)", metavar="FOLDER")] = None,
     tolerance: Annotated[float, Help("relative difference that still counts as the same")] = TOLERANCE,
 ) -> int:
@@ -27,10 +27,10 @@ def main(
     Returns:
         0 if the numbers agree, 1 if not.
     """
-    source = Path(run).expanduser()
+    source = expanded(run)
     before = RunFolder(source.resolve())
     if not before.finished:
-        raise UserError(f"rerun {source}: no finished run is there: it has no report.json.")
+        raise UserError(f"rerun: {source}: no finished run is there: it has no report.json.")
 
     from srnn.config.composing import read_settings
     from srnn.files import nearest_there
@@ -38,11 +38,12 @@ def main(
     from srnn.terminal import console
     from srnn.training.run import train
 
+    then, made_in = _finished(before), environment.read_environment(before)
     environment.require_plugins(before)
     settings = read_settings(before.config)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_rerun_{source.resolve().name}"
     folder = Path(output) if output else Path("outputs") / name
-    there = nearest_there(folder.expanduser())
+    there = nearest_there(expanded(folder))
     folder = output_folder(folder).resolve()
     try:
         with environment.started_in(before):
@@ -50,15 +51,25 @@ def main(
     except UserError:
         RunFolder(folder).take_back(there)
         raise
-    verdict, agree = agreement(before.read_report(), report, tolerance)
+    verdict, agree = agreement(then, report, tolerance)
     console.print(verdict, soft_wrap=True)
-    made_in, now = environment.read_environment(before), environment.read_environment(RunFolder(folder))
+    now = environment.read_environment(RunFolder(folder))
     changed = environment.differences(made_in, now) if made_in else ["nothing was recorded then"]
     for line in changed:
         console.print(f"differs: {line}", soft_wrap=True)
     if not changed:
         console.print("Code, packages, hardware and data are the same.")
     return 0 if agree else 1
+
+
+def _finished(run: RunFolder) -> dict[str, Any]:
+    """The report of a run, looked at before hours are spent on what it is compared with. Raises UserError."""
+    report = run.read_report()
+    try:
+        list(_numbers(report))
+    except (KeyError, OverflowError) as error:
+        raise UserError(f"{run.report} is damaged: {type(error).__name__}: {error}.") from None
+    return report
 
 
 def agreement(then: Mapping[str, Any], now: Mapping[str, Any], tolerance: float) -> tuple[str, bool]:

@@ -16,14 +16,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from srnn.commands.resume import main as resume_run
 from srnn.config.command_line import check_command_line
 from srnn.config.composing import conf_folder, connect_hydra, plugin_folders, settings_of
 from srnn.config.settings import Settings
-from srnn.config.sweeps import identity, identity_of
+from srnn.config.sweeps import identity, identity_of, outcome
 from srnn.errors import JobFailed, UserError, cannot_be_written
 from srnn.files import nearest_there, write_atomically
 from srnn.registry import register
 from srnn.run_folder import RunFolder
+from srnn.terminal import console, logged
 
 _HELP = """usage: srnn [train] [GROUP=NAME] [GROUP.OPTION=VALUE] ...
 
@@ -50,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         print(_HELP)
         return 0
     if any(word.startswith("resume=") for word in argv):
-        return _resume(argv)
+        return resume_run(argv)
     line = check_command_line(argv)
     if line.sweep is not None:
         _open_sweep(line.sweep, argv)
@@ -110,34 +112,22 @@ def _single_job(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _sweep_job(settings: Settings, folder: Path, sweep: str) -> dict[str, Any]:
-    """A job that may have been started before. Its error stays in its folder, wherever the job runs."""
+    """A job that may have been started before. What it prints, and its error, stay in its folder, wherever it runs."""
     from srnn.training.run import resume, train
 
     run = RunFolder(folder)
     run.error.unlink(missing_ok=True)
+    one_at_a_time = HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
     try:
-        if identity_of(run.config) == identity(settings.as_dict()):
-            return run.read_report() if run.finished else resume(folder)
-        return train(settings, folder, sweep, command=["srnn", *HydraConfig.get().overrides.task])
+        with logged(run.log, folder.name, bar=one_at_a_time):
+            if identity_of(run.config) != identity(settings.as_dict()):
+                report = train(settings, folder, sweep, command=["srnn", *HydraConfig.get().overrides.task])
+            else:
+                report = run.read_report() if run.finished else resume(folder)
+        score, sparsity, seconds = outcome(report)
+        console.print(f"{folder.name}: {score}, {sparsity} sparse, {seconds}", soft_wrap=True)
+        return report
     except Exception as error:
         print(f"srnn: {folder}: {error}", file=sys.stderr)
         write_atomically(run.error, traceback.format_exc().encode())
         raise
-
-
-def _resume(argv: Sequence[str]) -> int:
-    """Resume a stopped run, as it was configured."""
-    folders = [word.partition("=")[2] for word in argv if word.startswith("resume=")]
-    others = [word for word in argv if not word.startswith(("resume=", "srnn.plugins="))]
-    if others or len(folders) > 1:
-        raise UserError(
-            f"resume=FOLDER resumes a run as it was configured, so {' '.join(others) or 'a second one'} cannot be "
-            f"given with it; to train its network with other options, start a run with init_from=FOLDER."
-        )
-    from srnn.recording.environment import require_plugins
-    from srnn.training.run import resume
-
-    folder = Path(folders[0].strip("'\"")).expanduser()
-    require_plugins(RunFolder(folder))
-    resume(folder)
-    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,16 @@ def _read_run(folder: RunFolder) -> FinishedRun:
     try:
         report = folder.read_report()
         curves = read_metrics(folder.metrics)
-        return FinishedRun(folder.path.name, report["config"], summary_of(report), curves)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config, summary = report["config"], summary_of(report)
+        if not isinstance(config, Mapping) or "seed" not in config:
+            raise ValueError("its config has no seed")
+        if wrong := [name for name, value in summary.items() if name != "objective" and not _is_number(value)]:
+            raise ValueError(f"{wrong[0]} is no number")
+        return FinishedRun(folder.path.name, config, summary, curves)
+    except Exception as error:  # whatever files made by hand bring about
         raise UserError(f"{folder}: its report or metrics are damaged: {type(error).__name__}: {error}.") from None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a plot can show it; a score may be NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isinf(value)

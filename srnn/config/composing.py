@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
@@ -23,7 +24,6 @@ from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
 
 from srnn.config.hydra_internals import apply_overrides
 from srnn.config.settings import COMPONENTS, GROUPS, Settings
@@ -34,6 +34,12 @@ from srnn.registry.plugins import plugin_files
 
 # What a command line takes beside the keys of a config.
 BESIDE = ("experiment", "resume", "hydra")
+# What opens and closes a level of YAML, and how many levels a run's config may have.
+_STARTS = (
+    yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken,
+)  # fmt: skip
+_ENDS = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+_DEEPEST = 30
 
 
 def conf_folder() -> Path:
@@ -127,7 +133,7 @@ def parse_override(text: str) -> Override:
     """One ``key=value`` of a command line. Raises UserError."""
     try:
         return OverridesParser.create().parse_override(text)
-    except HydraException as error:
+    except (HydraException, ValueError, RecursionError) as error:  # Python's own: too many digits, or brackets
         hint = r" Brackets in a name are escaped, as in \[z\]." if re.search(r"\w\[\w", text) else ""
         raise UserError(f"{text}: not an override such as model.hidden_size=256: {_first_line(error)}{hint}") from None
 
@@ -269,13 +275,32 @@ def read_settings(path: Path) -> Settings:
     Raises:
         UserError: the file is damaged, or an option is none.
     """
+    return Settings.check(read_plain(path))
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """A run's ``config.yaml`` as plain data, not checked yet. Raises UserError for a damaged file."""
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        _check_size(path, text)
+        config = OmegaConf.to_container(OmegaConf.create(text))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a file made by hand brings about, in YAML, OmegaConf or Python
         raise UserError(f"{path} is damaged: {type(error).__name__}.") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged: it holds no options.")
-    return Settings.check({str(key): value for key, value in config.items()})
+    return {str(key): value for key, value in config.items()}
+
+
+def _check_size(path: Path, text: str) -> None:
+    """Refuse what a few bytes of YAML can grow to: aliases stand for gigabytes, brackets in brackets take hours."""
+    depth = 0
+    for token in yaml.scan(text):  # one by one, so that it ends in time
+        depth += isinstance(token, _STARTS) - isinstance(token, _ENDS)
+        if isinstance(token, yaml.AliasToken) or depth > _DEEPEST:
+            what = "an alias (*name)" if depth <= _DEEPEST else f"more than {_DEEPEST} levels"
+            raise UserError(f"{path} is damaged: it has {what}, which no config of a run has.")
 
 
 def _first_line(error: Exception) -> str:

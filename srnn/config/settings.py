@@ -14,7 +14,7 @@ from srnn.registry import Component, Option, Range, check_options, register
 class TrainerConfig:
     """The training loop."""
 
-    max_epochs: Annotated[int, Range(ge=1, le=1_000_000)] = 8
+    max_epochs: Annotated[int, Range(ge=0, le=1_000_000)] = 8
     gradient_clip_val: Annotated[float, Range(gt=0)] | None = 1.0
     accumulate_grad_batches: Annotated[int, Range(ge=1, le=1_000_000)] = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -67,6 +67,7 @@ class Settings:
     pruning: dict[str, Any]
     kernel: dict[str, Any]
     optimizer: dict[str, Any]
+    schedule: dict[str, Any]
     trainer: TrainerConfig
     tracking: TrackingConfig
     packed: PackedConfig
@@ -74,22 +75,24 @@ class Settings:
     seed: Annotated[int, Range(ge=0, le=2**32 - 1)] = 0
     init_from: str | None = None
     init_partly: bool = False
+    init_map: dict[str, str] | None = None
+    init_vocabulary: str | None = None
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> Settings:
         """Check a plain config. Raises UserError for the first thing wrong."""
         root = options_of(cls)
         given = check_options(
-            {k: Option(k, Any) if k in SECTIONS or k in COMPONENTS else root[k] for k in root}, config, ""
+            {k: Option(k, Any) if k in SECTIONS or k in COMPONENTS else root[k] for k in root},
+            EARLIER | dict(config),
+            "",
         )
         for key in (*COMPONENTS, *SECTIONS):
             if not isinstance(given[key], Mapping):
                 raise UserError(f"{key}={given[key]!r} must be a mapping, such as {key}.OPTION=value.")
         parts: dict[str, Any] = {kind: register.check(kind, given[kind]) for kind in COMPONENTS}
         sections = {key: make(**check_options(options_of(make), given[key], key)) for key, make in SECTIONS.items()}
-        return cls(
-            **parts, **sections, seed=given["seed"], init_from=given["init_from"], init_partly=given["init_partly"]
-        )
+        return cls(**given | parts | sections)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data again."""
@@ -97,7 +100,9 @@ class Settings:
 
 
 # What a config chooses by name from the registry. The data set names its own objective.
-COMPONENTS = ("model", "dataset", "pruning", "kernel", "optimizer")
+COMPONENTS = ("model", "dataset", "pruning", "kernel", "optimizer", "schedule")
+# What a config of an earlier version, which lacks them, meant.
+EARLIER: dict[str, Any] = {"schedule": {"name": "constant"}}
 SECTIONS: dict[str, type] = {
     "trainer": TrainerConfig,
     "tracking": TrackingConfig,

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from rich.table import Table
 
 from srnn.config.composing import (
     compose_config,
     parse_override,
+    read_plain,
     settings_of,
     slug,
     unknown_options,
@@ -43,6 +43,8 @@ class Job:
 def identity(config: Mapping[str, Any]) -> str:
     """A fingerprint of all in a config that a run's numbers depend on."""
     relevant = {key: value for key, value in config.items() if key not in ("tracking", "srnn", "init_partly")}
+    # Absent from the configs of older runs.
+    relevant = {key: value for key, value in relevant.items() if value is not None}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
@@ -157,12 +159,14 @@ class Sweep:
         ]
         words = ", ".join(f"{count} {word}" for count, word in counts if count)
         console.print(f"Sweep {self.folder}: {len(self.jobs)} jobs: {words}", soft_wrap=True)
+        if left:
+            console.print(f"What a job prints is in its {RunFolder(self.folder).log.name}.")
 
     def summarize(self, ran: Sequence[Job]) -> bool:
         """A table of all jobs, what failed and why, and the ways on. Returns whether all jobs are finished."""
         table = Table(title=f"Sweep {self.folder}", title_justify="left")
-        for column in ("job", "", "test", "sparsity"):
-            table.add_column(column, justify="right" if column in ("test", "sparsity") else "left", overflow="fold")
+        for column in ("job", "", "test", "sparsity", "time"):
+            table.add_column(column, justify="left" if column in ("job", "") else "right", overflow="fold")
         for job in self.jobs:
             table.add_row(self.folders[job].name, *self._row(job, job in ran))
         console.print(table)
@@ -182,30 +186,34 @@ class Sweep:
 
     def _row(self, job: Job, ran: bool) -> list[str]:
         if not self.finished(job):
-            return ["failed", "", ""]
-        report = RunFolder(self.folders[job]).read_report()
-        objective: Any = register.get("objective", report["objective"]).factory
-        score = str(objective.telling)
-        test, sparsity = report["scores"]["test_packed"][score], report["sparsity"]["reached"]
-        return [
-            "finished" if ran else "finished before",
-            f"{test:.4f} {score.replace('_', ' ')}",
-            f"{100 * sparsity:.2f} %",
-        ]
+            return ["failed", "", "", ""]
+        try:
+            told = outcome(RunFolder(self.folders[job]).read_report())
+        except (UserError, KeyError, TypeError, ValueError):
+            return ["its report is damaged", "", "", ""]
+        return ["finished" if ran else "finished before", *told]
+
+
+def outcome(report: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What a job came to: the test's score that tells most, the sparsity, and how long it took."""
+    objective: Any = register.get("objective", report["objective"]).factory
+    score = str(objective.telling)
+    test, sparsity = report["scores"]["test_packed"][score], report["sparsity"]["reached"]
+    return f"{test:.4f} {score.replace('_', ' ')}", f"{100 * sparsity:.2f} %", f"{report['seconds']['total']:.0f} s"
 
 
 def identity_of(path: Path) -> str | None:
     """Of a run's ``config.yaml``; None if it is damaged."""
     try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return identity(read_plain(path))
+    except (UserError, TypeError, ValueError):  # or it holds what no config does, such as bytes
         return None
-    return identity(config) if isinstance(config, dict) else None
 
 
 def _error(folder: Path) -> str:
     """The last line of what a job left; a killed one leaves nothing."""
     try:
-        return RunFolder(folder).error.read_text().strip().splitlines()[-1].removeprefix("srnn.errors.UserError: ")
+        lines = RunFolder(folder).error.read_text(encoding="utf-8").strip().splitlines()
+        return lines[-1].removeprefix("srnn.errors.UserError: ")
     except (OSError, IndexError):
         return "it was stopped or killed, and left no error"

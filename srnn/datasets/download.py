@@ -69,7 +69,7 @@ def is_whole(path: Path, checksum: str | None = None) -> bool:
         checksum: as for ``fetch``.
     """
     beside = path.with_name(f"{path.name}.sha256")
-    if not path.is_file() or not beside.is_file() or beside.read_text().strip() != _digest(path, "sha256"):
+    if not path.is_file() or not beside.is_file() or beside.read_bytes().strip() != _digest(path, "sha256").encode():
         return False
     algorithm, _, wanted = (checksum or "").partition(":")
     return not wanted or _digest(path, algorithm) == wanted

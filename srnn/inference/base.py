@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
-from srnn.inference.operator import call_operator, described
+from srnn.inference.operator import call_operator, described, refuse_onnx
 from srnn.kernels.contract import Kernel, LayerWeights
 from srnn.meta_device import without_memory
 from srnn.registry import register
@@ -234,6 +234,7 @@ class SparseModule(nn.Module):
 def refuse_tracing() -> None:
     """Raises UserError inside ``torch.jit.trace``, before anything of the trace is kept in the module."""
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        refuse_onnx()
         raise UserError("torch.jit.trace does not see sparse kernels: use torch.export or torch.compile.")
 
 

@@ -25,7 +25,8 @@ class Replacements:
     pruned: set[str] = field(default_factory=set)
 
     def __str__(self) -> str:
-        sparse = [f"{name} ({kind})" for name, kind in self.sparse.items()]
+        # A layer that is the whole network has no name, and is called what it is.
+        sparse = [name if name == kind else f"{name} ({kind})" for name, kind in self.sparse.items()]
         dense = [f"{name} ({reason})" for name, reason in self.dense.items()]
         lines = [f"sparse: {', '.join(sparse) or 'nothing'}", f"left dense: {', '.join(dense)}" if dense else ""]
         return "\n".join(line for line in lines if line)
@@ -39,17 +40,6 @@ class Replacements:
             why = "; ".join(f"{name} {reason}" for name, reason in self.dense.items()) or "it has no matrices"
             return f"sparsify replaced nothing: {why}."
         return None
-
-
-class Says:
-    """An ``extra_repr`` that prints a report, and can be copied and pickled."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __call__(self) -> str:
-        """The report."""
-        return self.text
 
 
 def unmasked(module: nn.Module) -> nn.Module:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from srnn.errors import UserError
+
 # Makes a module from its description and its tensors; ``srnn.inference.modules`` puts its own here.
 Rebuild = Callable[[dict[str, Any], list[Tensor]], Any]
 rebuilders: list[Rebuild] = []
@@ -43,10 +45,20 @@ def call_operator(inputs: list[Tensor], weights: list[Tensor], description: str)
 
 @call_operator.register_fake
 def _shapes(inputs: list[Tensor], weights: list[Tensor], description: str) -> list[Tensor]:
+    refuse_onnx()
     about = json.loads(description)
     module = _here.get(about["key"])
     shapes: list[Tensor] = (_rebuild(about, weights) if module is None else module).shapes(inputs)
     return shapes
+
+
+def refuse_onnx() -> None:
+    """Raises UserError inside ``torch.onnx.export``, which has no such operator."""
+    if torch.onnx.is_in_onnx_export():
+        raise UserError(
+            "torch.onnx does not see sparse kernels: use srnn.export(model, 'model.onnx'), or torch.onnx.export of "
+            "srnn.desparsify(model)."
+        )
 
 
 def _found(weights: list[Tensor], description: str) -> Any:

@@ -150,6 +150,8 @@ def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> PackedMo
         if tensor.dtype != torch.float32 and header["format"] < 4:
             raise ValueError(f"{name} is {tensor.dtype}, not fp32")
     vocabulary = Vocabulary.from_dict(header["vocabulary"]) if header["vocabulary"] else None
+    if vocabulary is not None and header["supplied"].get("vocabulary_size", len(vocabulary)) != len(vocabulary):
+        raise ValueError(f"its vocabulary has {len(vocabulary)} tokens, not as many as the network")
     tied = header["tied"] if header["format"] > 2 else {}
     if not all(isinstance(n, str) and s in matrices.keys() | tensors.keys() for n, s in tied.items()):
         raise ValueError("a weight is tied to one that is not there")

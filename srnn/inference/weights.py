@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from srnn.errors import UserError
@@ -28,12 +29,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def read_packed_or_plain(path: Path) -> tuple[dict[str, Tensor], Vocabulary | None]:
     """Weights and vocabulary of a packed file; of any other safetensors file the weights. Raises UserError."""
+    weights = None
     try:
         with safe_open(path, framework="pt") as file:
             if "srnn" not in (file.metadata() or {}):
-                return {_plain(name): file.get_tensor(name) for name in file.keys()}, None  # noqa: SIM118
-    except (SafetensorError, OSError):
-        pass  # `read` says what is wrong
+                weights = {_plain(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception:  # of safetensors or torch; `read` says what is wrong
+        pass
+    if weights is not None:
+        _check_kinds(weights, path)
+        return weights, None
     packed = read(path)
     return packed.state_dict(), packed.vocabulary
 
@@ -47,6 +52,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint or packed file.")
     try:
+        _check_bits(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly anything, with advice that is not to be followed
         raise UserError(
@@ -55,6 +61,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(loaded).__name__}, not weights by name.")
     return loaded
+
+
+def _check_bits(path: Path) -> None:
+    """Compare the checksums that torch writes into a file, and passes over when it reads one. Raises BadZipFile."""
+    if not zipfile.is_zipfile(path):  # as before torch 1.6
+        return
+    with zipfile.ZipFile(path) as parts:
+        if bad := parts.testzip():
+            raise zipfile.BadZipFile(f"{bad} is not what was written")
 
 
 def weights_of(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
@@ -79,7 +94,18 @@ def weights_of(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     if not weights:
         keys = ", ".join(str(key) for key in list(checkpoint)[:6]) or "nothing"
         raise UserError(f"{path} is no checkpoint: it holds no weights by name, but {keys}.")
+    _check_kinds(weights, path)
     return weights
+
+
+def _check_kinds(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that no weight can be. Raises UserError."""
+    for name, weight in weights.items():
+        if weight.layout != torch.strided or weight.is_meta or weight.is_complex() or weight.is_quantized:
+            kind = "meta" if weight.is_meta else str(weight.layout if weight.layout != torch.strided else weight.dtype)
+            raise UserError(
+                f"{path}: {name} is a {kind.removeprefix('torch.')} tensor: save it dense, of real numbers."
+            )
 
 
 def _is_weights(key: object, part: object) -> bool:

@@ -14,7 +14,7 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -56,12 +56,16 @@ class Choice:
         winner: name of the candidate.
         seconds: candidate -> median time of a call; empty where there was only one candidate.
         left_out: candidate -> why it cannot run.
+        layer: its kind and sizes, in words.
+        use: how much of a call was timed, in words.
     """
 
     what: str
     winner: str
     seconds: dict[str, float]
     left_out: dict[str, str]
+    layer: str = ""
+    use: str = ""
 
     def __str__(self) -> str:
         times = ", ".join(f"{name} {1e6 * s:,.0f} us" for name, s in sorted(self.seconds.items(), key=lambda x: x[1]))
@@ -101,7 +105,9 @@ class _Chooser(Kernel):
             x_BI = torch.randn(batch, matrix.shape[1], device=device, dtype=dtype)
             return lambda: ready(x_BI)
 
-        pick = _Pick[Product](self, f"product {_describe(matrix)}", matrix, device, dtype, prepare, call)
+        layer = f"linear, {matrix.shape[1]} inputs, {matrix.shape[0]} outputs"
+        what = f"product {_describe(matrix)}"
+        pick = _Pick[Product](self, what, layer, matrix, device, dtype, prepare, call)
         return lambda x_NI: pick(x_NI.shape[0], 1)(x_NI)
 
     def recurrence(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Recurrence:
@@ -117,7 +123,8 @@ class _Chooser(Kernel):
             return lambda: ready(u_NG, sizes, state)
 
         what = f"{weights.cell} recurrence {_describe(weights.w_hh)}"
-        return _ChosenRecurrence(_Pick[Recurrence](self, what, weights, device, dtype, prepare, call))
+        layer = f"{weights.cell} recurrence, {weights.hidden_size} units"
+        return _ChosenRecurrence(_Pick[Recurrence](self, what, layer, weights, device, dtype, prepare, call))
 
     def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """Measured at the first call with so many streams, for sequences and single steps apart."""
@@ -131,9 +138,10 @@ class _Chooser(Kernel):
             sizes, state = equal_lengths(steps, batch), zero_state(weights, batch, device, dtype)
             return lambda: ready.run(x_NI, sizes, state)
 
-        direction = " reversed" if weights.reverse else ""
-        what = f"{weights.cell}{direction} {' '.join(_describe(m) for m in weights.matrices.values())}"
-        return _ChosenLayer(_Pick[Layer](self, what, weights, device, dtype, prepare, call))
+        kind = f"{weights.cell}{' reversed' * weights.reverse}"
+        what = f"{kind} {' '.join(_describe(m) for m in weights.matrices.values())}"
+        layer = f"{kind}, {_sizes(weights)}"
+        return _ChosenLayer(_Pick[Layer](self, what, layer, weights, device, dtype, prepare, call))
 
     def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """Measured at the first call with so many streams, for both directions together."""
@@ -148,20 +156,21 @@ class _Chooser(Kernel):
             return lambda: ready.run(x_NI, equal_lengths(steps, batch), state)
 
         what = f"{forward.cell} both ways {' '.join(_describe(m) for m in forward.matrices.values())}"
-        return _ChosenLayer(_Pick[Layer](self, what, forward, device, dtype, prepare, call))
+        layer = f"{forward.cell} both ways, {_sizes(forward)}"
+        return _ChosenLayer(_Pick[Layer](self, what, layer, forward, device, dtype, prepare, call))
 
     def choose(
         self, what: str, where: tuple[torch.device, torch.dtype], calls: Mapping[str, Callable[[], Call]],
-        left_out: dict[str, str],
+        left_out: dict[str, str], words: tuple[str, str],
     ) -> Choice:  # fmt: skip
-        """Measure, or remember; logs one line either way."""
+        """Measure, or remember; logs one line either way. ``words`` are the choice's layer and use."""
         device, dtype = where
         key = f"{hardware(device)}; {dtype}; {' '.join(calls)}"
         known = _remembered(key, what)
         choice = known or fastest(what, _that_run(calls, left_out), device, left_out)
         if known is None and not _busy():
             _remember(key, choice)
-        self.choices[what] = choice
+        self.choices[what] = choice = replace(choice, layer=words[0], use=words[1])
         log.info("%s", choice)
         return choice
 
@@ -178,6 +187,7 @@ class _Pick(Generic[P]):
 
     chooser: _Chooser
     what: str
+    layer: str
     weights: LayerWeights | SparseMatrix
     device: torch.device
     dtype: torch.dtype
@@ -219,9 +229,11 @@ class _Pick(Generic[P]):
         steps = _STEPS.get(self.device.type, 16) if sequence else 1
         kind = f"{batch} at a time, {'sequences' if sequence else 'single steps'}, {threads} threads"
         what = f"{self.what}, {kind}"
+        several = f"{batch:,} {'row' if isinstance(self.weights, SparseMatrix) else 'stream'}{'s' * (batch > 1)}"
+        use = several if isinstance(self.weights, SparseMatrix) else f"{several}, {steps} step{'s' * (steps > 1)}"
 
         calls = {name: partial(self._call, name, batch, steps) for name in able}
-        return self.chooser.choose(what, (self.device, self.dtype), calls, left_out).winner
+        return self.chooser.choose(what, (self.device, self.dtype), calls, left_out, (self.layer, use)).winner
 
     def _call(self, name: str, batch: int, steps: int) -> Call:
         return self.call(self._prepared(name), batch, steps)
@@ -339,6 +351,10 @@ def processor(device: torch.device) -> str:
     except OSError:
         pass
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _sizes(weights: LayerWeights) -> str:
+    return f"{weights.w_ih.shape[1]} inputs, {weights.hidden_size} units"
 
 
 def _describe(matrix: SparseMatrix) -> str:

@@ -205,7 +205,7 @@ def detach(state: TorchState | None) -> TorchState | None:
     """The state without its history: truncated back-propagation through time ends here."""
     if state is None or isinstance(state, torch.Tensor):
         return None if state is None else state.detach()
-    return state[0].detach(), state[1].detach()
+    return tuple(part.detach() for part in state)  # type: ignore[return-value]  # of torch's own modules two
 
 
 def recurrent(

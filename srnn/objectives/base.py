@@ -29,6 +29,7 @@ class Objective(pl.LightningModule):
         higher_is_better: the scores of which more is better; of all others less is.
         loss_name: what the loss is called in plots, with its unit.
         words: how scores are written in tables, as a format string of their names.
+        schedule: what it makes of the optimiser, an addition to it: a schedule of the step size; None leaves it.
         train_loss: of the last batch. Logging it at every step would cost a small network on a GPU a fifth of its time.
 
     Args:
@@ -54,6 +55,7 @@ class Objective(pl.LightningModule):
         self.model = model
         self.optimizer_config = dict(optimizer)
         self.data = data
+        self.schedule: Callable[[Any], Any] | None = None
         self.train_loss: Tensor | None = None
         self.call: Callable[..., Any] = call or model.__call__
         self.metric: Any = None  # of the validation that runs; no submodule, so that checkpoints hold the model alone
@@ -63,7 +65,8 @@ class Objective(pl.LightningModule):
         parameters = list(self.model.parameters())
         # One kernel a step, on a GPU; Lightning does not clip for such an optimiser in mixed precision.
         fused = all(p.device.type == "cuda" for p in parameters) and self.trainer.precision == "32-true"
-        return register.build("optimizer", self.optimizer_config, parameters=parameters, fused=fused)
+        built = register.build("optimizer", self.optimizer_config, parameters=parameters, fused=fused)
+        return built if self.schedule is None else self.schedule(built)
 
     @classmethod
     @abstractmethod

@@ -76,7 +76,7 @@ class NextToken(Objective):
 
     telling = "bits_per_character"
     loss_name = "loss, nats a token"
-    words = "{bits_per_character:.4f} bits/char, perplexity {perplexity:.3f}"
+    words = "{bits_per_character:.4f} bits/char, perplexity {perplexity:.2f}{a_token}"
 
     def __init__(
         self, model: nn.Module, optimizer: Mapping[str, Any], data: DataModule, call: Callable[..., Any] | None = None

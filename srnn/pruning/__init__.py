@@ -16,12 +16,13 @@ from srnn.pruning.methods import (
     Shared,
     Structured,
 )
+from srnn.pruning.once import PruneReport, prune
 from srnn.pruning.pruner import Pruner
 from srnn.pruning.report_rows import ReportRow
 from srnn.pruning.report_rows import ReportRow as Row  # as it was called before
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import prunable
 
-__all__ = ["Block", "Cubic", "Fixed", "Gradual", "Group", "Hard", "NoPruning", "Pruner", "PrunerView",
-           "PruningMethod", "Random", "ReportRow", "RigL", "Row", "RunLength", "Shared", "Structure", "Structured",
-           "prunable"]  # fmt: skip
+__all__ = ["Block", "Cubic", "Fixed", "Gradual", "Group", "Hard", "NoPruning", "PruneReport", "Pruner",
+           "PrunerView", "PruningMethod", "Random", "ReportRow", "RigL", "Row", "RunLength", "Shared", "Structure",
+           "Structured", "prunable", "prune"]  # fmt: skip

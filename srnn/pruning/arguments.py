@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,31 @@ def build_method(method: str | Mapping[str, Any] | PruningMethod, options: Mappi
     config = {"name": method} if isinstance(method, str) else dict(method)
     built: PruningMethod = register.build("pruning", config | dict(options))
     return built
+
+
+def differing(then: str, now: str) -> str:
+    """What differs between the settings of a checkpoint and those of now, as texts: only the options that do."""
+    one, two = _options(then), _options(now)
+    changed = [name for name in {**one, **two} if one.get(name) != two.get(name)]
+    if not one or not two or not changed:
+        return f"it is of {then}, and these are {now}"
+    return ", ".join(f"{name} was {one.get(name, 'not there')} and is {two.get(name, 'not there')}" for name in changed)
+
+
+def _options(settings: str) -> dict[str, str]:
+    """Name -> text of each option, and ``method``, of a method's settings or of a callback's state key; none of
+    others."""
+    name, brace, inside = settings.partition("{")
+    try:
+        if name.isidentifier() and brace:
+            named = ast.literal_eval(brace + inside)
+            return {key: text for key, text in named.items() if key != "method"} | _options(named["method"])
+        call = ast.parse(settings, mode="eval").body
+    except (SyntaxError, ValueError, KeyError):
+        return {}
+    if not isinstance(call, ast.Call):
+        return {}
+    return {"method": ast.unparse(call.func)} | {str(k.arg): ast.unparse(k.value) for k in call.keywords}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

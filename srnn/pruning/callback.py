@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.callbacks import (
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from torch import Tensor, nn
 
 from srnn.errors import UserError
-from srnn.pruning.arguments import build_method, unwrapped
+from srnn.pruning.arguments import build_method, differing, unwrapped
+from srnn.pruning.checkpoint_while import CheckpointWhile
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.parts import some_of
 from srnn.pruning.pruner import Pruner
@@ -56,7 +62,9 @@ class PruningCallback(pl.Callback):
     Its state (masks, thresholds, iteration) goes into the Trainer's checkpoints, under its method, options and module:
     a Trainer may have several that differ in one of these. With Lightning's ``WeightAveraging`` and
     ``StochasticWeightAveraging``, which have to stand before it, the average is masked too. Weights that others write
-    after the last step, such as in a module's ``on_train_end``, are masked once more, with a warning.
+    after the last step, such as in a module's ``on_train_end``, are masked once more, with a warning. A
+    ``ModelCheckpoint`` that keeps the best network may keep one from before pruning was over, and is warned of:
+    ``checkpoint`` gives one that does not.
 
     Attributes:
         method: the method it was given.
@@ -81,6 +89,25 @@ class PruningCallback(pl.Callback):
         self.pruner: Pruner | None = None
         self._restored: dict[str, Any] | None = None
         self._seen = 0  # optimiser steps up to the last batch
+
+    def checkpoint(self, **options: Any) -> ModelCheckpoint:
+        """Lightning's ``ModelCheckpoint`` that keeps no network from before pruning was over.
+
+        Args:
+            options: of ``ModelCheckpoint``: ``monitor``, ``mode``, ``dirpath``, ...
+
+        Returns:
+            A callback for the same Trainer. Of a run that ends before pruning does it has nothing.
+
+        Example:
+            >>> from srnn import PruningCallback
+            >>> pruning = PruningCallback("cubic", sparsity=0.9)
+            >>> callbacks = [pruning, pruning.checkpoint(monitor="valid_loss")]
+        """
+        return CheckpointWhile(self._is_over, **options)
+
+    def _is_over(self) -> bool:
+        return self.pruner is not None and self.pruner.itr >= self.pruner.method.done_from
 
     @property
     def state_key(self) -> str:
@@ -114,6 +141,24 @@ class PruningCallback(pl.Callback):
             # Of a dense network's checkpoint.
             automatic = pl_module.automatic_optimization
             self.pruner.itr = trainer.global_step if automatic else _manual_itr(trainer, run)
+        self._warn_of_half_pruned(trainer.checkpoint_callbacks)
+
+    def _warn_of_half_pruned(self, callbacks: Sequence[pl.Callback]) -> None:
+        """Warn of what may keep, as the best network, one from before pruning is over: it is usually the better one."""
+        assert self.pruner is not None
+        if self._is_over() or not self.pruner.groups:
+            return
+        for callback in callbacks:
+            if not isinstance(callback, ModelCheckpoint) or isinstance(callback, CheckpointWhile):
+                continue
+            if callback.monitor and callback.save_top_k > 0:
+                given = f"monitor={callback.monitor!r}"
+                warnings.warn(
+                    f"{type(callback).__name__}({given}) keeps the best network of all, which may be one from before "
+                    f"pruning is over, at step {self.pruner.method.done_from}, with too few zeros. Put "
+                    f"pruning_callback.checkpoint({given}, ...) in its place: it takes the same options.",
+                    stacklevel=2,
+                )
 
     def _average(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> nn.Module | None:
         """The average of what is pruned, where the Trainer keeps one."""
@@ -174,9 +219,11 @@ class PruningCallback(pl.Callback):
         there = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
         own = [key for key in map(str, checkpoint["callbacks"]) if key.partition("{")[0] == type(self).__qualname__]
         if lost := [key for key in own if key not in there]:
+            others = [c.state_key for c in trainer.callbacks if isinstance(c, PruningCallback)]  # type: ignore[attr-defined]
+            now = next((key for key in others if key not in own), self.state_key)
             raise UserError(
-                f"the checkpoint was pruned by {', '.join(lost)}, and this Trainer has {self.state_key}: go on with "
-                f"the same method, options and module."
+                f"the checkpoint was pruned with other settings: {differing(lost[0], now)}. Go on with the same "
+                f"method, options and module."
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -112,8 +112,8 @@ class Group:
         # pruned silently; the training is past saving, and this says so.
         if not math.isfinite(scores.max()):
             raise UserError(
-                f"the training has diverged: {self.name} weights are not finite; lower optimizer.lr, or clip "
-                f"gradients with trainer.gradient_clip_val."
+                f"{piece.part.name} holds weights that are NaN or infinite, and cannot be ranked: the training has "
+                f"diverged; lower optimizer.lr, or clip gradients with trainer.gradient_clip_val."
             )
         if not self.soft:
             kept = self.kept_units(piece).to(scores.dtype)

@@ -12,6 +12,8 @@ from torch.nn.utils import parametrize
 
 from srnn.errors import UserError
 
+FROZEN = "frozen (requires_grad=False)"
+
 
 def matrix_names(module: nn.Module) -> list[str]:
     """The names of the matrices that a plain layer of this type has."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from srnn.cells import GATE_LETTERS
 from srnn.distributed import check_equal
 from srnn.errors import UserError
-from srnn.pruning.arguments import averaged, build_method, check_argument, unwrapped
+from srnn.pruning.arguments import averaged, build_method, check_argument, differing, unwrapped
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.parts import Part, count, some_of
 from srnn.pruning.report_rows import ReportRow, report_rows
@@ -365,8 +365,7 @@ class Pruner:
             )
         if state.get("settings", self.method.settings) != self.method.settings:
             raise UserError(
-                f"the pruning state belongs to other settings: it is of {state['settings']}, "
-                f"and these are {self.method.settings}."
+                f"the pruning state belongs to other settings: {differing(state['settings'], self.method.settings)}."
             )
         self._give_back()
         self.itr, self.seconds = state["itr"], state["seconds"]

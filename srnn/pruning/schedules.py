@@ -49,7 +49,9 @@ class RunLength:
             object.__setattr__(self, "steps_per_epoch", self.total_steps / PAPER_EPOCHS)
 
     def __str__(self) -> str:
-        return f"a run of {self.total_steps} steps ({self.epochs:.4g} epochs)"
+        steps = f"a run of {self.total_steps} step{'' if self.total_steps == 1 else 's'}"
+        # A step is no epoch; of a run this short the number of epochs is only assumed.
+        return steps if self.steps_per_epoch < 1 else f"{steps} ({self.epochs:.4g} epochs)"
 
     @property
     def epochs(self) -> float:

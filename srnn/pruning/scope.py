@@ -16,7 +16,7 @@ from srnn.cells import GATE_LETTERS, gates_of
 from srnn.errors import UserError
 from srnn.formats import Structure
 from srnn.pruning.groups import Group
-from srnn.pruning.left_out import check_built, is_half_of_a_norm, warn_of_left_out
+from srnn.pruning.left_out import FROZEN, check_built, is_half_of_a_norm, left_out, warn_of_left_out
 from srnn.pruning.parts import Part, some_of
 from srnn.pruning.scores import Score
 from srnn.registry import Component, check_options
@@ -185,8 +185,7 @@ def build_groups(
     # A stable sort: within a layer type the model's own order stays, on which ties and checkpoints depend.
     weights = sorted(prunable(model), key=lambda weight: _ORDER.index(weight.layer_type))
     rules = _Rules(scope or {}, weights)
-    chosen = [(name, module) for name, module in model.named_modules() if _layer_type(module) in layer_types]
-    warn_of_left_out(chosen, list(scope or {}))
+    warn_of_left_out(_layers(model, layer_types), list(scope or {}))
     general = vars(settings)
     members: dict[tuple[Any, ...], list[Part]] = {}
     left = []
@@ -215,6 +214,36 @@ def build_groups(
     return groups
 
 
+def _layers(model: nn.Module, layer_types: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if _layer_type(module) in layer_types]
+
+
+def left_dense(
+    model: nn.Module, layer_types: Sequence[str], scope: Scope | None, parts: Sequence[Part]
+) -> dict[str, str]:
+    """Every matrix of a model that is not pruned, or the gates of it that are not, and why.
+
+    Args:
+        model, layer_types, scope: what the groups were built of.
+        parts: of the groups: what is pruned.
+    """
+    found = dict(left_out(_layers(model, layer_types), list(scope or {})))
+    pruned = {(id(part.parameter), gate) for part in parts for gate in range(part.first, part.first + part.count)}
+    for weight in prunable(model):
+        gates = [gate for gate in range(weight.gates) if (id(weight.parameter), gate) not in pruned]
+        whole = len(gates) == weight.gates
+        letters = "".join(GATE_LETTERS[weight.gates][gate] for gate in gates) if not whole else ""
+        if weight.layer_type == "other":
+            why = "is of no layer type: a pattern of scope may name it"
+        elif weight.layer_type not in layer_types:
+            why = f"is of type {weight.layer_type}, which is not in layer_types"
+        else:
+            why = "has sparsity 0 in scope" if weight.parameter.requires_grad else f"is {FROZEN}"
+        if gates and ".parametrizations." not in f".{weight.names[0]}":  # their layer has been named
+            found[f"{weight.names[0]}[{letters}]" if letters else weight.names[0]] = why
+    return found
+
+
 def _check_diagonals(groups: Sequence[Group]) -> None:
     """Raise UserError if none of the matrices whose diagonal is to be kept has one."""
     keeping = [part for group in groups if group.keep_diagonal for part in group.parts]
@@ -228,8 +257,8 @@ def _check_diagonals(groups: Sequence[Group]) -> None:
 def _warn_of_frozen(names: Sequence[str]) -> None:
     if names:
         warnings.warn(
-            f"pruning leaves {some_of(names)} dense, also if they are trained later: they are frozen "
-            f"(requires_grad=False). To prune them, name them in pruning.scope={{{names[0]}: {{sparsity: ...}}}}.",
+            f"pruning leaves {some_of(names)} dense, also if they are trained later: they are {FROZEN}. "
+            f"To prune them, name them in pruning.scope={{{names[0]}: {{sparsity: ...}}}}.",
             stacklevel=2,
         )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,13 +14,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from srnn.datasets.base import DataModule
+from srnn.kernels.choosing import DENSE
 from srnn.pruning.callback import PruningCallback
 from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import GradualSchedule
 from srnn.recording.wandb import sync_command
 from srnn.registry import register
 from srnn.run_folder import RunFolder
-from srnn.terminal import console, plural
+from srnn.terminal import Screen, console, plural, screen
 from srnn.vocabulary import Vocabulary
 
 SHORT = {"bits_per_character": "bpc", "perplexity": "ppl"}  # of scores, in the line of a validation
@@ -89,10 +91,18 @@ def shown_updates(updates: Sequence[int]) -> list[int]:
     return [updates[place] for place in places]
 
 
+def figure(value: float) -> str:
+    """A score with four digits that count, and no exponent: 2.529, 0.002346, 1,234."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+
+
 class RunProgress(ProgressBar):
     """One bar over all steps with the loss, sparsity and threshold; and a line an epoch with all scores.
 
-    Where the output is no terminal there is no bar, but a line after each ``SILENCE`` seconds without one.
+    Where the output is no terminal there is no bar, but a line after each ``SILENCE`` seconds without one. A job of a
+    sweep shows no lines of epochs: they are in its log.
     """
 
     def __init__(self, pruning: PruningCallback) -> None:
@@ -100,6 +110,7 @@ class RunProgress(ProgressBar):
         self.pruning = pruning
         self._progress: Progress | None = None
         self._task = TaskID(0)
+        self._screen: Screen = screen()
         self._shown = 0.0
 
     def disable(self) -> None:
@@ -113,15 +124,18 @@ class RunProgress(ProgressBar):
         if trainer.global_step:
             console.print(f"Going on from step {trainer.global_step:,}")
         self._shown = time.monotonic()
-        if not console.is_terminal:
+        self._screen = screen()
+        if not self._screen.bar:
             return
         self._progress = Progress(
+            TextColumn(self._screen.title, markup=False),
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[numbers]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=console,
+            console=self._screen.console,
+            transient=bool(self._screen.title),
         )
         total = self.pruning.pruner.run.total_steps
         self._task = self._progress.add_task("", total=total, completed=trainer.global_step, numbers="")
@@ -133,25 +147,27 @@ class RunProgress(ProgressBar):
         if now - self._shown < (SILENCE if self._progress is None else 0.1):
             return
         self._shown = now
-        numbers = f"loss {float(pl_module.train_loss):.3f}{self._pruning()}"  # type: ignore[arg-type]
+        numbers = f"loss {figure(float(pl_module.train_loss))}{self._pruning()}"  # type: ignore[arg-type]
         if self._progress is not None:
             self._progress.update(self._task, completed=trainer.global_step, numbers=numbers)
         else:
             assert self.pruning.pruner is not None
-            console.print(f"step {trainer.global_step}/{self.pruning.pruner.run.total_steps}: {numbers}")
+            step = f"step {trainer.global_step}/{self.pruning.pruner.run.total_steps}"
+            self._screen.console.print(f"{self._screen.title}{step}: {numbers}", soft_wrap=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A line that stays."""
         if self._progress is not None:
             self._progress.update(self._task, completed=trainer.global_step)
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}"
-        self._shown = time.monotonic()
-        console.print(f"{epoch}: valid {self._scores(trainer)}{self._pruning()}")
+        if self._screen.console is console:
+            self._shown = time.monotonic()
+        console.print(f"{epoch}: valid {self._scores(trainer)}{self._pruning()}", soft_wrap=True)
 
     def _scores(self, trainer: pl.Trainer) -> str:
         metrics = trainer.callback_metrics.items()
         scores = {name.removeprefix("valid_"): value for name, value in metrics if name.startswith("valid_")}
-        return "  ".join(f"{SHORT.get(name, name)} {float(value):.3f}" for name, value in scores.items())
+        return "  ".join(f"{SHORT.get(name, name)} {figure(float(value))}" for name, value in scores.items())
 
     def _pruning(self) -> str:
         assert self.pruning.pruner is not None
@@ -183,9 +199,14 @@ def print_report(report: dict[str, Any]) -> None:
     table.add_column("", justify="right")
     scores, objective = report["scores"], register.get("objective", report["objective"])
     words: str = objective.factory.words  # type: ignore[attr-defined]
+    beside = {
+        "sparse": " sparse" if report["layers"] else "",
+        "a_token": f" a {report['token']}" if report["token"] in ("word", "byte") else "",
+    }
     for key, title in MILESTONES.items():
         if scores.get(key):
-            table.add_row(title.format(**scores[key]), words.format(**scores[key]))
+            told = scores[key] | beside
+            table.add_row(title.format(**told), words.format(**told))
     table.add_section()
     for layer in report["layers"]:
         table.add_row(
@@ -200,27 +221,26 @@ def print_report(report: dict[str, Any]) -> None:
     sizes = report["size"]
     table.add_row("parameters, of which non-zero", f"{sizes['parameters']:,}, {sizes['nonzeros']:,}")
     ratio = sizes["dense_bytes"] / sizes["packed_bytes"]
-    table.add_row(
-        "bytes dense (fp32), packed file",
-        f"{sizes['dense_bytes']:,}, {sizes['packed_bytes']:,} ({ratio:.1f}x smaller)",
-    )
+    smaller = f" ({ratio:.1f}x smaller)" if ratio >= 1.05 else ""
+    table.add_row("bytes dense (fp32), packed file", f"{sizes['dense_bytes']:,}, {sizes['packed_bytes']:,}{smaller}")
     latency = report["latency"]
-    for kind, words in (("sequence", f"one stream, {latency['steps']} steps"), ("step", "one stream, one step")):
+    for kind, steps in (("sequence", plural(latency["steps"], "step")), ("step", "1 step")):
         if kind in latency:
             dense, sparse = latency[kind]["dense"], latency[kind]["sparse"]
             table.add_row(
-                f"{words}: best dense, packed ({plural(latency['threads'], 'thread')})",
+                f"one stream, {steps}, {plural(latency['threads'], 'thread')}: dense, packed",
                 f"{1e6 * dense:,.0f} us, {1e6 * sparse:,.0f} us ({dense / sparse:.2f}x)",
             )
     seconds = report["seconds"]
-    share = 100 * seconds["pruning"] / seconds["training_loop"]
-    table.add_row("time in the training loop, inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
+    if seconds["training_loop"]:
+        share = 100 * seconds["pruning"] / seconds["training_loop"]
+        table.add_row("time in the training loop, inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
     console.print(table)
     for part, batches in report["limits"].items():
         words = f"Only the first {batches} batches of the {part} part were used (trainer.limit_...)"
         console.print(f"{words}." if part == "train" else f"{words}; `srnn evaluate` takes all.", soft_wrap=True)
-    for line in latency["choices"]:
-        console.print(f"kernel: {line}", highlight=False)
+    if latency["choices"]:
+        _print_choices(latency["choices"], latency["threads"])
     if sparsity["wanted"] is not None and abs(sparsity["reached"] - sparsity["wanted"]) > MISSED:
         fixed = report["config"]["pruning"].get("q", "auto") != "auto"
         reason = ": with a fixed q it results from the schedule; pruning.q=auto meets it exactly" if fixed else ""
@@ -229,19 +249,44 @@ def print_report(report: dict[str, Any]) -> None:
         )
 
 
+def _print_choices(choices: Sequence[Mapping[str, Any]], threads: int) -> None:
+    """The backend that each layer runs on; every candidate's time, and why others cannot run, is in the report."""
+    table = Table(title=f"Backends measured and chosen ({plural(threads, 'thread')})")
+    for column in ("layer", "use", "backend", "us", "dense, us"):
+        table.add_column(column, justify="right" if column.endswith("us") else "left")
+    for choice in choices:
+        seconds = choice["seconds"]  # none where there was one candidate
+        dense = min((seconds[name] for name in DENSE if name in seconds), default=None)
+        times = ("" if s is None else f"{1e6 * s:,.0f}" for s in (seconds.get(choice["winner"]), dense))
+        table.add_row(choice["layer"], choice["use"], choice["winner"], *times)
+    console.print(table)
+
+
 def _prompt(data: DataModule, vocabulary: Vocabulary) -> str:
-    """The beginning of a line of the validation text, to continue."""
+    """To continue: the first words of the longest line among the first tokens of the validation text."""
     inputs_BT, _ = data.batches("valid").fetch(0, 0)
-    lines = [line.strip() for line in vocabulary.decode(inputs_BT[0].tolist()).splitlines()]
-    return max(lines, key=lambda line: min(len(line), PROMPT), default="")[:PROMPT].strip()
+    lines = vocabulary.decode(inputs_BT[0].tolist()).splitlines()
+    longest = max((line.strip() for line in lines), key=len, default="")
+    if len(longest) <= PROMPT:
+        return longest
+    return longest[: PROMPT + 1].rpartition(" ")[0].strip() or longest[:PROMPT]
+
+
+def print_way_back(folder: RunFolder) -> None:
+    """How a stopped run is resumed."""
+    console.print(f"Resume it: srnn resume {shlex.quote(str(folder))}", soft_wrap=True)
 
 
 def print_ways_on(folder: RunFolder, data: DataModule) -> None:
     """Where the run's files are, and what can be done with them."""
     console.print(f"Everything is in {folder}", soft_wrap=True)
-    if data.vocabulary is not None:
-        prompt = shlex.quote(_prompt(data, data.vocabulary))
-        console.print(f"Try it: srnn generate --run {shlex.quote(str(folder))} --prompt {prompt}", soft_wrap=True)
+    run = shlex.quote(str(folder))
+    if data.vocabulary is None:
+        console.print(f"Try it: srnn evaluate {run}", soft_wrap=True)
+    else:
+        prompt = _prompt(data, data.vocabulary)
+        words = f" --prompt {shlex.quote(prompt)}" if prompt else ""
+        console.print(f"Try it: srnn generate {run}{words}", soft_wrap=True)
     if command := sync_command(folder.path):
         console.print(f"Upload to W&B: {command}", soft_wrap=True)
 
@@ -249,9 +294,9 @@ def print_ways_on(folder: RunFolder, data: DataModule) -> None:
 MISSED = 0.001  # a tenth of a percent: sparsities further apart get a warning
 # Report key -> row title.
 MILESTONES = {
-    "pruning_started": "validation when pruning started (step {step})",
-    "best_dense": "best validation while dense (step {step})",
-    "best": "best validation at the end (step {step})",
+    "pruning_started": "validation: pruning started (step {step})",
+    "best_dense": "validation: best dense (step {step})",
+    "best": "validation: best{sparse} (step {step})",
     "test": "test, the same checkpoint",
     "test_packed": "test, packed file read back",
 }

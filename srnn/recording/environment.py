@@ -24,7 +24,7 @@ from srnn.errors import UserError
 from srnn.files import PACKAGE, write_atomically
 from srnn.registry import register
 from srnn.registry.registry import KINDS
-from srnn.run_folder import RunFolder
+from srnn.run_folder import RunFolder, read_json
 
 LONGEST_PATCH = 1 << 20  # bytes of uncommitted changes that are kept
 
@@ -70,6 +70,8 @@ def record_data(folder: RunFolder, data: DataModule) -> None:
     """Add the data's checksums; a resumed run must find the data it was started with. Raises UserError."""
     made_in, sums = read_environment(folder), data_checksums(data)
     before = made_in.get("data", sums)
+    if not isinstance(before, Mapping):
+        raise UserError(f"{folder.environment} is damaged: its data are a {type(before).__name__}.")
     if before != sums:
         changed = " and ".join(part for part in sums if before.get(part) != sums[part])
         raise UserError(f"{folder} cannot go on: its data have changed since it was started ({changed}).")
@@ -102,13 +104,7 @@ def require_plugins(folder: RunFolder) -> None:
 
 def read_environment(folder: RunFolder) -> dict[str, Any]:
     """Of a run's folder; empty if it has none. Raises UserError for a damaged file."""
-    path = folder.environment
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}.") from None
+    return read_json(folder.environment) if folder.environment.is_file() else {}
 
 
 @contextmanager
@@ -137,7 +133,7 @@ def changed_data(folder: RunFolder, data: DataModule) -> str | None:
     changed = [part for part in sums if part in before and before[part] != sums[part]]
     if not changed:
         return None
-    told = ", ".join(f"{part} was SHA-256 {before[part][:12]}..., is {sums[part][:12]}..." for part in changed)
+    told = ", ".join(f"{part} was SHA-256 {str(before[part])[:12]}..., is {sums[part][:12]}..." for part in changed)
     return f"These are not the data of the run: {told}. The scores are no scores of that run."
 
 

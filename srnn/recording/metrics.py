@@ -12,7 +12,9 @@ from typing import Any
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from srnn.errors import UserError
 from srnn.files import csv_bytes, write_atomically
+from srnn.recording.summary import read_metrics
 from srnn.recording.wandb import carefully
 
 _SECONDS = 5.0  # between two writes while a run goes on
@@ -64,11 +66,23 @@ class MetricsFile(Logger):
         self.save()
 
     def go_on_from(self, count: int) -> None:
-        """Take over the first ``count`` rows of the file; later ones are logged again."""
+        """Take over the first ``count`` rows of the file; later ones are logged again.
+
+        Raises:
+            UserError: the file is damaged: what is drawn of it in the end is looked at now.
+        """
         if not self.path.is_file():  # a run whose checkpoint was carried elsewhere
             return
-        with self.path.open(newline="") as file:
-            rows = [{name: cell for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+        try:
+            read_metrics(self.path)
+            with self.path.open(newline="", encoding="utf-8") as file:
+                rows = [{name: cell for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+            if len(rows) < count:
+                raise ValueError(f"{len(rows)} rows are left of {count}")
+        except (ValueError, TypeError, KeyError, csv.Error) as error:
+            raise UserError(
+                f"{self.path} is damaged: {error}. Take it away to go on without the curves up to here."
+            ) from None
         self.rows = rows[:count]
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import ModelCheckpoint
 
 from srnn.distributed import mean_over_ranks
 from srnn.errors import UserError
 from srnn.pruning.callback import PruningCallback
+from srnn.pruning.checkpoint_while import CheckpointWhile
 from srnn.pruning.pruner import Pruner
 
 
@@ -85,9 +85,11 @@ class Recorder(pl.Callback):
             return
         self._step = trainer.global_step
         if self._step % self.every == 0:
-            loss = mean_over_ranks(pl_module.train_loss)  # type: ignore[arg-type]
+            logged = {"train_loss": float(mean_over_ranks(pl_module.train_loss))}  # type: ignore[arg-type]
+            if pl_module.schedule is not None:
+                logged["step_size"] = trainer.optimizers[0].param_groups[0]["lr"]  # of the next step
             for logger in trainer.loggers:
-                logger.log_metrics({"train_loss": float(loss)}, step=self._step)
+                logger.log_metrics(logged, step=self._step)
         if pruner.method.is_update(pruner.itr):
             sparsities = {f"sparsity/{name}": value for name, value in pruner.sparsities().items()}
             thresholds = {f"threshold/{kind}": value for kind, value in pruner.thresholds.items()}
@@ -123,7 +125,7 @@ class Recorder(pl.Callback):
         self.loop_seconds, self._began = self.loop_seconds + self._running(), None
 
 
-class BestWhile(ModelCheckpoint):
+class BestWhile(CheckpointWhile):
     """Keeps the best checkpoint among those taken while a condition holds.
 
     Args:
@@ -133,20 +135,26 @@ class BestWhile(ModelCheckpoint):
 
     def __init__(self, eligible: Callable[[], bool], path: Path) -> None:
         super().__init__(
+            eligible,
             dirpath=str(path.parent),
             filename=path.stem,
             monitor="valid_loss",
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
-        self.eligible = eligible
 
     @property
     def state_key(self) -> str:
         """Apart from the other checkpoint callbacks' state."""
         return f"BestWhile-{self.filename}"
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compete only while eligible."""
-        if self.eligible():
-            super().on_validation_end(trainer, pl_module)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also in a folder that was moved: Lightning would forget the best score, and keep whatever comes next."""
+        moved = {"dirpath": str(self.dirpath)}
+        for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            moved[name] = self._here(state_dict[name])
+        best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | moved | {"best_k_models": best})
+
+    def _here(self, path: str) -> str:
+        return str(Path(str(self.dirpath), Path(path).name)) if path else path

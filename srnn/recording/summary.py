@@ -22,13 +22,15 @@ def summary_of(report: Mapping[str, Any]) -> dict[str, Any]:
         if kind in latency:
             summary |= {f"latency/{kind}": latency[kind]["sparse"], f"latency/{kind}_dense": latency[kind]["dense"]}
     summary["latency/sequence_speedup"] = latency["sequence"]["dense"] / latency["sequence"]["sparse"]
-    return summary | {"time/pruning_share": seconds["pruning"] / seconds["training_loop"]}
+    if seconds["training_loop"]:  # a run without training has none
+        summary["time/pruning_share"] = seconds["pruning"] / seconds["training_loop"]
+    return summary
 
 
 def read_metrics(path: Path) -> dict[str, Points]:
     """Column -> (steps, values) of a ``metrics.csv``; empty cells are left out."""
     columns: dict[str, Points] = {}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             for name, cell in row.items():
                 if cell and name != "step":

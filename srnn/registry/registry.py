@@ -26,6 +26,7 @@ KINDS = {
     "pruning": "srnn.pruning",
     "kernel": "srnn.kernels",
     "optimizer": "srnn.training.optimizers",
+    "schedule": "srnn.training.step_size",
 }
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,8 +39,9 @@ class Registry:
     selectable as ``dataset=brackets``, with a YAML file in ``conf/`` or without. Keyword-only arguments without a
     default (``*, vocabulary_size: int``) are no options: the run supplies them; ``**sizes`` takes all that it supplies.
 
-    ``register.model(name)`` registers what it decorates, and so do ``dataset``, ``objective``, ``pruning``, ``kernel``
-    and ``optimizer``: each is ``add`` with its own name as the kind. A decorated class or function stays as it is.
+    ``register.model(name)`` registers what it decorates, and so do ``dataset``, ``objective``, ``pruning``, ``kernel``,
+    ``optimizer`` and ``schedule``: each is ``add`` with its own name as the kind. A decorated class or function stays
+    as it is.
 
     Example:
         >>> import torch

@@ -19,10 +19,14 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from srnn.distributed import any_rank, gather, own
+from srnn.errors import UserError
 from srnn.files import write_atomically
 from srnn.inference.weights import read_checkpoint
 from srnn.recording.metrics import MetricsFile
 from srnn.terminal import console
+
+# What a checkpoint holds without which a run does not go on bit for bit.
+_SAVED = ("state_dict", "loops", "optimizer_states", "callbacks", "random", "metrics_rows")
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -76,6 +80,9 @@ class LastCheckpoint(Checkpoint):
     Beside what Lightning saves it holds the state of every rank's random generators and the number of rows in
     ``metrics.csv``.
 
+    Attributes:
+        stepped: whether there was a batch since training started or went on.
+
     Args:
         path: the file, replaced each time.
         minutes: a longer pass is saved in between.
@@ -88,6 +95,7 @@ class LastCheckpoint(Checkpoint):
         self.minutes = minutes
         self.request = request
         self.metrics = metrics
+        self.stepped = False
         self._saved = time.monotonic()
         self._step = 0
         self._random: dict[str, Any] | None = None
@@ -105,6 +113,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
         """Save if it is time: only after a whole step, and not at the end of a pass, whose validation follows."""
+        self.stepped = True
         stepped, self._step = trainer.global_step > self._step, trainer.global_step
         due = time.monotonic() - self._saved > 60 * self.minutes
         last = rest[-1] + 1 >= trainer.num_training_batches
@@ -130,8 +139,18 @@ class LastCheckpoint(Checkpoint):
         checkpoint["metrics_rows"] = len(self.metrics.rows)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
-        """Take it up again."""
-        self._random = own(checkpoint["random"])
+        """Take it up again.
+
+        Raises:
+            UserError: something is missing: Lightning passes over what is not there, and would start that anew.
+        """
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        stateful = [c.state_key for c in callbacks if type(c).state_dict is not pl.Callback.state_dict]
+        missing = [key for key in _SAVED if key not in checkpoint or checkpoint[key] in (None, [], {})]
+        missing += [key for key in ("lr_schedulers",) if key not in checkpoint]  # there may be none
+        if missing := missing or [key for key in stateful if key not in checkpoint["callbacks"]]:
+            raise UserError(f"{self.path} is damaged: it has no {missing[0]}.")
+        self._random = dict(own(checkpoint["random"]))
         self.metrics.go_on_from(checkpoint["metrics_rows"])
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -42,11 +45,10 @@ def fit(run: Run, folder: RunFolder, wandb: Any = None) -> Recorder:
     metrics = MetricsFile(folder.metrics)
     first = run.place.rank == 0
     with stop_requests() as request:
+        last = LastCheckpoint(folder.last, run.trainer.checkpoint_minutes, request, metrics)
         trainer = trainer_for(
             run.trainer,
-            _callbacks(
-                run, folder, recorder, LastCheckpoint(folder.last, run.trainer.checkpoint_minutes, request, metrics)
-            ),
+            _callbacks(run, folder, recorder, last),
             logger=[metrics, *([WandbCurves(wandb)] if wandb is not None else [])],
             enable_checkpointing=True,
             enable_progress_bar=first,
@@ -60,6 +62,13 @@ def fit(run: Run, folder: RunFolder, wandb: Any = None) -> Recorder:
                 if trainer.interrupted:
                     raise KeyboardInterrupt from None
                 raise
+            except Exception as error:  # of Lightning, torch or Python: a checkpoint may hold anything
+                if isinstance(error, UserError) or run.checkpoint is None or last.stepped:
+                    raise
+                raise UserError(
+                    f"{run.checkpoint}: the run cannot go on from it: {type(error).__name__}: {error}. It may be "
+                    f"damaged, or of another run; SRNN_DEBUG=1 shows more."
+                ) from error
     if pruning.pruner is None:  # it was stopped after its last step: there was nothing left to train
         pruning.on_train_start(trainer, module)
     run.model.to("cpu")
@@ -94,19 +103,20 @@ def trainer_for(
     plugins = [*placed.pop("plugins", []), *options.pop("plugins", [])]
     quiet_by_default = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     try:
-        trainer = pl.Trainer(
-            accelerator=chosen.accelerator,
-            precision=chosen.precision,
-            max_epochs=chosen.epochs,
-            gradient_clip_val=chosen.gradient_clip_val,
-            accumulate_grad_batches=chosen.accumulate_grad_batches,
-            log_every_n_steps=1,  # of what Lightning itself logs, which is nothing; the recorder does
-            num_sanity_val_steps=0,
-            enable_model_summary=False,
-            callbacks=callbacks,
-            plugins=plugins,
-            **(quiet_by_default | placed | options),
-        )
+        with _without_variables():
+            trainer = pl.Trainer(
+                accelerator=chosen.accelerator,
+                precision=chosen.precision,
+                max_epochs=chosen.epochs,
+                gradient_clip_val=chosen.gradient_clip_val,
+                accumulate_grad_batches=chosen.accumulate_grad_batches,
+                log_every_n_steps=1,  # of what Lightning itself logs, which is nothing; the recorder does
+                num_sanity_val_steps=0,
+                enable_model_summary=False,
+                callbacks=callbacks,
+                plugins=plugins,
+                **(quiet_by_default | placed | options),
+            )
     except MisconfigurationException as error:
         asked = f"trainer.accelerator={chosen.accelerator}"
         asked += f" trainer.devices={chosen.devices}" if chosen.devices > 1 else ""
@@ -127,7 +137,23 @@ def check_devices(chosen: TrainerConfig, place: Place) -> None:
             f"trainer.devices={chosen.devices} starts its own processes, and this one was started as one of several "
             f"(LOCAL_RANK={os.environ['LOCAL_RANK']}): start srnn once, without torchrun or the like."
         )
+    for name in filter(_is_trainers, os.environ):
+        print(f"srnn: {name} is passed over: trainer.OPTION decides.", file=sys.stderr)
     trainer_for(chosen, [], place)
+
+
+def _is_trainers(variable: str) -> bool:
+    return variable.startswith("PL_TRAINER_")
+
+
+@contextmanager
+def _without_variables() -> Iterator[None]:
+    """Lightning's Trainer takes what it is not given from the environment, of which a run's config says nothing."""
+    taken = {name: os.environ.pop(name) for name in filter(_is_trainers, list(os.environ))}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 def _check_graph(chosen: TrainerConfig, trainer: pl.Trainer) -> None:

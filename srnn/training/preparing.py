@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from srnn.pruning.schedules import RunLength
 from srnn.registry import register
 from srnn.terminal import console
 from srnn.training.cuda_graph import Graphed
+from srnn.training.init_vocabulary import TokenRows, read_tokens
+from srnn.training.moments import Moments
 from srnn.training.processes import Place
 from srnn.training.start_from import Initial, load_weights, read_initial
+from srnn.training.step_size import attach
 from srnn.vocabulary import ORDER, UNKNOWN, Vocabulary
 
 
@@ -40,7 +44,7 @@ class Run:
         method: the pruning method.
         kernel: the backend that will run the packed network.
         objective: the Lightning module that trains the model on the data.
-        length: optimiser steps, and those of an epoch.
+        length: optimiser steps, and those of an epoch; one step in a run without training, which takes none.
         trainer, tracking, packed: options of the loop, of W&B, of the packed file.
         place: which of the run's processes this is.
         reference: a dense model's weights by name, for a method that wants one.
@@ -89,18 +93,19 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
     place = place or Place()
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     method: PruningMethod = register.build("pruning", settings.pruning)
+    _check_training(settings, method)
     reference = read_weights(Path(method.reference_path)) if method.reference_path else None
-    initial = read_initial(settings.init_from) if settings.init_from and checkpoint is None else None
+    initial, rows = _initial(settings) if checkpoint is None else (None, None)
     data = build_data(settings.dataset, _vocabulary(initial, checkpoint))
     _limit(data, settings.trainer)
     data.share(place.rank, place.count)
     model = _build_model(settings.model, data.sizes)
-    match = _start_from(model, initial, settings.init_partly, data.vocabulary) if initial else None
+    match = _start_from(model, initial, settings, rows, data) if initial else None
     if checkpoint is not None:  # for methods that look at the weights
-        model.load_state_dict(read_weights(checkpoint))
+        _go_on_from(model, checkpoint)
     call = Graphed(model, data.batches("train").fetch(0, 0)[0]) if settings.trainer.cuda_graph else None
     objective: Any = register.get("objective", data.objective).factory
-    return Run(
+    run = Run(
         config=settings.as_dict(),
         data=data,
         model=model,
@@ -116,6 +121,12 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
         match=match,
         checkpoint=checkpoint,
     )
+    run.pruner()  # a first look: from now on the method knows its steps; the callback makes the pruner that counts
+    schedule = register.build(
+        "schedule", settings.schedule, moments=Moments.of(method, run.length), batches=len(data.train_dataloader())
+    )
+    run.objective.schedule = partial(attach, schedule) if schedule is not None else None
+    return run
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ class TrainedRun:
 def read_back(path: Path) -> TrainedRun:
     """The run of a packed file. Raises UserError if the file does not say which data it is of."""
     packed = read(path)
-    if "dataset" not in packed.about:
+    if not isinstance(packed.about.get("dataset"), Mapping):
         raise UserError(f"{path} does not say which data it was trained on.")
     data = build_data(packed.about["dataset"], packed.vocabulary, from_file=True)
     objective: Any = register.get("objective", data.objective).factory
@@ -160,8 +171,31 @@ def build_data(config: Mapping[str, Any], vocabulary: Vocabulary | None = None, 
 def _vocabulary(initial: Initial | None, checkpoint: Path | None) -> Vocabulary | None:
     """The vocabulary of the network that is trained further, if there is one."""
     if checkpoint is not None and "vocabulary" in (saved := read_checkpoint(checkpoint)):
-        return Vocabulary.from_dict(saved["vocabulary"])
+        try:
+            return Vocabulary.from_dict(saved["vocabulary"])
+        except ValueError as error:
+            raise UserError(f"{checkpoint} is damaged: {error}.") from None
     return initial.vocabulary if initial else None
+
+
+def _check_training(settings: Settings, method: PruningMethod) -> None:
+    """Refuse a run without training that needs some. Raises UserError."""
+    if settings.trainer.epochs:
+        return
+    if method.needs_training:
+        raise UserError(
+            f"trainer.max_epochs=0 trains nothing, and pruning={settings.pruning['name']} prunes while a network "
+            f"trains: to prune a trained one as it is, `srnn prune init_from=FILE pruning.sparsity=0.9`."
+        )
+    if not settings.init_from:
+        raise UserError("trainer.max_epochs=0 trains nothing: name the trained network, init_from=FILE.")
+
+
+def _go_on_from(model: nn.Module, checkpoint: Path) -> None:
+    try:
+        model.load_state_dict(read_weights(checkpoint))
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint} does not fit the network of its run: {' '.join(str(error).split())}") from None
 
 
 def _limit(data: DataModule, trainer: TrainerConfig) -> None:
@@ -173,7 +207,7 @@ def _limit(data: DataModule, trainer: TrainerConfig) -> None:
 
 def _length(data: DataModule, trainer: TrainerConfig) -> RunLength:
     steps = -(-len(data.train_dataloader()) // trainer.accumulate_grad_batches)
-    return RunLength(steps * trainer.epochs, steps)
+    return RunLength(max(1, steps * trainer.epochs), steps)
 
 
 def _build_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Module:
@@ -186,16 +220,40 @@ def _build_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Modu
     return model
 
 
-def _start_from(model: nn.Module, initial: Initial, partly: bool, vocabulary: Vocabulary | None) -> dict[str, Any]:
-    match = load_weights(model, initial, partly)
+def _initial(settings: Settings) -> tuple[Initial | None, TokenRows | None]:
+    """The network to start from, and the tokens of its rows where a file says so. Raises UserError."""
+    if not settings.init_from:
+        given = {"init_map": settings.init_map, "init_vocabulary": settings.init_vocabulary}
+        for key, value in given.items():
+            if value:
+                raise UserError(f"{key}={value} is about the network to start from: name it, init_from=FILE.")
+        return None, None
+    initial = read_initial(settings.init_from)
+    if not settings.init_vocabulary:
+        return initial, None
+    if initial.vocabulary is not None:
+        raise UserError(f"init_vocabulary: {initial.path} has a vocabulary of its own; leave it out.")
+    rows = read_tokens(settings.init_vocabulary, settings.dataset.get("level"))
+    return replace(initial, vocabulary=rows.vocabulary), rows
+
+
+def _start_from(
+    model: nn.Module, initial: Initial, settings: Settings, rows: TokenRows | None, data: DataModule
+) -> dict[str, Any]:
+    unknown = rows.check(data, settings.init_partly) if rows else None
+    match = load_weights(model, initial, settings.init_partly, settings.init_map, rows)
+    vocabulary = data.vocabulary
     console.print(f"init_from {initial.path}: {match.lines()[0]}", soft_wrap=True)
     for line in match.lines()[1:]:
         console.print(f"  {line}", soft_wrap=True)
+    if unknown:
+        console.print(f"  {unknown}", soft_wrap=True)
     # Bytes have one order only.
     if initial.vocabulary is None and vocabulary is not None and vocabulary.level != "bytes":
         console.print(
             f"  warning: the file has no vocabulary, so row n of its embedding is taken for token n of this text (0 is "
-            f"{UNKNOWN}, then {ORDER[vocabulary.level]}). If it was trained with another order, its scores are wrong.",
+            f"{UNKNOWN}, then {ORDER[vocabulary.level]}). If it was trained with another order, its scores are wrong: "
+            f"init_vocabulary=FILE says the order.",
             soft_wrap=True,
             markup=False,
         )

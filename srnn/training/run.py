@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from srnn.files import write_atomically
 from srnn.inference.weights import read_weights
 from srnn.kernels import Kernel
 from srnn.recording import environment
-from srnn.recording.console import print_report, print_ways_on
+from srnn.recording.console import print_report, print_way_back, print_ways_on
 from srnn.recording.plots import plot_run
 from srnn.recording.recorder import Recorder
 from srnn.recording.report import build_report, milestones, recurrent_matrix
@@ -34,6 +33,7 @@ from srnn.terminal import console
 from srnn.training.fitting import check_devices, fit, quiet
 from srnn.training.preparing import Run, prepare
 from srnn.training.processes import Place
+from srnn.training.prune_only import prune_only
 from srnn.training.verifying import pack_and_verify, rehearse, score
 
 
@@ -79,6 +79,8 @@ def resume(folder: Path) -> dict[str, Any]:
     if not home.config.is_file():
         raise UserError(f"resume={folder}: no run is there: it has no config.yaml.")
     if home.finished:
+        with suppress(UserError, OSError), home.locked():  # takes away what a kill after the report left
+            pass
         raise UserError(
             f"resume={folder}: this run is finished. To train its network further, start a run with init_from={folder}."
         )
@@ -113,7 +115,6 @@ def _run(settings: Settings, folder: RunFolder, checkpoint: Path | None) -> dict
     _check_kernel(settings.kernel)
     run = prepare(settings, place, checkpoint)
     environment.record_data(folder, run.data)
-    run.pruner()  # a first look at the schedule; the callback makes the pruner that counts
     rehearse(run, folder)
     tags = [run.config[group]["name"] for group in ("model", "dataset", "pruning")]
     with wandb_run(run.tracking, folder.path, run.config, "train", tags) as wandb:
@@ -121,9 +122,9 @@ def _run(settings: Settings, folder: RunFolder, checkpoint: Path | None) -> dict
             with carefully("which scores count"):
                 define_scores(wandb, run.data.objective)
         try:
-            recorder = fit(run, folder, wandb)
+            recorder = fit(run, folder, wandb) if run.trainer.epochs else prune_only(run, folder, wandb)
         except KeyboardInterrupt:
-            console.print(f"Resume it: srnn {shlex.quote(f'resume={folder}')}", soft_wrap=True)
+            print_way_back(folder)
             raise
         report = _finish(run, folder, recorder)
         report["seconds"]["total"] = time.perf_counter() - began
@@ -147,7 +148,8 @@ def _finish(run: Run, folder: RunFolder, recorder: Recorder) -> dict[str, Any]:
     scores = milestones(recorder.validations) | test_scores
     packed_bytes = folder.packed.stat().st_size
     report = build_report(run.config, run.data.objective, run.model, packed, packed_bytes, scores, recorder)
-    return report | {"latency": latency, "init_from": run.match, "limits": dict(run.data.limits)}
+    token = run.data.vocabulary.level.removesuffix("s") if run.data.vocabulary else None
+    return report | {"latency": latency, "init_from": run.match, "limits": dict(run.data.limits), "token": token}
 
 
 def _check_kernel(config: Mapping[str, Any]) -> None:

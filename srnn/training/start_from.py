@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
+from srnn.files import expanded
 from srnn.inference.weights import read_checkpoint, read_packed_or_plain, weights_of
 from srnn.run_folder import RunFolder
+from srnn.training.init_map import follow_map, layer_name, suggested_map
+from srnn.training.init_vocabulary import TokenRows
 from srnn.vocabulary import Vocabulary
 
 
@@ -36,6 +38,7 @@ class Match:
         fresh: weights of the model that the file does not have in this shape; they start as always.
         unused: weights of the file that the model has no place for.
         near: a fresh name -> why no weight of the file was taken for it, though one has that last name.
+        hint: an ``init_map`` that would choose among several that fit; empty if there are none.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -43,6 +46,7 @@ class Match:
     fresh: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     near: dict[str, str] = field(default_factory=dict)
+    hint: str = ""
 
     def lines(self) -> list[str]:
         """For people."""
@@ -58,7 +62,7 @@ def read_initial(path: str) -> Initial:
     Raises:
         UserError: no such file, or none of these.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     if file.is_dir():
         run = RunFolder(file)
         found = [path for path in (run.best, run.packed) if path.is_file()]
@@ -83,38 +87,70 @@ def _vocabulary(checkpoint: Mapping[str, Any]) -> Vocabulary | None:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, initial: Initial, partly: bool = False) -> Match:
-    """Copy into the model what fits: by name and shape, else the only weight of that last name and shape in both.
+def load_weights(
+    model: nn.Module,
+    initial: Initial,
+    partly: bool = False,
+    init_map: Mapping[str, str] | None = None,
+    rows: TokenRows | None = None,
+) -> Match:
+    """Copy into the model what fits: as the map says, then by name and shape, else the only weight of that last name
+    and shape in both.
 
     Args:
         model: takes the weights, in place.
         initial: the existing network.
         partly: whether its embedding or decoder may be left as they are, where the file has none that fits.
+        init_map: patterns of the file's names -> what they are in the model; see ``follow_map``.
+        rows: the tokens of its embedding's and decoder's rows, where they are in another order than the model's.
 
     Raises:
-        UserError: nothing fits; or embedding or decoder would start anew, and may not.
+        UserError: nothing fits; the map or the rows don't; or embedding or decoder would start anew, and may not.
     """
     parameters: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+    wanted = parameters | _by_token(parameters, rows)
     left = dict(initial.weights)
-    match = Match()
-    for name, parameter in parameters.items():
-        if name in left and left[name].shape == parameter.shape:
-            parameter.copy_(left.pop(name))
+    match = Match(renamed=follow_map(init_map or {}, left, wanted))
+    taken = {name: left.pop(source) for name, source in match.renamed.items()}
+    for name, weight in wanted.items():
+        if name not in taken and name in left and left[name].shape == weight.shape:
+            taken[name] = left.pop(name)
             match.loaded.append(name)
-    for name in (n for n in parameters if n not in match.loaded):
-        here = [n for n in parameters if n not in match.loaded and _alike(n, parameters, name, parameters)]
-        there = [n for n in left if _alike(n, left, name, parameters)]
+    unnamed = [name for name in parameters if name not in taken]
+    for name in unnamed:
+        here = [n for n in unnamed if _alike(n, wanted, name, wanted)]
+        there = [n for n in left if _alike(n, left, name, wanted)]
         if len(here) == len(there) == 1:
             match.renamed[name] = there[0]
+            taken[name] = left[there[0]]
         else:
             match.fresh.append(name)
-    for name, source in match.renamed.items():
-        parameters[name].copy_(left.pop(source))
-    match.near = {name: near for name in match.fresh if (near := _near(name, parameters, left))}
+            match.hint = match.hint or (suggested_map(name, there[0]) if there else "")
+    left = {name: weight for name, weight in left.items() if name not in match.renamed.values()}
+    if rows and not any(wanted[name] is not parameters[name] for name in taken):
+        raise UserError(
+            f"init_vocabulary={rows.path} has {len(rows.tokens)} tokens, and no embedding or decoder of "
+            f"init_from={initial.path} has as many rows; it has {_some(initial.weights)}."
+        )
+    for name, weight in taken.items():
+        parameters[name].copy_(weight if rows is None or wanted[name] is parameters[name] else rows.in_order(weight))
+    match.near = {name: near for name in match.fresh if (near := _near(name, wanted, left))}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parameters.keys()
     match.unused = [name for name in left if name not in tied]
-    _refuse_what_hardly_fits(match, initial, parameters, partly)
+    _refuse_what_hardly_fits(match, initial, wanted, partly)
     return match
+
+
+def _by_token(parameters: Mapping[str, Tensor], rows: TokenRows | None) -> dict[str, Tensor]:
+    """What stands for embedding and decoder when shapes are compared: as many rows as the file has tokens."""
+    if rows is None:
+        return {}
+    ends = {n: p for n, p in parameters.items() if _is_end(n) and len(p) == len(rows.vocabulary)}
+    return {name: torch.empty(len(rows.tokens), *p.shape[1:], device="meta") for name, p in ends.items()}
+
+
+def _is_end(name: str) -> bool:
+    return bool({"embedding", "decoder"} & set(name.split(".")))
 
 
 def _refuse_what_hardly_fits(match: Match, initial: Initial, parameters: Mapping[str, Tensor], partly: bool) -> None:
@@ -123,7 +159,7 @@ def _refuse_what_hardly_fits(match: Match, initial: Initial, parameters: Mapping
             f"init_from={initial.path}: none of its weights fits the model; it has {_some(initial.weights)}, and the "
             f"model {_some(parameters)}. {_how_to_go_on(match)}".rstrip()
         )
-    ends = [name for name in match.fresh if {"embedding", "decoder"} & set(name.split("."))]
+    ends = [name for name in match.fresh if _is_end(name)]
     if ends and not partly:
         raise UserError(
             f"init_from={initial.path}: {', '.join(ends)} would start anew: what was learned is of no use without "
@@ -136,7 +172,8 @@ def _how_to_go_on(match: Match) -> str:
     if not match.near:
         return ""
     almost = "; ".join(f"{name}: {near}" for name, near in match.near.items())
-    return f"Almost fit: {almost}. Choose the model and data of these shapes, or save the part that is meant alone."
+    ways = "Choose the model and data of these shapes, or save the part that is meant alone"
+    return f"Almost fit: {almost}. {ways}{f', or say which by {match.hint}' if match.hint else ''}."
 
 
 def _some(weights: Mapping[str, Tensor]) -> str:
@@ -170,7 +207,7 @@ def _resembles(name: str, weights: Mapping[str, Tensor], other: str, others: Map
 
 def _kind(name: str) -> str:
     """The last part of a name; a cell's ``weight_ih`` is the ``weight_ih_l0`` of a layer."""
-    return re.sub(r"^((?:weight|bias)_[ih]h)$", r"\1_l0", name.rpartition(".")[2])
+    return layer_name(name.rpartition(".")[2])
 
 
 def _shape(weight: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def score(run: Run, packed: PackedModel) -> tuple[dict[str, dict[str, float]], d
         times["dense"] = min(times.pop("torch"), times.pop("best"))
     latency |= {"threads": torch.get_num_threads(), "steps": min(STEPS, len(stream_T)), "read_back_error": error}
     choices = run.kernel.choices.values() if isinstance(run.kernel, Auto | Dense) else []
-    latency["choices"] = [str(choice) for choice in choices]
+    latency["choices"] = [asdict(choice) for choice in choices]
     return scores, latency
 
 

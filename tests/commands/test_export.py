@@ -90,7 +90,9 @@ def test_the_report_tells_how_fast_and_why(run):
         assert all(0 < seconds < 10 for seconds in latency[kind].values())
     assert latency["read_back_error"] < 1e-4
     assert latency["threads"] == 1
-    assert any("gru" in line and "single steps" in line for line in latency["choices"])
+    used = {(choice["layer"].partition(",")[0], choice["use"]) for choice in latency["choices"]}
+    assert {("gru", "1 stream, 16 steps"), ("gru", "1 stream, 1 step"), ("linear", "1 row")} <= used
+    assert all(choice["winner"] in choice["seconds"] and choice["what"] for choice in latency["choices"])
 
 
 def test_a_run_is_timed_on_every_backend(run, capsys):

@@ -143,7 +143,7 @@ class TestRunFolders:
     def test_not_one(self, capsys, tmp_path, command):
         assert "no such folder" in mistake(capsys, command, f"run={tmp_path}/absent")
         assert "no finished run" in mistake(capsys, command, "--run", tmp_path)
-        assert "--run" in mistake(capsys, command)
+        assert f"`srnn {command} outputs/RUN` or run=outputs/RUN" in mistake(capsys, command)
 
     def test_truncated(self, capsys, run_folder, command):
         file = run_folder / "model.safetensors"
@@ -250,10 +250,18 @@ def test_list_alone_is_a_menu(capsys):
     shown = capsys.readouterr().out
     for group in GROUPS:
         for name in presets(group):
-            assert f"│ {name} " in shown
+            assert f"\n  {name} " in shown
+    assert "model=gru is the default" in shown
     assert "long short-term memory" in shown
     assert "hidden_size" not in shown
     assert "srnn list GROUP=NAME" in shown
+
+
+def test_list_says_which_pruning(capsys):
+    assert main(["list", "pruning"]) == 0
+    advice = capsys.readouterr().out.partition("Which one?")[2]
+    assert "for speed:          pruning=cubic pruning.structure=16x1" in advice
+    assert all(len(line) <= 80 for line in advice.splitlines())
 
 
 @pytest.mark.parametrize("word", ["lstm", "model=lstm"])
@@ -289,4 +297,4 @@ def test_list_shows_the_options_of_no_component(capsys):
 
 def test_help(capsys):
     assert main(["--help"]) == 0
-    assert "generate --run" in capsys.readouterr().out
+    assert "generate outputs/RUN" in capsys.readouterr().out

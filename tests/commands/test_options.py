@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 import pytest
 
 from srnn.bench.cases import FLOAT_DTYPES
-from srnn.commands.options import FloatsChoice, Help, StructureChoice, ValuesChoice, call, command
+from srnn.commands.options import FloatsChoice, Help, RunOption, StructureChoice, ValuesChoice, call, command
 from srnn.errors import UserError
 from srnn.formats import PACKED_STRUCTURES, Values
 from srnn.registry import Range
@@ -117,11 +117,11 @@ def test_a_command_reads_its_words():
 
 
 def test_what_must_be_given_is_told():
-    def needs(folder: Annotated[str, Help("which", metavar="FOLDER")], /, run: str) -> str:
-        return f"{folder}, {run}"
+    def needs(folder: Annotated[str, Help("which", metavar="FOLDER")], /, by: str) -> str:
+        return f"{folder}, {by}"
 
-    assert call(needs, ["run=b", "a"]) == "a, b"
-    with pytest.raises(UserError, match="the following arguments are required: FOLDER, --run; see"):
+    assert call(needs, ["by=b", "a"]) == "a, b"
+    with pytest.raises(UserError, match="the following arguments are required: FOLDER, --by; see"):
         call(needs, [])
 
 
@@ -143,20 +143,33 @@ def test_choices_are_those_of_the_formats():
     assert get_args(StructureChoice) == ("auto", *PACKED_STRUCTURES)
 
 
-def score(run: str, kernel: str = "auto") -> tuple[str, str]:
+def score(run: RunOption, kernel: str = "auto") -> tuple[str, str]:
     """Score a run."""
     return run, kernel
 
 
-def repeat(run: str, /, kernel: str = "auto") -> tuple[str, str]:
-    """Repeat a run."""
-    return run, kernel
+@dataclass(frozen=True)
+class Time:
+    """Time a run, or something else."""
+
+    kernel: str = "auto"
+    run: str | None = None
 
 
-@pytest.mark.parametrize("function", [score, repeat])
-@pytest.mark.parametrize("words", [["R"], ["run=R"], ["kernel=cpu", "R"], ["--kernel", "cpu", "run=R"]])
-def test_a_run_is_named_bare_or_with_its_key(function, words):
-    assert call(function, words) == ("R", "cpu" if len(words) > 1 else "auto")
+def gather(runs: list[str], /, kernel: str = "auto") -> tuple[list[str], str]:
+    """Gather runs."""
+    return runs, kernel
+
+
+@pytest.mark.parametrize("words", [["R"], ["run=R"], ["--run", "R"], ["--run=R"]])
+@pytest.mark.parametrize("beside", [[], ["kernel=cpu"], ["--kernel", "cpu"]])
+def test_a_run_is_named_bare_or_with_its_key(words, beside):
+    kernel = "cpu" if beside else "auto"
+    for given in (words + beside, beside + words):
+        assert call(score, given) == ("R", kernel)
+        assert call(Time, given) == Time(kernel, "R")
+        assert call(gather, ["A", *given]) == (["A", "R"], kernel)
+    assert call(Time, beside) == Time(kernel, None)
 
 
 def test_a_run_is_named_once():
@@ -165,5 +178,21 @@ def test_a_run_is_named_once():
     for words in (["R", "S"], ["run=R", "S"], ["--run", "R", "S"]):
         with pytest.raises(UserError, match="unrecognized arguments: S"):
             call(score, words)
-    with pytest.raises(UserError, match="unrecognized arguments: colour=red"):
-        call(score, ["R", "colour=red"])
+    for words in (["R", "colour=red"], ["colour=red"]):
+        with pytest.raises(UserError, match="unrecognized arguments: colour=red"):
+            call(score, words)
+    which = r"which run\? Give its folder, as `srnn test_options outputs/RUN` or run=outputs/RUN"
+    with pytest.raises(UserError, match=which):
+        call(score, ["kernel=cpu"])
+
+
+def test_a_folder_may_be_named_like_an_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=0.1").mkdir()
+    assert call(score, ["lr=0.1"]) == ("lr=0.1", "auto")
+
+
+def test_help_names_both_ways_to_name_a_run(capsys):
+    with pytest.raises(SystemExit):
+        call(score, ["--help"])
+    assert "a run's folder, or a packed file; also run=RUN" in " ".join(capsys.readouterr().out.split())

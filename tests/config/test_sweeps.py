@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import signal
 import statistics
 import subprocess
@@ -124,6 +125,14 @@ def test_a_failed_job_stops_no_other_and_the_same_command_goes_on(tmp_path, caps
     told = capsys.readouterr()
     assert "Traceback" not in told.out + told.err
     assert "2 jobs: 2 new" in told.out
+    assert len(told.out.splitlines()) < 16, "a line a job, and the table"
+    assert re.search(
+        r"^gru_gradual_path-there.txt_s0: \d\.\d{4} bits per character, 90.\d\d % sparse, \d+ s$", told.out, re.M
+    )
+    log = (tmp_path / "sweep/gru_gradual_path-there.txt_s0/log.txt").read_text()
+    assert "What will be pruned" in log
+    assert "epoch 5/5" in log
+    assert "\033" not in log
     assert "failed: sweep/gru_gradual_path-gone.txt_s0: dataset.path=" in told.out
     assert "1 of 2 jobs failed" in told.out
     assert "no such file" in (tmp_path / "sweep/gru_gradual_path-gone.txt_s0/error.txt").read_text()

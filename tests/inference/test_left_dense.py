@@ -31,7 +31,7 @@ def test_what_was_replaced_is_said():
     assert "left dense" not in repr(srnn.desparsify(sparse))
     layer = srnn.sparsify(pruned(nn.GRU(8, 8)), kernel="csr")
     assert "gru, 8, 8" in repr(layer)
-    assert "sparse: GRU (GRU)" in repr(layer)
+    assert "  sparse: GRU\n" in repr(layer)
 
 
 def normed():

@@ -1,5 +1,7 @@
 """The callback in a plain Lightning Trainer, with a module that knows nothing of srnn."""
 
+import warnings
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -272,9 +274,50 @@ def test_several_in_a_trainer_go_on_each_with_its_own_masks(tmp_path):
         assert [one.itr for one in resumed] == [90, 90]
     with (
         pytest.warns(UserWarning, match="Be aware that when using `ckpt_path`"),
-        pytest.raises(UserError, match=r"was pruned by PruningCallback.*'out\.weight'.*, and this Trainer has"),
+        pytest.raises(UserError) as error,
     ):
         fit(scope="out.*", ckpt_path=path, weights_only=True)
+    assert str(error.value) == (
+        "the checkpoint was pruned with other settings: scope was {'out.weight': {'sparsity': 0.5}} and is {'out.*': "
+        "{'sparsity': 0.5}}. Go on with the same method, options and module."
+    )
+
+
+class Validating(Copying):
+    """Is at its best before it is pruned."""
+
+    def validation_step(self, batch, _):
+        self.log("valid_loss", (self.rnn.weight_hh_l0 == 0).float().sum() + 1 / (1 + self.global_step))
+
+
+def test_a_best_network_from_before_pruning_is_over_is_warned_of_and_avoided(tmp_path):
+    def best(pruning, checkpoint, **options):
+        torch.manual_seed(0)
+        module = Validating()
+        trainer(tmp_path, pruning, checkpoint, **options).fit(module, data(), data())
+        weights = torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]
+        return float((weights["rnn.weight_hh_l0"] == 0).float().mean())
+
+    pruning = PruningCallback("gradual", sparsity=0.75, share="matrix")
+    with pytest.warns(
+        UserWarning, match=r"ModelCheckpoint\(monitor='valid_loss'\) .* at step 45, .*Put pruning_callback\.checkpoint"
+    ):
+        assert best(pruning, ModelCheckpoint(tmp_path / "any", monitor="valid_loss")) < 0.1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*keeps the best network")
+        for how in ({}, {"every_n_epochs": 1, "save_on_train_epoch_end": True}, {"every_n_train_steps": 7}):
+            pruning = PruningCallback("gradual", sparsity=0.75, share="matrix")
+            checkpoint = pruning.checkpoint(dirpath=tmp_path / "over", monitor="valid_loss", **how)
+            assert best(pruning, checkpoint) == pytest.approx(0.75, abs=0.01), how
+            assert len(checkpoint.best_k_models) == 1
+        # What keeps all, or the last, is no trap; nor is a network that was pruned before.
+        for harmless in (
+            ModelCheckpoint(tmp_path / "all", monitor="valid_loss", save_top_k=-1),
+            ModelCheckpoint(tmp_path),
+        ):
+            trainer(tmp_path, PruningCallback("cubic"), harmless).fit(Validating(), data(), data())
+        rigl = ModelCheckpoint(tmp_path / "rigl", monitor="valid_loss")
+        trainer(tmp_path, PruningCallback("rigl"), rigl).fit(Validating(), data(), data())
 
 
 def test_keys_of_states_are_those_of_the_settings():

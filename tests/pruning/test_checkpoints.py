@@ -126,10 +126,13 @@ def test_going_on_is_the_same_in_any_order(order):
 
 def test_a_state_of_other_settings_is_refused():
     state = Pruner(nn.Linear(20, 10), "cubic", 100, sparsity=0.9).state_dict()
-    for options in ({"sparsity": 0.8}, {"sparsity": 0.9, "structure": "2x1"}):
-        with pytest.raises(UserError, match="belongs to other settings"):
+    for options, words in (
+        ({"sparsity": 0.8}, r"sparsity was 0\.9 and is 0\.8\."),
+        ({"sparsity": 0.9, "structure": "2x1"}, r"structure was 'element' and is '2x1'\."),
+    ):
+        with pytest.raises(UserError, match=f"belongs to other settings: {words}$"):
             Pruner(nn.Linear(20, 10), "cubic", 100, **options).load_state_dict(state)
-    with pytest.raises(UserError, match="belongs to other settings"):
+    with pytest.raises(UserError, match=r"settings: method was Cubic and is Gradual, initial_sparsity was 0\.0 and"):
         Pruner(nn.Linear(20, 10), "gradual", 100, start_itr=1, ramp_itr=50, end_itr=90).load_state_dict(state)
 
 

@@ -119,7 +119,7 @@ def test_a_diverged_training_is_named():
     steps(model, optimizer, pruner, 10)
     with torch.no_grad():
         model.out.weight[0, 0] = float("nan")
-    with pytest.raises(UserError, match=r"diverged: \w+ weights are not finite; lower optimizer\.lr"):
+    with pytest.raises(UserError, match=r"rnn\.weight_\w+ holds weights that are NaN .* diverged; lower optimizer\.lr"):
         steps(model, optimizer, pruner, 10)
 
 
@@ -220,16 +220,26 @@ def test_hard_prunes_inside_the_run():
         UserError, match=r"prune_itr=1\.0 \(step 100\) must lie inside a run of 100 steps .*: from step 1 to 99"
     ):
         make(Hard(prune_itr=1.0), total=100)
-    for when in (0, 1, 0.5):
-        with pytest.raises(
-            UserError, match=r"2 steps or more, and this run has 1: .* Pruner\(model, 'hard', 2, prune_itr=1"
-        ):
-            make(Hard(prune_itr=when), total=1)
+    for when in (1, 0.25):
+        with pytest.raises(UserError, match=r"must lie inside a run of 1 step: .* srnn\.prune\(.*`srnn prune`"):
+            Pruner(nn.GRU(8, 16), Hard(prune_itr=when), 1)
+
+
+def test_hard_may_prune_before_the_first_step():
+    torch.manual_seed(0)
     model = nn.GRU(8, 16)
-    once = Pruner(model, "hard", 2, prune_itr=1, sparsity=0.9)
-    once.step()
-    once.step()
-    assert sum(int((weight == 0).sum()) for weight in model.parameters() if weight.ndim == 2) == round(0.9 * 48 * 24)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    pruner = Pruner(model, "hard", 5, optimizer, prune_itr=0, sparsity=0.9)
+    first = {name: mask.clone() for name, mask in pruner.masks().items()}
+    for _ in range(5):
+        kept = sum(int((weight != 0).sum()) for weight in model.parameters() if weight.ndim == 2)
+        assert kept == 48 * 24 - round(0.9 * 48 * 24)
+        model(torch.randn(3, 2, 8))[0].square().mean().backward()
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+    assert pruner.reached()
+    assert all(torch.equal(mask, first[name]) for name, mask in pruner.masks().items())
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The clock of the training loop, and what a run says in the end."""
+"""The clock of the training loop, and the matrix that a run shows."""
 
 import time
 
@@ -6,11 +6,8 @@ import torch
 from torch import nn
 
 import srnn
-from srnn.datasets import Text
-from srnn.recording.console import print_ways_on
 from srnn.recording.recorder import Recorder
 from srnn.recording.report import recurrent_matrix
-from srnn.run_folder import RunFolder
 
 
 class Trainer:
@@ -40,12 +37,3 @@ def test_the_matrix_to_show_is_one_that_was_pruned():
     assert name == "1.weight_hh_l0"
     assert torch.equal(weight, model[1].weight_hh_l0)
     assert recurrent_matrix(model, srnn.Pruner(model, "none", 100)) is None
-
-
-def test_a_prompt_is_of_the_data_and_quoted_for_a_shell(tmp_path, capsys):
-    (tmp_path / "text").write_text("Καλημέρα κόσμε, it's a fine day\n" * 200)
-    data = Text(str(tmp_path / "text"), batch_size=4, sequence_length=40)
-    data.setup()
-    print_ways_on(RunFolder(tmp_path / "my run's"), data)
-    said = capsys.readouterr().out
-    assert f"""srnn generate --run '{tmp_path}/my run'"'"'s' --prompt 'Καλημέρα""" in said.replace("\n", "")

@@ -91,7 +91,7 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, cap
         assert main([*chosen, *overrides, f"hydra.run.dir={tmp_path}/two"]) == 130
         for _ in stops[1:]:
             assert main([f"resume={tmp_path}/two"]) == 130
-    assert f"Resume it: srnn resume={tmp_path}/two" in capsys.readouterr().out
+    assert f"Resume it: srnn resume {tmp_path}/two" in capsys.readouterr().out
     assert main([f"resume={tmp_path}/two"]) == 0
     check_same_run(whole, tmp_path / "two")
     assert main([f"resume={tmp_path}/two"]) == 2
@@ -137,8 +137,15 @@ def test_what_cannot_be_resumed(tmp_path, capsys, monkeypatch, whole):
         ([f"resume={run}", "seed=1"], "seed=1 cannot be given with it"),
         (["-m", f"resume={run}"], "-m cannot be given with it"),
         ([f"resume={run}", f"resume={run}"], "a second one cannot be given"),
+        (["resume"], "which run? Give its folder, as `srnn resume outputs/RUN` or run=outputs/RUN"),
+        (["resume", tmp_path / "none"], "no run is there"),
+        (["resume", f"run={tmp_path}/none"], "no run is there"),
+        (["resume", "--run", tmp_path / "none"], "no run is there"),
+        (["resume", run, "seed=1"], "seed=1 cannot be given with it"),
+        (["resume", run, "model.hidden_size=8"], "model.hidden_size=8 cannot be given with it"),
+        (["resume", run, run], "a second one cannot be given"),
     ):
-        assert main(arguments) == 2
+        assert main([*map(str, arguments)]) == 2
         assert words in capsys.readouterr().err
     for damaged in (saved[: len(saved) // 2], b"", b"no checkpoint"):
         last.write_bytes(damaged)
@@ -153,7 +160,7 @@ def test_what_cannot_be_resumed(tmp_path, capsys, monkeypatch, whole):
     early = tmp_path / "early"
     early.mkdir()
     (early / "config.yaml").write_text(config)
-    assert main([f"resume={early}"]) == 0
+    assert main(["resume", str(early)]) == 0
     assert "starts from the beginning" in capsys.readouterr().out
     check_same_run(whole, early)
 

@@ -1,5 +1,7 @@
 """init_from: pruning and fine-tuning an existing network."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -10,6 +12,7 @@ from srnn.errors import UserError
 from srnn.inference.packed_file import read
 from srnn.inference.weights import read_weights
 from srnn.models import gru
+from srnn.training.init_vocabulary import read_tokens
 from srnn.training.start_from import load_weights, read_initial
 from tests.conftest import QUIET, train
 
@@ -137,7 +140,162 @@ def test_two_recurrent_parts_are_both_listed(tmp_path):
         "rnn.weight_hh_l0: 15x5 here, and more than one could be meant, such as encoder.weight_hh_l0 15x5, "
         "translator.weight_hh_l0 15x5"
     ) in str(error.value)
-    assert "save the part that is meant alone" in str(error.value)
+    assert "save the part that is meant alone, or say which by init_map='{encoder.*: rnn.*}'" in str(error.value)
+
+
+def two_parts(path, **more):
+    parts = nn.ModuleDict({"encoder": nn.GRU(4, 5), "translator": nn.GRU(4, 5), "cell": nn.GRUCell(4, 5)} | more)
+    torch.save(parts.state_dict(), path)
+    return parts, read_initial(str(path))
+
+
+def test_a_map_says_which_of_several_is_meant(tmp_path):
+    ends = {"embedding": nn.Embedding(9, 4), "decoder": nn.Linear(5, 9)}
+    parts, initial = two_parts(tmp_path / "two.pt", **ends)
+    for init_map, source in (
+        ({"encoder.*": "rnn.*"}, parts["encoder"].weight_hh_l0),
+        ({"trans*.*": "*.*"}, None),
+        ({"translator.*": "rnn.*"}, parts["translator"].weight_hh_l0),
+        ({"cell.*": "rnn.*"}, parts["cell"].weight_hh),
+        ({"cell.weight_hh": "rnn.weight_hh_l0", "encoder.*ih*": "rnn.*ih*"}, parts["cell"].weight_hh),
+    ):
+        model = gru(5, 4, vocabulary_size=9)
+        if source is None:
+            with pytest.raises(UserError, match="the model has no weight lator"):
+                load_weights(model, initial, init_map=init_map)
+            continue
+        match = load_weights(model, initial, init_map=init_map)
+        assert torch.equal(model.rnn.weight_hh_l0, source)
+        assert torch.equal(model.embedding.weight, parts["embedding"].weight)
+        assert match.loaded == ["embedding.weight", "decoder.weight", "decoder.bias"]
+    assert match.renamed["rnn.weight_hh_l0"] == "cell.weight_hh"
+
+
+@pytest.mark.parametrize(
+    ("init_map", "words"),
+    [
+        (
+            {"encodr.*": "rnn.*"},
+            r"the file has no such weight\. Did you mean 'encoder\.\*'\? It has encoder\.weight_ih",
+        ),
+        ({"encoder.weight_hh": "rnn.weight_hh_l0"}, r"no such weight\. Did you mean 'encoder\.weight_hh_l0'"),
+        ({"encoder.*": "rn.*"}, r"the model has no weight rn\.weight_ih_l0\. Did you mean 'rnn\.\*'"),
+        ({"encoder.*": "rnn"}, "both sides must have as many stars"),
+        ({"encoder.*": "rnn.*", "cell.*": "rnn.*"}, "both encoder.weight_ih_l0 and cell.weight_ih of the file become"),
+        ({"encoder.weight_ih_l0": "rnn.weight_hh_l0"}, r"is 15x4 in the file, and rnn\.weight_hh_l0 15x5 in the model"),
+    ],
+)
+def test_a_map_that_leads_nowhere(tmp_path, init_map, words):
+    _, initial = two_parts(tmp_path / "two.pt")
+    with pytest.raises(UserError, match=words):
+        load_weights(gru(5, 4, vocabulary_size=9), initial, init_map=init_map)
+
+
+LETTERS = [*"zyx", "\n", *"edcba"]  # an order of somebody else's
+
+
+def letters(path, tokens=LETTERS):
+    path.write_text(json.dumps(tokens))
+    return read_tokens(str(path), "characters")
+
+
+@pytest.mark.parametrize("unknown_row", [None, 0, 4])
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_are_taken_by_token(tmp_path, unknown_row, tied):
+    tokens = list(LETTERS)
+    if unknown_row is not None:
+        tokens.insert(unknown_row, "<unk>")
+    rows = letters(tmp_path / "tokens.json", tokens)
+    sizes = {"hidden_size": 6, "embedding_size": 6, "tie_embeddings": tied}
+    theirs = gru(**sizes, vocabulary_size=len(tokens))
+    torch.save(theirs.state_dict(), tmp_path / "plain.pt")
+    model = gru(**sizes, vocabulary_size=len(rows.vocabulary))
+    match = load_weights(model, read_initial(str(tmp_path / "plain.pt")), rows=rows)
+    assert match.fresh == match.unused == []
+    text = "a\nzebcd"
+    given = torch.tensor([[tokens.index(letter) for letter in text]])
+    ours = torch.from_numpy(rows.vocabulary.encode(text))[None]
+    order = torch.from_numpy(rows.vocabulary.encode("".join(LETTERS)))
+    wanted = theirs(given)[0].softmax(-1)[..., [tokens.index(letter) for letter in LETTERS]]
+    torch.testing.assert_close(model(ours)[0].softmax(-1)[..., order], wanted)
+
+
+def test_a_plain_network_on_text_scores_what_it_scored(tmp_path, capsys):
+    """Told the order of its tokens, and no other way."""
+    (tmp_path / "a.txt").write_text("abcdefgh ijklm nop.\n" * 300)
+    text = ["dataset=text", f"dataset.path={tmp_path}/a.txt", "packed.values=fp32"]
+    first = train(tmp_path / "one", *text, "pruning=none", "trainer.limit_epochs=2")
+    saved = torch.load(tmp_path / "one/checkpoints/best.ckpt", weights_only=True)
+    vocabulary = saved["vocabulary"]["tokens"]
+    turned = {name.removeprefix("model."): weight for name, weight in saved["state_dict"].items()}
+    for name in ("embedding.weight", "decoder.weight", "decoder.bias"):
+        turned[name] = turned[name].flip(0)
+    torch.save(turned, tmp_path / "plain.pt")
+    (tmp_path / "tokens.json").write_text(json.dumps([*vocabulary[::-1], "<unk>"]))
+    again = [*text, "pruning=none", "trainer.max_epochs=0", f"init_from={tmp_path}/plain.pt"]
+    capsys.readouterr()
+    wrong = train(tmp_path / "wrong", *again)
+    assert "init_vocabulary=FILE says the order" in capsys.readouterr().out
+    right = train(tmp_path / "right", *again, f"init_vocabulary={tmp_path}/tokens.json")
+    assert "warning" not in capsys.readouterr().out
+    assert right["scores"]["test"]["loss"] == pytest.approx(first["scores"]["test"]["loss"], rel=1e-6)
+    assert wrong["scores"]["test"]["loss"] > first["scores"]["test"]["loss"] + 0.1
+    kept = read(tmp_path / "right/model.safetensors").vocabulary.to_dict()["tokens"]
+    assert kept == vocabulary[::-1]
+    # Text with other letters is refused, for this network has no row for them once <unk> is out of the list.
+    (tmp_path / "tokens.json").write_text(json.dumps(["?", *vocabulary[::-1]]))
+    (tmp_path / "a.txt").write_text("abcdefgh ijklm nop.\nü" * 300)
+    known = [f"init_vocabulary={tmp_path}/tokens.json", f"hydra.run.dir={tmp_path}/other"]
+    assert main([*QUIET, *again, *known]) == 2
+    told = capsys.readouterr().err
+    assert "these characters of the text are not in" in told
+    assert "tokens.json: 'ü'; and it has no <unk> to read them as" in told
+
+
+@pytest.mark.parametrize(
+    ("content", "level", "words"),
+    [
+        ('["a", "b", "a"]', "characters", "'a' stand in it more than once"),
+        ('["a", "<pad>"]', "characters", "'<pad>': no characters"),
+        ('{"a": 0}', "characters", r"must be a JSON list of tokens.*sorted\(mapping, key=mapping\.get\)"),
+        ("[1, 2]", "words", "must be a JSON list of tokens"),
+        ('["a", ', "words", "is no JSON"),
+        (None, "words", "cannot be read"),
+        ('["a"]', "bytes", "bytes are their own numbers"),
+        ('["a"]', None, "these data are no text"),
+    ],
+)
+def test_what_is_no_list_of_tokens(tmp_path, content, level, words):
+    path = tmp_path / "tokens.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=words):
+        read_tokens(str(path), level)
+
+
+def test_tokens_a_line_and_a_list_of_another_length(tmp_path):
+    (tmp_path / "tokens.txt").write_text("a\n \nb\n[\n")
+    assert read_tokens(str(tmp_path / "tokens.txt"), "characters").tokens == ["a", " ", "b", "["]
+    rows = letters(tmp_path / "tokens.json")
+    saved_as(dict, tmp_path / "theirs.pt", vocabulary_size=8)
+    with pytest.raises(
+        UserError, match=r"tokens\.json has 9 tokens, and no embedding or decoder .*embedding\.weight 8x4"
+    ):
+        load_weights(gru(5, 4, vocabulary_size=10), read_initial(str(tmp_path / "theirs.pt")), rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["init_vocabulary=x.txt"], "init_vocabulary=x.txt is about the network to start from"),
+        (["init_map={a: b}"], "is about the network to start from: name it"),
+        (["init_map=encoder"], "init_map='encoder' must be"),
+        (["init_map={a: 1}"], "init_map={'a': 1} must be"),
+    ],
+)
+def test_options_of_a_start_are_checked(tmp_path, options, words, capsys):
+    assert main([*QUIET, *options, f"hydra.run.dir={tmp_path}/run"]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_text_with_a_file_without_a_vocabulary_is_warned_about(tmp_path, capsys):

@@ -10,7 +10,8 @@ import sys
 import tempfile
 import threading
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -19,18 +20,18 @@ import torch
 from torch import Tensor
 
 from srnn.cells import CELLS
-from srnn.kernels.contract import Kernel, LayerWeights, Product, Recurrence, State
-from srnn.kernels.cpu.shapes import ROWS, TILES, chunk_size
+from srnn.kernels.contract import ComposedLayer, Kernel, Layer, LayerWeights, Product, Recurrence, State
+from srnn.kernels.cpu.operands import Operand
+from srnn.kernels.cpu.shapes import NUMBERS_OF_MATRIX, ROWS, Array, chunk_size
 from srnn.registry import register
 from srnn.sparse import SparseMatrix
-
-Array = np.ndarray[Any, Any]
 
 # Entries times streams of a step from which on a second thread pays: starting it costs 2 to 10 us here. A GRU of 512
 # units at 90 % (79,000) loses by it, one of 1024 (315,000) wins.
 WORTH_THREADS = 200_000
 MESSAGE = "srnn: making the CPU kernels ready; once on a machine they are compiled, which takes some seconds."
-NONE = np.zeros(7, np.int64)  # in place of a projection
+NONE = np.zeros(NUMBERS_OF_MATRIX, np.int64)  # in place of a projection
+NOTHING = np.zeros((1, 0), np.float32)  # in place of an LSTM's cell state
 
 
 @register.kernel("cpu")
@@ -64,71 +65,37 @@ class Cpu(Kernel):
         """A loop over time; the matrices' memory is used as it is."""
         return _Recurrence(weights)
 
+    def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
+        """Product and recurrence one after the other; of a single step of one stream both in one call."""
+        return _Layer(_Product(weights.w_ih, weights.input_bias), _Recurrence(weights))
+
 
 def _vector(bias: Tensor | None, size: int) -> Array:
     return np.zeros(size, np.float32) if bias is None else _array(bias).copy()
-
-
-class _Operand:
-    """A matrix as the compiled loops take it."""
-
-    def __init__(self, matrix: SparseMatrix) -> None:
-        self.matrix = matrix
-        self.parts = {name: part.contiguous() for name, part in matrix.parts.items()}  # kept alive for the addresses
-        wide = matrix.columns.dtype == torch.int32
-        self.kind = (matrix.height, matrix.values_name, wide)
-        self.numbers = lru_cache(self._numbers)
-        self.bounds = lru_cache(self._bounds)
-
-    def tile(self, streams: int) -> int:
-        """Streams the product takes at a time."""
-        return 1 if streams == 1 else TILES[self.matrix.height]
-
-    def _numbers(self, tile: int) -> Array:
-        """The seven numbers that ``loops`` speaks of."""
-        from srnn.kernels.cpu.vector_products import dot_address
-
-        names = ("values", "columns", "row_pointers", "scales")
-        parts = [self.parts[name].data_ptr() if name in self.parts else 0 for name in names]
-        groups = self.matrix.groups // self.matrix.gates
-        return np.array([dot_address(*self.kind, tile), *parts, self.matrix.height, groups], np.int64)
-
-    def _bounds(self, parts: int, chunk: int) -> Array:
-        """Chunks of units for each thread, so that all get about the same number of blocks."""
-        matrix = self.matrix
-        chunks = -(-matrix.units // chunk)
-        per_group = self.parts["row_pointers"].diff().numpy().reshape(matrix.gates, -1).sum(axis=0)
-        starts = np.arange(chunks) * (chunk // matrix.height)
-        # The gates' arithmetic counts too: about as much as a block a row.
-        cost = np.add.reduceat(per_group, starts) + chunk if chunks else np.zeros(0)
-        shares = np.concatenate([[0], np.cumsum(cost)])
-        wanted = np.linspace(0, shares[-1], parts + 1)
-        return np.maximum.accumulate(np.abs(shares[None] - wanted[:, None]).argmin(axis=1)).astype(np.int64)
 
 
 class _Product:
     """``y_NO = x_NI W' + bias``."""
 
     def __init__(self, matrix: SparseMatrix, bias: Tensor | None) -> None:
-        self.operand, self.bias = _Operand(matrix), _vector(bias, matrix.shape[0])
+        self.operand, self.bias = Operand(matrix), _vector(bias, matrix.shape[0])
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         matrix, rows = self.operand.matrix, x_NI.shape[0]
         y_NO = np.empty((rows, matrix.shape[0]), np.float32)
         threads = _threads(matrix.entries * min(rows, ROWS))
-        tile = self.operand.tile(rows)
-        chunk = chunk_size(matrix.units, min(rows, ROWS), threads)
-        with _announced("multiply", threads > 1, self.operand.kind, tile):
-            loops = _loops()
-            run = loops.multiply if threads == 1 else loops.multiply_parallel
+        with _announced("multiply", threads > 1, self.operand.kind, rows > 1):
+            code, form = _compiled_code("multiplying"), self.operand.form(rows)
+            chunk = chunk_size(matrix.units, min(rows, ROWS), threads, form.lanes)
+            run = code.multiply if threads == 1 else code.multiply_parallel
             run(
                 chunk,
-                self.operand.numbers(tile),
+                self.operand.numbers(rows),
                 matrix.gates,
                 _array(x_NI),
-                tile,
+                form.tile,
                 self.bias,
-                self.operand.bounds(threads, chunk),
+                self.operand.bounds(threads, chunk, rows),
                 y_NO,
             )
         return torch.from_numpy(y_NO)
@@ -139,27 +106,29 @@ class _Recurrence(Recurrence):
 
     def __init__(self, weights: LayerWeights) -> None:
         self.cell, self.reverse = weights.cell, weights.reverse
-        self.operand = _Operand(weights.w_hh)
-        self.project = None if weights.w_hr is None else _Operand(weights.w_hr)
+        self.operand = Operand(weights.w_hh)
+        self.project = None if weights.w_hr is None else Operand(weights.w_hr)
         self.new_bias = _vector(weights.new_bias, weights.hidden_size)
 
     def __call__(self, u_NG: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         streams, outputs = state[0].shape
         threads = _threads(self.operand.matrix.entries * streams)
-        tile = self.operand.tile(streams)
         y_NP = np.empty((u_NG.shape[0], outputs), np.float32)
-        c_HS = np.zeros((len(self.new_bias) if self.cell == "lstm" else 0, -(-streams // tile) * tile), np.float32)
-        if self.cell == "lstm":
-            c_HS[:, :streams] = _array(state[1]).T
-        project, chunk = self.project, chunk_size(len(self.new_bias), streams, threads)
-        with _announced("recur", threads > 1, self.operand.kind, project and project.kind, tile):
-            loops = _loops()
-            run = loops.recur if threads == 1 else loops.recur_parallel
+        project, matrix = self.project, self.operand
+        with _announced("recur", threads > 1, matrix.kind, project and project.kind, streams > 1):
+            code = _compiled_code("loops")
+            forms = [one.form(streams) for one in (matrix, project) if one is not None]
+            tile = max(form.tile for form in forms)  # a multiple of the others
+            chunk = chunk_size(len(self.new_bias), streams, threads, max(form.lanes for form in forms))
+            c_HS = np.zeros((len(self.new_bias) if self.cell == "lstm" else 0, -(-streams // tile) * tile), np.float32)
+            if self.cell == "lstm":
+                c_HS[:, :streams] = _array(state[1]).T
+            run = code.recur if threads == 1 else code.recur_parallel
             h_PS = run(
                 CELLS.index(self.cell),
                 chunk,
-                self.operand.numbers(tile),
-                NONE if project is None else project.numbers(tile),
+                matrix.numbers(streams),
+                NONE if project is None else project.numbers(streams),
                 _array(u_NG),
                 batch_sizes.numpy(),
                 self.reverse,
@@ -167,12 +136,47 @@ class _Recurrence(Recurrence):
                 self.new_bias,
                 np.ascontiguousarray(_array(state[0]).T),
                 c_HS,
-                self.operand.bounds(threads, chunk),
-                NONE if project is None else project.bounds(threads, chunk),
+                matrix.bounds(threads, chunk, streams),
+                NONE if project is None else project.bounds(threads, chunk, streams),
                 y_NP,
             )
         parts = (h_PS, c_HS) if self.cell == "lstm" else (h_PS,)
         return torch.from_numpy(y_NP), tuple(torch.from_numpy(part[:, :streams].T.copy()) for part in parts)
+
+
+@dataclass(frozen=True)
+class _Layer(ComposedLayer):
+    product: _Product
+    recurrence: _Recurrence
+
+    def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        recurrence = self.recurrence
+        if x_NI.shape[0] != 1 or recurrence.project is not None or not recurrence.new_bias.size:
+            return super().run(x_NI, batch_sizes, state)
+        if _threads(max(self.product.operand.matrix.entries, recurrence.operand.matrix.entries)) > 1:
+            return super().run(x_NI, batch_sizes, state)
+        with _announced("step", self.product.operand.kind, recurrence.operand.kind):
+            step, before = self._step
+            y, h, c0, c = np.empty_like(before[-1]), np.empty_like(before[-1]), NOTHING, NOTHING
+            if recurrence.cell == "lstm":
+                c0, c = _array(state[1]), np.empty_like(before[-1])
+            step(*before[:-1], _array(x_NI), _array(state[0]), c0, y, h, c)
+        new = (h, c) if recurrence.cell == "lstm" else (h,)
+        return torch.from_numpy(y), tuple(torch.from_numpy(part) for part in new)
+
+    @cached_property
+    def _step(self) -> tuple[Any, tuple[Any, ...]]:
+        """The compiled step, what it takes that stays the same, and an array like its outputs."""
+        product, recurrence = self.product, self.recurrence
+        chunks = []
+        for operand in (product.operand, recurrence.operand):
+            units = operand.matrix.units
+            chunk = chunk_size(units, 1, 1, operand.form(1).lanes)
+            chunks += [chunk, -(-units // chunk)]
+        numbers = product.operand.numbers(1), recurrence.operand.numbers(1)
+        biases = product.bias, recurrence.new_bias
+        same = (CELLS.index(recurrence.cell), np.array(chunks), *numbers, *biases, biases[1][None])
+        return _compiled_code("loops").step, same
 
 
 def _array(x: Tensor) -> Array:
@@ -243,9 +247,9 @@ def _announced(*key: object) -> AbstractContextManager[None]:
 
 
 @lru_cache
-def _loops() -> ModuleType:
-    """The compiled loops; where neither the package nor the home can be written, compiled in each process anew."""
-    name = "srnn.kernels.cpu.loops"
+def _compiled_code(name: str) -> ModuleType:
+    """A module of compiled loops; where neither the package nor the home can be written, compiled anew a process."""
+    name = f"srnn.kernels.cpu.{name}"
     try:
         return importlib.import_module(name)
     except RuntimeError as error:

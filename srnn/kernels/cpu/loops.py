@@ -1,11 +1,8 @@
-"""Compiled loops over time and over rows, around the products of ``vector_products.py``.
+"""Compiled loops over time, around the products of ``multiplying``.
 
 One loop serves all cells and formats. Work is cut into chunks of hidden units: the products of a chunk with all
 gates, then the gates' arithmetic, then the new state of those units. h is kept as ``[H, S]``, S the streams rounded
 up to the product's tile. What a thread has to do is fixed beforehand, so that all get the same number of blocks.
-
-A matrix comes as seven numbers: the product's address, those of values, columns, row pointers and scales, N, and row
-groups a gate.
 """
 
 from __future__ import annotations
@@ -14,8 +11,8 @@ import numpy as np
 from numba import njit, prange
 
 from srnn.cells import CELLS, CLIP
-from srnn.kernels.cpu.shapes import ROWS
-from srnn.kernels.cpu.vector_products import call_dot
+from srnn.kernels.cpu.multiplying import as_taken, multiply, products, zeros
+from srnn.kernels.cpu.shapes import LANES_OF_GROUP
 
 TANH, RELU, CLIPPED, GRU, LSTM = (CELLS.index(cell) for cell in ("tanh", "relu", "clipped_relu", "gru", "lstm"))
 
@@ -47,17 +44,6 @@ def tanh(x):
 def sigmoid(x):
     """From tanh."""
     return HALF + HALF * tanh(HALF * x)
-
-
-@njit(nogil=True, cache=True)
-def _products(matrix, gate, first, count, h, out):
-    """Row groups of the units ``first`` to ``first + count`` of a gate, times h: out[group, stream, lane]."""
-    lanes, per_gate = matrix[5], matrix[6]
-    begin = gate * per_gate + first // lanes
-    end = gate * per_gate + (first + count + lanes - 1) // lanes
-    call_dot(
-        matrix[0], matrix[1], matrix[2], matrix[3], matrix[4], begin, end, h.ctypes.data, h.shape[1], out.ctypes.data
-    )
 
 
 # Loops over a few rows each: where there are more, the compiler gives up proving that they do not overlap, and does
@@ -123,7 +109,7 @@ def _gates(cell, n, v, u0, u1, u2, u3, h, c, new_bias):
 def _chunks(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, size, new_bias, h, h_new, c, y):
     """One step of the hidden units of some chunks. With a projection, ``y`` has no columns."""
     units = h_new.shape[0]
-    v = np.empty((u.shape[1] // units, (chunk_size + matrix[5]) * h.shape[1]), np.float32)
+    v = np.empty((u.shape[1] // units, (chunk_size + matrix[LANES_OF_GROUP]) * h.shape[1]), np.float32)
     if h.shape[1] == 1:
         _chunks_of_one(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, new_bias, h, h_new, c, y, v)
     else:
@@ -136,11 +122,12 @@ def _chunks_of_one(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset,
     units = h_new.shape[0]
     gates = u.shape[1] // units
     row, old, new, cells = u[offset], h.reshape(-1), h_new.reshape(-1), c.reshape(-1)
+    x, careful = as_taken(matrix, h)
     for chunk in range(first_chunk, last_chunk):
         first = chunk * chunk_size
         last = min(first + chunk_size, units)
         for gate in range(gates):
-            _products(matrix, gate, first, last - first, h, v[gate])
+            products(matrix, gate, first, last - first, x, 1, careful, v[gate])
         if cell == GRU:
             new[first:last] = old[first:last]
         u0 = row[first:last]
@@ -155,8 +142,9 @@ def _chunks_of_one(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset,
 @njit(nogil=True, cache=True)
 def _chunks_of_many(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, size, new_bias, h, h_new, c, y, v):
     """Several streams: rows are gathered as the product writes its own, [group, stream, lane], then put back."""
-    lanes, streams, units = matrix[5], h.shape[1], h_new.shape[0]
+    lanes, streams, units = matrix[LANES_OF_GROUP], h.shape[1], h_new.shape[0]
     gates = u.shape[1] // units
+    taken, careful = as_taken(matrix, h)
     x = np.zeros((4, v.shape[1]), np.float32)
     new, cells, bias = (
         np.zeros(v.shape[1], np.float32),
@@ -168,7 +156,7 @@ def _chunks_of_many(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset
         count = min(chunk_size, units - first)
         groups = (count + lanes - 1) // lanes
         for gate in range(gates):
-            _products(matrix, gate, first, count, h, v[gate])
+            products(matrix, gate, first, count, taken, streams, careful, v[gate])
         for g in range(groups):
             begin = first + g * lanes
             some = min(lanes, units - begin)
@@ -207,12 +195,13 @@ def _chunks_of_many(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset
 @njit(nogil=True, cache=True)
 def _projected_chunks(chunk_size, first_chunk, last_chunk, matrix, offset, size, hidden, h, h_new, y):
     """One step of an LSTM's projection: h_new = W_hr hidden, for some chunks of its outputs."""
-    lanes, streams, units = matrix[5], h.shape[1], h.shape[0]
+    lanes, streams, units = matrix[LANES_OF_GROUP], h.shape[1], h.shape[0]
     out = np.empty((chunk_size + lanes) * streams, np.float32)
+    x, careful = as_taken(matrix, hidden)
     for chunk in range(first_chunk, last_chunk):
         first = chunk * chunk_size
         count = min(chunk_size, units - first)
-        _products(matrix, 0, first, count, hidden, out)
+        products(matrix, 0, first, count, x, streams, careful, out)
         for unit in range(first, first + count):
             group, lane = divmod(unit - first, lanes)
             for b in range(streams):
@@ -224,7 +213,7 @@ def _projected_chunks(chunk_size, first_chunk, last_chunk, matrix, offset, size,
 
 @njit(nogil=True, cache=True)
 def _begin(sizes, reverse, h0, tile):
-    """The order of steps, their first rows, and two buffers for h."""
+    """The order of steps, their first rows, and the first of two buffers for h."""
     steps = len(sizes)
     offsets = np.empty(steps, np.int64)
     total = 0
@@ -233,8 +222,8 @@ def _begin(sizes, reverse, h0, tile):
         total += sizes[t]
     order = np.arange(steps)[::-1].copy() if reverse else np.arange(steps)
     streams = (h0.shape[1] + tile - 1) // tile * tile
-    h = np.zeros((2, h0.shape[0], streams), np.float32)
-    h[0, :, : h0.shape[1]] = h0
+    h = zeros(h0.shape[0], streams)
+    h[:, : h0.shape[1]] = h0
     return order, offsets, h
 
 
@@ -245,8 +234,8 @@ def recur(cell, chunk_size, matrix, project, u, sizes, reverse, tile, new_bias, 
     Args:
         cell: index in ``CELLS``.
         chunk_size: hidden units that are worked on together; a multiple of every N.
-        matrix: the seven numbers of W_hh.
-        project: the seven numbers of W_hr; the first is 0 where there is none.
+        matrix: the numbers of W_hh.
+        project: the numbers of W_hr; the first is 0 where there is none.
         u: [N, G], the products with x, biases added.
         sizes: [T], streams of each step.
         reverse: whether the last step comes first.
@@ -262,22 +251,43 @@ def recur(cell, chunk_size, matrix, project, u, sizes, reverse, tile, new_bias, 
         h [P, S] after the last step.
     """
     order, offsets, h = _begin(sizes, reverse, h0, tile)
-    hidden = np.zeros((new_bias.shape[0], h.shape[2]), np.float32)
-    now = 0
+    h_new, hidden = zeros(h.shape[0], h.shape[1]), zeros(new_bias.shape[0], h.shape[1])
     for t in order:
         if project[0] == 0:
-            _chunks(
-                cell, chunk_size, 0, bounds[-1], matrix, u, offsets[t], sizes[t], new_bias, h[now], h[1 - now], c, y
-            )
+            _chunks(cell, chunk_size, 0, bounds[-1], matrix, u, offsets[t], sizes[t], new_bias, h, h_new, c, y)
         else:
-            _chunks(
-                cell, chunk_size, 0, bounds[-1], matrix, u, offsets[t], sizes[t], new_bias, h[now], hidden, c, y[:, :0]
-            )
-            _projected_chunks(
-                chunk_size, 0, project_bounds[-1], project, offsets[t], sizes[t], hidden, h[now], h[1 - now], y
-            )
-        now = 1 - now
-    return h[now]
+            _chunks(cell, chunk_size, 0, bounds[-1], matrix, u, offsets[t], sizes[t], new_bias, h, hidden, c, y[:, :0])
+            _projected_chunks(chunk_size, 0, project_bounds[-1], project, offsets[t], sizes[t], hidden, h, h_new, y)
+        h, h_new = h_new, h
+    return h
+
+
+@njit(nogil=True, cache=True)
+def step(cell, chunks, input_matrix, matrix, input_bias, new_bias, x, h0, c0, y, h, c):
+    """One step of one stream, product with the input included, on one thread; c of other cells than LSTM is empty.
+
+    Args:
+        cell: index in ``CELLS``.
+        chunks: units of a chunk and number of chunks, of the input's matrix and of the recurrent one.
+        input_matrix: the numbers of W_ih.
+        matrix: the numbers of W_hh.
+        input_bias: [G].
+        new_bias: [H]; zeros but for a GRU.
+        x: [1, I].
+        h0: [1, H].
+        c0: [1, H].
+        y: [1, H], filled.
+        h: [1, H], filled.
+        c: [1, H], filled.
+    """
+    units = new_bias.shape[0]
+    u = np.empty((1, input_bias.shape[0]), np.float32)
+    multiply(chunks[0], input_matrix, input_bias.shape[0] // units, x, 1, input_bias, chunks[:2], u)
+    old, new = zeros(units, 1), zeros(units, 1)
+    old[:, 0] = h0[0]
+    c[:] = c0
+    _chunks(cell, chunks[2], 0, chunks[3], matrix, u, 0, 1, new_bias, old, new, c.reshape(-1, 1), y)
+    h[0] = new[:, 0]
 
 
 @njit(nogil=True, cache=True, parallel=True)
@@ -285,13 +295,12 @@ def recur_parallel(
     cell, chunk_size, matrix, project, u, sizes, reverse, tile, new_bias, h0, c, bounds, project_bounds, y
 ):
     """``recur`` on as many threads as ``bounds`` has parts."""
-    order, offsets, h = _begin(sizes, reverse, h0, tile)
-    hidden = np.zeros((new_bias.shape[0], h.shape[2]), np.float32)
+    order, offsets, even = _begin(sizes, reverse, h0, tile)
+    odd, hidden = zeros(even.shape[0], even.shape[1]), zeros(new_bias.shape[0], even.shape[1])
     parts = len(bounds) - 1
-    now = 0
     for i in range(len(order)):
         t = order[i]
-        old, new = h[now], h[1 - now]
+        old, new = (even, odd) if i % 2 == 0 else (odd, even)
         if project[0] == 0:
             for part in prange(parts):
                 _chunks(
@@ -327,63 +336,4 @@ def recur_parallel(
                     new,
                     y,
                 )
-        now = 1 - now
-    return h[now]
-
-
-@njit(nogil=True, cache=True)
-def _multiply_chunks(chunk_size, first_chunk, last_chunk, matrix, gates, x_IS, row, count, bias, y):
-    """Some chunks of the outputs of all gates, for ``count`` rows of an input from ``row`` on."""
-    lanes, streams = matrix[5], x_IS.shape[1]
-    units = y.shape[1] // gates
-    out = np.empty((chunk_size + lanes) * streams, np.float32)
-    for chunk in range(first_chunk, last_chunk):
-        first = chunk * chunk_size
-        some = min(chunk_size, units - first)
-        for gate in range(gates):
-            _products(matrix, gate, first, some, x_IS, out)
-            base = gate * units + first
-            for b in range(count):
-                for g in range((some + lanes - 1) // lanes):
-                    at = (g * streams + b) * lanes
-                    begin = base + g * lanes
-                    for lane in range(min(lanes, some - g * lanes)):
-                        y[row + b, begin + lane] = out[at + lane] + bias[begin + lane]
-
-
-@njit(nogil=True, cache=True)
-def _columns(x, row, count, tile):
-    """Some rows as columns, [I, S]; columns past the last row are zero."""
-    x_IS = np.zeros((x.shape[1], (count + tile - 1) // tile * tile), np.float32)
-    for b in range(count):
-        for i in range(x.shape[1]):
-            x_IS[i, b] = x[row + b, i]
-    return x_IS
-
-
-@njit(nogil=True, cache=True)
-def multiply(chunk_size, matrix, gates, x, tile, bias, bounds, y):
-    """y[N, O] = x[N, I] W' + bias on one thread; the rest as in ``recur``."""
-    for row in range(0, x.shape[0], ROWS):
-        count = min(ROWS, x.shape[0] - row)
-        _multiply_chunks(chunk_size, 0, bounds[-1], matrix, gates, _columns(x, row, count, tile), row, count, bias, y)
-
-
-@njit(nogil=True, cache=True, parallel=True)
-def multiply_parallel(chunk_size, matrix, gates, x, tile, bias, bounds, y):
-    """``multiply`` on as many threads as ``bounds`` has parts: each takes other rows or, of few, other outputs."""
-    parts = len(bounds) - 1
-    tiles = (x.shape[0] + ROWS - 1) // ROWS
-    if tiles >= 2 * parts:
-        for i in prange(tiles):
-            row = i * ROWS
-            count = min(ROWS, x.shape[0] - row)
-            _multiply_chunks(
-                chunk_size, 0, bounds[-1], matrix, gates, _columns(x, row, count, tile), row, count, bias, y
-            )
-        return
-    for row in range(0, x.shape[0], ROWS):
-        count = min(ROWS, x.shape[0] - row)
-        x_IS = _columns(x, row, count, tile)
-        for part in prange(parts):
-            _multiply_chunks(chunk_size, bounds[part], bounds[part + 1], matrix, gates, x_IS, row, count, bias, y)
+    return even if len(order) % 2 == 0 else odd

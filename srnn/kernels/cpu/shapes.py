@@ -1,5 +1,25 @@
 """Sizes that the compiled loops and their callers share; imports without numba."""
 
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+# A matrix as the compiled loops take it: these numbers.
+#   DOT_AT                   address of its product's code
+#   VALUES_AT .. SCALES_AT   addresses of its parts; what they hold is its form's own
+#   LANES_OF_GROUP           rows of a row group, whose outputs lie together
+#   GROUPS_OF_GATE           row groups of a gate
+#   WIDTH_OF_X               0: the product takes x as [columns, streams]. Else as [streams, this width], 64 bytes
+#                            aligned, with zeros past the last column
+#   ORDER_AT, BASES_AT       addresses, of forms that have them
+NUMBERS_OF_MATRIX = 10
+DOT_AT, VALUES_AT, COLUMNS_AT, ROW_POINTERS_AT, SCALES_AT = range(5)
+LANES_OF_GROUP, GROUPS_OF_GATE, WIDTH_OF_X, ORDER_AT, BASES_AT = range(5, NUMBERS_OF_MATRIX)
+
 # Hidden units that are worked on together, multiples of every N. A chunk costs about a microsecond beside its
 # arithmetic, so few large ones are best, as long as their scratch memory stays in the first cache and every thread
 # gets several.
@@ -8,11 +28,18 @@ SCRATCH = 256  # units times streams of a chunk
 ROWS = 16  # rows of an input that are multiplied together; a multiple of every tile
 # N -> streams that share a loaded value: so many sums stay in 16 registers of 8 floats.
 TILES = {1: 8, 4: 4, 8: 4, 16: 4, 32: 2}
+WINDOW = 32  # columns that two registers of 16 floats hold
+ALIGNED = 16  # floats of a cache line
 
 
-def chunk_size(units: int, streams: int, threads: int) -> int:
-    """Units of a chunk."""
+def padded_width(columns: int) -> int:
+    """Floats a stream of x takes, so that whole registers can be loaded at any column."""
+    return max(WINDOW, -(-columns // ALIGNED) * ALIGNED)
+
+
+def chunk_size(units: int, streams: int, threads: int, lanes: int = 1) -> int:
+    """Units of a chunk, a multiple of ``lanes``."""
     for size in CHUNKS:
         if size * streams <= SCRATCH and (threads == 1 or units >= 4 * size * threads):
-            return size
-    return CHUNKS[-1]
+            return max(size, lanes)
+    return max(CHUNKS[-1], lanes)

@@ -76,6 +76,7 @@ class PruningMethod(ABC):
         delayed: masks found at an update act after the *next* step, as Algorithm 1 is printed, and not at once.
         soft: pruned weights compete with their live values, and may come back before ``done_from``.
         regrows: it gives weights back by itself.
+        needs_training: whether it prunes while a network trains, and not before the first step.
     """
 
     layer_types: Sequence[str] = ()
@@ -86,6 +87,7 @@ class PruningMethod(ABC):
     delayed: bool = False
     soft: bool = False
     regrows: bool = False
+    needs_training: bool = True
 
     @abstractmethod
     def groups(self, model: nn.Module) -> list[Group]:

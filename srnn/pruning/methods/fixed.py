@@ -21,6 +21,7 @@ class Fixed(PruningMethod):
     """Train on the weights that are not zero at the start: to fine-tune a pruned network, with ``init_from``."""
 
     layer_types: LayerTypes = field(default_factory=lambda: list(DEFAULT_LAYER_TYPES))
+    needs_training = False
 
     def groups(self, model: nn.Module) -> list[Group]:
         """The model's weights by layer type."""

@@ -16,6 +16,8 @@ from srnn.registry import register
 class NoPruning(PruningMethod):
     """Dense training: the baseline."""
 
+    needs_training = False
+
     def groups(self, model: nn.Module) -> list[Group]:
         """None."""
         return []

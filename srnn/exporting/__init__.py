@@ -1,0 +1,1 @@
+"""A network -> a file that runs without srnn. No Lightning, Hydra or W&B here."""

@@ -1,0 +1,114 @@
+"""Compiling a generated program with whatever compiler is there, and running it from Python."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from srnn.errors import UserError
+from srnn.exporting.c.program import Program
+
+_SECONDS = 300  # for a compilation
+
+
+def find_compiler() -> list[str] | None:
+    """The command of a C compiler: ``cc``, ``gcc``, ``clang``, or PyPI's ``ziglang``; None where there is none."""
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return [found]
+    return [sys.executable, "-m", "ziglang", "cc"] if importlib.util.find_spec("ziglang") else None
+
+
+def compiled(program: Program, compiler: Sequence[str], folder: Path, flags: Sequence[str] = ("-O2",)) -> Path:
+    """Compile a program to a shared library.
+
+    Args:
+        program: from ``c_program``.
+        compiler: from ``find_compiler``.
+        folder: where the two files of the program and the library go.
+        flags: more arguments for the compiler.
+
+    Raises:
+        UserError: the compiler refuses the program, or does not end.
+    """
+    source, library = folder / f"{program.stem}.c", folder / f"{program.stem}.so"
+    source.write_text(program.source)
+    (folder / f"{program.stem}.h").write_text(program.header)
+    command = [*compiler, "-std=c99", "-shared", "-fPIC", *flags, "-o", library.name, source.name]
+    shown = " ".join(compiler)
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"format=c: {shown} did not compile the program: {error}.") from None
+    if done.returncode:
+        raise UserError(f"format=c: {shown} does not compile the program: {done.stderr.strip()[:500]}")
+    return library
+
+
+class Stream:
+    """A compiled network and a state of its own.
+
+    Args:
+        program: what was compiled.
+        library: from ``compiled``.
+
+    Attributes:
+        memory: the state's struct as fp32 numbers.
+        members: its members by name; they share the memory.
+    """
+
+    def __init__(self, program: Program, library: Path) -> None:
+        self.calls, self._library = program.calls, ctypes.CDLL(str(library))
+        self.memory = np.zeros(program.ram // 4, dtype=np.float32)
+        ends = np.cumsum(list(program.state.values()))[:-1]
+        self.members = dict(zip(program.state, np.split(self.memory, ends), strict=True))
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a sequence."""
+        self._call("reset")
+
+    def step(self, given: np.ndarray | int) -> np.ndarray:
+        """One step.
+
+        Args:
+            given: a token's number, or fp32 [inputs].
+
+        Returns:
+            fp32 [outputs].
+        """
+        output = np.empty(self.calls.outputs, dtype=np.float32)
+        self._call("step", int(given) if self.calls.tokens else self._numbers(given), output)
+        return output
+
+    def run(self, given: np.ndarray) -> np.ndarray:
+        """A sequence, or a part of one.
+
+        Args:
+            given: tokens' numbers [T], or fp32 [T, inputs].
+
+        Returns:
+            fp32 [T, outputs]; of a network that reads the last state [outputs].
+        """
+        steps, shape = len(given), (self.calls.outputs,)
+        outputs = np.empty(shape if self.calls.reads_last else (steps, *shape), dtype=np.float32)
+        scratch = [np.empty(steps * self.calls.scratch, dtype=np.float32)] if self.calls.scratch else []
+        self._call("run", self._numbers(given), ctypes.c_size_t(steps), outputs, *scratch)
+        return outputs
+
+    def _numbers(self, given: np.ndarray | int) -> np.ndarray:
+        kind = np.float32 if not self.calls.tokens else np.uint16 if self.calls.token_type == "uint16_t" else np.uint32
+        return np.ascontiguousarray(given, dtype=kind)
+
+    def _call(self, function: str, *arguments: object) -> None:
+        called = getattr(self._library, f"{self.calls.name}_{function}")
+        called.restype = None
+        given = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else a for a in arguments]
+        called(ctypes.c_void_p(self.memory.ctypes.data), *given)

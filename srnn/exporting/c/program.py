@@ -1,0 +1,176 @@
+"""A network as a C header and a C source file, with what it costs known before anything is compiled.
+
+C99 and nothing else: no allocation, no mathematical library, no files. Weights are constants, which linkers put into
+flash; the state is a struct that the caller owns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from srnn.cells import Cell
+from srnn.errors import UserError
+from srnn.exporting.c.arithmetic import ARGMAX_AND_SOFTMAX, used_functions
+from srnn.exporting.c.arrays import declaration
+from srnn.exporting.c.calls import Calls, Stage, calls_code
+from srnn.exporting.c.header import header_text
+from srnn.exporting.c.layer_code import Code, activation_code, embedding_code, linear_code, recurrent_code
+from srnn.exporting.chain import (
+    ActivationPart,
+    Chain,
+    ChainPart,
+    ChainWeight,
+    Direction,
+    EmbeddingPart,
+    LinearPart,
+    RecurrentPart,
+)
+from srnn.kernels.contract import LayerWeights
+from srnn.sparse import SparseMatrix
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(_[A-Za-z0-9]+)*")
+_LONGEST_NAME = 40
+
+
+@dataclass(frozen=True)
+class Program:
+    """A network in C.
+
+    Attributes:
+        calls: what a caller has to know.
+        stem: its files' name, without ``.h`` and ``.c``.
+        header: text of the header file.
+        source: text of the source file.
+        flash: bytes of the constant arrays; a few kilobytes of code come on top.
+        state: members of the state's struct -> floats.
+        stack: bytes of the largest local arrays.
+        multiply_adds: of a step.
+    """
+
+    calls: Calls
+    stem: str
+    header: str
+    source: str
+    flash: int
+    state: dict[str, int]
+    stack: int
+    multiply_adds: int
+
+    @property
+    def ram(self) -> int:
+        """Bytes of the state's struct."""
+        return 4 * sum(self.state.values())
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """What it takes, in sentences."""
+        lent = f", and {4 * self.calls.scratch:,} bytes a step of a sequence" if self.calls.scratch else ""
+        return (
+            f"flash: {self.flash:,} bytes of constants, and a few thousand of code.",
+            f"RAM: {self.ram:,} bytes of state, and about {self.stack:,} of stack{lent}.",
+            f"work: {self.multiply_adds:,} multiply-adds a step.",
+        )
+
+
+def checked_name(name: str) -> str:
+    """A network's name in C. Raises UserError if names that begin with it would not be C's and C++'s."""
+    if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
+        raise UserError(
+            f"name={name!r}: C needs a name of letters, digits and single underscores that begins with a letter, of "
+            f"at most {_LONGEST_NAME} of them; name the file so, or set name, as in name=net."
+        )
+    return name
+
+
+def c_program(chain: Chain, name: str, stem: str, about: Sequence[str] = (), characters: Sequence[str] = ()) -> Program:
+    """Write a network as C.
+
+    Args:
+        chain: the network; its weights packed.
+        name: what all names of the program begin with, a C identifier.
+        stem: the files' name, without ``.h`` and ``.c``.
+        about: lines for the comment at the head: what it is, its score.
+        characters: of a language model of characters, those of tokens 1 and on; they go into a table.
+
+    Raises:
+        UserError: a name that is none in C.
+    """
+    code = Code(checked_name(name))
+    calls = Calls(name, tuple(_stages(code, chain)))
+    table = ""
+    if characters:
+        points = np.array([0, *map(ord, characters)], dtype=np.uint32)
+        table = declaration(f"{name}_characters", points).removeprefix("static ")
+        code.flash += points.nbytes
+    ends = ARGMAX_AND_SOFTMAX.replace("OUTPUTS", f"{name.upper()}_OUTPUTS").replace("NAME", name)
+    body = "\n".join([*code.functions, ends, calls_code(calls, code)])
+    shared = "\n".join(code.shared_functions())
+    comment = f"/* {name}: see {stem}.h. Written by srnn. */"
+    parts = [comment, f'#include "{stem}.h"\n', *code.arrays, table, used_functions(shared + body, name), shared, body]
+    stack = code.layer_stack + code.product_stack
+    program = Program(calls, stem, "", "\n".join(parts), code.flash, code.state, stack, code.multiply_adds)
+    return replace(program, header=header_text(calls, code.state, [*about, "", *program.costs], bool(characters)))
+
+
+def _stages(code: Code, chain: Chain) -> list[Stage]:
+    """Add all layers to the code."""
+    stages: list[Stage] = []
+    for part in chain.parts:
+        is_final = part is chain.parts[-1]
+        if isinstance(part, RecurrentPart):
+            for layer in part.layers:
+                directions = [layer_weights(part.cell, direction) for direction in layer]
+                stages.append(_recurrent(code, len(stages), directions))
+            if chain.last_only and part is chain.recurrent[-1]:
+                stages.append(_last(code, stages[-1]))
+        else:
+            width = stages[-1].width if stages else chain.input_size
+            stages.append(_without_state(code, len(stages), part, width, is_final))
+    return stages
+
+
+def _recurrent(code: Code, number: int, directions: Sequence[LayerWeights]) -> Stage:
+    labels = [f"{number}{end}" for end in ("", "r")[: len(directions)]]
+    functions = [recurrent_code(code, label, weights) for label, weights in zip(labels, directions, strict=True)]
+    first = directions[0]
+    members = tuple(f"h{label}" for label in labels)
+    return Stage("recurrent", first.w_ih.shape[1], first.output_size * len(labels), tuple(functions), members)
+
+
+def _last(code: Code, before: Stage) -> Stage:
+    if len(before.members) > 1:  # side by side, for what comes next
+        code.state["last"] = before.width
+    return Stage("last", before.width, before.width)
+
+
+def _without_state(code: Code, number: int, part: ChainPart, inputs: int, is_final: bool) -> Stage:
+    if isinstance(part, EmbeddingPart):
+        inputs, outputs = part.weight.shape
+        function = embedding_code(code, number, _packed(part.weight))
+    elif isinstance(part, LinearPart):
+        outputs = part.weight.shape[0]
+        function = linear_code(code, number, _packed(part.weight), part.bias)
+    else:
+        assert isinstance(part, ActivationPart)
+        outputs, function = inputs, activation_code(code, number, part.kind, inputs)
+    if not is_final:
+        code.state[f"x{number}"] = outputs
+    kind: Any = "embedding" if isinstance(part, EmbeddingPart) else "plain"
+    return Stage(kind, inputs, outputs, (function,), () if is_final else (f"x{number}",))
+
+
+def layer_weights(cell: Cell, direction: Direction) -> LayerWeights:
+    """One direction of a layer as kernels take it."""
+    projection = None if direction.w_hr is None else _packed(direction.w_hr)
+    biases = direction.b_ih, direction.b_hh
+    return LayerWeights(cell, _packed(direction.w_ih), _packed(direction.w_hh), *biases, projection)
+
+
+def _packed(weight: ChainWeight) -> SparseMatrix:
+    assert isinstance(weight, SparseMatrix)
+    return weight

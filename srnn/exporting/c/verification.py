@@ -1,0 +1,109 @@
+"""Running a compiled program against the network it was made of.
+
+Shapes: T steps, B pieces, I inputs, L layers times directions.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from srnn.exporting.c.compiling import Stream, compiled
+from srnn.exporting.c.program import Program
+from srnn.exporting.chain import Chain, RecurrentPart, dense_weight
+from srnn.exporting.reading import ChainNetwork, difference
+from srnn.sparse import SparseMatrix
+
+STEPS = 10_000
+_PIECE = 50  # steps that the network goes on from the program's state
+_LARGEST_STATE = 1e4  # beyond, a network without bounds has run away
+
+
+def largest_error(program: Program, chain: Chain, compiler: Sequence[str]) -> float:
+    """How far a program is from its network in float64, over 10,000 steps of random input with chained states.
+
+    The program runs them all, in turns by NAME_run and NAME_step. The network starts each piece of 50 steps from the
+    program's state, so that the rounding of a network that magnifies small differences does not count as an error.
+    Outputs and states of each piece are compared.
+
+    Args:
+        program: from ``c_program``.
+        chain: of the same packed weights.
+        compiler: from ``find_compiler``.
+
+    Raises:
+        UserError: the program does not compile.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        stream = Stream(program, compiled(program, compiler, Path(folder)))
+        return _difference(stream, chain)
+
+
+def _difference(stream: Stream, chain: Chain) -> float:
+    pieces = STEPS // _PIECE
+    inputs = _random_inputs(chain, pieces)
+    before, got, after = [], [], []
+    for number, piece in enumerate(inputs.numpy()):
+        if not all(np.abs(member).max(initial=0) < _LARGEST_STATE for member in stream.members.values()):
+            stream.reset()
+        before.append(_states(stream, chain))
+        if number % 2 or not stream.calls.can_step:
+            got.append(stream.run(piece))
+        else:
+            outputs = np.stack([stream.step(one) for one in piece])
+            got.append(outputs[-1] if chain.last_only else outputs)
+        after.append(_states(stream, chain))
+    network = ChainNetwork(in_float64(replace(chain, batch_first=True)))
+    with torch.inference_mode():
+        given = inputs if inputs.dtype == torch.int64 else inputs.double()
+        wanted, ends = network(given, _side_by_side(before))
+    errors = [difference(torch.from_numpy(np.stack(got)).double(), wanted)]
+    errors += [difference(state, ends[name]) for name, state in _side_by_side(after).items()]
+    return max(errors, key=lambda error: float("inf") if error != error else error)
+
+
+def _random_inputs(chain: Chain, pieces: int) -> Tensor:
+    random = torch.Generator().manual_seed(0)
+    if chain.vocabulary_size is not None:
+        return torch.randint(chain.vocabulary_size, (pieces, _PIECE), generator=random)
+    return torch.randn(pieces, _PIECE, chain.input_size, generator=random)
+
+
+def _states(stream: Stream, chain: Chain) -> dict[str, np.ndarray]:
+    """Name of each state of the chain -> [L, size]."""
+    layers = iter([stage for stage in stream.calls.stages if stage.kind == "recurrent"])
+    found = {}
+    for part in chain.recurrent:
+        members = [member for _ in part.layers for member in next(layers).members]
+        for name in part.states:
+            letter = name[-1]  # h, or an LSTM's c
+            found[name] = np.stack([stream.members[letter + member[1:]] for member in members])
+    return found
+
+
+def _side_by_side(states: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    """The states of all pieces as those of streams, [L, B, size], float64."""
+    return {name: torch.from_numpy(np.stack([s[name] for s in states], axis=1)).double() for name in states[0]}
+
+
+def in_float64(chain: Chain) -> Chain:
+    """The same chain with dense weights in float64: what rounding is measured against."""
+
+    def wide(part: Any) -> Any:
+        weights = {f.name: w for f in fields(part) if isinstance(w := getattr(part, f.name), Tensor | SparseMatrix)}
+        return replace(part, **{name: dense_weight(w).double() for name, w in weights.items()})
+
+    parts: list[Any] = []
+    for part in chain.parts:
+        if isinstance(part, RecurrentPart):
+            parts.append(replace(part, layers=tuple(tuple(wide(d) for d in layer) for layer in part.layers)))
+        else:
+            parts.append(wide(part))
+    return replace(chain, parts=tuple(parts))

@@ -1,0 +1,80 @@
+"""Exporting a network: the formats by name, and the function that a user calls."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from srnn.errors import UserError, did_you_mean
+from srnn.exporting.base import About, ExportFormat, ExportReport
+from srnn.exporting.c.c_format import write_c
+from srnn.exporting.onnx_format import check_onnx, write_onnx
+from srnn.files import expanded
+
+# A new format is a line here.
+EXPORT_FORMATS: dict[str, ExportFormat] = {
+    "onnx": ExportFormat(".onnx", write_onnx, check_onnx),
+    "c": ExportFormat(".c", write_c),
+}
+
+
+def export(
+    model: nn.Module, path: str | Path, format: str = "onnx", example: Any = None, about: About = "", **options: Any
+) -> ExportReport:
+    """Write a network to a file that runs without srnn; it is run and compared with the network first.
+
+    Args:
+        model: a network, dense or sparsified. Any whose layers run one after the other is written with its states as
+            named inputs and outputs: embedding, ``nn.RNN``, ``nn.GRU``, ``nn.LSTM``, linear layers, activations.
+        path: where to. An older file is replaced once the new one agrees with the network.
+        format: ``onnx``, or ``c`` for a C file and its header.
+        example: the arguments of a call, a tensor or a tuple of them; for networks that are no such chain.
+        about: what the file says about itself; or a function that makes it of the network with the file's numbers.
+        options: of the format. ``onnx`` takes ``values``: ``fp32``, or ``int8`` for onnxruntime's dynamic
+            quantisation. ``c`` takes ``values`` and ``structure`` as ``srnn.save`` does, ``name`` for what its names
+            begin with (the file's), and ``verify``, which compiles the file and compares it where there is a compiler.
+
+    Returns:
+        What was written, what it was compared with, and what to know about it.
+
+    Raises:
+        UserError: there is no such format or option, the network cannot be written in it, what was written computes
+            something else, or a package is missing.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile, torch, srnn
+        >>> report = srnn.export(torch.nn.GRU(8, 16), tempfile.mkdtemp() + "/gru.onnx")
+        >>> report.difference < 1e-5
+        True
+    """
+    if format not in EXPORT_FORMATS:
+        known = ", ".join(EXPORT_FORMATS)
+        raise UserError(f"format={format!r}: there are {known}.{did_you_mean(format, EXPORT_FORMATS)}")
+    chosen = EXPORT_FORMATS[format]
+    takes = [p.name for p in inspect.signature(chosen.write).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in takes:
+            raise UserError(f"format={format} takes no {name}: its options are {', '.join(takes) or 'none'}.")
+    chosen.check(**options)
+    target = expanded(path)
+    if target.is_dir() or target.suffix != chosen.suffix:
+        raise UserError(f"{target} must be a file named *{chosen.suffix}.")
+    with _in_eval_mode(model):
+        return chosen.write(model, target, example, about, **options)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,55 @@
+"""The compiled products, by form, type of values and number of streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from numba import cfunc, types
+from numba.extending import intrinsic
+
+from srnn.kernels.cpu.element_products import GatherProduct, WindowProduct
+from srnn.kernels.cpu.vector_code import ARGUMENTS, DOT, STORED
+from srnn.kernels.cpu.vector_products import RowProduct
+
+_FORMS = ("rows", "windows", "gathers")
+_KINDS = tuple(STORED)
+
+
+@intrinsic(prefer_literal=True)
+def _emit_dot(typing, form, lanes, kind, wide, tile, matrix, begin, end, x, streams, careful, out):
+    """The code of a product in place."""
+    signature = types.void(form, lanes, kind, wide, tile, *[types.int64] * len(ARGUMENTS))
+    name, values = _FORMS[form.literal_value], _KINDS[kind.literal_value]
+    options = (values, bool(wide.literal_value), tile.literal_value)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if name == "rows":
+            RowProduct(builder, lanes.literal_value, *options, arguments[5:]).emit()
+        else:
+            {"windows": WindowProduct, "gathers": GatherProduct}[name](builder, *options, arguments[5:]).emit()
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _source(form: int, lanes: int, kind: int, wide: int, tile: int) -> Callable[..., None]:
+    def dot(matrix, begin, end, x, streams, careful, out):
+        _emit_dot(form, lanes, kind, wide, tile, matrix, begin, end, x, streams, careful, out)
+
+    return dot
+
+
+@cache
+def dot_function(form: str, lanes: int, values: str, wide: bool, tile: int) -> Any:
+    """The compiled product; compiled once, then read from disk.
+
+    Args:
+        form: ``rows``, ``windows`` or ``gathers``.
+        lanes: N of the blocks.
+        values: what is stored: fp32, fp16, bf16 or int8.
+        wide: whether columns take 32 bits.
+        tile: streams a time.
+    """
+    return cfunc(DOT, cache=True)(_source(_FORMS.index(form), lanes, _KINDS.index(values), int(wide), tile))

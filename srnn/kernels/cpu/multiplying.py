@@ -1,0 +1,118 @@
+"""Compiled products of a matrix, which comes as the numbers that ``shapes`` lists, with rows or columns of another."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from srnn.kernels.cpu.shapes import ALIGNED, DOT_AT, GROUPS_OF_GATE, LANES_OF_GROUP, ROWS, WIDTH_OF_X, WINDOW
+from srnn.kernels.cpu.vector_code import call_dot
+
+
+@njit(nogil=True, cache=True)
+def zeros(rows, streams):
+    """[rows, streams], 64 bytes aligned, with so many zeros behind that whole registers can be loaded."""
+    count = max(WINDOW, (rows * streams + ALIGNED - 1) // ALIGNED * ALIGNED)
+    memory = np.zeros(count + ALIGNED, np.float32)
+    first = -(np.int64(memory.ctypes.data) // 4) % ALIGNED
+    return memory[first : first + rows * streams].reshape(rows, streams)
+
+
+@njit(nogil=True, cache=True)
+def _is_careful(x):
+    """1 if a number is infinite or NaN: what has no weight must not be multiplied with it."""
+    bits, largest = x.reshape(-1).view(np.int32), np.int32(0)
+    for k in range(len(bits)):  # integers, because the compiler may not reorder sums or maxima of floats
+        largest = max(largest, bits[k] & np.int32(0x7F800000))
+    return 1 if largest == 0x7F800000 else 0
+
+
+@njit(nogil=True, cache=True)
+def as_taken(matrix, h):
+    """h [columns, streams] as a matrix's product takes it, and whether that has to be careful."""
+    if matrix[WIDTH_OF_X] == 0:
+        return h, 0
+    careful = _is_careful(h)
+    if h.shape[1] == 1:
+        return h, careful
+    x = zeros(h.shape[1], matrix[WIDTH_OF_X])
+    for column in range(h.shape[0]):
+        for stream in range(h.shape[1]):
+            x[stream, column] = h[column, stream]
+    return x, careful
+
+
+@njit(nogil=True, cache=True)
+def products(matrix, gate, first, count, x, streams, careful, out):
+    """Row groups of the units ``first`` to ``first + count`` of a gate, times x: out[group, stream, lane]."""
+    lanes, per_gate = matrix[LANES_OF_GROUP], matrix[GROUPS_OF_GATE]
+    begin = gate * per_gate + first // lanes
+    end = gate * per_gate + (first + count + lanes - 1) // lanes
+    call_dot(matrix[DOT_AT], matrix.ctypes.data, begin, end, x.ctypes.data, streams, careful, out.ctypes.data)
+
+
+@njit(nogil=True, cache=True)
+def _multiply_chunks(chunk_size, first_chunk, last_chunk, matrix, gates, x, careful, row, count, streams, bias, y):
+    """Some chunks of the outputs of all gates, for ``count`` rows of an input from ``row`` on."""
+    lanes = matrix[LANES_OF_GROUP]
+    units = y.shape[1] // gates
+    out = np.empty((chunk_size + lanes) * streams, np.float32)
+    for chunk in range(first_chunk, last_chunk):
+        first = chunk * chunk_size
+        some = min(chunk_size, units - first)
+        for gate in range(gates):
+            products(matrix, gate, first, some, x, streams, careful, out)
+            base = gate * units + first
+            for b in range(count):
+                for g in range((some + lanes - 1) // lanes):
+                    at = (g * streams + b) * lanes
+                    begin = base + g * lanes
+                    for lane in range(min(lanes, some - g * lanes)):
+                        y[row + b, begin + lane] = out[at + lane] + bias[begin + lane]
+
+
+@njit(nogil=True, cache=True)
+def _rows_as_taken(matrix, x, row, count, tile):
+    """Some rows of x as a matrix's product takes them, whether that has to be careful, and their number with zeros."""
+    streams = (count + tile - 1) // tile * tile
+    if matrix[WIDTH_OF_X]:
+        x_SI = zeros(streams, matrix[WIDTH_OF_X])
+        for b in range(count):
+            for i in range(x.shape[1]):
+                x_SI[b, i] = x[row + b, i]
+        return x_SI, _is_careful(x_SI), streams
+    x_IS = zeros(x.shape[1], streams)
+    for b in range(count):
+        for i in range(x.shape[1]):
+            x_IS[i, b] = x[row + b, i]
+    return x_IS, 0, streams
+
+
+@njit(nogil=True, cache=True)
+def multiply(chunk_size, matrix, gates, x, tile, bias, bounds, y):
+    """y[N, O] = x[N, I] W' + bias on one thread; the rest as in ``recur``."""
+    last = bounds[-1]
+    for row in range(0, x.shape[0], ROWS):
+        count = min(ROWS, x.shape[0] - row)
+        taken, careful, streams = _rows_as_taken(matrix, x, row, count, tile)
+        _multiply_chunks(chunk_size, 0, last, matrix, gates, taken, careful, row, count, streams, bias, y)
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def multiply_parallel(chunk_size, matrix, gates, x, tile, bias, bounds, y):
+    """``multiply`` on as many threads as ``bounds`` has parts: each takes other rows or, of few, other outputs."""
+    parts, last = len(bounds) - 1, bounds[-1]
+    tiles = (x.shape[0] + ROWS - 1) // ROWS
+    if tiles >= 2 * parts:
+        for i in prange(tiles):
+            row = i * ROWS
+            count = min(ROWS, x.shape[0] - row)
+            taken, careful, streams = _rows_as_taken(matrix, x, row, count, tile)
+            _multiply_chunks(chunk_size, 0, last, matrix, gates, taken, careful, row, count, streams, bias, y)
+        return
+    for row in range(0, x.shape[0], ROWS):
+        count = min(ROWS, x.shape[0] - row)
+        taken, careful, streams = _rows_as_taken(matrix, x, row, count, tile)
+        for part in prange(parts):
+            begin, end = bounds[part], bounds[part + 1]
+            _multiply_chunks(chunk_size, begin, end, matrix, gates, taken, careful, row, count, streams, bias, y)

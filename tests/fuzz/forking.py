@@ -1,0 +1,92 @@
+"""Commands in processes of their own that cost no import: they are forked from one that has imported already.
+
+Python's fork server: a process with a single thread, which imports what is named here and forks for each command.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+
+PRELOADED = [
+    "pytest", "tests.fuzz.forking", "srnn.__main__", "srnn.commands.train", "srnn.commands.compare",
+    "srnn.training.run",
+    "srnn.inference.unpacking", "sklearn.datasets",
+]  # fmt: skip
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(PRELOADED)
+
+
+def _command(arguments, folder, environment, output):
+    """In the forked process: run a command as ``python -m srnn`` would, or train as a config says."""
+    os.setpgid(0, 0)
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    for stream in (1, 2):
+        os.dup2(handle, stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(folder)
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    code = 70
+    try:
+        import torch
+
+        from srnn.__main__ import main
+        from srnn.config.settings import Settings
+        from srnn.training.run import train
+        from tests.conftest import less_to_time_and_draw
+
+        torch.set_num_threads(1)
+        with pytest.MonkeyPatch.context() as patch:
+            less_to_time_and_draw(patch)
+            if isinstance(arguments, Settings):
+                train(arguments, Path("run"), command=["srnn"])
+                code = 0
+            else:
+                sys.argv = ["srnn", *arguments]
+                code = main(arguments)
+    except KeyboardInterrupt:  # outside of main's own lines
+        code = 130
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class Forked:
+    """A command in a process of its own.
+
+    Args:
+        arguments: of srnn; or a config, whose run is trained in ``run``: composing it would take most of the time.
+        folder: where it runs; what it prints is in ``said`` there.
+        environment: variables to set; None takes one away.
+    """
+
+    def __init__(self, arguments, folder, environment=None):
+        self.output = folder / "said"
+        if isinstance(arguments, list):
+            arguments = [str(word) for word in arguments]
+        self.process = SERVER.Process(
+            target=_command, args=(arguments, str(folder), environment or {}, str(self.output))
+        )
+        self.process.start()
+
+    def end(self, seconds=120):
+        """Wait for it; returns the exit code, negative for a signal, and what it said."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still running: {self.said()}"
+        return self.process.exitcode, self.said()
+
+    def said(self):
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def send(self, number):
+        os.kill(self.process.pid, number)
