@@ -25,7 +25,7 @@ OTHERS = {
     "resume": "Resume a stopped run, as it was configured; takes no other option.",
     "srnn": "srnn itself.",
 }
-# Which name to take; the scores and speeds are those of docs/pruning.md and docs/RESULTS.md.
+# Which name to take; the scores and speeds are those of docs/pruning.md and docs/results/.
 ADVICE = {
     "pruning": """Which one? Bits per character of the main job at 90 % zeros (dense: 2.53), and how
 many times as fast as the best dense one a GRU of 1024 units is on a CPU thread:
