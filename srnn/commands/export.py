@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from srnn.inference.packing import PackedModel
+    from srnn.training.preparing import TrainedRun
 
 FormatChoice = Literal["packed", "onnx", "c"]  # the second on as in srnn.exporting
 _FORMAT = "another packed file, ONNX, or a C file and its header"
@@ -72,7 +73,7 @@ def _to_another_runtime(run: str, format: str, values: ValuesChoice, output: str
     def about(written: nn.Module) -> str:
         scores.extend(of_run.objective.score(n, of_run.data, "test") for n in (unpack(packed), written))
         name, data = packed.model["name"], packed.about["dataset"]["name"]
-        return f"{name} on {data}, test: {of_run.objective.words.format(**scores[1])}. Written by srnn {__version__}."
+        return f"{name} on {data}, test: {_in_words(of_run, scores[1])}. Written by srnn {__version__}."
 
     inputs = next(iter(of_run.data.val_dataloader()))[0][:2, :8]
     with torch.inference_mode():
@@ -81,7 +82,7 @@ def _to_another_runtime(run: str, format: str, values: ValuesChoice, output: str
     console.print(str(report), soft_wrap=True, highlight=False)
     told = of_run.objective.telling
     cost = f"{scores[1][told] - scores[0][told]:+z.4f}"
-    words = of_run.objective.words.format(**scores[1])
+    words = _in_words(of_run, scores[1])
     console.print(f"test: {words}; costs {cost} {told.replace('_', ' ')} over {source.name}", soft_wrap=True)
     return 0
 
@@ -109,16 +110,23 @@ def _to_c(run: str, output: str | None, name: str | None, verify: bool, packing:
         for row, scored in ((before, again.model), ("exported", written)):
             scores[row] = of_run.objective.score(scored, of_run.data, "test")
         of, on = again.exported.model["name"], again.exported.about["dataset"]["name"]
-        words = of_run.objective.words.format(**scores["exported"])
+        words = _in_words(of_run, scores["exported"])
         return f"{of} on {on}, test: {words}\nWeights: {_formats(again.exported)}. Written by srnn {__version__}."
 
     report = export(network, target, "c", about=about, name=name, verify=verify, **packing)
     console.print(str(report), soft_wrap=True, highlight=False)
     told = of_run.objective.telling
     cost = f"{scores['exported'][told] - scores[before][told]:+z.4f} {told.replace('_', ' ')}"
-    words = of_run.objective.words.format(**scores["exported"])
+    words = _in_words(of_run, scores["exported"])
     console.print(f"test: {words}; costs {cost} over {before!r}", soft_wrap=True)
     return 0
+
+
+def _in_words(of_run: TrainedRun, scores: Mapping[str, float]) -> str:
+    """The scores of a network, as its objective tells them."""
+    vocabulary = of_run.packed.vocabulary
+    level = vocabulary.level.removesuffix("s") if vocabulary else ""
+    return of_run.objective.words.format(**scores, a_token=f" a {level}" if level in ("word", "byte") else "")
 
 
 def _target(output: str | None, default: Path) -> Path:
