@@ -5,11 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 # What a file says about itself; or a function that makes it of the network with the numbers that the file holds.
 About = str | Callable[[nn.Module], str]
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What every format is given beside the network and the file.
+
+    Attributes:
+        example: the arguments of a call, or None.
+        about: what the file says about itself.
+    """
+
+    example: Any = None
+    about: About = ""
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ class ExportFormat:
 
     Attributes:
         suffix: of its files, such as ``.onnx``.
-        write: ``write(model, path, example, about, **options)``; its keyword arguments are the format's options. It
+        write: ``write(model, path, request, **options)``; its keyword arguments are the format's options. It
             leaves no file unless what it wrote agrees with the network.
         check: called with the options before anything is read or run; raises UserError for a value that there is not,
             or a package that is missing.

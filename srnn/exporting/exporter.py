@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from srnn.errors import UserError, did_you_mean
-from srnn.exporting.base import About, ExportFormat, ExportReport
+from srnn.exporting.base import About, ExportFormat, ExportReport, ExportRequest
 from srnn.exporting.c.c_format import check_c, write_c
 from srnn.exporting.onnx_format import check_onnx, write_onnx
 from srnn.files import expanded
@@ -66,7 +66,7 @@ def export(
     if target.is_dir() or target.suffix != chosen.suffix:
         raise UserError(f"{target} must be a file named *{chosen.suffix}.")
     with _in_eval_mode(model):
-        return chosen.write(model, target, example, about, **options)
+        return chosen.write(model, target, ExportRequest(example, about), **options)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from srnn.errors import UserError
-from srnn.exporting.base import About, ExportReport
+from srnn.exporting.base import About, ExportReport, ExportRequest
 from srnn.exporting.chain import Chain
 from srnn.exporting.onnx_session import OnnxNetwork, require_onnx
 from srnn.exporting.reading import AGREEMENT, largest_difference, read_chain
@@ -31,18 +31,16 @@ def check_onnx(values: str = "fp32") -> None:
     require_onnx()
 
 
-def write_onnx(
-    model: nn.Module, path: Path, example: Any = None, about: About = "", *, values: OnnxValues = "fp32"
-) -> ExportReport:
+def write_onnx(model: nn.Module, path: Path, request: ExportRequest, *, values: OnnxValues = "fp32") -> ExportReport:
     """Write a network as ONNX; as ``srnn.export``."""
     try:
         chain = read_chain(model)
     except UserError as reason:
-        if example is None:
+        if request.example is None:
             hint = "give example=, the arguments of a call, and torch.onnx writes it with the states that it has."
             raise UserError(f"{reason} To export it all the same, {hint}") from None
-        return _write_traced(model, path, example, about, values, str(reason))
-    return _write_chain(model, path, chain, about, values)
+        return _write_traced(model, path, request.example, request.about, values, str(reason))
+    return _write_chain(model, path, chain, request.about, values)
 
 
 def _write_chain(model: nn.Module, path: Path, chain: Chain, about: About, values: OnnxValues) -> ExportReport:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from srnn.cells import GATES
 from srnn.errors import UserError
-from srnn.exporting.base import About, ExportReport
+from srnn.exporting.base import ExportReport, ExportRequest
 from srnn.exporting.c.compiling import find_compiler
 from srnn.exporting.c.program import Program, c_program, checked_name
-from srnn.exporting.c.verification import STEPS, largest_error
+from srnn.exporting.c.verification import VERIFIED_STEPS, largest_error
 from srnn.exporting.chain import (
     Chain,
     ChainPart,
@@ -47,8 +47,7 @@ def check_c(
 def write_c(
     model: nn.Module,
     path: Path,
-    example: Any = None,
-    about: About = "",
+    request: ExportRequest,
     *,
     values: Values | None = None,
     structure: WantedStructure = "auto",
@@ -60,8 +59,7 @@ def write_c(
     Args:
         model: the network. Weights that are packed stay as they are; dense ones are packed.
         path: of the source file; the header lies beside it.
-        example: not used: the network has to be a chain of layers.
-        about: what the comment says about the network.
+        request: what the comment says about the network; its example is not used.
         values: what weights are stored as; None takes fp32 for those that are not packed yet.
         structure: the blocks of weights that are not packed yet.
         name: what all names of the program begin with; None takes the file's.
@@ -71,6 +69,7 @@ def write_c(
     if not re.fullmatch(r"[\w.+-]+", path.stem, re.ASCII):
         raise UserError(f"{path}: C includes the header by its name, which may have letters, digits and . _ + - only.")
     chain = packed_chain(read_chain(model), values, structure)
+    about = request.about
     text = about if isinstance(about, str) else about(_Rounded(chain))
     vocabulary = getattr(model, "vocabulary", None)
     characters = vocabulary.tokens[1:] if isinstance(vocabulary, Characters) else ()
@@ -95,7 +94,7 @@ def _verified(program: Program, chain: Chain, path: Path) -> tuple[str, float | 
             f"{AGREEMENT:g}. Please report it; verify=false writes the program as it is."
         )
     shown = Path(compiler[0]).name if len(compiler) == 1 else "zig"
-    return f"compiled by {shown} and run against the network for {STEPS:,} steps", error
+    return f"compiled by {shown} and run against the network for {VERIFIED_STEPS:,} steps", error
 
 
 class _Rounded(nn.Module):

@@ -21,7 +21,7 @@ from srnn.exporting.chain import Chain, RecurrentPart, dense_weight
 from srnn.exporting.reading import ChainNetwork, difference
 from srnn.sparse import SparseMatrix
 
-STEPS = 10_000
+VERIFIED_STEPS = 10_000
 _PIECE = 50  # steps that the network goes on from the program's state
 _LARGEST_STATE = 1e4  # beyond, a network without bounds has run away
 
@@ -47,7 +47,7 @@ def largest_error(program: Program, chain: Chain, compiler: Sequence[str]) -> fl
 
 
 def _difference(stream: Stream, chain: Chain) -> float:
-    pieces = STEPS // _PIECE
+    pieces = VERIFIED_STEPS // _PIECE
     inputs = _random_inputs(chain, pieces)
     before, got, after = [], [], []
     for number, piece in enumerate(inputs.numpy()):
