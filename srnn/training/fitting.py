@@ -176,4 +176,4 @@ def quiet() -> None:
     logging.getLogger("srnn.kernels").setLevel(logging.WARNING)  # the report tells what was chosen
     lightnings = (".*does not have many workers.*", ".*LeafSpec.*", ".*exists and is not empty.*", ".*AccumulateGrad.*")
     for message in lightnings:
-        warnings.filterwarnings("ignore", message)
+        warnings.filterwarnings("ignore", f"(?s){message}")  # the name of a folder may hold a line end

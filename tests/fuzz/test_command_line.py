@@ -155,7 +155,8 @@ def test_runs_in_folders_of_any_name(tmp_path, monkeypatch, capsys):
         if code == 0:
             assert (tmp_path / name / "checkpoints/best.ckpt").is_file(), name
             os.remove(tmp_path / name / "report.json")
-            assert answers.to(capsys, [f"resume={tmp_path / name}"], name)[0] == 0
+            code, said = answers.to(capsys, [f"resume={tmp_path / name}"], name)
+            assert code == 0, (name, said.err)
             shutil.rmtree(tmp_path / name)
         assert not list(tmp_path.iterdir()), (name, said.err)
     print(answers)
