@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from srnn.bench.cases import Format, pruned
 from srnn.inference.sparsify import sparsify
-from srnn.kernels.choosing import hardware
-from srnn.kernels.timing import Call, graphed, interleaved
+from srnn.kernels.timing import Call, graphed, hardware, interleaved
 from srnn.sparse import PackedStructure
 
 _SIZE, _LAYERS, _VOCABULARY, _STEPS = 2560, 3, 10_000, 256

@@ -12,10 +12,9 @@ import torch
 
 from srnn.bench.cases import Case, Format, LayerPlan, Problem, dense_format
 from srnn.bench.onnx_baseline import ONNX_BASELINES
-from srnn.kernels.choosing import hardware
 from srnn.kernels.contract import Kernel
 from srnn.kernels.dense import Int8, OneDnn, Torch
-from srnn.kernels.timing import Call, graphed, interleaved, timed
+from srnn.kernels.timing import Call, graphed, hardware, interleaved, timed
 
 _ROUNDS = 30
 _REPEATS = 50  # of a product or a step, in one CUDA graph

@@ -11,12 +11,10 @@ import functools
 import json
 import logging
 import os
-import platform
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any, Generic, Literal, TypeVar
@@ -29,7 +27,7 @@ from srnn.files import cache_folder, write_atomically
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, Product, Recurrence, State, equal_lengths
 from srnn.kernels.dense import Int8, OneDnn, Torch
 from srnn.kernels.replay import Replayed
-from srnn.kernels.timing import Call, interleaved
+from srnn.kernels.timing import Call, hardware, interleaved
 from srnn.kernels.triton.backend import Triton
 from srnn.registry import register
 from srnn.sparse import SparseMatrix
@@ -325,33 +323,6 @@ def _that_run(calls: Mapping[str, Callable[[], Call]], left_out: dict[str, str])
         else:
             able[name] = call
     return able
-
-
-@functools.cache
-def hardware(device: torch.device) -> str:
-    """What a measurement is good for: the processor and the versions of what runs on it."""
-    versions = [f"torch {torch.__version__}"]
-    for package in ("srnn", "numba", "triton"):
-        try:
-            versions.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            continue
-    return f"{processor(device)}; {'; '.join(versions)}"
-
-
-@functools.cache
-def processor(device: torch.device) -> str:
-    """Its name, as the system tells it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    forced = os.environ.get("NUMBA_CPU_FEATURES")
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}" + (f", numba {forced}" if forced else "")
 
 
 def _describe(matrix: SparseMatrix) -> str:

@@ -1,10 +1,15 @@
-"""Timing calls against each other."""
+"""Timing calls against each other, and what machine and versions a time is good for."""
 
 from __future__ import annotations
 
+import functools
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,3 +89,30 @@ def interleaved(calls: Mapping[str, Call], device: torch.device, rounds: int, se
             if time.perf_counter() - began > seconds:
                 break
     return times
+
+
+@functools.cache
+def hardware(device: torch.device) -> str:
+    """What a measurement is good for: the processor and the versions of what runs on it."""
+    versions = [f"torch {torch.__version__}"]
+    for package in ("srnn", "numba", "triton"):
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return f"{processor(device)}; {'; '.join(versions)}"
+
+
+@functools.cache
+def processor(device: torch.device) -> str:
+    """Its name, as the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    forced = os.environ.get("NUMBA_CPU_FEATURES")
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}" + (f", numba {forced}" if forced else "")

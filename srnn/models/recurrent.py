@@ -121,8 +121,10 @@ class LanguageModel(nn.Module):
         Returns:
             logits_BV for the token after it, and the state to continue from.
         """
-        y_BH, state = _step(self.rnn, self.embedding_dropout(self.embedding(tokens_B)), state)
-        return self.decoder(self.dropout(y_BH)), state
+        x_BE = self.embedding(tokens_B)
+        x_BE = self.embedding_dropout(x_BE) if self.training else x_BE  # a call that does nothing costs 4 us
+        y_BH, state = _step(self.rnn, x_BE, state)
+        return self.decoder(self.dropout(y_BH) if self.training else y_BH), state
 
     def generate(
         self,
@@ -198,7 +200,7 @@ class SequenceModel(nn.Module):
         if self.directions > 1:
             raise RuntimeError("bidirectional layers cannot step: they read a sequence from its end too")
         y_BH, state = _step(self.rnn, x_BI, state)
-        return self.decoder(self.dropout(y_BH)), state
+        return self.decoder(self.dropout(y_BH) if self.training else y_BH), state
 
 
 def detach(state: TorchState | None) -> TorchState | None:

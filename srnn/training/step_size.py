@@ -82,7 +82,7 @@ def constant(warmup: Moment = 0, *, moments: Moments) -> Schedule | None:
 
 
 @register.schedule("step")
-def step(
+def step_decay(
     decay: PositiveShare = 0.8,
     every: Moment = "1 epoch",
     decay_from: Moment = 0,

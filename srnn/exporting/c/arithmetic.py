@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from srnn.exporting.c.arrays import WIDE, Form
+from srnn.exporting.c.arrays import WIDE, StoredForm
 
 _TANH = """\
 /* x P(x^2) / Q(x^2) up to 9, where tanh is 1 in single precision; at most 4e-7 off. */
@@ -223,7 +223,7 @@ def used_functions(code: str, name: str) -> str:
     return "\n".join(found)
 
 
-def walk_type(form: Form, name: str) -> str:
+def walk_type(form: StoredForm, name: str) -> str:
     """The struct that says how far a layer has read a matrix."""
     members = ["const uint8_t *gaps;", f"const {form.counts} *counts;"] if form.counts else ["int columns;"]
     members.insert(0, f"const {form.c_type} *values;")
@@ -231,14 +231,14 @@ def walk_type(form: Form, name: str) -> str:
     return f"typedef struct {{ {' '.join(members)} }} {name}_{form.name};\n"
 
 
-def walk(variable: str, form: Form, array: str, columns: int, name: str) -> str:
+def walk(variable: str, form: StoredForm, array: str, columns: int, name: str) -> str:
     """A variable of that struct, at the beginning of a matrix."""
     members = [f"{array}_values"] + ([f"{array}_gaps", f"{array}_counts"] if form.counts else [str(columns)])
     members += [f"{array}_scales"] if form.values == "int8" else []
     return f"{name}_{form.name} {variable} = {{{', '.join(members)}}};"
 
 
-def multiply_function(form: Form, name: str) -> str:
+def multiply_function(form: StoredForm, name: str) -> str:
     """The product of a matrix of this form with a vector."""
     text = _BLOCKS if form.height > 1 else _ELEMENT if form.counts else _ELEMENT_ALL
     scaled = form.values == "int8"
@@ -263,14 +263,14 @@ def multiply_function(form: Form, name: str) -> str:
     return text
 
 
-def _widened(form: Form) -> str:
+def _widened(form: StoredForm) -> str:
     """The matched value as a float."""
     if form.by_table:
         return r"NAME_int8[(uint8_t)\1]"
     return {"fp32": r"\1", "int8": r"(float)\1", "fp16": r"NAME_fp16(\1)", "bf16": r"NAME_bf16(\1)"}[form.values]
 
 
-def row_code(form: Form, array: str, columns: int, name: str) -> str:
+def row_code(form: StoredForm, array: str, columns: int, name: str) -> str:
     """The body of an embedding's function, which writes row ``token`` to ``y``."""
     value = {"fp32": "", "int8": "(float)", "fp16": f"{name}_fp16", "bf16": f"{name}_bf16"}[form.values]
     scale = f"{array}_scales[group] * " if form.values == "int8" else ""

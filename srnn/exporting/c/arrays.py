@@ -24,7 +24,7 @@ INT8_TABLE = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)
 
 
 @dataclass(frozen=True)
-class Form:
+class StoredForm:
     """How a matrix is stored; matrices of one form share a function of the C file.
 
     Attributes:
@@ -74,7 +74,7 @@ class StoredMatrix:
         arrays: name -> numbers: ``values``, and where there are any ``gaps``, ``counts``, ``scales``.
     """
 
-    form: Form
+    form: StoredForm
     rows: int
     columns: int
     arrays: dict[str, np.ndarray]
@@ -129,12 +129,12 @@ def stored_matrix(matrix: SparseMatrix, chunk: int) -> StoredMatrix:
         every = np.zeros((matrix.groups, width, matrix.height), dtype=values.dtype)
         every[group, columns] = values
         return StoredMatrix(
-            Form(matrix.height, matrix.values_name, None), rows, width, {"values": every.reshape(-1)} | scales
+            StoredForm(matrix.height, matrix.values_name, None), rows, width, {"values": every.reshape(-1)} | scales
         )
     counts = counts + np.bincount(group, weights=fillers, minlength=matrix.groups).astype(np.int64)
     arrays = _with_fillers(values, gaps, fillers)
     narrow = smallest_unsigned(int(counts.max(initial=0)))
-    form = Form(matrix.height, matrix.values_name, _NUMPY_TYPES[narrow.name])
+    form = StoredForm(matrix.height, matrix.values_name, _NUMPY_TYPES[narrow.name])
     return StoredMatrix(form, rows, width, {"counts": counts.astype(narrow)} | arrays | scales)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from srnn.cells import CLIP, GATES, Cell
 from srnn.exporting.c.arithmetic import multiply_function, row_code, walk, walk_type
-from srnn.exporting.c.arrays import INT8_TABLE, Form, StoredMatrix, declaration, stored_matrix
+from srnn.exporting.c.arrays import INT8_TABLE, StoredForm, StoredMatrix, declaration, stored_matrix
 from srnn.exporting.chain import ActivationKind
 from srnn.kernels.contract import LayerWeights
 from srnn.sparse import SparseMatrix
@@ -77,7 +77,7 @@ class Code:
     name: str
     arrays: list[str] = field(default_factory=list)
     functions: list[str] = field(default_factory=list)
-    forms: dict[str, Form] = field(default_factory=dict)
+    forms: dict[str, StoredForm] = field(default_factory=dict)
     flash: int = 0
     multiply_adds: int = 0
     state: dict[str, int] = field(default_factory=dict)

@@ -176,7 +176,7 @@ class _Layer(ComposedLayer):
         numbers = product.operand.numbers(1), recurrence.operand.numbers(1)
         biases = product.bias, recurrence.new_bias
         same = (CELLS.index(recurrence.cell), np.array(chunks), *numbers, *biases, biases[1][None])
-        return _compiled_code("loops").step, same
+        return _compiled_code("loops").step_layer, same
 
 
 def _array(x: Tensor) -> Array:

@@ -263,7 +263,7 @@ def recur(cell, chunk_size, matrix, project, u, sizes, reverse, tile, new_bias, 
 
 
 @njit(nogil=True, cache=True)
-def step(cell, chunks, input_matrix, matrix, input_bias, new_bias, x, h0, c0, y, h, c):
+def step_layer(cell, chunks, input_matrix, matrix, input_bias, new_bias, x, h0, c0, y, h, c):
     """One step of one stream, product with the input included, on one thread; c of other cells than LSTM is empty.
 
     Args:
