@@ -1,5 +1,6 @@
 """What the documentation says is tried: links, commands, code blocks, presets."""
 
+import json
 import re
 import runpy
 import shlex
@@ -8,12 +9,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import srnn
 from srnn.__main__ import COMMANDS, main
 from srnn.config.command_line import check_command_line
 from srnn.config.composing import conf_folder, plugin_folders, presets
 from srnn.datasets import PennTreebank
+from srnn.inference.weights import read_weights
 from srnn.registry import KINDS, register
 from tests.conftest import QUIET, ROOT, SMALL
 
@@ -53,9 +56,13 @@ def folder(tmp_path_factory, text_run):
     (folder / "ptb").mkdir()
     for source in PennTreebank.sources.values():
         (folder / "ptb" / source.name).write_text(text)
-    for name in ("RUN", "SWEEP/gru_gradual_s0"):
+    for name in ("RUN", "SWEEP/gru_gradual_s0", "teacher"):
         shutil.copytree(text_run, folder / "outputs" / name)
-    (folder / "theirs.pt").write_bytes((folder / "outputs/RUN/checkpoints/best.ckpt").read_bytes())
+    best = folder / "outputs/RUN/checkpoints/best.ckpt"
+    (folder / "theirs.pt").write_bytes(best.read_bytes())
+    torch.save(read_weights(best), folder / "weights.pt")  # without a vocabulary
+    vocabulary = torch.load(best, weights_only=True)["vocabulary"]
+    (folder / "tokens.json").write_text(json.dumps(["<unk>", *vocabulary["tokens"]]))
     return folder
 
 

@@ -5,6 +5,7 @@ Whatever W&B does, a run goes on: its results are in its own folder, and W&B onl
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shlex
@@ -137,7 +138,9 @@ def _start(
         modes.pop("online", None)
     for mode in modes:
         try:
-            return wandb.init(mode=mode, **options)
+            run = wandb.init(mode=mode, **options)
+            _quiet_log()
+            return run
         except Exception as error:
             kept = ""
             if mode == "online":
@@ -145,6 +148,12 @@ def _start(
                 kept = ". This run is kept offline, and so are later ones of this process"
             print(f"srnn: W&B does not start {mode}: {str(error).partition('. ')[0]}{kept}.", file=sys.stderr)
     return None
+
+
+def _quiet_log() -> None:
+    """Let W&B's own log fail in silence, as on a full disk, where Python prints a traceback a line."""
+    for handler in logging.getLogger("wandb").handlers:
+        handler.handleError = lambda record: None  # type: ignore[method-assign]
 
 
 def _finish(run: Any, exit_code: int) -> None:

@@ -61,7 +61,7 @@ def test_what_no_config_holds_has_no_identity(tmp_path, text):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda report: report["seconds"].update(training_loop=0),
+        lambda report: report["seconds"].update(training_loop="long"),
         lambda report: report["scores"].update(best=3),
         lambda report: report["scores"]["test_packed"].update(loss="low"),
         lambda report: report["size"].update(nonzeros=10**400),

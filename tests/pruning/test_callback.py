@@ -381,7 +381,7 @@ def test_data_without_a_length(tmp_path):
 
 @pytest.mark.parametrize("options", [
     {"method": "gradual"}, {"method": "hard", "prune_itr": 5000}, {"method": "cubic", "end_itr": "30 epochs"},
-    {"method": "rigl", "freq": 500}, {"method": "block"}, {"method": "random"}, {"method": "none"},
+    {"method": "rigl", "freq": 500}, {"method": "block", "structure": "4x4"}, {"method": "random"}, {"method": "none"},
 ])  # fmt: skip
 @pytest.mark.parametrize("fast", [True, 3])
 @pytest.mark.parametrize("module", [Copying, TwoOptimizers])

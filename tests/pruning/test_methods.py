@@ -182,7 +182,7 @@ def test_group_lasso_is_the_proximal_step_and_finds_sparse_solutions():
     solution = (target.view(2, 4, 8) * (1 - 0.5 / norms).clamp(min=0)).view(8, 8)
     assert torch.allclose(model.weight, solution, atol=1e-5)
     assert (model.weight[4:] == 0).all(), "whole blocks at exactly zero"
-    without = Pruner(nn.Linear(8, 8), Block(group_lasso=0.5, sparsity=0.5), 100)
+    without = Pruner(nn.Linear(8, 8), Block(group_lasso=0.5, structure="4x1", sparsity=0.5), 100)
     with pytest.raises(UserError, match="group_lasso needs the optimiser"):
         without.step()
 
