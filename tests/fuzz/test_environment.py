@@ -230,7 +230,7 @@ def test_variables_of_wandb(tmp_path, reference):
 @pytest.mark.slow
 def test_variables_that_are_read_at_the_start(tmp_path, reference):
     chosen, whole = reference
-    for number, rng in enumerate(generators("STARTED", 2)):
+    for number, rng in enumerate(generators("STARTED", 1)):
         folder = tmp_path / str(number)
         folder.mkdir()
         environment = drawn(rng, STARTED, 14)
