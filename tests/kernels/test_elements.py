@@ -55,8 +55,10 @@ def test_every_form_is_right(gates, units, columns, density, values, streams, em
         weight[row % rows] = torch.randn(columns)
     matrix, x = SparseMatrix.from_dense(weight, "element", values, gates), torch.randn(columns, streams)
     wanted = matrix.to_dense().double() @ x.double()
+    # Against the sum of magnitudes: where terms cancel, what is left is as uncertain as they were.
+    rounding = 1e-6 * (matrix.to_dense().double().abs() @ x.double().abs())
     for form in forms_for(streams):
-        assert relative_error(multiplied(matrix, x, form), wanted) < 1e-6, form
+        assert ((multiplied(matrix, x, form).double() - wanted).abs() <= rounding).all(), form
 
 
 @pytest.mark.parametrize("streams", [1, 4])
