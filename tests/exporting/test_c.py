@@ -21,7 +21,7 @@ from srnn.exporting.c.compiling import Stream, compiled, find_compiler
 from srnn.exporting.c.program import c_program
 from srnn.exporting.c.verification import in_float64, largest_error
 from srnn.exporting.chain import Chain, Direction, RecurrentPart
-from srnn.exporting.reading import ChainNetwork, read_chain
+from srnn.exporting.reading import AGREEMENT, ChainNetwork, read_chain
 from srnn.formats import block_height
 from srnn.inference.packing import matrix_gates
 from srnn.models import LanguageModel, SequenceModel
@@ -142,7 +142,8 @@ def chains(draw):
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(chains())
 def test_any_sizes_and_formats(chain):
-    assert largest_error(c_program(chain, "net", "net"), chain, COMPILER) < 2e-6
+    # The bound that files are refused by: rounding of an LSTM that forgets little adds up over the steps of a piece.
+    assert largest_error(c_program(chain, "net", "net"), chain, COMPILER) <= AGREEMENT
 
 
 MAIN = """\
