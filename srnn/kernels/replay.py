@@ -21,10 +21,10 @@ from torch import Tensor
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, Product, Recurrence, State
 from srnn.sparse import SparseMatrix
 
-log = logging.getLogger("srnn.kernels")
+_log = logging.getLogger("srnn.kernels")
 
 MOST_SHAPES = 8  # of a layer; further ones run as they are
-MOST_BYTES = 256 << 20  # of all recordings of a backend's object, which the layers of a network share
+MOST_MEMORY = 256 << 20  # of all recordings of a backend's object, which the layers of a network share
 RESTING = 1000  # calls of a layer after which a shape that was not among them makes room for another
 _SEEN = 64  # shapes that are remembered until they come again
 _OVERHEAD = 4 << 20  # of a recording: memory comes in segments
@@ -78,7 +78,7 @@ class _Recording:
 
 
 class Recordings:
-    """The recordings of all layers that share ``MOST_BYTES``. A copy of it, as of a pickled kernel, has none."""
+    """The recordings of all layers that share ``MOST_MEMORY``. A copy of it, as of a pickled kernel, has none."""
 
     def __init__(self) -> None:
         self.alive: weakref.WeakSet[_Recording] = weakref.WeakSet()
@@ -88,7 +88,7 @@ class Recordings:
 
     def fit(self, size: int) -> bool:
         """Whether there is room for so many bytes more."""
-        return sum(one.size for one in self.alive) + size <= MOST_BYTES
+        return sum(one.size for one in self.alive) + size <= MOST_MEMORY
 
 
 class ReplayedLayer(Layer):
@@ -172,7 +172,7 @@ class ReplayedLayer(Layer):
                 one = record(self.inner, x_NI, batch_sizes, state, None if beside is None else beside.graph.pool())
             except RuntimeError as error:  # of torch and CUDA: memory, or a call that cannot be recorded
                 self._once[key] = False
-                log.info("calls of %d rows run without a graph: %s", x_NI.shape[0], error)
+                _log.info("calls of %d rows run without a graph: %s", x_NI.shape[0], error)
                 return None
             one.size = size
             self.recorded[key] = one
@@ -183,7 +183,7 @@ class ReplayedLayer(Layer):
 
     def _make_room(self, size: int) -> bool:
         """Drop recordings that have rested until one of so many bytes fits. Whether it does."""
-        if size > MOST_BYTES:
+        if size > MOST_MEMORY:
             return False
         while len(self.recorded) >= MOST_SHAPES or not self.recordings.fit(size):
             oldest = min(self.recorded, key=lambda key: self.recorded[key].last, default=None)

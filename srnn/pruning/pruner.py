@@ -17,6 +17,7 @@ from srnn.cells import GATE_LETTERS
 from srnn.distributed import check_equal
 from srnn.errors import UserError
 from srnn.pruning.arguments import averaged, build_method, check_argument, differing, unwrapped
+from srnn.pruning.masking import GpuMasking
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.parts import Part, count, some_of
 from srnn.pruning.report_rows import ReportRow, report_rows
@@ -111,6 +112,7 @@ class Pruner:
         self._check_optimizers()
         self._averaged = averaged(average, self._parameters)
         self._held_bits: dict[tuple[str, int], Tensor] = {}
+        self._gpu_masking = GpuMasking()
         self._before: dict[str, Tensor] = {}
         self._checked = False  # whether parameters have been checked since this was built or loaded
         self.method.prepare(self.run, self.groups, reference)
@@ -274,17 +276,17 @@ class Pruner:
             return
         # Momentum is what lets a soft method's weights come back.
         with_state = self.method.zero_state and (not self.method.soft or self.itr >= self.method.done_from)
+        on_gpu = []
         for name, parameter in self._parameters.items():
             masked = [parameter, *(self.state_of(parameter) if with_state else ()), *self._averaged.get(name, ())]
-            # masked_fill is slow on CPUs only, see ``_bits``; a GPU is spared the masks as integers.
             if parameter.is_cuda:
-                pruned = ~self._masks[name]
-                for tensor in masked:
-                    tensor.masked_fill_(pruned, 0)
+                on_gpu.append((self._masks[name], masked))
             else:
                 for tensor in masked:
                     bits = self._bits(name, tensor.itemsize)
                     tensor.view(bits.dtype).bitwise_and_(bits)
+        if on_gpu:
+            self._gpu_masking(on_gpu)
 
     def state_of(self, parameter: nn.Parameter) -> list[Tensor]:
         """The optimisers' tensors that go with a parameter, element for element."""
@@ -322,7 +324,9 @@ class Pruner:
 
     def sparsities(self) -> dict[str, float]:
         """Parameter name -> share of zeros in its mask, 0 to 1."""
-        return {name: 1 - float(count(mask)) / mask.numel() for name, mask in self._masks.items()}
+        counts = [count(mask) for mask in self._masks.values()]
+        kept = torch.stack([one.to(counts[0].device) for one in counts]).tolist() if counts else []  # awaited once
+        return {name: 1 - n / mask.numel() for (name, mask), n in zip(self._masks.items(), kept, strict=True)}
 
     def report(self) -> list[ReportRow]:
         """A row for each parameter, and for each gate of a recurrent one."""

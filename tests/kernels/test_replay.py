@@ -9,7 +9,7 @@ import torch
 
 from srnn.kernels import replay
 from srnn.kernels.contract import Layer, equal_lengths
-from srnn.kernels.replay import MOST_BYTES, MOST_SHAPES, RESTING, Recordings, ReplayedLayer, nothing_recorded
+from srnn.kernels.replay import MOST_MEMORY, MOST_SHAPES, RESTING, Recordings, ReplayedLayer, nothing_recorded
 from tests.kernels.triton_cases import layer, on_gpu
 
 
@@ -116,7 +116,7 @@ def test_recordings_are_few_and_those_that_rest_make_room(streams):
 
 def test_layers_of_a_network_share_the_memory(streams):
     recordings = Recordings()
-    first, second = (ReplayedLayer(Counted(), MOST_BYTES // 10, recordings) for _ in range(2))
+    first, second = (ReplayedLayer(Counted(), MOST_MEMORY // 10, recordings) for _ in range(2))
     for ready, steps in ((first, 6), (second, 6), (second, 2), (first, 11)):
         call(ready, steps)
         call(ready, steps)
