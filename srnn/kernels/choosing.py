@@ -273,8 +273,8 @@ class Dense(_Chooser):
 class Auto(_Chooser):
     """Whatever is fastest here: measures every backend once and never takes one slower than dense.
 
-    On a GPU also torch's modules and ``triton`` as CUDA graphs, and ``triton`` with dense blocks where those fit the
-    chip, because a persistent kernel can beat torch without any sparsity.
+    On a GPU also torch's modules as CUDA graphs, and ``triton`` with dense blocks where those fit the chip, because a
+    persistent kernel can beat torch without any sparsity.
     """
 
     def candidates(self) -> dict[str, Kernel]:
@@ -288,7 +288,6 @@ class Auto(_Chooser):
         unasked = {name: kernel for name, kernel in sparse.items() if kernel.unasked}
         on_gpu: dict[str, Kernel] = {"torch+graph": Replayed(Torch())}
         if "triton" in unasked:
-            on_gpu |= {"triton+graph": Replayed(Triton())}
             # The faster ones without zeros, for one stream and for several: GRU 1024 2.7 us a step, GRU 512 3.1 with 16
             on_gpu |= {"triton+8x1": Triton(structure="8x1"), "triton+16x1": Triton(structure="16x1")}
         return Dense().candidates() | unasked | on_gpu

@@ -54,6 +54,17 @@ class GradientMasks:
         self._handles.clear()
 
 
-def mask_rows(gradient: Tensor, pruned: Tensor) -> None:
-    """Mask a sparse gradient, such as ``nn.Embedding(sparse=True)`` has: some rows of the parameter, with repeats."""
-    gradient._values().masked_fill_(pruned[gradient._indices()[0]], 0)
+def mask_gradient(gradient: Tensor, mask: Tensor, bits: Tensor | None) -> None:
+    """Zero the gradient of what is pruned.
+
+    Args:
+        gradient: of any layout: ``nn.Embedding(sparse=True)`` has some rows of the parameter, with repeats.
+        mask: True keeps a weight.
+        bits: the mask as integers of the gradient's size, all ones where it keeps a weight; faster on a CPU.
+    """
+    if gradient.is_sparse:
+        gradient._values().masked_fill_(~mask[gradient._indices()[0]], 0)
+    elif bits is None:
+        gradient.masked_fill_(~mask, 0)
+    else:
+        gradient.view(bits.dtype).bitwise_and_(bits)

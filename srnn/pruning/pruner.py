@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from srnn.distributed import check_equal
 from srnn.errors import UserError
 from srnn.pruning.arguments import averaged, build_method, check_argument, differing, unwrapped
-from srnn.pruning.gradient_masks import GradientMasks, mask_rows
+from srnn.pruning.gradient_masks import GradientMasks, mask_gradient
+from srnn.pruning.masking import GpuMasking
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.parts import Part, count, some_of
 from srnn.pruning.report_rows import ReportRow, nothing_left, report_rows
@@ -112,6 +113,7 @@ class Pruner:
         self._check_optimizers()
         self._averaged = averaged(average, self._parameters)
         self._held_bits: dict[tuple[str, int], Tensor] = {}
+        self._gpu_masking = GpuMasking()
         self._before: dict[str, Tensor] = {}
         self._checked = False  # whether parameters have been checked since this was built or loaded
         self._gradient_masks = GradientMasks(self, Pruner._mask_gradient)
@@ -277,20 +279,18 @@ class Pruner:
             return
         # Momentum is what lets a soft method's weights come back.
         with_state = self.method.zero_state and (not self.method.soft or self.itr >= self.method.done_from)
+        on_gpu = []
         for name, parameter in self._parameters.items():
             state = self.state_of(parameter) if with_state else []
-            self._mask(name, [parameter, *state, *self._averaged.get(name, ())])
-
-    def _mask(self, name: str, tensors: Sequence[Tensor]) -> None:
-        # masked_fill is slow on CPUs only, see ``_bits``; a GPU is spared the masks as integers.
-        if self._masks[name].is_cuda:
-            pruned = ~self._masks[name]
-            for tensor in tensors:
-                tensor.masked_fill_(pruned, 0)
-        else:
-            for tensor in tensors:
-                bits = self._bits(name, tensor.itemsize)
-                tensor.view(bits.dtype).bitwise_and_(bits)
+            masked = [parameter, *state, *self._averaged.get(name, ())]
+            if parameter.is_cuda:
+                on_gpu.append((self._masks[name], masked))
+            else:
+                for tensor in masked:
+                    bits = self._bits(name, tensor.itemsize)
+                    tensor.view(bits.dtype).bitwise_and_(bits)
+        if on_gpu:
+            self._gpu_masking(on_gpu)
 
     def _mask_gradient(self, name: str, gradient: Tensor) -> None:
         """Zero the gradients of pruned weights, but for those that may bring weights back."""
@@ -299,10 +299,7 @@ class Pruner:
         if wanted or self.itr < method.dense_until or gradient.device != mask.device:  # the last ``step`` refuses
             return
         began = time.perf_counter()
-        if gradient.is_sparse:
-            mask_rows(gradient, ~mask)
-        else:
-            self._mask(name, [gradient])
+        mask_gradient(gradient, mask, None if mask.is_cuda else self._bits(name, gradient.itemsize))
         self.seconds += time.perf_counter() - began
 
     def state_of(self, parameter: nn.Parameter) -> list[Tensor]:
@@ -341,7 +338,9 @@ class Pruner:
 
     def sparsities(self) -> dict[str, float]:
         """Parameter name -> share of zeros in its mask, 0 to 1."""
-        return {name: 1 - float(count(mask)) / mask.numel() for name, mask in self._masks.items()}
+        counts = [count(mask) for mask in self._masks.values()]
+        kept = torch.stack([one.to(counts[0].device) for one in counts]).tolist() if counts else []  # awaited once
+        return {name: 1 - n / mask.numel() for (name, mask), n in zip(self._masks.items(), kept, strict=True)}
 
     def report(self) -> list[ReportRow]:
         """A row for each parameter, and for each gate of a recurrent one."""
