@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from srnn.inference.base import SparseModule, Use
+from srnn.inference.sparse_cell import SparseCell
 from srnn.inference.sparse_recurrent import SparseRecurrent
 from srnn.kernels.choosing import length_class
 from srnn.kernels.timing import Call
@@ -46,9 +47,10 @@ class ExampleCalls:
         self.network, self.parts = network, parts
         self.inputs: tuple[Any, ...] = example if isinstance(example, tuple) else (example,)
         seen = self._seen(partial(network, *self.inputs))
-        recurrent = [name for name in seen if isinstance(parts[name], SparseRecurrent)]
+        recurrent = [name for name in seen if isinstance(parts[name], SparseRecurrent | SparseCell)]
         first = next(iter(recurrent or seen), None)
-        (_, self.streams, *_), self.steps = seen[first][0] if first is not None else (("", 1), 0)
+        self.streams = seen[first][0][0][1] if first is not None else 1
+        self.steps = _steps(seen, first)
         self.axis = self._time(recurrent[0]) if recurrent else None
 
     def classes(self, lengths: Sequence[int]) -> list[tuple[int, ...]]:
@@ -92,7 +94,7 @@ class ExampleCalls:
                 seen = self._seen(partial(self.network, self._cut(2), *self.inputs[1:]))
             except Exception:  # whatever a network does with an input of another width
                 continue
-            if seen.get(recurrent, [(None, 0)])[0][1] == 2:
+            if _steps(seen, recurrent) == 2:
                 return self.axis
         return None
 
@@ -102,6 +104,11 @@ class ExampleCalls:
         with _watched(self.parts, found):
             call()
         return found
+
+
+def _steps(seen: Mapping[str, Sequence[tuple[Use, int]]], part: str | None) -> int:
+    """Steps that a part took: a layer in one call, a cell in as many."""
+    return sum(steps for _, steps in seen.get(part or "", ())) if part is not None else 0
 
 
 @contextmanager

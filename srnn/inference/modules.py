@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from srnn.errors import UserError
 from srnn.inference.base import SparseModule, Weights, no_grad, refuse_tracing, without_gradient
 from srnn.inference.operator import rebuilders
+from srnn.inference.sparse_cell import SparseCell
 from srnn.inference.sparse_recurrent import SparseRecurrent
 from srnn.kernels.contract import Kernel, Product
 from srnn.meta_device import without_memory
@@ -121,6 +122,9 @@ SPARSE_KINDS: dict[type[nn.Module], Any] = {
     nn.RNN: SparseRecurrent,
     nn.GRU: SparseRecurrent,
     nn.LSTM: SparseRecurrent,
+    nn.RNNCell: SparseCell,
+    nn.GRUCell: SparseCell,
+    nn.LSTMCell: SparseCell,
     nn.Linear: SparseLinear,
     nn.Embedding: SparseEmbedding,
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
+from srnn.formats import Values
 from srnn.inference.copying import replaced
 from srnn.inference.example_calls import example_input
 from srnn.inference.modules import replaceable, sparse_module
@@ -111,7 +112,12 @@ def _untied(packed: PackedModel) -> PackedModel:
 
 def _weight(packed: PackedModel, full: str, name: str, module: nn.Module) -> SparseMatrix | Tensor | None:
     if full in packed.matrices:
-        return packed.matrices[full]
+        matrix, gates = packed.matrices[full], matrix_gates(name, module)
+        if matrix.gates == gates:
+            return matrix
+        # Files of older versions hold cells' matrices as those of one gate.
+        values: Values = "fp32" if matrix.values_name == "int8" else matrix.values_name
+        return SparseMatrix.from_dense(matrix.to_dense(), "auto", values, gates)
     weight = packed.dense.get(full)
     if weight is None or weight.ndim != 2:
         return weight
@@ -153,5 +159,6 @@ def _check_fit(packed: PackedModel, module: nn.Module) -> None:
     for prefix, child in module.named_modules():
         for name in child._parameters:
             matrix = packed.matrices.get(f"{prefix}.{name}" if prefix else name)
-            if matrix is not None and matrix.gates != matrix_gates(name, child):
+            older = isinstance(child, nn.RNNCellBase) and matrix is not None and matrix.gates == 1
+            if matrix is not None and matrix.gates != matrix_gates(name, child) and not older:
                 raise UserError(f"the packed weights do not fit the model they name: gates of {prefix}.{name}.")

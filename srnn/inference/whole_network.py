@@ -61,7 +61,8 @@ def choose_for_network(network: nn.Module, example: Any) -> list[Choice]:
             what = f"{name}, {use}{' and more' * (len(lengths) > 1)}, {plural(torch.get_num_threads(), 'thread')}"
             calls = {steps: examples.call(steps) for steps in lengths}
             uses = examples.uses(list(calls.values()))
-            found.append(_Network(parts, uses, calls, device).decide(what, use))
+            if any(uses.values()):  # cells take single steps, whatever the length
+                found.append(_Network(parts, uses, calls, device).decide(what, use))
     return found
 
 
