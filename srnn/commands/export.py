@@ -113,7 +113,10 @@ def _to_c(run: str, output: str | None, name: str | None, verify: bool, packing:
         words = _in_words(of_run, scores["exported"])
         return f"{of} on {on}, test: {words}\nWeights: {_formats(again.exported)}. Written by srnn {__version__}."
 
-    report = export(network, target, "c", about=about, name=name, verify=verify, **packing)
+    def tell(costs: str) -> None:
+        console.print(costs, soft_wrap=True, highlight=False)
+
+    report = export(network, target, "c", about=about, tell=tell, name=name, verify=verify, **packing)
     console.print(str(report), soft_wrap=True, highlight=False)
     told = of_run.objective.telling
     cost = f"{scores['exported'][told] - scores[before][told]:+z.4f} {told.replace('_', ' ')}"

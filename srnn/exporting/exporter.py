@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,13 @@ EXPORT_FORMATS: dict[str, ExportFormat] = {
 
 
 def export(
-    model: nn.Module, path: str | Path, format: str = "onnx", example: Any = None, about: About = "", **options: Any
+    model: nn.Module,
+    path: str | Path,
+    format: str = "onnx",
+    example: Any = None,
+    about: About = "",
+    tell: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> ExportReport:
     """Write a network to a file that runs without srnn; it is run and compared with the network first.
 
@@ -35,6 +41,8 @@ def export(
         format: ``onnx``, or ``c`` for a C file and its header.
         example: the arguments of a call, a tensor or a tuple of them; for networks that are no such chain.
         about: what the file says about itself; or a function that makes it of the network with the file's numbers.
+        tell: called with what the file costs as soon as that is known, before anything is run; the report then leaves
+            it out. ``tell=print`` prints it.
         options: of the format. ``onnx`` takes ``values``: ``fp32``, or ``int8`` for onnxruntime's dynamic
             quantisation. ``c`` takes ``values`` and ``structure`` as ``srnn.save`` does, ``name`` for what its names
             begin with (the file's), and ``verify``, which compiles the file and compares it where there is a compiler.
@@ -66,7 +74,7 @@ def export(
     if target.is_dir() or target.suffix != chosen.suffix:
         raise UserError(f"{target} must be a file named *{chosen.suffix}.")
     with _in_eval_mode(model):
-        return chosen.write(model, target, ExportRequest(example, about), **options)
+        return chosen.write(model, target, ExportRequest(example, about, tell), **options)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from srnn.cells import GATES
 from srnn.errors import UserError
 from srnn.exporting.base import ExportReport, ExportRequest
 from srnn.exporting.c.compiling import find_compiler
-from srnn.exporting.c.program import Program, c_program, checked_name
+from srnn.exporting.c.program import Program, c_program, checked_name, described
 from srnn.exporting.c.verification import VERIFIED_STEPS, largest_error
 from srnn.exporting.chain import (
     Chain,
@@ -69,17 +69,20 @@ def write_c(
     if not re.fullmatch(r"[\w.+-]+", path.stem, re.ASCII):
         raise UserError(f"{path}: C includes the header by its name, which may have letters, digits and . _ + - only.")
     chain = packed_chain(read_chain(model), values, structure)
-    about = request.about
-    text = about if isinstance(about, str) else about(_Rounded(chain))
     vocabulary = getattr(model, "vocabulary", None)
-    characters = vocabulary.tokens[1:] if isinstance(vocabulary, Characters) else ()
-    program = c_program(chain, name, path.stem, [line for line in text.splitlines() if line.strip()], characters)
+    program = c_program(chain, name, path.stem, vocabulary.tokens[1:] if isinstance(vocabulary, Characters) else ())
+    costs = program.costs
+    if request.tell is not None:
+        request.tell("\n".join(costs))
+        costs = ()
+    text = request.about if isinstance(request.about, str) else request.about(_Rounded(chain))
+    program = described(program, [line for line in text.splitlines() if line.strip()])
     verified, error = _verified(program, chain, path) if verify else ("not compiled (verify=false)", None)
     header = path.with_suffix(".h")
     write_atomically(header, program.header.encode())
     write_atomically(path, program.source.encode())
     nbytes = path.stat().st_size + header.stat().st_size
-    return ExportReport(path, nbytes, verified, error, (f"{header} declares it.", *program.costs))
+    return ExportReport(path, nbytes, verified, error, (f"{header} declares it.", *costs))
 
 
 def _verified(program: Program, chain: Chain, path: Path) -> tuple[str, float | None]:
