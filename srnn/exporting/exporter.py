@@ -14,12 +14,14 @@ from srnn.errors import UserError, did_you_mean
 from srnn.exporting.base import About, ExportFormat, ExportReport, ExportRequest
 from srnn.exporting.c.c_format import check_c, write_c
 from srnn.exporting.onnx_format import check_onnx, write_onnx
+from srnn.exporting.wasm.wasm_format import check_wasm, write_wasm
 from srnn.files import expanded
 
 # A new format is a line here.
 EXPORT_FORMATS: dict[str, ExportFormat] = {
     "onnx": ExportFormat(".onnx", write_onnx, check_onnx),
     "c": ExportFormat(".c", write_c, check_c),
+    "wasm": ExportFormat(".html", write_wasm, check_wasm),
 }
 
 
@@ -38,7 +40,7 @@ def export(
         model: a network, dense or sparsified. Any whose layers run one after the other is written with its states as
             named inputs and outputs: embedding, ``nn.RNN``, ``nn.GRU``, ``nn.LSTM``, linear layers, activations.
         path: where to. An older file is replaced once the new one agrees with the network.
-        format: ``onnx``, or ``c`` for a C file and its header.
+        format: ``onnx``; ``c`` for a C file and its header; or ``wasm`` for a page with the network in WebAssembly.
         example: the arguments of a call, a tensor or a tuple of them; for networks that are no such chain.
         about: what the file says about itself; or a function that makes it of the network with the file's numbers.
         tell: called with what the file costs as soon as that is known, before anything is run; the report then leaves
@@ -46,6 +48,7 @@ def export(
         options: of the format. ``onnx`` takes ``values``: ``fp32``, or ``int8`` for onnxruntime's dynamic
             quantisation. ``c`` takes ``values`` and ``structure`` as ``srnn.save`` does, ``name`` for what its names
             begin with (the file's), and ``verify``, which compiles the file and compares it where there is a compiler.
+            ``wasm`` takes the same; its ``verify`` runs the page's module where wasmtime is installed.
 
     Returns:
         What was written, what it was compared with, and what to know about it.

@@ -114,10 +114,10 @@ def c_program(chain: Chain, name: str, stem: str, characters: Sequence[str] = ()
     parts = [comment, f'#include "{stem}.h"\n', *code.arrays, table, used_functions(shared + body, name), shared, body]
     stack = code.layer_stack + code.product_stack
     program = Program(calls, stem, "", "\n".join(parts), code.flash, code.state, stack, code.multiply_adds)
-    return described(program)
+    return with_comment(program)
 
 
-def described(program: Program, about: Sequence[str] = ()) -> Program:
+def with_comment(program: Program, about: Sequence[str] = ()) -> Program:
     """The program with a header that says what it costs, below these lines: what it is, its score."""
     return replace(program, header=header_text(program.calls, program.state, [*about, "", *program.costs]))
 
