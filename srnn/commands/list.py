@@ -1,4 +1,4 @@
-"""``python -m srnn list [GROUP]``: every name, with a line each; ``list GROUP=NAME``: its options and what they mean."""
+"""``python -m srnn list [GROUP]``: every name, a line each; ``list GROUP=NAME``: its options and what they mean."""
 
 from __future__ import annotations
 

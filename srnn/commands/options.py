@@ -194,7 +194,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def unquoted(value: str) -> str:
-    """What Hydra reads in ``key=value``: a pair of quotes around all of it is no part of the value. Raises UserError."""
+    """A value as Hydra reads it: a pair of quotes around all of it is no part of it. Raises UserError."""
     if len(value) < 2 or value[0] not in ("'", '"') or value[-1] != value[0]:
         return value
     return str(parse_override(f"value={value}").value())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from srnn.commands import train
+from srnn.commands.options import unquoted
 from srnn.config.composing import read_settings
 from srnn.errors import UserError
 from srnn.files import expanded
