@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from srnn.cells import GATE_LETTERS
 from srnn.distributed import check_equal
 from srnn.errors import UserError
 from srnn.pruning.arguments import averaged, build_method, check_argument, differing, unwrapped
+from srnn.pruning.gradient_masks import GradientMasks, mask_gradient
 from srnn.pruning.masking import GpuMasking
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.parts import Part, count, some_of
-from srnn.pruning.report_rows import ReportRow, report_rows
+from srnn.pruning.report_rows import ReportRow, nothing_left, report_rows
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import masks_of
 
@@ -32,7 +32,8 @@ class Pruner:
     """Prunes a model while it trains (Narang et al., ICLR 2017). Call ``step()`` after every ``optimizer.step()``.
 
     Weights are masked in place: parameters keep their identity, names and memory, so cuDNN's flat weights stay valid.
-    The optimiser's state of a pruned weight (momentum, Adam's moments) is zeroed too.
+    The optimiser's state of a pruned weight (momentum, Adam's moments) is zeroed too, and its gradient as soon as it is
+    there, so that clipping sees the gradients of a network without these weights.
 
     Example:
         >>> import torch
@@ -115,8 +116,17 @@ class Pruner:
         self._gpu_masking = GpuMasking()
         self._before: dict[str, Tensor] = {}
         self._checked = False  # whether parameters have been checked since this was built or loaded
+        self._gradient_masks = GradientMasks(self, Pruner._mask_gradient)
         self.method.prepare(self.run, self.groups, reference)
         self._start()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_gradient_masks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._gradient_masks = GradientMasks(self, Pruner._mask_gradient)
+        self._gradient_masks.attach(self._parameters)
 
     def _check_optimizers(self) -> None:
         """Warn of weights whose state would be left as it is, because another optimiser has it."""
@@ -132,6 +142,7 @@ class Pruner:
     def _check_parameters(self) -> None:
         """Raise UserError if the model no longer has the parameters that are masked, or has them on another device."""
         self._checked = True
+        self._gradient_masks.attach(self._parameters)  # some may have been frozen
         there = {id(parameter) for parameter in self._model.parameters()}
         for name, parameter in self._parameters.items():
             if id(parameter) not in there:
@@ -150,6 +161,7 @@ class Pruner:
         """Apply the masks that a method starts with, to weights alone: whoever resumes from a checkpoint may have
         loaded weights and optimiser already. ``load_state_dict`` gives back the weights they take, until the first
         step."""
+        self._gradient_masks.attach(self._parameters)
         if self.itr <= self.method.dense_until:
             return
         for name, parameter in self._parameters.items():
@@ -217,6 +229,7 @@ class Pruner:
             UserError: ranks differ.
         """
         self._apply()
+        self._gradient_masks.remove()
         check_equal(self._compared(), self.itr)
         for group in self.groups:
             want, have = self.method.wanted(group), group.pruned
@@ -227,7 +240,7 @@ class Pruner:
                     f"and {100 * want / group.size:.2f} % were asked for.",
                     stacklevel=2,
                 )
-        if self.method.updates and (empty := self._empty()):
+        if self.method.updates and (empty := nothing_left(self.parts, self._masks)):
             warnings.warn(
                 f"pruning left no weight of {some_of(empty)}: nothing passes through them any more. "
                 f"Lower pruning.sparsity, or give them a lower one of their own: pruning.scope={{{empty[0]}: "
@@ -252,16 +265,6 @@ class Pruner:
                 written.append(name)
         return written
 
-    def _empty(self) -> list[str]:
-        """The matrices, and the gates of others, of which every weight is pruned."""
-        gates = {part.parameter_name: part.gates for part in self.parts}
-        found = []
-        for name, mask in self._masks.items():
-            kept = mask.reshape(gates[name], -1).any(1).tolist()
-            named = zip(GATE_LETTERS[gates[name]], kept, strict=False)
-            found += [f"{name}[{gate}]" for gate, left in named if not left] if any(kept) else [name]
-        return found
-
     def _update(self) -> None:
         comes_back = self.method.soft or self.method.regrows
         for group in self.groups:
@@ -278,7 +281,8 @@ class Pruner:
         with_state = self.method.zero_state and (not self.method.soft or self.itr >= self.method.done_from)
         on_gpu = []
         for name, parameter in self._parameters.items():
-            masked = [parameter, *(self.state_of(parameter) if with_state else ()), *self._averaged.get(name, ())]
+            state = self.state_of(parameter) if with_state else []
+            masked = [parameter, *state, *self._averaged.get(name, ())]
             if parameter.is_cuda:
                 on_gpu.append((self._masks[name], masked))
             else:
@@ -287,6 +291,16 @@ class Pruner:
                     tensor.view(bits.dtype).bitwise_and_(bits)
         if on_gpu:
             self._gpu_masking(on_gpu)
+
+    def _mask_gradient(self, name: str, gradient: Tensor) -> None:
+        """Zero the gradients of pruned weights, but for those that may bring weights back."""
+        method, mask = self.method, self._masks[name]
+        wanted = (method.soft and self.itr < method.done_from) or (method.regrows and method.is_update(self.itr + 1))
+        if wanted or self.itr < method.dense_until or gradient.device != mask.device:  # the last ``step`` refuses
+            return
+        began = time.perf_counter()
+        mask_gradient(gradient, mask, None if mask.is_cuda else self._bits(name, gradient.itemsize))
+        self.seconds += time.perf_counter() - began
 
     def state_of(self, parameter: nn.Parameter) -> list[Tensor]:
         """The optimisers' tensors that go with a parameter, element for element."""
