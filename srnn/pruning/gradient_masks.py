@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from srnn.pruning.masking import zero_on_gpu
+
 
 class GradientMasks:
     """Hooks on parameters that pass each gradient to its owner as soon as it is there, in anyone's loop.
@@ -65,6 +67,6 @@ def mask_gradient(gradient: Tensor, mask: Tensor, bits: Tensor | None) -> None:
     if gradient.is_sparse:
         gradient._values().masked_fill_(~mask[gradient._indices()[0]], 0)
     elif bits is None:
-        gradient.masked_fill_(~mask, 0)
+        zero_on_gpu(mask, gradient)
     else:
         gradient.view(bits.dtype).bitwise_and_(bits)

@@ -19,6 +19,16 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def zero_on_gpu(mask: Tensor, tensor: Tensor) -> None:
+    """Zero a tensor of a GPU where its mask is zero: one launch, where ``masked_fill_`` takes two and more memory."""
+    if _has_triton() and _lies_alike(mask, tensor) and mask.numel():
+        from srnn.pruning.masking_kernel import launch_one  # here, because Triton may be missing
+
+        launch_one(mask, tensor)
+    else:
+        tensor.masked_fill_(~mask, 0)
+
+
 class GpuMasking:
     """Zeroes tensors where their masks are zero, whatever was there: one launch for all of them.
 
@@ -39,10 +49,9 @@ class GpuMasking:
         for launch in self._launches:
             launch()
         for mask, tensors in masked:
-            if left := [tensor for tensor in tensors if not (_has_triton() and _lies_alike(mask, tensor))]:
-                pruned = ~mask
-                for tensor in left:
-                    tensor.masked_fill_(pruned, 0)
+            for tensor in tensors:
+                if not (_has_triton() and _lies_alike(mask, tensor)):
+                    tensor.masked_fill_(~mask, 0)
 
 
 def _lies_alike(mask: Tensor, tensor: Tensor) -> bool:
