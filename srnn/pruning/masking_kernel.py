@@ -39,23 +39,6 @@ def zero_where_pruned(
         tl.store(address.to(tl.pointer_type(BITS)) + place, zero, mask=pruned & (address != 0))
 
 
-# Not aligned as far as the compiler knows: else a thread would take neighbours, and its stores, which are no vectors
-# where some weights stay, would touch each sector of memory four times.
-@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["mask", "tensor"])
-def zero_one_where_pruned(mask, tensor, size, BLOCK: tl.constexpr):
-    """Store zeros in one tensor where its mask is zero."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    pruned = tl.load(mask + place, mask=place < size, other=1) == 0
-    tl.store(tensor + place, tl.zeros((BLOCK,), tensor.dtype.element_ty), mask=pruned)
-
-
-def launch_one(mask: Tensor, tensor: Tensor) -> None:
-    """Zero a tensor whose elements lie as those of its mask."""
-    size = mask.numel()
-    with torch.cuda.device(mask.device) if mask.is_cuda else nullcontext():
-        zero_one_where_pruned[(-(-size // BLOCK),)](mask.view(torch.uint8), tensor, size, BLOCK)
-
-
 def launch(size: int, count: int, tables: Tensor, owners: Tensor, firsts: Tensor) -> None:
     """Launch it for weights of so many bytes, ``count`` tensors a mask."""
     with torch.cuda.device(tables.device) if tables.is_cuda else nullcontext():  # a CPU's is the interpreter
