@@ -278,6 +278,10 @@ class _ChosenLayer(Layer):
     def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         return self.pick(state[0].shape[-2], len(batch_sizes)).run(x_NI, batch_sizes, state)
 
+    def chosen(self, steps: int, streams: int) -> Layer:
+        """The fastest."""
+        return self.pick(streams, steps)
+
 
 @register.kernel("dense")
 class Dense(_Chooser):

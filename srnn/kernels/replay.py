@@ -1,4 +1,4 @@
-"""Layers on a GPU as CUDA graphs: what a call launches is recorded at the second call of a shape, then replayed.
+"""Calls on a GPU as CUDA graphs: what a call launches is recorded at the second call of a shape, then replayed.
 
 Launching kernels one by one takes longer than many of them run. A graph launches all of them at once, but reads and
 writes memory of its own: inputs are copied in and outputs out, so that those of earlier calls stay as they were.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,12 +22,12 @@ from srnn.sparse import SparseMatrix
 
 _log = logging.getLogger("srnn.kernels")
 
-MOST_SHAPES = 8  # of a layer; further ones run as they are
-MOST_MEMORY = 256 << 20  # of all recordings of a backend's object, which the layers of a network share
-RESTING = 1000  # calls of a layer after which a shape that was not among them makes room for another
+MOST_SHAPES = 8  # of a module or layer; further ones run as they are
+MOST_MEMORY = 256 << 20  # bytes of all recordings of a module or layer
+RESTING = 1000  # calls after which a shape that was not among them makes room for another
 _SEEN = 64  # shapes that are remembered until they come again
-_OVERHEAD = 4 << 20  # of a recording: memory comes in segments
 
+Run = Callable[[list[Tensor]], list[Tensor]]  # a call as a function of tensors
 _recording = threading.Lock()  # recording waits for the whole device, which no other recording may meet
 _thread = threading.local()
 
@@ -39,12 +38,32 @@ def nothing_recorded() -> Iterator[None]:
 
     For code that runs in memory of a graph that others are about to record, as compiled graphs do.
     """
-    before = getattr(_thread, "nothing", False)
-    _thread.nothing = True
+    with _set("recording_is_off"):
+        yield
+
+
+@contextmanager
+def _set(name: str) -> Iterator[None]:
+    """A flag of this thread."""
+    before = getattr(_thread, name, False)
+    setattr(_thread, name, True)
     try:
         yield
     finally:
-        _thread.nothing = before
+        setattr(_thread, name, before)
+
+
+@dataclass(frozen=True)
+class Recordable:
+    """What is to be known of a call before it is recorded.
+
+    Attributes:
+        memory: bytes that it takes, with its inputs and outputs; an estimate.
+        checks: called before each replay; they raise if an earlier one failed.
+    """
+
+    memory: int
+    checks: tuple[Callable[[], None], ...] = ()
 
 
 @dataclass(eq=False)
@@ -52,17 +71,22 @@ class _Recording:
     """A graph with its own inputs and outputs.
 
     Attributes:
-        size: bytes it takes, as estimated.
-        last: the layer's call that used it last.
+        about: what was known before.
+        last: the call that used it last.
         streams: those it has run on.
     """
 
     graph: Any
     inputs: list[Tensor]
     outputs: list[Tensor]
-    size: int = 0
+    about: Recordable = field(default_factory=lambda: Recordable(0))
     last: int = 0
     streams: set[Any] = field(default_factory=set)
+
+    @property
+    def own(self) -> int:
+        """Bytes that nothing else may use."""
+        return sum(part.nbytes for part in (*self.inputs, *self.outputs))
 
     def replay(self, given: list[Tensor], stream: Any) -> list[Tensor]:
         """Copies of the outputs for these inputs, on this stream, which is the current one."""
@@ -70,87 +94,75 @@ class _Recording:
             self.streams.add(stream)
             for part in self.inputs:  # not to be handed on before this stream is done with them
                 part.record_stream(stream)
-        torch._foreach_copy_(self.inputs, given)  # one launch
+        if len(given) == 1:
+            self.inputs[0].copy_(given[0])
+        else:
+            torch._foreach_copy_(self.inputs, given)  # one launch
         self.graph.replay()
         copies = [torch.empty_like(part) for part in self.outputs]
         torch._foreach_copy_(copies, self.outputs)
         return copies
 
 
-class Recordings:
-    """The recordings of all layers that share ``MOST_MEMORY``. A copy of it, as of a pickled kernel, has none."""
+class Replays:
+    """Calls of a function of tensors, from the second of a shape on as replays of a CUDA graph.
 
-    def __init__(self) -> None:
-        self.alive: weakref.WeakSet[_Recording] = weakref.WeakSet()
-
-    def __reduce__(self) -> tuple[type[Recordings], tuple[()]]:
-        return Recordings, ()
-
-    def fit(self, size: int) -> bool:
-        """Whether there is room for so many bytes more."""
-        return sum(one.size for one in self.alive) + size <= MOST_MEMORY
-
-
-class ReplayedLayer(Layer):
-    """A layer whose calls with sequences of equal length are replayed, from the second call of a shape on.
-
-    Others run as they are: inside a capture, under autocast, and where there is no room for one more recording.
-    Settings such as ``torch.set_float32_matmul_precision`` hold as they were when a shape was recorded.
-
-    Args:
-        inner: the layer.
-        row_bytes: that a row of inputs takes in a call, with all that is made of it; an estimate.
-        recordings: what it shares memory with.
-        check: called before each replay; raises if an earlier one failed.
+    Calls inside a capture and under autocast, and those for which there is no room, are left to the caller. Settings
+    such as ``torch.set_float32_matmul_precision`` hold as they were when a shape was recorded.
     """
 
-    def __init__(
-        self, inner: Layer, row_bytes: int, recordings: Recordings, check: Callable[[], None] | None = None
-    ) -> None:
-        self.inner, self.row_bytes, self.recordings, self.check = inner, row_bytes, recordings, check
+    def __init__(self) -> None:
         self.recorded: dict[Any, _Recording] = {}
         self._once: OrderedDict[Any, bool] = OrderedDict()  # shapes that came -> whether they may be recorded
         self._calls = 0
         self._lock = threading.Lock()  # a recording has one set of inputs and outputs
         self._stream: Any = None  # of the last replay
+        self._raw_stream = -1
         self._done: Any = None  # event: all recordings, which share memory, may be used again
+        self._capture_stream: Any = None  # one for all, because memory is handed on within a stream
 
-    def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
-        """As the layer."""
-        rows, steps, streams = x_NI.shape[0], len(batch_sizes), state[0].shape[-2]
-        if not rows or rows != steps * streams or _must_run_as_it_is():
-            return self.inner.run(x_NI, batch_sizes, state)
+    def __call__(
+        self, kind: str, given: list[Tensor], run: Run, about: Callable[[], Recordable | None]
+    ) -> list[Tensor] | None:
+        """The outputs, in memory of their own; None where the caller has to run the call.
+
+        Args:
+            kind: of the call: those of one kind and the same shapes are alike.
+            given: its inputs, on one GPU.
+            run: the call.
+            about: asked before it is recorded; None if it cannot be.
+
+        Raises:
+            RuntimeError: an earlier replay failed.
+        """
+        inside = getattr(_thread, "recording", False)
+        if inside or torch.cuda.is_current_stream_capturing() or torch.is_autocast_enabled("cuda"):
+            return None
+        key = (kind, *[(part.shape, part.dtype, part.get_device()) for part in given])
         with self._lock:
-            key = (steps, streams, x_NI.dtype, *(part.dtype for part in state))
-            one = self._recording_of(key, x_NI, batch_sizes, state)
-            if one is not None:
-                if self.check is not None:
-                    self.check()
-                y_NP, *end = self._replay(one, [x_NI, *state])
-                return y_NP, tuple(end)
-        return self.inner.run(x_NI, batch_sizes, state)
+            self._calls += 1
+            one = self.recorded.get(key)
+            if one is None:
+                if not self._is_second(key) or getattr(_thread, "recording_is_off", False):
+                    return None
+                one = self._recorded_now(key, given, run, about())
+                if one is None:
+                    return None
+            one.last = self._calls
+            for check in one.about.checks:
+                check()
+            return self._replay(one, given)
 
     def _replay(self, one: _Recording, given: list[Tensor]) -> list[Tensor]:
-        stream = torch.cuda.current_stream(given[0].device)
-        if self._stream is not None and self._stream != stream:
-            stream.wait_event(self._done)
-        outputs = one.replay(given, stream)
-        self._done.record(stream)
-        self._stream = stream
+        device = given[0].get_device()
+        if raw_stream(device) != self._raw_stream:
+            stream = torch.cuda.current_stream(device)
+            if self._stream is not None:
+                stream.wait_event(self._done)
+            self._stream, self._raw_stream = stream, raw_stream(device)
+        outputs = one.replay(given, self._stream)
+        self._done.record(self._stream)
         return outputs
-
-    def _recording_of(self, key: Any, x_NI: Tensor, batch_sizes: Tensor, state: State) -> _Recording | None:
-        """The one of a shape; recorded now, if this is the second call; None if there is none."""
-        self._calls += 1
-        one = self.recorded.get(key)
-        if one is None:
-            if not self._is_second(key) or getattr(_thread, "nothing", False):
-                return None
-            one = self._recorded_now(key, x_NI, batch_sizes, state)
-            if one is None:
-                return None
-        one.last = self._calls
-        return one
 
     def _is_second(self, key: Any) -> bool:
         if key in self._once:
@@ -160,87 +172,126 @@ class ReplayedLayer(Layer):
             self._once.popitem(last=False)
         return False
 
-    def _recorded_now(self, key: Any, x_NI: Tensor, batch_sizes: Tensor, state: State) -> _Recording | None:
-        size = x_NI.shape[0] * self.row_bytes + _OVERHEAD
+    def _recorded_now(self, key: Any, given: list[Tensor], run: Run, about: Recordable | None) -> _Recording | None:
+        if about is None:
+            return None
+        for check in about.checks:
+            check()
         with _recording:
             beside = next(iter(self.recorded.values()), None)  # held, so that the memory they share lives on
-            if not self._make_room(size):
+            if not self._make_room(about.memory):
                 return None
-            if self.check is not None:
-                self.check()
+            if self._done is None:
+                self._done, self._capture_stream = torch.cuda.Event(), torch.cuda.Stream(given[0].device)
             try:
-                one = record(self.inner, x_NI, batch_sizes, state, None if beside is None else beside.graph.pool())
+                one = record(run, given, None if beside is None else beside.graph.pool(), self._capture_stream)
             except RuntimeError as error:  # of torch and CUDA: memory, or a call that cannot be recorded
                 self._once[key] = False
-                _log.info("calls of %d rows run without a graph: %s", x_NI.shape[0], error)
+                _log.info("calls with inputs of %s run without a graph: %s", tuple(given[0].shape), error)
                 return None
-            one.size = size
-            self.recorded[key] = one
-            self.recordings.alive.add(one)
-        if self._done is None:
-            self._done = torch.cuda.Event()
+        one.about = about
+        self.recorded[key] = one
         return one
 
-    def _make_room(self, size: int) -> bool:
+    def _make_room(self, memory: int) -> bool:
         """Drop recordings that have rested until one of so many bytes fits. Whether it does."""
-        if size > MOST_MEMORY:
+        if memory > MOST_MEMORY:
             return False
-        while len(self.recorded) >= MOST_SHAPES or not self.recordings.fit(size):
+        while len(self.recorded) >= MOST_SHAPES or self._taken(memory) > MOST_MEMORY:
             oldest = min(self.recorded, key=lambda key: self.recorded[key].last, default=None)
             if oldest is None or self._calls - self.recorded[oldest].last <= RESTING:
                 return False
-            self.recordings.alive.discard(self.recorded.pop(oldest))
+            del self.recorded[oldest]
         return True
 
+    def _taken(self, memory: int) -> int:
+        """Bytes of all recordings with one more: they share what they use only while they run."""
+        there = self.recorded.values()
+        return sum(one.own for one in there) + max([memory, *(one.about.memory - one.own for one in there)])
 
-def _must_run_as_it_is() -> bool:
-    return torch.cuda.is_current_stream_capturing() or torch.is_autocast_enabled("cuda")
+
+def raw_stream(device: int) -> int:
+    """The address of the current stream, which takes far less time to tell than the stream itself."""
+    return int(torch._C._cuda_getCurrentRawStream(device))
 
 
-def record(inner: Layer, x_NI: Tensor, batch_sizes: Tensor, state: State, pool: Any) -> _Recording:
-    """Record a call of a layer with such inputs.
+def record(run: Run, given: list[Tensor], pool: Any, stream: Any) -> _Recording:
+    """Record a call with such inputs.
 
     Args:
-        inner: the layer.
-        x_NI: inputs.
-        batch_sizes: of equal lengths.
-        state: before the first step.
+        run: the call.
+        given: its inputs.
         pool: of the graphs that are never replayed at the same time as this one; None for none.
+        stream: to record on.
 
     Raises:
         RuntimeError: it cannot be recorded.
     """
-    device = x_NI.device
+    device = given[0].device
     # What is written to at each call must not belong to inference mode, which the next may not be in. The outer stream
     # context gives this thread its stream back also if the recording fails.
     with (
+        _set("recording"),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.cuda.device(device),
         torch.cuda.stream(torch.cuda.current_stream(device)),
     ):
-        inputs = [torch.zeros(part.shape, dtype=part.dtype, device=device) for part in (x_NI, *state)]
-        x_NI, state = inputs[0], tuple(inputs[1:])
-        inner.run(x_NI, batch_sizes, state)  # what is made or compiled at a first call is not to be recorded
+        inputs = [torch.zeros(part.shape, dtype=part.dtype, device=device) for part in given]
+        run(inputs)  # what is made or compiled at a first call is not to be recorded
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on allocating memory.
-        with torch.cuda.graph(graph, pool, torch.cuda.Stream(device), capture_error_mode="thread_local"):
-            y_NP, end = inner.run(x_NI, batch_sizes, state)
-    return _Recording(graph, inputs, [y_NP, *end])
+        # cuBLAS keeps its workspaces for good: one that was made before would be shared with other graphs, which may
+        # run at the same time, and one that was made inside would keep the graph's memory.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            # Other threads may go on allocating memory.
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                outputs = run(inputs)
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
+    return _Recording(graph, inputs, outputs)
 
 
-def replayed(
-    inner: Layer,
-    directions: tuple[LayerWeights, ...],
-    dtype: torch.dtype,
-    recordings: Recordings,
-    check: Callable[[], None] | None = None,
-) -> ReplayedLayer:
-    """``inner``, of such directions, replayed."""
-    first = directions[0]
-    # Inputs and a transposed copy; products; states, outputs, and both in another order.
-    numbers = 2 * first.w_ih.shape[1] + len(directions) * (first.w_ih.shape[0] + 6 * first.hidden_size)
-    return ReplayedLayer(inner, numbers * dtype.itemsize, recordings, check)
+class ReplayedLayer(Layer):
+    """A layer whose calls with sequences of equal length are replayed, see ``Replays``.
+
+    Args:
+        inner: the layer.
+        directions: its weights.
+        dtype: of its inputs.
+        check: called before each replay; raises if an earlier one failed.
+    """
+
+    def __init__(
+        self,
+        inner: Layer,
+        directions: tuple[LayerWeights, ...],
+        dtype: torch.dtype,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        self.inner, self.check, self.replays = inner, check, Replays()
+        first = directions[0]
+        # Inputs and a transposed copy; products; states, outputs, and the latter in another order.
+        numbers = 2 * first.w_ih.shape[1] + len(directions) * (first.w_ih.shape[0] + 3 * first.hidden_size)
+        self.row_bytes = numbers * dtype.itemsize
+
+    def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        """As the layer."""
+        rows = x_NI.shape[0]
+        if rows and rows == len(batch_sizes) * state[0].shape[-2]:
+
+            def run(given: list[Tensor]) -> list[Tensor]:
+                y_NP, end = self.inner.run(given[0], batch_sizes, tuple(given[1:]))
+                return [y_NP, *end]
+
+            done = self.replays("run", [x_NI, *state], run, lambda: self.recordable(rows))
+            if done is not None:
+                return done[0], tuple(done[1:])
+        return self.inner.run(x_NI, batch_sizes, state)
+
+    def recordable(self, rows: int) -> Recordable:
+        """What there is to know of a call with so many rows."""
+        return Recordable(rows * self.row_bytes, () if self.check is None else (self.check,))
 
 
 class Replayed(Kernel):
@@ -255,7 +306,6 @@ class Replayed(Kernel):
     def __init__(self, inner: Kernel) -> None:
         self.inner = inner
         self.tolerance = inner.tolerance
-        self._recordings = Recordings()
 
     def supports(
         self,
@@ -279,9 +329,8 @@ class Replayed(Kernel):
 
     def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """The other backend's, replayed."""
-        return replayed(self.inner.layer(weights, device, dtype), (weights,), dtype, self._recordings)
+        return ReplayedLayer(self.inner.layer(weights, device, dtype), (weights,), dtype)
 
     def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """The other backend's, replayed."""
-        inner = self.inner.both(forward, backward, device, dtype)
-        return replayed(inner, (forward, backward), dtype, self._recordings)
+        return ReplayedLayer(self.inner.both(forward, backward, device, dtype), (forward, backward), dtype)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from srnn.distributed import check_equal
 from srnn.errors import UserError
-from srnn.pruning.arguments import averaged, build_method, check_argument, differing, unwrapped
-from srnn.pruning.gradient_masks import GradientMasks, mask_gradient
+from srnn.pruning.arguments import averaged, build_method, check_argument, check_optimizers, differing, unwrapped
+from srnn.pruning.gradient_masks import GradientMasks, mask_gradient, mask_on_gpu
 from srnn.pruning.masking import GpuMasking
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.parts import Part, count, some_of
@@ -110,13 +110,13 @@ class Pruner:
         self.seconds = 0.0
         self._masks = masks_of(self.groups)
         self._parameters = {part.parameter_name: part.parameter for part in self.parts}
-        self._check_optimizers()
+        check_optimizers(self.optimizers, self._parameters)
         self._averaged = averaged(average, self._parameters)
         self._held_bits: dict[tuple[str, int], Tensor] = {}
-        self._gpu_masking = GpuMasking()
+        self._gpu_masking, self._gpu_gradient_masking = GpuMasking(), GpuMasking()
         self._before: dict[str, Tensor] = {}
         self._checked = False  # whether parameters have been checked since this was built or loaded
-        self._gradient_masks = GradientMasks(self, Pruner._mask_gradient)
+        self._gradient_masks = GradientMasks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu)
         self.method.prepare(self.run, self.groups, reference)
         self._start()
 
@@ -125,19 +125,8 @@ class Pruner:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._gradient_masks = GradientMasks(self, Pruner._mask_gradient)
+        self._gradient_masks = GradientMasks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu)
         self._gradient_masks.attach(self._parameters)
-
-    def _check_optimizers(self) -> None:
-        """Warn of weights whose state would be left as it is, because another optimiser has it."""
-        theirs = {id(p) for each in self.optimizers for group in each.param_groups for p in group["params"]}
-        others = [n for n, p in self._parameters.items() if p.requires_grad and id(p) not in theirs]
-        if self.optimizers and others:
-            warnings.warn(
-                f"no optimizer given to the Pruner updates {some_of(others)}: if another does, its state of pruned "
-                f"weights stays; give all optimizers as a list.",
-                stacklevel=3,
-            )
 
     def _check_parameters(self) -> None:
         """Raise UserError if the model no longer has the parameters that are masked, or has them on another device."""
@@ -294,13 +283,24 @@ class Pruner:
 
     def _mask_gradient(self, name: str, gradient: Tensor) -> None:
         """Zero the gradients of pruned weights, but for those that may bring weights back."""
-        method, mask = self.method, self._masks[name]
-        wanted = (method.soft and self.itr < method.done_from) or (method.regrows and method.is_update(self.itr + 1))
-        if wanted or self.itr < method.dense_until or gradient.device != mask.device:  # the last ``step`` refuses
+        mask = self._masks[name]
+        if self._wants_gradients() or gradient.device != mask.device:  # the last ``step`` refuses
             return
         began = time.perf_counter()
-        mask_gradient(gradient, mask, None if mask.is_cuda else self._bits(name, gradient.itemsize))
+        mask_gradient(gradient, mask, self._bits(name, gradient.itemsize))
         self.seconds += time.perf_counter() - began
+
+    def _mask_gradients_on_gpu(self) -> None:
+        if not self._wants_gradients():
+            began = time.perf_counter()
+            mask_on_gpu(self._parameters, self._masks, self._gpu_gradient_masking)
+            self.seconds += time.perf_counter() - began
+
+    def _wants_gradients(self) -> bool:
+        """Whether the next step needs the gradients of pruned weights, or nothing is pruned yet."""
+        method = self.method
+        grows = method.regrows and method.is_update(self.itr + 1)
+        return grows or (method.soft and self.itr < method.done_from) or self.itr < method.dense_until
 
     def state_of(self, parameter: nn.Parameter) -> list[Tensor]:
         """The optimisers' tensors that go with a parameter, element for element."""

@@ -7,7 +7,7 @@ copies (values, 64-bit indices and scratch), just when a large model has filled 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from srnn.formats import Structure
 from srnn.pruning.parts import PIECE, Piece
 
 Scorer = Callable[[Piece], Tensor]  # the scores of a piece's units, [U]
-_HELD_ON_GPU = 1 << 25  # scores: 128 MB beside a network of 130 MB; launches cost more than they would take
+_HELD_ON_GPU = 1 << 26  # scores: 256 MB beside a network of as much; computing them anew costs launches
 _GPU_BINS = 1 << 13  # of which a histogram fits the memory that threads share
 BINS = 1 << 16  # half of the 32 bits of a score: two passes find it, and a histogram takes 0.5 MB
 
@@ -44,6 +44,10 @@ class Ranking:
         self._on_gpu = any(piece.part.parameter.is_cuda for piece in pieces)
         few = self.units <= (_HELD_ON_GPU if self._on_gpu else PIECE)
         self._held = [scorer(piece) for piece in pieces] if few else None
+        self._together: Tensor | None = None  # all that are held, in one: fewer launches
+        if self._on_gpu and self._held is not None and all(one.dtype == self._held[0].dtype for one in self._held):
+            self._together = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
+            self._held = list(self._together.split([len(one) for one in self._held]))
 
     def __iter__(self) -> Iterator[tuple[Piece, Tensor]]:
         """Each piece with the scores of its units."""
@@ -52,13 +56,14 @@ class Ranking:
             # ones keep their type: a network in fp64 is ranked in fp64.
             yield piece, self._held[index] if self._held is not None else self.scorer(piece).float()
 
+    def _scores(self) -> Iterator[Tensor]:
+        """All scores, in as few tensors as they are held in."""
+        return iter([self._together]) if self._together is not None else (scores for _, scores in self)
+
     def kth_smallest(self, k: int) -> float:
         """The ``k``-th smallest score, counted from 1."""
         if self._on_gpu and not (self._held is not None and self._held[0].dtype == torch.float64):
-            if self._held is not None and self.units <= PIECE:
-                together = torch.cat(self._held).float()  # fewer launches
-                return _kth_on_gpu(lambda: iter([together]), k)
-            return _kth_on_gpu(lambda: (scores.float() for _, scores in self), k)
+            return _kth_on_gpu(lambda: (scores.float() for scores in self._scores()), k)
         if self._held is None:
             return _kth_by_bits((scores for _, scores in self), (scores for _, scores in self), k)
         scores = torch.cat(self._held)
@@ -73,11 +78,11 @@ class Ranking:
 
     def largest(self) -> float:
         """The largest score."""
-        return max(float(scores.max()) for _, scores in self)
+        return max(float(scores.max()) for scores in self._scores())
 
     def count_at_least(self, epsilon: float) -> int:
         """How many units reach a threshold."""
-        return sum(int((scores >= epsilon).sum()) for _, scores in self)
+        return sum(int((scores >= epsilon).sum()) for scores in self._scores())
 
     def keep_at_least(self, epsilon: float) -> None:
         """Set the masks: keep what reaches the threshold."""
@@ -118,7 +123,7 @@ class Ranking:
         boundary = self.kth_smallest(self.units - count + 1)
         # All above the boundary stay, and as many of its equals as are still missing: a matrix of equal scores, such as
         # zeros, is cut to the exact count too.
-        left = count - sum(int((scores > boundary).sum()) for _, scores in self)
+        left = count - sum(int((scores > boundary).sum()) for scores in self._scores())
         for piece, scores in self:
             keep = scores > boundary
             if left > 0:
@@ -165,10 +170,10 @@ def _kth_on_gpu(passes: Callable[[], Iterator[Tensor]], k: int) -> float:
     Threads that count into one bin wait for each other. What is pruned, 90 % of all weights towards the end, would all
     fall into one: it is counted by comparison instead, and bins are of the bits less 1, which 0 and -1 lie below.
     """
-    low = torch.stack([torch.stack([(scores < 0).sum(), (scores == 0).sum()]) for scores in passes()]).sum(0)
+    low = _sum(torch.stack([(scores < 0).sum(), (scores == 0).sum()]) for scores in passes())
     first, base = 0, 0  # what is below, and the bits less 1 that it ends at
     for shift in (18, 5, 0):
-        inside = torch.stack([_in_bins((_bits(scores) - (1 + base)) >> shift) for scores in passes()]).sum(0)
+        inside = _sum(_in_bins((_bits(scores) - (1 + base)) >> shift) for scores in passes())
         counts = torch.cat([low, inside]).cpu() if shift == 18 else inside.cpu()
         if shift == 18:
             negative, zero = counts[:2].tolist()
@@ -178,6 +183,11 @@ def _kth_on_gpu(passes: Callable[[], Iterator[Tensor]], k: int) -> float:
         place, below = _bin_of(counts, k - first)
         first, base = first + below, base + (place << shift)
     return float(torch.tensor([base + 1], dtype=torch.int32).view(torch.float32))
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    several = list(parts)
+    return several[0] if len(several) == 1 else torch.stack(several).sum(0)
 
 
 def _in_bins(places: Tensor) -> Tensor:

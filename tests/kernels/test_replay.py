@@ -1,15 +1,17 @@
 """Which calls are recorded and replayed; on a GPU, that replays are the calls. On a CPU a recording is a stand-in."""
 
 import gc
-import pickle
 import threading
 
 import pytest
 import torch
+from torch import nn
 
+from srnn.inference.sparsify import sparsify
 from srnn.kernels import replay
 from srnn.kernels.contract import Layer, equal_lengths
-from srnn.kernels.replay import MOST_MEMORY, MOST_SHAPES, RESTING, Recordings, ReplayedLayer, nothing_recorded
+from srnn.kernels.replay import MOST_MEMORY, MOST_SHAPES, RESTING, ReplayedLayer, nothing_recorded
+from tests.kernels.common import prune
 from tests.kernels.triton_cases import layer, on_gpu
 
 
@@ -48,16 +50,23 @@ def streams(monkeypatch):
     """Recordings that need no GPU; the list holds the streams, of which the first is the current one."""
     there = [Stream(), Stream()]
 
-    def record(inner, x_NI, batch_sizes, state, pool):
-        inner.run(x_NI, batch_sizes, state)
+    def record(run, given, pool, stream):
         graph = type("Graph", (), {"pool": lambda self: "pool"})()
-        return StandIn(graph, [x_NI.clone(), *(part.clone() for part in state)], [])
+        return StandIn(graph, [part.clone() for part in given], run([part.clone() for part in given]))
 
     monkeypatch.setattr(replay, "record", record)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: there[0])
+    monkeypatch.setattr(replay, "raw_stream", lambda device: id(there[0]))
     monkeypatch.setattr(torch.cuda, "Event", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
     return there
+
+
+def replayed(inner, row_bytes=100, check=None):
+    ready = ReplayedLayer(inner, (layer("gru", 3, 4),), torch.float32, check)
+    ready.row_bytes = row_bytes
+    return ready
 
 
 def call(ready, steps, streams=1):
@@ -69,12 +78,12 @@ def call(ready, steps, streams=1):
 
 def test_the_second_call_of_a_shape_is_recorded(streams):
     inner = Counted()
-    ready = ReplayedLayer(inner, 100, Recordings())
+    ready = replayed(inner)
     call(ready, 5)
     call(ready, 6)
-    assert not ready.recorded
+    assert not ready.replays.recorded
     call(ready, 5)
-    assert len(ready.recorded) == 1
+    assert len(ready.replays.recorded) == 1
     before = inner.calls
     for _ in range(3):
         call(ready, 5)
@@ -84,7 +93,7 @@ def test_the_second_call_of_a_shape_is_recorded(streams):
 @pytest.mark.parametrize("why", ["lengths", "empty", "capture", "autocast", "compiled"])
 def test_what_runs_as_it_is(streams, why, monkeypatch):
     inner = Counted()
-    ready = ReplayedLayer(inner, 100, Recordings())
+    ready = replayed(inner)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: why == "capture")
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: why == "autocast")
     sizes = {"lengths": torch.tensor([2, 1]), "empty": equal_lengths(2, 0)}.get(why, equal_lengths(2, 2))
@@ -96,43 +105,43 @@ def test_what_runs_as_it_is(streams, why, monkeypatch):
         else:
             ready.run(x, sizes, state)
     assert inner.calls == 4
-    assert not ready.recorded
+    assert not ready.replays.recorded
 
 
 def test_recordings_are_few_and_those_that_rest_make_room(streams):
-    ready = ReplayedLayer(Counted(), 100, Recordings())
+    ready = replayed(Counted())
     for steps in range(1, MOST_SHAPES + 3):
         call(ready, steps)
         call(ready, steps)
-    assert {key[0] for key in ready.recorded} == set(range(1, MOST_SHAPES + 1))
+    assert {key[1][0][0] for key in ready.replays.recorded} == set(range(1, MOST_SHAPES + 1))
     for _ in range(RESTING):
         call(ready, 2)
     call(ready, MOST_SHAPES + 1)
-    kept = {key[0] for key in ready.recorded}
+    kept = {key[1][0][0] for key in ready.replays.recorded}
     assert len(kept) == MOST_SHAPES
     assert {2, MOST_SHAPES + 1} <= kept
     assert 1 not in kept, "the one that rested longest goes"
 
 
-def test_layers_of_a_network_share_the_memory(streams):
-    recordings = Recordings()
-    first, second = (ReplayedLayer(Counted(), MOST_MEMORY // 10, recordings) for _ in range(2))
-    for ready, steps in ((first, 6), (second, 6), (second, 2), (first, 11)):
+def test_recordings_take_a_bounded_memory(streams):
+    """They share what they use while they run, and have inputs and outputs of their own."""
+    ready = replayed(Counted(), MOST_MEMORY // 10)
+    for steps in (11, 6, 5, 10):
         call(ready, steps)
         call(ready, steps)
-    assert [len(ready.recorded) for ready in (first, second)] == [1, 1]
-    assert {key[0] for key in second.recorded} == {2}
-    del first, ready
-    call(second, 6)
-    assert len(second.recorded) == 2, "a layer that is gone takes nothing"
-    assert not pickle.loads(pickle.dumps(recordings)).alive
+    assert {key[1][0][0] for key in ready.replays.recorded} == {6, 5}
+    for one in ready.replays.recorded.values():
+        one.inputs = [torch.empty(MOST_MEMORY // 8, dtype=torch.uint8)] * 3
+    call(ready, 4)
+    call(ready, 4)
+    assert len(ready.replays.recorded) == 2, "inputs and outputs take 0.75, and this one 0.4"
 
 
 def test_many_shapes_are_not_all_remembered(streams):
-    ready = ReplayedLayer(Counted(), 100, Recordings())
+    ready = replayed(Counted())
     for steps in range(1, 500):
         call(ready, steps)
-    assert len(ready._once) <= 64
+    assert len(ready.replays._once) <= 64
 
 
 def test_what_cannot_be_recorded_runs_as_it_is(streams, monkeypatch):
@@ -140,7 +149,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(streams, monkeypatch):
         raise torch.OutOfMemoryError("no memory")
 
     inner = Counted()
-    ready = ReplayedLayer(inner, 100, Recordings())
+    ready = replayed(inner)
     monkeypatch.setattr(replay, "record", fails)
     for _ in range(5):
         call(ready, 5)
@@ -148,7 +157,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(streams, monkeypatch):
 
 
 def test_another_stream_waits_for_the_last_replay(streams):
-    ready = ReplayedLayer(Counted(), 100, Recordings())
+    ready = replayed(Counted())
     for _ in range(3):
         call(ready, 5)
     assert not streams[0].waited
@@ -164,7 +173,7 @@ def test_a_failure_is_told_of_before_a_replay(streams):
         if failed:
             raise RuntimeError(failed.pop())
 
-    ready = ReplayedLayer(Counted(), 100, Recordings(), check)
+    ready = replayed(Counted(), check=check)
     for _ in range(3):
         call(ready, 5)
     failed.append("gave up")
@@ -206,7 +215,7 @@ def test_replays_are_the_calls(cell, height, streams):
     for index, one in enumerate(given):
         with torch.inference_mode(index % 2 == 1):
             got.append(ready.run(*one))
-    assert len(ready.recorded) == 1
+    assert len(ready.replays.recorded) == 1
     for a, b in zip(got, wanted, strict=True):
         same(a, b)
 
@@ -266,7 +275,7 @@ def test_threads_streams_and_two_layers():
     for thread in threads:
         thread.join()
     assert not wrong, wrong[0]
-    assert [len(ready.recorded) for ready in several] == [3, 3]
+    assert [len(ready.replays.recorded) for ready in several] == [3, 3]
 
 
 @pytest.mark.gpu
@@ -288,17 +297,12 @@ def test_memory_does_not_grow_and_comes_back():
     del ready, given
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + (4 << 20)
+    assert torch.cuda.memory_reserved() <= before + (64 << 20)  # cuBLAS keeps what it works in, once a stream
 
 
 @pytest.mark.gpu
 @on_gpu
 def test_changed_weights_and_a_compiled_network(tmp_path, monkeypatch):
-    from torch import nn
-
-    from srnn.inference.sparsify import sparsify
-    from tests.kernels.common import prune
-
     monkeypatch.setenv("SRNN_CACHE", str(tmp_path))
     first, second = (sparsify(prune(nn.GRU(40, 160), 0.1).cuda(), kernel="triton") for _ in range(2))
     x = torch.randn(12, 1, 40, device="cuda")
@@ -315,3 +319,38 @@ def test_changed_weights_and_a_compiled_network(tmp_path, monkeypatch):
     for _ in range(5):
         with torch.inference_mode():
             torch.testing.assert_close(compiled(x)[0].clone(), truth)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("kernel", ["triton", "auto"])
+@pytest.mark.parametrize(("cell", "options"), [(nn.GRU, {}), (nn.LSTM, {"batch_first": True, "bidirectional": True})])
+def test_a_modules_calls_are_replayed(cell, options, kernel, tmp_path, monkeypatch):
+    """All layers at once: sequences and steps, from zero and from a state, in turns."""
+    monkeypatch.setenv("SRNN_CACHE", str(tmp_path))
+    network = sparsify(prune(cell(40, 160, 2, **options), 0.1).cuda(), kernel=kernel)
+    both = options.get("bidirectional", False)
+    given = [torch.randn(*shape, 40, device="cuda") for shape in ((12, 3), (3, 12), (12,), (12, 3))]
+    given = given[:1] if kernel == "auto" else given  # which measures
+    state = network(given[0])[1]
+
+    def calls():
+        found = [network(x) for x in given] + [network(given[0], state)]
+        if not both and kernel == "triton":
+            found += [network.step(given[0][0]), network.step(given[0][1], state)]
+        return [[y, *(end if isinstance(end, tuple) else [end])] for y, end in found]
+
+    with nothing_recorded():
+        wanted = calls()
+    for index in range(4):
+        with torch.inference_mode(index == 2):
+            for got, truth in zip(calls(), wanted, strict=True):
+                for a, b in zip(got, truth, strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    if kernel == "triton":
+        assert len(network._ready["replays"].recorded) == (4 if both else 6)
+    asking = given[0].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="gradients do not flow"):
+        network(asking)[0].sum().backward()
+    moved = network.cpu().cuda()
+    torch.testing.assert_close(moved(given[0])[0], wanted[0][0], rtol=1e-4, atol=1e-4)

@@ -166,3 +166,36 @@ def test_sparse_gradients_of_embeddings():
     assert weight.grad.is_sparse
     assert not bool((weight.grad.to_dense() != 0)[~pruner.masks()["weight"]].any())
     assert bool((weight.grad.to_dense() != 0).any())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_on_a_gpu_all_are_masked_when_the_backward_pass_ends(reentrant):
+    """As on a CPU: in eager passes, whose gradients move in memory, with a sparse gradient, and after a failed pass."""
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Embedding(50, 24, sparse=True), nn.GRU(24, 64, 2), nn.Linear(64, 50)]).cuda()
+    pruner = Pruner(model, "hard", 10, sparsity=0.8, prune_itr=1)
+    pruner.step()
+    pruner.step()
+    embedding, rnn, linear = model
+    for turn in range(8):
+        tokens = torch.randint(50, (6, 3), device="cuda")
+        x = embedding(tokens)
+        y = checkpoint(lambda x: rnn(x)[0], x, use_reentrant=True) if reentrant else rnn(x)[0]
+        if turn == 3:
+            y.register_hook(lambda gradient: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                linear(y).square().mean().backward()
+            model.zero_grad()
+            continue
+        linear(y).square().mean().backward()
+        for name, mask in pruner.masks().items():
+            gradient = model.get_parameter(name).grad
+            gradient = gradient.to_dense() if gradient.is_sparse else gradient
+            assert (gradient[~mask] == 0).all()
+            assert (gradient[mask] != 0).any()
+        kept = [torch.empty(turn * 1000, device="cuda")]  # so that memory is dealt out otherwise
+        model.zero_grad()
+    del kept

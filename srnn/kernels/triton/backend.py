@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, State
-from srnn.kernels.replay import Recordings, replayed
+from srnn.kernels.replay import ReplayedLayer
 from srnn.kernels.triton.chip import chip_of, interpreted
 from srnn.kernels.triton.products.layout import TritonProduct
 from srnn.kernels.triton.recurrence import TritonRecurrence
@@ -48,7 +48,6 @@ class Triton(Kernel):
         structure: Literal["stored", "8x1", "16x1", "32x1"] = "stored",
     ) -> None:
         self.precision, self.structure = precision, structure
-        self._recordings = Recordings()
 
     def supports(
         self,
@@ -108,7 +107,7 @@ class Triton(Kernel):
     def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """The product hands its outputs on in the order in which the recurrence reads them."""
         product = self.product(weights.w_ih, weights.input_bias, device, dtype)
-        return self._replayed(_Layer(product, self.recurrence(weights, device, dtype)), (weights,), device)
+        return _replayed(_Layer(product, self.recurrence(weights, device, dtype)), (weights,), device)
 
     def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """In one launch, where weights are stored alike and both directions fit the device."""
@@ -122,13 +121,7 @@ class Triton(Kernel):
         bias = None if biases[0] is None or biases[1] is None else torch.cat([biases[0], biases[1]])
         product = self.product(stacked([forward.w_ih, backward.w_ih]), bias, device, dtype)
         recurrence = TritonRecurrence((forward, backward), device, dtype, self.precision, chip)
-        return self._replayed(_Layer(product, recurrence), (forward, backward), device)
-
-    def _replayed(self, layer: _Layer, directions: tuple[LayerWeights, ...], device: torch.device) -> Layer:
-        if device.type != "cuda":
-            return layer
-        recurrence = layer.recurrence
-        return replayed(layer, directions, recurrence.dtype, self._recordings, recurrence.check)
+        return _replayed(_Layer(product, recurrence), (forward, backward), device)
 
 
 @dataclass(frozen=True)
@@ -142,3 +135,9 @@ class _Layer(Layer):
         in_slices = self.recurrence.slices(state[0].shape[-2]) is not None
         recur = self.recurrence.directions if self.recurrence.count == 2 else self.recurrence
         return recur(self.product(x_NI, streams_together=in_slices), batch_sizes, state)
+
+
+def _replayed(layer: _Layer, directions: tuple[LayerWeights, ...], device: torch.device) -> Layer:
+    recurrence = layer.recurrence
+    graphs = device.type == "cuda"
+    return ReplayedLayer(layer, directions, recurrence.dtype, recurrence.check) if graphs else layer

@@ -57,12 +57,13 @@ class TritonRecurrence(Recurrence):
         self.slice_layouts: dict[SlicePlan, SliceLayout | None] = {}
         with torch.inference_mode(False):  # it is written to in any mode
             self.failed = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._flag = self.failed.numpy()  # the same memory, faster to look at
         # A failure that no later call has told of is told of when the weights are let go, or the process ends.
         weakref.finalize(self, _tell, self.failed)
 
     def check(self) -> None:
         """Raise RuntimeError if a kernel of an earlier call gave up waiting; later calls may be right again."""
-        if self.failed.numpy()[0]:
+        if self._flag[0]:
             self.failed.zero_()
             raise RuntimeError(_GAVE_UP)
 
