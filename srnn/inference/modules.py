@@ -16,8 +16,10 @@ from srnn.errors import UserError
 from srnn.inference.base import SparseModule, Weights, no_grad, refuse_tracing, without_gradient
 from srnn.inference.operator import rebuilders
 from srnn.inference.sparse_recurrent import SparseRecurrent
+from srnn.inference.sparse_recurring import SparseRecurring
 from srnn.kernels.contract import Kernel, Product
 from srnn.meta_device import without_memory
+from srnn.models.recurring import Recurring
 from srnn.registry import register
 from srnn.sparse import SparseMatrix
 
@@ -106,13 +108,14 @@ class SparseEmbedding(SparseModule):
         return nn.Embedding, sizes | {"padding_idx": self.padding_idx}
 
 
-# Torch's module -> what stands for it; not for what derives from torch's.
+# A module -> what stands for it; not for what derives from these.
 SPARSE_KINDS: dict[type[nn.Module], Any] = {
     nn.RNN: SparseRecurrent,
     nn.GRU: SparseRecurrent,
     nn.LSTM: SparseRecurrent,
     nn.Linear: SparseLinear,
     nn.Embedding: SparseEmbedding,
+    Recurring: SparseRecurring,
 }
 
 
