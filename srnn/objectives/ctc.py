@@ -32,10 +32,8 @@ def greedy(logits_BTV: Tensor, lengths_B: Tensor) -> list[list[int]]:
         [[1, 1, 2]]
     """
     best_BT = logits_BTV.argmax(-1).cpu()
-    found = (
-        torch.unique_consecutive(best_T[:steps]) for best_T, steps in zip(best_BT, lengths_B.tolist(), strict=True)
-    )
-    return [[token for token in tokens.tolist() if token] for tokens in found]
+    rows = zip(best_BT, lengths_B.tolist(), strict=True)
+    return [[token for token in best_T[:steps].unique_consecutive().tolist() if token] for best_T, steps in rows]
 
 
 def ctc_losses(logits_BTV: Tensor, lengths_B: Tensor, targets_BU: Tensor) -> Tensor:
@@ -148,7 +146,8 @@ class Ctc(Objective):
         model.eval()
         metric = cls.metrics(data, part)
         for x_BTI, targets_BU in data.limited(part):
-            metric.update(*model(x_BTI), targets_BU)
+            logits_BTV, lengths_B = model(x_BTI)
+            metric.update(logits_BTV, lengths_B, targets_BU)
         return {name: float(value) for name, value in metric.compute().items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
