@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -158,6 +158,16 @@ class Features:
 
     kind: FeatureKind = "spectrogram"
     normalise: Normalising = "utterance"
+
+    @classmethod
+    def of(cls, dataset: object) -> Features | None:
+        """The features of a data set's config, which may come out of anybody's file; None where it says none."""
+        options = dataset if isinstance(dataset, Mapping) else {}
+        kind: Any = options.get("features")
+        normalise: Any = options.get("normalise")
+        if kind not in get_args(FeatureKind) or normalise not in get_args(Normalising):
+            return None
+        return cls(kind, normalise)
 
     @property
     def bands(self) -> int:

@@ -3,12 +3,14 @@
 from srnn.models.deepspeech2 import DeepSpeech2, deepspeech2
 from srnn.models.recurrent import LanguageModel, SequenceModel, gru, lstm, recurrent, rnn
 from srnn.models.recurring import Recurring, recur
+from srnn.models.transcribing import Transcriber
 
 __all__ = [
     "DeepSpeech2",
     "LanguageModel",
     "Recurring",
     "SequenceModel",
+    "Transcriber",
     "deepspeech2",
     "gru",
     "lstm",

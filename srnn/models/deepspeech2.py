@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from srnn.audio import Features
 from srnn.cells import CLIP, GATES, Cell
 from srnn.errors import UserError
 from srnn.models.recurring import Recurring, RecurringState
+from srnn.models.transcribing import Transcriber
 from srnn.registry import Range, register
 from srnn.registry.option_types import Count
+from srnn.vocabulary import Vocabulary
 
 _TAPS = 11  # frames of a convolution's filters
 _BANDS = (41, 21)  # and bands
@@ -76,6 +79,7 @@ class BandConvolution(nn.Module):
 
     Attributes:
         before, after: frames of padding at an utterance's beginning and end.
+        out_size: C times F.
 
     Args:
         inputs: channels of the input.
@@ -91,9 +95,10 @@ class BandConvolution(nn.Module):
         self.inputs, self.bands, self.stride = inputs, bands, stride
         self.before, self.after = _TAPS - 1 - future, future
         self.out_bands = (bands + 1) // 2
+        self.out_size = channels * self.out_bands
         padding = (size // 2, 0)
         self.convolution = nn.Conv2d(inputs, channels, (size, _TAPS), (2, stride), padding, bias=False)
-        self.norm = StepNorm(channels * self.out_bands)
+        self.norm = StepNorm(self.out_size)
 
     def lengths(self, lengths_B: Tensor) -> Tensor:
         """Outputs of so many frames."""
@@ -125,7 +130,7 @@ class RowConvolution(nn.Module):
 
     def __init__(self, hidden_size: int, taps: int) -> None:
         super().__init__()
-        self.before, self.after = 0, taps - 1
+        self.before, self.after, self.stride, self.out_size = 0, taps - 1, 1, hidden_size
         self.weight = nn.Parameter(torch.empty(hidden_size, taps).uniform_(-(taps**-0.5), taps**-0.5))
         self.norm = StepNorm(hidden_size)
 
@@ -178,6 +183,7 @@ class DeepSpeech2(nn.Module):
         (torch.Size([2, 25, 29]), tensor([25, 15]))
 
     Attributes:
+        vocabulary, audio: its characters, and the features that it was trained on; set by ``srnn.load``.
         look_ahead: milliseconds of sound that an output needs beyond its own frame; None if all of it.
 
     Args:
@@ -214,6 +220,8 @@ class DeepSpeech2(nn.Module):
         self.dense = nn.Linear(hidden_size, hidden_size, bias=False)
         self.norm = StepNorm(hidden_size)
         self.output = nn.Linear(hidden_size, output_size)
+        self.vocabulary: Vocabulary | None = None
+        self.audio: Features | None = None
         self.look_ahead = None if bidirectional else 10 * future + 20 * future + 20 * max(0, row_taps - 1)
 
     def output_lengths(self, lengths_B: Tensor) -> Tensor:
@@ -243,6 +251,19 @@ class DeepSpeech2(nn.Module):
             x_BTI = self.row(F.pad(x_BTI, (0, 0, 0, self.row.after)), lengths_B)
         real_BT1 = _steps_within(lengths_B, x_BTI.shape[1])
         return self.characters(x_BTI, real_BT1) * real_BT1, lengths_B
+
+    def transcriber(self) -> Transcriber:
+        """What writes speech down with this network, which ``srnn.load`` gave.
+
+        Raises:
+            UserError: the network does not know its characters or the features that it was trained on.
+        """
+        if self.vocabulary is None or self.audio is None:
+            raise UserError(
+                "this network does not know its characters and features: srnn.load it from the packed file of a run, "
+                "or make a srnn.models.Transcriber of it."
+            )
+        return Transcriber(self.eval(), self.vocabulary, self.audio)
 
     def characters(self, x_BTH: Tensor, real_BT1: Tensor) -> Tensor:
         """logits_BTV of what the recurrent layers, or the row convolution, give."""

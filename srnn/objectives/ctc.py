@@ -17,23 +17,11 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 from srnn.datasets.base import Batch, DataModule, Split
 from srnn.datasets.text import IGNORED
 from srnn.errors import UserError
+from srnn.models.decoding import greedy
 from srnn.objectives.base import Objective
 from srnn.registry import register
 from srnn.terminal import console
 from srnn.vocabulary import Vocabulary
-
-
-def greedy(logits_BTV: Tensor, lengths_B: Tensor) -> list[list[int]]:
-    """The likeliest character of each step, repeated ones merged, then blanks taken out.
-
-    Example:
-        >>> import torch
-        >>> greedy(torch.eye(3)[torch.tensor([[1, 1, 0, 1, 2, 2]])], torch.tensor([5]))
-        [[1, 1, 2]]
-    """
-    best_BT = logits_BTV.argmax(-1).cpu()
-    rows = zip(best_BT, lengths_B.tolist(), strict=True)
-    return [[token for token in best_T[:steps].unique_consecutive().tolist() if token] for best_T, steps in rows]
 
 
 def ctc_losses(logits_BTV: Tensor, lengths_B: Tensor, targets_BU: Tensor) -> Tensor:

@@ -284,7 +284,9 @@ def print_ways_on(folder: RunFolder, data: DataModule) -> None:
     """Where the run's files are, and what can be done with them."""
     console.print(f"Everything is in {folder}", soft_wrap=True)
     run = shlex.quote(str(folder))
-    if data.vocabulary is None or data.objective != "next_token":
+    if data.objective == "ctc":
+        console.print(f"Try it: srnn transcribe {run} --audio FILE", soft_wrap=True)
+    elif data.vocabulary is None or data.objective != "next_token":
         console.print(f"Try it: srnn evaluate {run}", soft_wrap=True)
     else:
         prompt = _prompt(data, data.vocabulary)
