@@ -46,8 +46,9 @@ class GpuMasking:
             if len(self._known) > _KEPT:
                 self._known.popitem(last=False)
         launches.run()
-        for mask, tensor in launches.apart:
-            tensor.masked_fill_(~mask, 0)
+        for row, place in launches.apart:
+            mask, tensors = masked[row]
+            tensors[place].masked_fill_(~mask, 0)
 
 
 class _Launches:
@@ -55,7 +56,13 @@ class _Launches:
 
     def __init__(self, masked: Sequence[Masked]) -> None:
         alike = _has_triton()
-        self.apart = [(m, t) for m, tensors in masked for t in tensors if not (alike and _lies_alike(m, t))]
+        # Places, not tensors: gradients are not to be kept.
+        self.apart = [
+            (row, place)
+            for row, (mask, tensors) in enumerate(masked)
+            for place, tensor in enumerate(tensors)
+            if not (alike and _lies_alike(mask, tensor))
+        ]
         self._launches = list(_launches(masked)) if alike else []
         self._device = masked[0][0].device
         self._recordable = self._device.type == "cuda" and all(mask.device == self._device for mask, _ in masked)
