@@ -32,14 +32,15 @@ class GpuMasking:
     """
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple[int, ...], _Launches] = OrderedDict()
+        self._known: OrderedDict[tuple[Any, ...], _Launches] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[GpuMasking], tuple[()]]:
         return GpuMasking, ()  # addresses are no good elsewhere
 
     def __call__(self, masked: Sequence[Masked]) -> None:
         """Zero them."""
-        key = tuple([n for mask, tensors in masked for t in (mask, *tensors) for n in (t.data_ptr(), t.itemsize)])
+        several = [tensor for mask, tensors in masked for tensor in (mask, *tensors)]
+        key = tuple([(tensor.data_ptr(), tensor.itemsize, tensor.is_contiguous()) for tensor in several])
         launches = self._known.get(key)
         if launches is None:
             launches = self._known[key] = _Launches(masked)
