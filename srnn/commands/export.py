@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from srnn.inference.packing import PackedModel
     from srnn.training.preparing import TrainedRun
 
-FormatChoice = Literal["packed", "onnx", "c"]  # the second on as in srnn.exporting
-_FORMAT = "another packed file, ONNX, or a C file and its header"
-_VALUES = "what weights are stored as (packed: fp16; onnx: fp32, or int8; c: fp32); int8 is calibrated, but for onnx"
-_STRUCTURE = "blocks of a packed or C file; refused if the weights are not pruned in them"
-_OUTPUT = "(model-VALUES-STRUCTURE.safetensors, model-VALUES.onnx or NAME.c beside the run's)"
-_NAME = "of format=c: what all names in the file begin with"
-_VERIFY = "of format=c: whether to compile the file and compare it, where there is a compiler"
+FormatChoice = Literal["packed", "onnx", "c", "wasm"]  # the second on as in srnn.exporting
+_FORMAT = "another packed file, ONNX, a C file and its header, or a page with the network in WebAssembly"
+_VALUES = (
+    "what weights are stored as (packed, wasm: fp16; onnx: fp32, or int8; c: fp32); int8 is calibrated, but for onnx"
+)
+_STRUCTURE = "blocks of a packed or C file or a page; refused if the weights are not pruned in them"
+_OUTPUT = "(model-VALUES-STRUCTURE.safetensors, model-VALUES.onnx, NAME.c or NAME.html beside the run's)"
+_NAME = "of format=c and wasm: what all names in the file begin with"
+_VERIFY = "of format=c and wasm: whether to run the file and compare it, where there is what that takes"
 
 
 @command
@@ -38,11 +40,12 @@ def main(
     name: Annotated[str | None, Help(_NAME)] = None,
     verify: Annotated[bool, Help(_VERIFY)] = True,
 ) -> int:
-    """Write a run's network as another packed file, as ONNX or as C, and say what that costs."""
-    if format == "c":
-        return _to_c(run, output, name, verify, {"values": values or "fp32", "structure": structure})
+    """Write a run's network as another packed file, as ONNX, as C or as a page, and say what that costs."""
+    if format in ("c", "wasm"):
+        usual: ValuesChoice = "fp32" if format == "c" else "fp16"
+        return _to_c(run, format, output, {"values": values or usual, "structure": structure}, name, verify)
     if name is not None or not verify:
-        raise UserError(f"export: name and verify are for format=c, not for format={format}.")
+        raise UserError(f"export: name and verify are for format=c and format=wasm, not for format={format}.")
     if format == "packed":
         return _pack_again(run, values or "fp16", structure, output)
     if structure != "auto":
@@ -87,13 +90,13 @@ def _to_another_runtime(run: str, format: str, values: ValuesChoice, output: str
     return 0
 
 
-def _to_c(run: str, output: str | None, name: str | None, verify: bool, packing: Mapping[str, Any]) -> int:
-    """The network as C, packed again of the weights as they were trained, with its score on the run's test data."""
+def _to_c(run: str, format: str, output: str | None, packing: Mapping[str, Any], name: str | None, verify: bool) -> int:
+    """The network as C or a page, packed again of the weights as they were trained, with its score on the test data."""
     source = packed_file(run)
-    target = _target(output, source.with_name(f"{name or 'model'}.c"))
     from srnn.exporting.exporter import EXPORT_FORMATS, export
 
-    EXPORT_FORMATS["c"].check(name=name or target.stem)
+    target = _target(output, source.with_name(f"{name or 'model'}{EXPORT_FORMATS[format].suffix}"))
+    EXPORT_FORMATS[format].check(name=name or target.stem)
 
     from srnn.inference.unpacking import unpack
     from srnn.kernels import Csr
@@ -113,7 +116,12 @@ def _to_c(run: str, output: str | None, name: str | None, verify: bool, packing:
         words = _in_words(of_run, scores["exported"])
         return f"{of} on {on}, test: {words}\nWeights: {_formats(again.exported)}. Written by srnn {__version__}."
 
-    report = export(network, target, "c", about=about, name=name, verify=verify, **packing)
+    example = next(iter(of_run.data.val_dataloader()))[0][:1] if format == "wasm" else None
+
+    def tell(costs: str) -> None:
+        console.print(costs, soft_wrap=True, highlight=False)
+
+    report = export(network, target, format, example, about, tell, name=name, verify=verify, **packing)
     console.print(str(report), soft_wrap=True, highlight=False)
     told = of_run.objective.telling
     cost = f"{scores['exported'][told] - scores[before][told]:+z.4f} {told.replace('_', ' ')}"

@@ -20,10 +20,13 @@ class ExportRequest:
     Attributes:
         example: the arguments of a call, or None.
         about: what the file says about itself.
+        tell: called with sentences on what the file costs, where that is known before it is run; the report then
+            leaves them out.
     """
 
     example: Any = None
     about: About = ""
+    tell: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from srnn.cells import GATES
 from srnn.errors import UserError
 from srnn.exporting.base import ExportReport, ExportRequest
 from srnn.exporting.c.compiling import find_compiler
-from srnn.exporting.c.program import Program, c_program, checked_name
+from srnn.exporting.c.program import Program, c_program, checked_name, with_comment
 from srnn.exporting.c.verification import VERIFIED_STEPS, largest_error
 from srnn.exporting.chain import (
     Chain,
@@ -65,21 +65,52 @@ def write_c(
         name: what all names of the program begin with; None takes the file's.
         verify: compile the program, where there is a compiler, and compare it with the network.
     """
-    name = checked_name(path.stem if name is None else name)
-    if not re.fullmatch(r"[\w.+-]+", path.stem, re.ASCII):
-        raise UserError(f"{path}: C includes the header by its name, which may have letters, digits and . _ + - only.")
-    chain = packed_chain(read_chain(model), values, structure)
-    about = request.about
-    text = about if isinstance(about, str) else about(_Rounded(chain))
-    vocabulary = getattr(model, "vocabulary", None)
-    characters = vocabulary.tokens[1:] if isinstance(vocabulary, Characters) else ()
-    program = c_program(chain, name, path.stem, [line for line in text.splitlines() if line.strip()], characters)
+    chain, program = told_program(model, path, request, values, structure, name)
+    program = with_comment(program, about_lines(request, chain))
     verified, error = _verified(program, chain, path) if verify else ("not compiled (verify=false)", None)
     header = path.with_suffix(".h")
     write_atomically(header, program.header.encode())
     write_atomically(path, program.source.encode())
     nbytes = path.stat().st_size + header.stat().st_size
-    return ExportReport(path, nbytes, verified, error, (f"{header} declares it.", *program.costs))
+    notes = (f"{header} declares it.", *(() if request.tell else program.costs))
+    return ExportReport(path, nbytes, verified, error, notes)
+
+
+def told_program(
+    model: nn.Module,
+    path: Path,
+    request: ExportRequest,
+    values: Values | None,
+    structure: WantedStructure,
+    name: str | None,
+    usual: Values = "fp32",
+) -> tuple[Chain, Program]:
+    """A network as a chain of packed weights, and as C; what that costs is told.
+
+    Args:
+        model: as ``write_c``; so are the next five.
+        path: of the file.
+        request: what is told goes there.
+        values: what weights are stored as.
+        structure: the blocks of weights that are not packed yet.
+        name: what all names of the program begin with.
+        usual: what weights that are not packed yet are stored as where ``values`` is None.
+    """
+    name = checked_name(path.stem if name is None else name)
+    if not re.fullmatch(r"[\w.+-]+", path.stem, re.ASCII):
+        raise UserError(f"{path}: C includes the header by its name, which may have letters, digits and . _ + - only.")
+    chain = packed_chain(read_chain(model), values, structure, usual)
+    vocabulary = getattr(model, "vocabulary", None)
+    program = c_program(chain, name, path.stem, vocabulary.tokens[1:] if isinstance(vocabulary, Characters) else ())
+    if request.tell is not None:
+        request.tell("\n".join(program.costs))
+    return chain, program
+
+
+def about_lines(request: ExportRequest, chain: Chain) -> list[str]:
+    """What a file says about its network, which holds these weights."""
+    text = request.about if isinstance(request.about, str) else request.about(_Rounded(chain))
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def _verified(program: Program, chain: Chain, path: Path) -> tuple[str, float | None]:
@@ -112,18 +143,21 @@ class _Rounded(nn.Module):
         return outputs, ends[0] if len(ends) == 1 else ends
 
 
-def packed_chain(chain: Chain, values: Values | None = None, structure: WantedStructure = "auto") -> Chain:
+def packed_chain(
+    chain: Chain, values: Values | None = None, structure: WantedStructure = "auto", usual: Values = "fp32"
+) -> Chain:
     """The same chain with all its matrices packed; one that two layers share is packed once.
 
     Args:
         chain: from ``read_chain``.
-        values: what weights are stored as; None leaves packed ones as they are, and takes fp32 for others.
+        values: what weights are stored as; None leaves packed ones as they are, and takes ``usual`` for others.
         structure: the blocks of weights that are not packed yet.
+        usual: see ``values``.
 
     Raises:
         UserError: a weight is not pruned in these blocks, or not finite in these values.
     """
-    packer, done = Packer(structure, values or "fp32"), {}
+    packer, done = Packer(structure, values or usual), {}
 
     def packed(name: str, weight: ChainWeight, gates: int = 1) -> SparseMatrix:
         if isinstance(weight, SparseMatrix) and values in (None, weight.values_name):

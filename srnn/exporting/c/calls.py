@@ -35,10 +35,12 @@ class Calls:
     Attributes:
         name: all its names begin with it.
         stages: its layers.
+        has_table: whether there is a table of characters.
     """
 
     name: str
     stages: tuple[Stage, ...]
+    has_table: bool = False
 
     @property
     def tokens(self) -> int:

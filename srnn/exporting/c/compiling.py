@@ -38,10 +38,15 @@ def compiled(program: Program, compiler: Sequence[str], folder: Path, flags: Seq
     Raises:
         UserError: the compiler refuses the program, or does not end.
     """
-    source, library = folder / f"{program.stem}.c", folder / f"{program.stem}.so"
+    return run_compiler(program, compiler, folder, ["-shared", "-fPIC", *flags], f"{program.stem}.so")
+
+
+def run_compiler(program: Program, compiler: Sequence[str], folder: Path, flags: Sequence[str], target: str) -> Path:
+    """Compile a program, as ``compiled``, to a file of this name."""
+    source = folder / f"{program.stem}.c"
     source.write_text(program.source)
     (folder / f"{program.stem}.h").write_text(program.header)
-    command = [*compiler, "-std=c99", "-shared", "-fPIC", *flags, "-o", library.name, source.name]
+    command = [*compiler, "-std=c99", *flags, "-o", target, source.name]
     shown = " ".join(compiler)
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_SECONDS, check=False)
@@ -49,7 +54,7 @@ def compiled(program: Program, compiler: Sequence[str], folder: Path, flags: Seq
         raise UserError(f"format=c: {shown} did not compile the program: {error}.") from None
     if done.returncode:
         raise UserError(f"format=c: {shown} does not compile the program: {done.stderr.strip()[:500]}")
-    return library
+    return folder / target
 
 
 class Stream:
@@ -65,7 +70,12 @@ class Stream:
     """
 
     def __init__(self, program: Program, library: Path) -> None:
-        self.calls, self._library = program.calls, ctypes.CDLL(str(library))
+        self._library = ctypes.CDLL(str(library))
+        self.own_memory(program)
+
+    def own_memory(self, program: Program) -> None:
+        """Take memory for a state, and begin a sequence."""
+        self.calls = program.calls
         self.memory = np.zeros(program.ram // 4, dtype=np.float32)
         ends = np.cumsum(list(program.state.values()))[:-1]
         self.members = dict(zip(program.state, np.split(self.memory, ends), strict=True))
@@ -108,7 +118,11 @@ class Stream:
         return np.ascontiguousarray(given, dtype=kind)
 
     def _call(self, function: str, *arguments: object) -> None:
+        self.call(function, [self.memory, *arguments])
+
+    def call(self, function: str, arguments: Sequence[object]) -> None:
+        """Call one of the network's functions; of arrays it gets the addresses."""
         called = getattr(self._library, f"{self.calls.name}_{function}")
         called.restype = None
         given = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else a for a in arguments]
-        called(ctypes.c_void_p(self.memory.ctypes.data), *given)
+        called(*given)

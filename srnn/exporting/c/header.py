@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from srnn.exporting.c.calls import Calls
 
 
-def header_text(calls: Calls, state: Mapping[str, int], about: Sequence[str], has_table: bool) -> str:
+def header_text(calls: Calls, state: Mapping[str, int], about: Sequence[str]) -> str:
     """The header file.
 
     Args:
         calls: what a caller has to know.
         state: members of the state's struct -> floats.
         about: lines for the comment at its head.
-        has_table: whether there is a table of characters.
     """
     name, upper = calls.name, calls.name.upper()
     lines = [f"/* {name}: a recurrent network as plain C99, written by srnn.", ""]
@@ -38,7 +37,7 @@ def header_text(calls: Calls, state: Mapping[str, int], about: Sequence[str], ha
     lines += [*_run_comment(calls), f"{calls.run_declaration};", ""]
     lines += ["/* The number of the largest output. */", f"int {name}_argmax(const float *output);", ""]
     lines += ["/* Turn outputs into probabilities, in place. */", f"void {name}_softmax(float *output);", ""]
-    if has_table:
+    if calls.has_table:
         lines += ["/* The code point of each token; 0 for the unknown one. */"]
         lines += [f"extern const uint32_t {name}_characters[{upper}_TOKENS];", ""]
     lines += ["#ifdef __cplusplus", "}", "#endif", "", f"#endif /* {upper}_H */", ""]

@@ -87,14 +87,13 @@ def checked_name(name: str) -> str:
     return name
 
 
-def c_program(chain: Chain, name: str, stem: str, about: Sequence[str] = (), characters: Sequence[str] = ()) -> Program:
+def c_program(chain: Chain, name: str, stem: str, characters: Sequence[str] = ()) -> Program:
     """Write a network as C.
 
     Args:
         chain: the network; its weights packed.
         name: what all names of the program begin with, a C identifier.
         stem: the files' name, without ``.h`` and ``.c``.
-        about: lines for the comment at the head: what it is, its score.
         characters: of a language model of characters, those of tokens 1 and on; they go into a table.
 
     Raises:
@@ -104,6 +103,7 @@ def c_program(chain: Chain, name: str, stem: str, about: Sequence[str] = (), cha
     calls = Calls(name, tuple(_stages(code, chain)))
     table = ""
     if characters:
+        calls = replace(calls, has_table=True)
         points = np.array([0, *map(ord, characters)], dtype=np.uint32)
         table = declaration(f"{name}_characters", points).removeprefix("static ")
         code.flash += points.nbytes
@@ -114,7 +114,12 @@ def c_program(chain: Chain, name: str, stem: str, about: Sequence[str] = (), cha
     parts = [comment, f'#include "{stem}.h"\n', *code.arrays, table, used_functions(shared + body, name), shared, body]
     stack = code.layer_stack + code.product_stack
     program = Program(calls, stem, "", "\n".join(parts), code.flash, code.state, stack, code.multiply_adds)
-    return replace(program, header=header_text(calls, code.state, [*about, "", *program.costs], bool(characters)))
+    return with_comment(program)
+
+
+def with_comment(program: Program, about: Sequence[str] = ()) -> Program:
+    """The program with a header that says what it costs, below these lines: what it is, its score."""
+    return replace(program, header=header_text(program.calls, program.state, [*about, "", *program.costs]))
 
 
 def _stages(code: Code, chain: Chain) -> list[Stage]:

@@ -43,10 +43,11 @@ def largest_error(program: Program, chain: Chain, compiler: Sequence[str]) -> fl
     """
     with tempfile.TemporaryDirectory() as folder:
         stream = Stream(program, compiled(program, compiler, Path(folder)))
-        return _difference(stream, chain)
+        return error_of(stream, chain)
 
 
-def _difference(stream: Stream, chain: Chain) -> float:
+def error_of(stream: Stream, chain: Chain) -> float:
+    """``largest_error`` of a program that is compiled."""
     pieces = VERIFIED_STEPS // _PIECE
     inputs = _random_inputs(chain, pieces)
     before, got, after = [], [], []
