@@ -27,7 +27,7 @@ MOST_MEMORY = 256 << 20  # bytes of all recordings of a module or layer
 RESTING = 1000  # calls after which a shape that was not among them makes room for another
 _SEEN = 64  # shapes that are remembered until they come again
 
-Run = Callable[[list[Tensor]], list[Tensor]]  # a call as a function of tensors
+TensorCall = Callable[[list[Tensor]], list[Tensor]]  # a call as a function of tensors
 _recording = threading.Lock()  # recording waits for the whole device, which no other recording may meet
 _thread = threading.local()
 
@@ -122,7 +122,7 @@ class Replays:
         self._capture_stream: Any = None  # one for all, because memory is handed on within a stream
 
     def __call__(
-        self, kind: str, given: list[Tensor], run: Run, about: Callable[[], Recordable | None]
+        self, kind: str, given: list[Tensor], run: TensorCall, about: Callable[[], Recordable | None]
     ) -> list[Tensor] | None:
         """The outputs, in memory of their own; None where the caller has to run the call.
 
@@ -172,7 +172,9 @@ class Replays:
             self._once.popitem(last=False)
         return False
 
-    def _recorded_now(self, key: Any, given: list[Tensor], run: Run, about: Recordable | None) -> _Recording | None:
+    def _recorded_now(
+        self, key: Any, given: list[Tensor], run: TensorCall, about: Recordable | None
+    ) -> _Recording | None:
         if about is None:
             return None
         for check in about.checks:
@@ -215,7 +217,7 @@ def raw_stream(device: int) -> int:
     return int(torch._C._cuda_getCurrentRawStream(device))
 
 
-def record(run: Run, given: list[Tensor], pool: Any, stream: Any) -> _Recording:
+def record(run: TensorCall, given: list[Tensor], pool: Any, stream: Any) -> _Recording:
     """Record a call with such inputs.
 
     Args:

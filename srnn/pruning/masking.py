@@ -32,22 +32,24 @@ class GpuMasking:
     """
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple[int, ...], _Launches] = OrderedDict()
+        self._known: OrderedDict[tuple[Any, ...], _Launches] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[GpuMasking], tuple[()]]:
         return GpuMasking, ()  # addresses are no good elsewhere
 
     def __call__(self, masked: Sequence[Masked]) -> None:
         """Zero them."""
-        key = tuple([n for mask, tensors in masked for t in (mask, *tensors) for n in (t.data_ptr(), t.itemsize)])
+        several = [tensor for mask, tensors in masked for tensor in (mask, *tensors)]
+        key = tuple([(tensor.data_ptr(), tensor.itemsize, tensor.is_contiguous()) for tensor in several])
         launches = self._known.get(key)
         if launches is None:
             launches = self._known[key] = _Launches(masked)
             if len(self._known) > _KEPT:
                 self._known.popitem(last=False)
         launches.run()
-        for mask, tensor in launches.apart:
-            tensor.masked_fill_(~mask, 0)
+        for row, place in launches.apart:
+            mask, tensors = masked[row]
+            tensors[place].masked_fill_(~mask, 0)
 
 
 class _Launches:
@@ -55,7 +57,13 @@ class _Launches:
 
     def __init__(self, masked: Sequence[Masked]) -> None:
         alike = _has_triton()
-        self.apart = [(m, t) for m, tensors in masked for t in tensors if not (alike and _lies_alike(m, t))]
+        # Places, not tensors: gradients are not to be kept.
+        self.apart = [
+            (row, place)
+            for row, (mask, tensors) in enumerate(masked)
+            for place, tensor in enumerate(tensors)
+            if not (alike and _lies_alike(mask, tensor))
+        ]
         self._launches = list(_launches(masked)) if alike else []
         self._device = masked[0][0].device
         self._recordable = self._device.type == "cuda" and all(mask.device == self._device for mask, _ in masked)
