@@ -101,7 +101,7 @@ def _to_c(run: str, format: str, output: str | None, options: Mapping[str, Any])
     from srnn.exporting.exporter import EXPORT_FORMATS, export
 
     target = _target(output, source.with_name(f"{options['name'] or 'model'}{EXPORT_FORMATS[format].suffix}"))
-    EXPORT_FORMATS[format].check(**options | {"name": options["name"] or target.stem})
+    EXPORT_FORMATS[format].check(**dict(options) | {"name": options["name"] or target.stem})
 
     from srnn.inference.unpacking import unpack
     from srnn.kernels import Csr

@@ -8,6 +8,8 @@ Frames of NaN pad an utterance. Two convolutions over bands and frames halve the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -271,28 +273,62 @@ class DeepSpeech2(nn.Module):
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-@register.model("deepspeech2")
-def deepspeech2(
-    cell: Literal["rnn", "gru", "lstm"] = "gru",
-    hidden_size: Count = 512,
-    num_layers: Annotated[int, Range(ge=1, le=100)] = 3,
-    bidirectional: bool = True,
-    row_taps: Annotated[int, Range(ge=0, le=1000)] = 0,
-    channels: Annotated[int, Range(ge=1, le=1024)] = 32,
-    future: Annotated[int, Range(ge=0, le=10)] = 5,
-    *,
-    input_size: int,
-    output_size: int,
-) -> DeepSpeech2:
-    """Deep Speech 2 (Amodei et al. 2015): convolutions, recurrent layers with norms, characters of speech.
+@dataclass(frozen=True)
+class _Sizes:
+    cell: Literal["rnn", "gru", "lstm"]
+    hidden_size: int
+    num_layers: int
+    bidirectional: bool
+    row_taps: int = 0
+    channels: int = 32
+    future: int = 5
 
-    Its options are explained at ``DeepSpeech2``.
-    """
-    if bidirectional and row_taps:
-        raise UserError(
-            f"model.row_taps={row_taps} is for layers that run forward only, and model.bidirectional=true sees all "
-            f"that comes anyway: set model.row_taps=0."
+
+def _network(name: str, own: _Sizes, about: str) -> Callable[..., DeepSpeech2]:
+    """Registers a network with sizes of its own; its options are explained at ``DeepSpeech2``."""
+
+    def build(
+        cell: Literal["rnn", "gru", "lstm"] = own.cell,
+        hidden_size: Count = own.hidden_size,
+        num_layers: Annotated[int, Range(ge=1, le=100)] = own.num_layers,
+        bidirectional: bool = own.bidirectional,
+        row_taps: Annotated[int, Range(ge=0, le=1000)] = own.row_taps,
+        channels: Annotated[int, Range(ge=1, le=1024)] = own.channels,
+        future: Annotated[int, Range(ge=0, le=10)] = own.future,
+        *,
+        input_size: int,
+        output_size: int,
+    ) -> DeepSpeech2:
+        if bidirectional and row_taps:
+            raise UserError(
+                f"model.row_taps={row_taps} is for layers that run forward only, and model.bidirectional=true sees all "
+                f"that comes anyway: set model.row_taps=0."
+            )
+        return DeepSpeech2(
+            cell, input_size, output_size, hidden_size, num_layers, bidirectional, row_taps, channels, future
         )
-    return DeepSpeech2(
-        cell, input_size, output_size, hidden_size, num_layers, bidirectional, row_taps, channels, future
-    )
+
+    build.__doc__, build.__name__, build.__qualname__ = about, name, name
+    return register.model(name)(build)
+
+
+deepspeech2 = _network(
+    "deepspeech2",
+    _Sizes("gru", 512, 3, True),
+    "Deep Speech 2 (Amodei et al. 2015): convolutions, recurrent layers with norms, characters of speech.",
+)
+deepspeech2_rnn = _network(
+    "deepspeech2_rnn",
+    _Sizes("rnn", 1760, 7, True),
+    "The paper's vanilla Deep Speech 2: 7 layers both ways, clipped ReLU, 67.6 M weights.",
+)
+deepspeech2_gru = _network(
+    "deepspeech2_gru",
+    _Sizes("gru", 2560, 3, False, row_taps=40),
+    "The paper's gated Deep Speech 2: 3 layers forward and a row convolution, 115 M weights.",
+)
+deepspeech2_small = _network(
+    "deepspeech2_small",
+    _Sizes("gru", 192, 2, False, row_taps=4, channels=8, future=1),
+    "Deep Speech 2 for one CPU and streams: forward only, it sees 90 ms ahead, 0.6 M weights.",
+)

@@ -25,7 +25,7 @@ class WholeSequence(Objective):
         super().__init__(model, optimizer, data, call)
         if hasattr(model, "output_lengths"):
             raise UserError(
-                f"model={type(model).__name__.lower()} writes speech down, character by character, and these data want "
+                f"{type(model).__name__} writes speech down, character by character, and these data want "
                 f"one answer for a whole sequence: choose model=gru, or dataset=fsdd, manifest or librispeech."
             )
 

@@ -221,7 +221,7 @@ def print_report(report: dict[str, Any]) -> None:
     ratio = sizes["dense_bytes"] / sizes["packed_bytes"]
     smaller = f" ({ratio:.1f}x smaller)" if ratio >= 1.05 else ""
     table.add_row("bytes dense (fp32), packed file", f"{sizes['dense_bytes']:,}, {sizes['packed_bytes']:,}{smaller}")
-    for why, count in report["left_out"].items():
+    for why, count in report.get("left_out", {}).items():  # reports of older versions lack it
         table.add_row(f"{report['unit']} left out: {why}", f"{count:,}")
     latency = report["latency"]
     for kind, steps in (("sequence", plural(latency["steps"], "step")), ("step", "1 step")):

@@ -90,7 +90,7 @@ def test_networks_and_data_that_do_not_go_together(listed):
     data = data_of(listed)
     with pytest.raises(UserError, match=r"SequenceModel gives one answer.*choose model=deepspeech2"):
         Ctc(gru(8, **data.sizes), {}, data)
-    with pytest.raises(UserError, match=r"model=deepspeech2 writes speech down.*choose model=gru"):
+    with pytest.raises(UserError, match=r"DeepSpeech2 writes speech down.*choose model=gru"):
         Classification(small(data), {}, data)
 
 
