@@ -91,9 +91,8 @@ class SparseCell(SparseModule):
         if ready is None:
             weights = self.weights_to_run()
             self._check(weights, x_BI, x_BI.shape[0])
-            if (
-                name == TORCH and x_BI.dtype == torch.float32
-            ):  # a layer of one step costs 30 us more than torch's own cell
+            # A layer of one step costs 30 us more than torch's own cell.
+            if name == TORCH and x_BI.dtype == torch.float32:
                 ready = _TorchCell(self.original().requires_grad_(False))
             else:
                 ready = self.kernel_named(name).layer(weights, x_BI.device, x_BI.dtype)

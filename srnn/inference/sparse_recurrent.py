@@ -70,10 +70,10 @@ class SparseRecurrent(SparseModule):
         return self._plain(input, hx) if replayed is None else replayed
 
     def _plain(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
-        if self.decided and isinstance(input, Tensor) and input.dim() == 3 and input.numel():
-            steps, streams = input.shape[1::-1] if self.batch_first else input.shape[:2]
-            if self._as_torchs(input, streams, steps):
-                return self._by_torch(input, hx)
+        if type(input) is Tensor and input.dim() == 3:
+            done = self._quickly(input, hx, *(input.shape[1::-1] if self.batch_first else input.shape[:2]))
+            if done is not None:
+                return done
         if isinstance(input, PackedSequence):
             begin = self._state(hx, int(input.batch_sizes[0]), input.data, input.sorted_indices)
             y_NP, state = self._run(input.data, input.batch_sizes, begin)
@@ -113,9 +113,9 @@ class SparseRecurrent(SparseModule):
 
     def _plain_step(self, x_BI: Tensor, hx: Any) -> tuple[Tensor, Any]:
         time = 1 if self.batch_first else 0
-        if self.decided and x_BI.numel() and self._as_torchs(x_BI, x_BI.shape[0], 1):
-            y, state = self._by_torch(x_BI.unsqueeze(time), hx)
-            return y.squeeze(time), state
+        done = self._quickly(x_BI.unsqueeze(time), hx, 1, x_BI.shape[0])
+        if done is not None:
+            return done[0].squeeze(time), done[1]
         y_BP, state = self._run(x_BI, equal_lengths(1, x_BI.shape[0]), self._state(hx, x_BI.shape[0], x_BI))
         return y_BP, self._as_torch(state)
 
@@ -147,7 +147,7 @@ class SparseRecurrent(SparseModule):
             steps, streams = input.shape[0], 1
         else:
             steps, streams = (input.shape[1], input.shape[0]) if self.batch_first else (input.shape[0], input.shape[1])
-        if self.decided and self._as_torchs(input, streams, steps):
+        if self._decision(input, streams, steps) == TORCH:
             return None
         chosen = [ready.chosen(steps, streams) for ready in list(self._ready.values()) if isinstance(ready, Layer)]
         layers = [layer for layer in chosen if isinstance(layer, ReplayedLayer)]
@@ -159,6 +159,26 @@ class SparseRecurrent(SparseModule):
     def weights_to_run(self) -> LayerWeights:
         """Those of its first layer; the others are of its kind."""
         return self.layer_weights(0)
+
+    def _quickly(self, input: Tensor, hx: Any, steps: int, streams: int) -> tuple[Tensor, Any] | None:
+        """By torch's own module or all layers in one call, where that is to be; nothing else stands in between."""
+        if torch.compiler.is_compiling() or self.recorder is not None or not input.numel():
+            return None
+        name = self._decision(input, streams, steps)
+        if name == TORCH and input.dtype == torch.float32:
+            return self._by_torch(input, hx)
+        stack = self._stack(input, name) if streams == 1 else None
+        if stack is None:
+            return None
+        begin = self._state(hx, 1, input)
+        y, after = stack.run(self._rows(input, steps), equal_lengths(steps, 1), begin)
+        y = without_gradient(y, input, *begin).view(*input.shape[:2], self.hidden_size)
+        return y, self._as_torch(tuple(without_gradient(part, input, *begin) for part in after))
+
+    def _rows(self, x: Tensor, rows: int) -> Tensor:
+        if x.shape[-1] != self.input_size:
+            raise RuntimeError(f"input must have {self.input_size} features, not {x.shape[-1]}")
+        return x.reshape(rows, self.input_size)
 
     def _by_torch(self, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
         """Torch's own module, where that is fastest."""
@@ -209,6 +229,10 @@ class SparseRecurrent(SparseModule):
             return x_NI.new_empty(0, directions * (self.proj_size or self.hidden_size)), state
         y, ends = x_NI, []
         name = self._decision(x_NI, state[0].shape[1], len(sizes))
+        stack = self._stack(x_NI, name) if state[0].shape[1] == 1 and self.recorder is None else None
+        if stack is not None:
+            y, after = stack.run(x_NI, sizes, state)
+            return without_gradient(y, x_NI, *state), tuple(without_gradient(part, x_NI, *state) for part in after)
         with no_grad():
             for first in range(0, len(self.suffixes), directions):
                 begin = tuple(part[first : first + 2] if self.bidirectional else part[first] for part in state)
@@ -232,6 +256,16 @@ class SparseRecurrent(SparseModule):
             else:
                 ready = kernel.layer(weights, x.device, x.dtype)
             self._ready[key] = ready
+        return ready
+
+    def _stack(self, x: Tensor, name: str | None) -> Layer | None:
+        """All layers in one call, where the kernel has that."""
+        key = ("stack", name, x.device, x.dtype)
+        if key not in self._ready:
+            kernel = self.kernel_named(name)
+            layers = [] if self.bidirectional else [self._layer(i, x, 1, name) for i in range(len(self.suffixes))]
+            self._ready[key] = kernel.stack(layers) if layers else None
+        ready: Layer | None = self._ready[key]
         return ready
 
     def _record(self, index: int, x_NI: Tensor, sizes: Tensor, h_BP: Tensor, y_NP: Tensor) -> None:

@@ -23,7 +23,6 @@ from srnn.inference.example_calls import ExampleCalls
 from srnn.kernels.choosing import DENSE, Choice, described_matrix, measuring
 from srnn.kernels.remembering import busy, recall, remember
 from srnn.kernels.timing import Call, hardware, timed
-from srnn.terminal import plural
 
 _log = logging.getLogger("srnn.kernels")
 
@@ -57,13 +56,17 @@ def choose_for_network(network: nn.Module, example: Any) -> list[Choice]:
         examples = ExampleCalls(network, parts, example)
         found = []
         for lengths in examples.classes(LENGTHS):
-            use = f"{plural(examples.streams, 'stream')}, {plural(lengths[0], 'step')}"
-            what = f"{name}, {use}{' and more' * (len(lengths) > 1)}, {plural(torch.get_num_threads(), 'thread')}"
+            use = f"{_several(examples.streams, 'stream')}, {_several(lengths[0], 'step')}"
+            what = f"{name}, {use}{' and more' * (len(lengths) > 1)}, {_several(torch.get_num_threads(), 'thread')}"
             calls = {steps: examples.call(steps) for steps in lengths}
             uses = examples.uses(list(calls.values()))
             if any(uses.values()):  # cells take single steps, whatever the length
                 found.append(_Network(parts, uses, calls, device).decide(what, use))
     return found
+
+
+def _several(count: int, word: str) -> str:
+    return f"{count:,} {word}{'s' * (count != 1)}"
 
 
 def _fingerprint(network: nn.Module, parts: Mapping[str, SparseModule]) -> str:

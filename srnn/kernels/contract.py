@@ -11,7 +11,7 @@ or an LSTM's projection).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -279,6 +279,17 @@ class Kernel(ABC):
         """
         product = self.product(weights.w_ih, weights.input_bias, device, dtype)
         return ComposedLayer(product, self.recurrence(weights, device, dtype))
+
+    def stack(self, layers: Sequence[Layer]) -> Layer | None:
+        """All layers of one direction in one call, for one stream; here None: they run one after the other.
+
+        Args:
+            layers: what ``layer`` gave, the first one first.
+
+        Returns:
+            A layer that is given x [T, I] and states [L, 1, ...], and returns as ``Layer.run``.
+        """
+        return None
 
     def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """Make both directions of a bidirectional layer ready to run; here, one after the other.

@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -69,6 +70,11 @@ class Cpu(Kernel):
         """Product and recurrence one after the other; of a single step of one stream both in one call."""
         return _Layer(_Product(weights.w_ih, weights.input_bias), _Recurrence(weights))
 
+    def stack(self, layers: Sequence[Layer]) -> Layer | None:
+        """One compiled call for all layers without projections."""
+        able = [layer for layer in layers if isinstance(layer, _Layer) and layer.can_step]
+        return _Stack(tuple(able)) if len(able) == len(layers) else None
+
 
 def _vector(bias: Tensor | None, size: int) -> Array:
     return np.zeros(size, np.float32) if bias is None else _array(bias).copy()
@@ -79,16 +85,21 @@ class _Product:
 
     def __init__(self, matrix: SparseMatrix, bias: Tensor | None) -> None:
         self.operand, self.bias = Operand(matrix), _vector(bias, matrix.shape[0])
+        self._plans: dict[int, tuple[Any, Array]] = {}
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         matrix, rows = self.operand.matrix, x_NI.shape[0]
-        y_NO = np.empty((rows, matrix.shape[0]), np.float32)
         threads = _threads(matrix.entries * min(rows, ROWS))
-        with _announced("multiply", threads > 1, self.operand.kind, rows > 1):
+        if threads == 1:
+            x, y_NO = _plain(x_NI), torch.empty(rows, matrix.shape[0])
+            call, plan = self._plans.get(min(rows, ROWS)) or self._plan(min(rows, ROWS))
+            call(plan, rows, x.data_ptr(), y_NO.data_ptr())
+            return y_NO
+        y = np.empty((rows, matrix.shape[0]), np.float32)
+        with _announced("multiply", True, self.operand.kind, rows > 1):
             code, form = _compiled_code("multiplying"), self.operand.form(rows)
             chunk = chunk_size(matrix.units, min(rows, ROWS), threads, form.lanes)
-            run = code.multiply if threads == 1 else code.multiply_parallel
-            run(
+            code.multiply_parallel(
                 chunk,
                 self.operand.numbers(rows),
                 matrix.gates,
@@ -96,9 +107,20 @@ class _Product:
                 form.tile,
                 self.bias,
                 self.operand.bounds(threads, chunk, rows),
-                y_NO,
+                y,
             )
-        return torch.from_numpy(y_NO)
+        return torch.from_numpy(y)
+
+    def _plan(self, rows: int) -> tuple[Any, Array]:
+        """The compiled call for so many rows, and the numbers that it takes."""
+        matrix = self.operand.matrix
+        with _announced("product", self.operand.kind, rows > 1):
+            form = self.operand.form(rows)
+            chunk = chunk_size(matrix.units, rows, 1, form.lanes)
+            numbers = [chunk, -(-matrix.units // chunk), form.tile, matrix.gates, *matrix.shape, self.bias.ctypes.data]
+            plan = np.array([*numbers, *self.operand.numbers(rows)], np.int64)
+            found = self._plans[rows] = _compiled_code("stacks").run_product, plan
+        return found
 
 
 class _Recurrence(Recurrence):
@@ -151,9 +173,7 @@ class _Layer(ComposedLayer):
 
     def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         recurrence = self.recurrence
-        if x_NI.shape[0] != 1 or recurrence.project is not None or not recurrence.new_bias.size:
-            return super().run(x_NI, batch_sizes, state)
-        if _threads(max(self.product.operand.matrix.entries, recurrence.operand.matrix.entries)) > 1:
+        if x_NI.shape[0] != 1 or not self.can_step or _threads(self.work) > 1:
             return super().run(x_NI, batch_sizes, state)
         with _announced("step", self.product.operand.kind, recurrence.operand.kind):
             step, before = self._step
@@ -163,6 +183,16 @@ class _Layer(ComposedLayer):
             step(*before[:-1], _array(x_NI), _array(state[0]), c0, y, h, c)
         new = (h, c) if recurrence.cell == "lstm" else (h,)
         return torch.from_numpy(y), tuple(torch.from_numpy(part) for part in new)
+
+    @property
+    def can_step(self) -> bool:
+        """Whether the compiled calls of one stream can run it."""
+        return self.recurrence.project is None and self.recurrence.new_bias.size > 0
+
+    @cached_property
+    def work(self) -> int:
+        """Entries of its larger matrix."""
+        return max(self.product.operand.matrix.entries, self.recurrence.operand.matrix.entries)
 
     @cached_property
     def _step(self) -> tuple[Any, tuple[Any, ...]]:
@@ -177,6 +207,65 @@ class _Layer(ComposedLayer):
         biases = product.bias, recurrence.new_bias
         same = (CELLS.index(recurrence.cell), np.array(chunks), *numbers, *biases, biases[1][None])
         return _compiled_code("loops").step_layer, same
+
+
+class _Stack(Layer):
+    """All layers of one stream, in one compiled call on one thread."""
+
+    def __init__(self, layers: tuple[_Layer, ...]) -> None:
+        self.layers, first = layers, layers[0]
+        self.lstm, self.units = first.recurrence.cell == "lstm", len(first.recurrence.new_bias)
+        self.inputs = first.product.operand.matrix.shape[1]
+        self.work = max(layer.work for layer in layers)
+        self._plans: dict[int, tuple[Any, Array]] = {}
+
+    def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        """Of a sequence [T, I] and states [L, 1, H]."""
+        steps = x_NI.shape[0]
+        if not steps or _threads(self.work) > 1:
+            return self._one_after_the_other(x_NI, batch_sizes, state)
+        x, h0 = _plain(x_NI), _plain(state[0])
+        rows = 1 if steps == 1 else min(ROWS, -(-steps // 4) * 4)
+        call, plan = self._plans.get(rows) or self._plan(rows)
+        y, h = torch.empty(steps, self.units), torch.empty_like(h0)
+        if not self.lstm:
+            call(plan, steps, x.data_ptr(), h0.data_ptr(), 0, y.data_ptr(), h.data_ptr(), 0)
+            return y, (h,)
+        c0, c = _plain(state[1]), torch.empty_like(h0)
+        call(plan, steps, x.data_ptr(), h0.data_ptr(), c0.data_ptr(), y.data_ptr(), h.data_ptr(), c.data_ptr())
+        return y, (h, c)
+
+    def _one_after_the_other(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        y, ends = x_NI, []
+        for index, layer in enumerate(self.layers):
+            y, end = layer.run(y, batch_sizes, tuple(part[index] for part in state))
+            ends.append(end)
+        return y, tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
+
+    def _plan(self, rows: int) -> tuple[Any, Array]:
+        """The compiled call for products of so many rows, and the numbers that it takes; compiled where it was not."""
+        recurrence = self.layers[0].recurrence
+        gates = self.layers[0].product.operand.matrix.gates
+        numbers = [CELLS.index(recurrence.cell), len(self.layers), self.units, gates, self.inputs]
+        kinds: list[object] = []
+        for layer in self.layers:
+            operands = layer.product.operand, layer.recurrence.operand
+            forms = operands[0].form(rows), operands[1].form(1)
+            for operand, form, streams in zip(operands, forms, (min(rows, ROWS), 1), strict=True):
+                chunk = chunk_size(operand.matrix.units, streams, 1, form.lanes)
+                numbers += [chunk, -(-operand.matrix.units // chunk)]
+                kinds.append(operand.kind)
+            numbers += [forms[0].tile, layer.product.bias.ctypes.data, layer.recurrence.new_bias.ctypes.data]
+            numbers += [*operands[0].numbers(rows), *operands[1].numbers(1)]
+        found = _compiled_code("stacks").run_stack, np.array(numbers, np.int64)
+        with _announced("stack", rows > 1, *kinds):
+            self._plans[rows] = found
+        return found
+
+
+def _plain(x: Tensor) -> Tensor:
+    """As addresses are taken of it: fp32, one number after the other."""
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
 def _array(x: Tensor) -> Array:

@@ -111,13 +111,13 @@ def _chunks(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, size, 
     units = h_new.shape[0]
     v = np.empty((u.shape[1] // units, (chunk_size + matrix[LANES_OF_GROUP]) * h.shape[1]), np.float32)
     if h.shape[1] == 1:
-        _chunks_of_one(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, new_bias, h, h_new, c, y, v)
+        step_of_one(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, new_bias, h, h_new, c, y, v)
     else:
         _chunks_of_many(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, size, new_bias, h, h_new, c, y, v)
 
 
 @njit(nogil=True, cache=True)
-def _chunks_of_one(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, new_bias, h, h_new, c, y, v):
+def step_of_one(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, new_bias, h, h_new, c, y, v):
     """One stream: all rows lie as the arithmetic takes them."""
     units = h_new.shape[0]
     gates = u.shape[1] // units

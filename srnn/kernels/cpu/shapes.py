@@ -20,6 +20,14 @@ NUMBERS_OF_MATRIX = 10
 DOT_AT, VALUES_AT, COLUMNS_AT, ROW_POINTERS_AT, SCALES_AT = range(5)
 LANES_OF_GROUP, GROUPS_OF_GATE, WIDTH_OF_X, ORDER_AT, BASES_AT = range(5, NUMBERS_OF_MATRIX)
 
+# All layers of a network in one call, as numbers: cell, layers, hidden units, gates and inputs; then of each layer
+#   units of a chunk and number of chunks, of W_ih and of W_hh; rows that the product with W_ih takes together;
+#   addresses of the input's bias and of a GRU's new_bias; and the numbers of W_ih and of W_hh.
+# A product as numbers: units of a chunk, number of chunks, rows taken together, gates, outputs, inputs, address of the
+#   bias; then the numbers of its matrix.
+NUMBERS_OF_PRODUCT = 7
+NUMBERS_OF_STACK, NUMBERS_OF_LAYER = 5, 7 + 2 * NUMBERS_OF_MATRIX
+
 # Hidden units that are worked on together, multiples of every N. A chunk costs about a microsecond beside its
 # arithmetic, so few large ones are best, as long as their scratch memory stays in the first cache and every thread
 # gets several.
