@@ -1,5 +1,6 @@
 """C programs on other machines, emulated by qemu: every bit is that of this machine, or of the numpy model."""
 
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import srnn
+from srnn.__main__ import main
 from srnn.exporting.c.c_format import packed_chain
 from srnn.exporting.c.compiling import Stream, compiled
 from srnn.exporting.c.integer_code import integer_program
@@ -16,6 +18,7 @@ from srnn.exporting.c.integers import integer_network
 from srnn.exporting.c.program import c_program
 from srnn.exporting.reading import read_chain
 from srnn.models import LanguageModel
+from tests.conftest import ROOT
 from tests.exporting.machines import ARM, CORTEX_M4, CORTEX_M4_SOFT, HERE, RISC_V
 from tests.exporting.test_c import pruned
 
@@ -30,7 +33,7 @@ SAY = """\
 #include <stdint.h>
 #include <string.h>
 #include "net.h"
-#include "report.h"
+#include "board.h"
 /* The numbers' bits, folded together. */
 static uint32_t folded(uint32_t so_far, const void *numbers, int count)
 {
@@ -113,9 +116,21 @@ def test_floats_are_those_of_this_machine(machine, kind, tmp_path):
     assert machine.run(tmp_path, ["main.c", "net.c"], ("-O2", "-ffp-contract=off")) == [wanted]
 
 
+def test_the_documents_program_runs_on_a_board(text_run, tmp_path):
+    """As docs/howto/microcontroller.md has it, and the same on this machine."""
+    needs(CORTEX_M4_SOFT)
+    assert main(["export", f"run={text_run}", "format=c", "values=w8a8", f"output={tmp_path}/model.c"]) == 0
+    (program,) = re.findall(r"```c\n(.*?)```", (ROOT / "docs/howto/microcontroller.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "main.c").write_text(program)
+    (written,) = CORTEX_M4_SOFT.run(tmp_path, ["main.c", "model.c"], ("-O3", "-Wall", "-Wextra", "-Werror"))
+    assert len(written) == 40
+    native = HERE.run(tmp_path, ["main.c", "model.c"])
+    assert native == [written]
+
+
 COUNT = """\
 #include <stdint.h>
-#include "report.h"
+#include "board.h"
 INCLUDE
 int main(void)
 {
