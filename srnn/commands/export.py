@@ -95,7 +95,7 @@ def _to_another_runtime(run: str, format: str, values: ValuesChoice, output: str
     return 0
 
 
-def _to_c(run: str, format: str, output: str | None, options: Mapping[str, Any]) -> int:
+def _to_c(run: str, format: str, output: str | None, options: dict[str, Any]) -> int:
     """The network as C or a page, packed again of the weights as they were trained, with its score on the test data."""
     source = packed_file(run)
     from srnn.exporting.exporter import EXPORT_FORMATS, export

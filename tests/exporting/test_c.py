@@ -362,7 +362,7 @@ def test_it_says_so_where_there_is_no_compiler(tmp_path, monkeypatch):
         (
             "net.c",
             {"speed": 1},
-            "format=c takes no speed: its options are values, structure, name, verify, activations",
+            "format=c takes no speed: its options are values, structure, name, verify",
         ),
         ("net.h", {}, r"must be a file named \*\.c"),
     ],

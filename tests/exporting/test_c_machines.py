@@ -1,0 +1,197 @@
+"""C programs on other machines, emulated by qemu: every bit is that of this machine, or of the numpy model."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import srnn
+from srnn.__main__ import main
+from srnn.exporting.c.c_format import packed_chain
+from srnn.exporting.c.compiling import Stream, compiled
+from srnn.exporting.c.integer_code import integer_program
+from srnn.exporting.c.integers import integer_network
+from srnn.exporting.c.program import c_program
+from srnn.exporting.reading import read_chain
+from srnn.models import LanguageModel
+from tests.conftest import ROOT
+from tests.exporting.machines import ARM, CORTEX_M4, CORTEX_M4_SOFT, HERE, RISC_V
+from tests.exporting.test_c import pruned
+
+pytestmark = pytest.mark.tools
+
+STEPS = 200
+NETWORKS = {
+    "gru element": (lambda: pruned(LanguageModel(nn.GRU, 50, 16, 96), 0.2), "element"),
+    "lstm 16x1": (lambda: pruned(LanguageModel(nn.LSTM, 48, 16, 80), 0.2, 16), "16x1"),
+}
+SAY = """\
+#include <stdint.h>
+#include <string.h>
+#include "net.h"
+#include "board.h"
+/* The numbers' bits, folded together. */
+static uint32_t folded(uint32_t so_far, const void *numbers, int count)
+{
+    for (int i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, (const char *)numbers + 4 * i, 4);
+        so_far = (so_far ^ bits) * 16777619u;
+    }
+    return so_far;
+}
+int main(void)
+{
+    static net_state state;
+    static TYPE output[NET_OUTPUTS];
+    uint32_t fold = 2166136261u;
+    net_reset(&state);
+    for (uint32_t t = 0; t < STEPS; t++) {
+        net_step(&state, (net_token)(t * 7 % NET_TOKENS), output);
+        fold = folded(fold, output, NET_OUTPUTS);
+    }
+    char text[9] = {0};
+    for (int i = 0; i < 8; i++)
+        text[i] = "0123456789abcdef"[fold >> (28 - 4 * i) & 15];
+    say(text);
+    return 0;
+}
+"""
+
+
+def needs(machine):
+    if machine.missing:
+        pytest.skip(f"{machine.missing} is not here: {machine.name}")
+
+
+def folded(numbers):
+    fold = 2166136261
+    for bits in np.ascontiguousarray(numbers).view(np.uint32).reshape(-1).tolist():
+        fold = (fold ^ bits) * 16777619 % 2**32
+    return f"{fold:08x}"
+
+
+def chain_of(kind, values):
+    build, structure = NETWORKS[kind]
+    torch.manual_seed(0)
+    return packed_chain(read_chain(build()), values, structure)
+
+
+def written(folder, program, number):
+    (folder / "net.c").write_text(program.source)
+    (folder / "net.h").write_text(program.header)
+    (folder / "main.c").write_text(SAY.replace("TYPE", number).replace("STEPS", str(STEPS)))
+
+
+def tokens(program):
+    return np.arange(STEPS) * 7 % program.calls.tokens
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("machine", [HERE, ARM, RISC_V, CORTEX_M4_SOFT], ids=lambda machine: machine.name)
+def test_integers_are_the_models_on_every_machine(machine, kind, tmp_path):
+    needs(machine)
+    network = integer_network(chain_of(kind, "int8"))
+    program = integer_program(network, "net", "net")
+    written(tmp_path, program, "int32_t")
+    zeros = [np.zeros((1, size), np.int64) for _, size in network.members]
+    wanted, _ = network.run(tokens(program)[None], zeros)
+    assert machine.run(tmp_path, ["main.c", "net.c"]) == [folded(wanted[0].astype(np.int32))]
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("machine", [ARM, RISC_V, CORTEX_M4, CORTEX_M4_SOFT], ids=lambda machine: machine.name)
+def test_floats_are_those_of_this_machine(machine, kind, tmp_path):
+    """fp32 without fused multiply-adds, the FPU or software."""
+    needs(machine)
+    needs(HERE)
+    program = c_program(chain_of(kind, "fp32"), "net", "net")
+    stream = Stream(program, compiled(program, HERE.compiler, tmp_path, ("-O2", "-ffp-contract=off")))
+    written(tmp_path, program, "float")
+    wanted = folded(stream.run(tokens(program)))
+    assert machine.run(tmp_path, ["main.c", "net.c"], ("-O2", "-ffp-contract=off")) == [wanted]
+
+
+def test_the_documents_program_runs_on_a_board(text_run, tmp_path):
+    """As docs/howto/microcontroller.md has it, and the same on this machine."""
+    needs(CORTEX_M4_SOFT)
+    assert main(["export", f"run={text_run}", "format=c", "values=w8a8", f"output={tmp_path}/model.c"]) == 0
+    (program,) = re.findall(r"```c\n(.*?)```", (ROOT / "docs/howto/microcontroller.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "main.c").write_text(program)
+    (written,) = CORTEX_M4_SOFT.run(tmp_path, ["main.c", "model.c"], ("-O3", "-Wall", "-Wextra", "-Werror"))
+    assert len(written) == 40
+    native = HERE.run(tmp_path, ["main.c", "model.c"])
+    assert native == [written]
+
+
+COUNT = """\
+#include <stdint.h>
+#include "board.h"
+INCLUDE
+int main(void)
+{
+    DECLARE
+    unsigned before = 0, taken = 0;
+    for (int t = 0; t < 3; t++) {
+        before = instructions();
+        CALL
+        taken = instructions() - before;
+    }
+    char text[12];
+    int at = 11;
+    for (text[at] = 0; taken || at == 11; taken /= 10)
+        text[--at] = (char)('0' + taken % 10);
+    say(text + at);
+    return 0;
+}
+"""
+
+
+def counted(folder, machine, source, include, declare, call):
+    """Instructions of a step."""
+    code = COUNT.replace("INCLUDE", include).replace("DECLARE", declare).replace("CALL", call)
+    (folder / "main.c").write_text(code)
+    return int(machine.run(folder, ["main.c", source], ("-O3",))[0])
+
+
+def masked(height):
+    torch.manual_seed(0)
+    return pruned(nn.GRU(64, 256), 0.1, height)
+
+
+def dense(folder, machine):
+    """Of the dense C that emx-onnx-cgen makes of our ONNX."""
+    pytest.importorskip("emx_onnx_cgen", reason="emx-onnx-cgen is not installed: pip install emx-onnx-cgen")
+    srnn.export(masked(1), folder / "gru.onnx")
+    sizes = ["--input-dim", "time=1", "--input-dim", "batch=1", "--restrict-arrays"]
+    inline = ["--large-weight-threshold", "0", "--large-temp-threshold", "0"]
+    tool = [sys.executable, "-m", "emx_onnx_cgen", "compile", *sizes, *inline, "gru.onnx", "dense.c"]
+    subprocess.run(tool, cwd=folder, check=True, capture_output=True)
+    include = "void model(const float *x, const float *h, float *y, float *next);"
+    declare = "static float x[64], h[256], y[256], next[256];"
+    return counted(folder, machine, "dense.c", include, declare, "model(x, h, y, next);")
+
+
+def sparse(folder, machine, structure, values):
+    options = {"values": values, "structure": structure, "verify": False, "example": torch.ones(1, 1, 64)}
+    srnn.export(masked(16 if structure == "16x1" else 1), folder / "net.c", "c", **options)
+    kinds = ("int8_t", "int32_t") if values == "w8a8" else ("float", "float")
+    declare = f"static net_state state; static {kinds[0]} x[64]; static {kinds[1]} y[256];"
+    return counted(folder, machine, "net.c", '#include "net.h"', declare, "net_step(&state, x, y);")
+
+
+@pytest.mark.parametrize("machine", [CORTEX_M4, CORTEX_M4_SOFT], ids=lambda machine: machine.name)
+def test_a_step_takes_a_fourth_of_the_dense_instructions_at_most(machine, tmp_path):
+    """GRU 64 -> 256 at 90 %, against dense C, both at -O3; what documents say of more formats is printed."""
+    needs(machine)
+    of_dense, fewer = dense(tmp_path, machine), {}
+    for structure in ("element", "16x1"):
+        for values in ("fp32", "int8", "w8a8"):
+            taken = sparse(tmp_path, machine, structure, values)
+            fewer[structure, values] = of_dense / taken
+            print(f"{machine.name}: dense {of_dense:,}, {structure} {values} {taken:,}, {of_dense / taken:.1f}x fewer")
+    assert min(fewer["element", "w8a8"], fewer["16x1", "w8a8"], fewer["16x1", "fp32"]) >= 4
