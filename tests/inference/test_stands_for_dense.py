@@ -1,6 +1,7 @@
 """A sparse module stands where a dense one stood: hooks, weights, parameters, kept tensors, pickles, exports."""
 
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -171,6 +172,29 @@ for _ in range(2):
 """
     for first in (False, True):
         subprocess.run([sys.executable, "-c", code.replace("{first}", str(first))], check=True)
+
+
+AOT = """
+import sys, torch, srnn
+from torch import nn
+if sys.argv[1:]:
+    layer, x = nn.Linear(16, 24).eval(), torch.randn(3, 16)
+    layer.weight.data.mul_(torch.rand(24, 16) < 0.1)
+    with torch.no_grad():
+        program = torch.export.export(srnn.sparsify(layer, kernel="csr"), (x,))
+        torch._inductor.aoti_compile_and_package(program, package_path="a.pt2")
+        torch.save((x, layer(x)), "wanted.pt")
+else:
+    x, wanted = torch.load("wanted.pt")
+    torch.testing.assert_close(torch._inductor.aoti_load_package("a.pt2")(x), wanted)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_an_aotinductor_package_is_exact_in_another_process(tmp_path):
+    for words in (["write"], []):
+        subprocess.run([sys.executable, "-c", AOT, *words], cwd=tmp_path, check=True)
 
 
 def test_a_program_given_other_weights_runs_them():
