@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "write a run's network as another packed file, as ONNX or as C, and say what that costs",
     "bench": "time dense layers against every sparse backend that can run here",
     "generate": "write text with a run's packed file",
+    "transcribe": "write speech down with a run's packed file",
     "doctor": "what is installed, what can run here, and why something cannot",
     "list": "every name; list GROUP=NAME: its options and what they mean",
 }
@@ -48,6 +49,7 @@ examples:
   srnn export outputs/RUN format=c values=int8
   srnn bench outputs/RUN
   srnn generate outputs/RUN --prompt "def f(x):"
+  srnn transcribe outputs/RUN --audio recording.wav
 
 A run is named in every command as outputs/RUN or run=outputs/RUN. `srnn list` shows all names, `srnn list NAME`
 its options; `srnn COMMAND --help` those of a command. `--cfg job` prints the config instead of running it.

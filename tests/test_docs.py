@@ -40,8 +40,10 @@ def is_train(words):
 
 
 def runs_here(words):
-    """Sweeps are long; presets are run below, resumed runs and those of several processes in tests/training."""
-    return not (words[0].startswith(("-m", "resume", "experiment=")) or "trainer=ddp" in words)
+    """Sweeps are long; presets are run below, resumed runs and those of several processes in tests/training, speech in
+    tests/objectives."""
+    of_speech = words[0] == "transcribe" or any(word.startswith("model=deepspeech2") for word in words)
+    return not (words[0].startswith(("-m", "resume", "experiment=")) or "trainer=ddp" in words or of_speech)
 
 
 @pytest.fixture(scope="module")

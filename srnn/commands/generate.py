@@ -32,8 +32,8 @@ def main(
 
     model: Any = load(path, kernel)
     vocabulary = model.vocabulary
-    if vocabulary is None:
-        raise UserError(f"{path} is no language model: it has no vocabulary.")
+    if vocabulary is None or not hasattr(model, "generate"):
+        raise UserError(f"{path} is no language model, and writes no text of its own.")
     tokens = vocabulary.encode(prompt).tolist()
     _check(len(tokens) > 0, "--prompt is empty: give at least one character or word")
     if unknown := vocabulary.unknown(prompt):

@@ -4,6 +4,8 @@ from srnn.datasets.base import DataModule, LabelledSequences
 from srnn.datasets.corpora import PennTreebank, Shakespeare, WikiText2
 from srnn.datasets.python_source import PythonSource
 from srnn.datasets.sequences import Adding, Digits
+from srnn.datasets.speech import SpeechData
+from srnn.datasets.speech_corpora import LibriSpeech, Manifest, SpokenDigits
 from srnn.datasets.text import Text, Texts, TextStreams
 
 __all__ = [
@@ -11,9 +13,13 @@ __all__ = [
     "DataModule",
     "Digits",
     "LabelledSequences",
+    "LibriSpeech",
+    "Manifest",
     "PennTreebank",
     "PythonSource",
     "Shakespeare",
+    "SpeechData",
+    "SpokenDigits",
     "Text",
     "TextStreams",
     "Texts",

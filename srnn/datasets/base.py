@@ -6,6 +6,7 @@ Shapes: N sequences, B batch, T time, I inputs, O outputs.
 from __future__ import annotations
 
 import functools
+import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -107,12 +108,14 @@ class DataModule(pl.LightningDataModule):
         (5, 5)
 
     Attributes:
-        objective: the name of what is learned: ``next_token``, ``classification``, ``regression``, or a plug-in's.
+        objective: the name of what is learned: ``next_token``, ``classification``, ``regression``, ``ctc``, or a
+            plug-in's.
         sizes: what a model has to fit: ``vocabulary_size``, or ``input_size`` and ``output_size``.
         vocabulary: of text; else None.
         counts: split -> its length in ``unit``.
         unit: what ``counts`` counts, for tables.
         limits: split -> at most so many batches; absent takes all.
+        left_out: why data were left out -> how many, for the report.
         from_file: whether its options come out of a packed file, which may be anybody's: such options must not say
             where to download from.
     """
@@ -127,6 +130,7 @@ class DataModule(pl.LightningDataModule):
         self.counts: dict[Split, int] = {}
         self.sizes: dict[str, int] = {}
         self.limits: dict[Split, int] = {}
+        self.left_out: dict[str, int] = {}
         self._train: Batches | None = None
         self._rank, self._ranks = 0, 1
 
@@ -163,6 +167,15 @@ class DataModule(pl.LightningDataModule):
         batches = self.batches(split)
         batches.count = min(batches.count, self.limits.get(split, batches.count))
         return batches
+
+    def checksum(self, split: Split) -> str:
+        """SHA-256 of all the split's batches, in the order of the first pass: a resumed run must find the same."""
+        batches, sha = self.batches(split), hashlib.sha256()
+        for index in range(len(batches)):
+            for tensor in batches.fetch(0, index):
+                sha.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                sha.update(tensor.contiguous().numpy().tobytes())
+        return sha.hexdigest()
 
     def share(self, rank: int, ranks: int) -> None:
         """Train on this rank's rows of every batch: all ranks together have the batches of one process.

@@ -48,7 +48,8 @@ def export(
         options: of the format. ``onnx`` takes ``values``: ``fp32``, or ``int8`` for onnxruntime's dynamic
             quantisation. ``c`` takes ``values`` and ``structure`` as ``srnn.save`` does, ``name`` for what its names
             begin with (the file's), and ``verify``, which compiles the file and compares it where there is a compiler.
-            ``wasm`` takes the same; its ``verify`` runs the page's module where wasmtime is installed.
+            ``values="w8a8"`` computes in integers, with weights and activations of int8. ``wasm`` takes all but that;
+            its ``verify`` runs the page's module where wasmtime is installed.
 
     Returns:
         What was written, what it was compared with, and what to know about it.

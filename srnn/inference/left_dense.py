@@ -81,7 +81,8 @@ def why_dense(module: nn.Module) -> str | None:
         return "has max_norm, which changes its weights when it is called"
     if "forward" in vars(module):
         return "has a forward of its own"
-    own = set(module._flat_weights_names) if isinstance(module, nn.RNNBase) else {"weight", "bias"}
+    own = {"weight", "bias", "weight_hh", "weight_hh_reverse"}
+    own = set(module._flat_weights_names) if isinstance(module, nn.RNNBase) else own
     own = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"} if isinstance(module, nn.RNNCellBase) else own
     more = (module._parameters.keys() - own) | module._buffers.keys() | module._modules.keys()
     return f"holds more than torch's layer does: {', '.join(sorted(more))}" if more else None

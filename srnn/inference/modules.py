@@ -17,8 +17,10 @@ from srnn.inference.base import SparseModule, Weights, no_grad, refuse_tracing, 
 from srnn.inference.operator import rebuilders
 from srnn.inference.sparse_cell import SparseCell
 from srnn.inference.sparse_recurrent import SparseRecurrent
+from srnn.inference.sparse_recurring import SparseRecurring
 from srnn.kernels.contract import Kernel, Product
 from srnn.meta_device import without_memory
+from srnn.models.recurring import Recurring
 from srnn.registry import register
 from srnn.sparse import SparseMatrix
 
@@ -117,7 +119,7 @@ class SparseEmbedding(SparseModule):
         return nn.Embedding, sizes | {"padding_idx": self.padding_idx}
 
 
-# Torch's module -> what stands for it; not for what derives from torch's.
+# A module -> what stands for it; not for what derives from these.
 SPARSE_KINDS: dict[type[nn.Module], Any] = {
     nn.RNN: SparseRecurrent,
     nn.GRU: SparseRecurrent,
@@ -127,6 +129,7 @@ SPARSE_KINDS: dict[type[nn.Module], Any] = {
     nn.LSTMCell: SparseCell,
     nn.Linear: SparseLinear,
     nn.Embedding: SparseEmbedding,
+    Recurring: SparseRecurring,
 }
 
 

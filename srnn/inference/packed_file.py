@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from srnn.audio import Features
 from srnn.errors import UserError
 from srnn.files import write_atomically
 from srnn.inference.packing import PackedModel, matrix_gates
@@ -106,7 +107,8 @@ def load(path: str | Path, kernel: str | Kernel = "auto", into: nn.Module | None
 
     A language model is called as ``logits_BTV, state = model(tokens_BT, state)`` for sequences and as
     ``logits_BV, state = model.step(tokens_B, state)`` for a stream; ``model.generate(...)`` writes, and
-    ``model.vocabulary`` translates. Calls from several threads are safe, each with a state of its own.
+    ``model.vocabulary`` translates. One that writes speech down has ``model.transcriber()``. Calls from several threads
+    are safe, each with a state of its own.
 
     Args:
         path: the file.
@@ -141,6 +143,8 @@ def load(path: str | Path, kernel: str | Kernel = "auto", into: nn.Module | None
     if into is not None and packed.vocabulary is None:
         return model
     model.vocabulary = packed.vocabulary  # type: ignore[assignment]
+    if hasattr(model, "transcriber"):
+        model.audio = Features.of(packed.about.get("dataset"))  # type: ignore[assignment]
     return model
 
 

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from srnn.cells import CELL_TYPES, GATES
+from srnn.cells import CELL_TYPES, GATES, gates_of
 from srnn.errors import UserError
 from srnn.formats import DTYPES, PACKED_STRUCTURES, PackedStructure, Values
+from srnn.models.recurring import Recurring
 from srnn.sparse import SparseMatrix, cheapest_structure, has_structure, packed_nbytes
 from srnn.vocabulary import Vocabulary
 
@@ -28,7 +29,9 @@ _LAYERS: dict[Any, int] = {kind: GATES[c] for c, known in CELL_TYPES.items() for
 
 def matrix_gates(name: str, module: nn.Module) -> int:
     """Gates that the rows of a module's matrix fall into."""
-    return 1 if name.startswith("weight_hr") else _LAYERS.get(type(module), 1)
+    if name.startswith("weight_hr"):
+        return 1
+    return _LAYERS.get(type(module)) or (gates_of(module) if type(module) is Recurring else 1)
 
 
 class Packer:

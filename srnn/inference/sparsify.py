@@ -34,9 +34,9 @@ def sparsify(
     """A copy of a network that runs on sparse kernels: the same call, outputs and states, for inference.
 
     Every ``nn.RNN``, ``nn.GRU``, ``nn.LSTM``, their cells, ``nn.Linear`` and ``nn.Embedding`` of which a matrix holds
-    enough zeros to be smaller in a sparse format is replaced; the rest is copied. The model itself is left as it is. Masks of
-    ``torch.nn.utils.prune`` are applied. The copy's ``sparsify_report``, which its ``repr`` prints, says what was
-    replaced and what was left dense, and why; a warning names what was pruned and yet left dense.
+    enough zeros to be smaller in a sparse format is replaced; the rest is copied. The model itself is left as it is.
+    Masks of ``torch.nn.utils.prune`` are applied. The copy's ``sparsify_report``, which its ``repr`` prints, says what
+    was replaced and what was left dense, and why; a warning names what was pruned and yet left dense.
 
     Args:
         model: a trained network; it may be one of these modules itself.

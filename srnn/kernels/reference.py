@@ -10,35 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srnn.cells import CLIP, Cell
+from srnn.cells import Cell, cell_step
 from srnn.kernels.contract import LayerWeights, Product, Recurrence, State
-
-
-def cell_step(cell: Cell, u_BG: Tensor, v_BG: Tensor, state: State, new_bias: Tensor | None) -> State:
-    """The state after a step; an LSTM's h is not projected yet.
-
-    Args:
-        cell: the recurrence.
-        u_BG: product with the input, with its bias.
-        v_BG: product with h.
-        state: before.
-        new_bias: [H], of a GRU.
-    """
-    if cell == "gru":
-        (h_BH,) = state
-        u_r, u_z, u_n = u_BG.chunk(3, dim=1)
-        v_r, v_z, v_n = v_BG.chunk(3, dim=1)
-        z_BH = torch.sigmoid(u_z + v_z)
-        n_BH = torch.tanh(u_n + torch.sigmoid(u_r + v_r) * (v_n if new_bias is None else v_n + new_bias))
-        return ((1 - z_BH) * n_BH + z_BH * h_BH,)
-    if cell == "lstm":
-        i_BH, f_BH, g_BH, o_BH = (u_BG + v_BG).chunk(4, dim=1)
-        c_BH = torch.sigmoid(f_BH) * state[1] + torch.sigmoid(i_BH) * torch.tanh(g_BH)
-        return torch.sigmoid(o_BH) * torch.tanh(c_BH), c_BH
-    a_BH = u_BG + v_BG
-    if cell == "tanh":
-        return (a_BH.tanh(),)
-    return (a_BH.relu(),) if cell == "relu" else (a_BH.clamp(0, CLIP),)
 
 
 @dataclass(frozen=True)

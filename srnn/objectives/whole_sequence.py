@@ -6,15 +6,28 @@ Shapes: B batch, T time, I inputs, O outputs.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from srnn.datasets.base import Batch
+from srnn.datasets.base import Batch, DataModule
+from srnn.errors import UserError
 from srnn.objectives.base import Objective
 
 
 class WholeSequence(Objective):
-    """Sequences that are read whole, each from a zero state."""
+    """Sequences that are read whole, each from a zero state. Raises UserError for a network that writes speech down."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: Mapping[str, Any], data: DataModule, call: Callable[..., Any] | None = None
+    ) -> None:
+        super().__init__(model, optimizer, data, call)
+        if hasattr(model, "output_lengths"):
+            raise UserError(
+                f"{type(model).__name__} writes speech down, character by character, and these data want "
+                f"one answer for a whole sequence: choose model=gru, or dataset=fsdd, manifest or librispeech."
+            )
 
     @staticmethod
     @abstractmethod

@@ -19,7 +19,14 @@ def matrix_names(module: nn.Module) -> list[str]:
     """The names of the matrices that a plain layer of this type has."""
     if isinstance(module, nn.RNNBase):
         return [name for names in module._all_weights for name in names if name.startswith("weight")]
-    return ["weight_ih", "weight_hh"] if isinstance(module, nn.RNNCellBase) else ["weight"]
+    if isinstance(module, nn.RNNCellBase):
+        return ["weight_ih", "weight_hh"]
+    # A layer of another kind, which says itself of which type it is, has the names that it has.
+    return ["weight"] if type(module).__module__.startswith("torch.") else _own_names(module) or ["weight"]
+
+
+def _own_names(module: nn.Module) -> list[str]:
+    return [name for name in module._parameters if name.startswith("weight_")]
 
 
 def reason_left_out(module: nn.Module, name: str) -> str | None:

@@ -109,8 +109,9 @@ def prunable(model: nn.Module) -> list[Weight]:
     """All the weights of a model that can be pruned, in its order; one that layers share is listed once.
 
     Recurrent: every ``weight_*`` matrix of ``nn.RNN/GRU/LSTM`` and their cells: input, recurrent, projection, all
-    layers and directions; linear, embedding and convolution (1-D and 2-D): the weight. Other matrices are ``other``:
-    they are pruned only where a pattern names them. Biases and normalisation cannot be.
+    layers and directions; linear, embedding and convolution (1-D and 2-D): the weight. A module with the attribute
+    ``layer_type`` says itself what its ``weight*`` count as. Other matrices are ``other``: they are pruned only where a
+    pattern names them. Biases and normalisation cannot be.
 
     Raises:
         UserError: a weight is sharded over devices, or of a lazy layer that has seen no batch.
@@ -140,6 +141,9 @@ def prunable(model: nn.Module) -> list[Weight]:
 
 
 def _layer_type(module: nn.Module) -> str:
+    own = getattr(module, "layer_type", None)
+    if own in LAYER_TYPES:
+        return str(own)
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "recurrent"
     if isinstance(module, nn.Linear):

@@ -221,6 +221,8 @@ def print_report(report: dict[str, Any]) -> None:
     ratio = sizes["dense_bytes"] / sizes["packed_bytes"]
     smaller = f" ({ratio:.1f}x smaller)" if ratio >= 1.05 else ""
     table.add_row("bytes dense (fp32), packed file", f"{sizes['dense_bytes']:,}, {sizes['packed_bytes']:,}{smaller}")
+    for why, count in report.get("left_out", {}).items():  # reports of older versions lack it
+        table.add_row(f"{report['unit']} left out: {why}", f"{count:,}")
     latency = report["latency"]
     for kind, steps in (("sequence", plural(latency["steps"], "step")), ("step", "1 step")):
         if kind in latency:
@@ -287,7 +289,9 @@ def print_ways_on(folder: RunFolder, data: DataModule) -> None:
     """Where the run's files are, and what can be done with them."""
     console.print(f"Everything is in {folder}", soft_wrap=True)
     run = shlex.quote(str(folder))
-    if data.vocabulary is None:
+    if data.objective == "ctc":
+        console.print(f"Try it: srnn transcribe {run} --audio FILE", soft_wrap=True)
+    elif data.vocabulary is None or data.objective != "next_token":
         console.print(f"Try it: srnn evaluate {run}", soft_wrap=True)
     else:
         prompt = _prompt(data, data.vocabulary)

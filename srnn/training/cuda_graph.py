@@ -26,22 +26,28 @@ class Graphed:
         # Graphs are recorded on a stream of their own, which torch warns of at every step.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         self._graph: Any = None
+        self._zero: Any = None
 
     def __call__(self, inputs: Tensor, state: Any = None) -> Any:
         """As the network; a state of None starts from zero."""
         if self._graph is None:
             example = self.example.to(inputs.device)
+            self._zero = self._zero_state(example)
             # Without the cache, as casts of weights have to happen in the graph.
             with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False):
-                samples = (example, self._zero_state(example))
+                samples = (example, self._zero)
                 self._graph = torch.cuda.make_graphed_callables(_Call(self.model), samples)
         if inputs.shape != self.example.shape:
             return self.model(inputs, state)
-        return self._graph(inputs, self._zero_state(inputs) if state is None else state)
+        return self._graph(inputs, self._zero if state is None else state)
 
     @torch.no_grad()
     def _zero_state(self, inputs: Tensor) -> Any:
-        return _map(torch.zeros_like, self.model(inputs[:, :1])[1])
+        training = self.model.training
+        try:  # a norm keeps statistics of what it sees in training
+            return _map(torch.zeros_like, self.model.eval()(inputs[:, :1])[1])
+        finally:
+            self.model.train(training)
 
 
 class _Call(nn.Module):

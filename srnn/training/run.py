@@ -153,7 +153,14 @@ def _finish(run: Run, folder: RunFolder, recorder: Recorder) -> dict[str, Any]:
     packed_bytes = folder.packed.stat().st_size
     report = build_report(run.config, run.data.objective, run.model, packed, packed_bytes, scores, recorder)
     token = run.data.vocabulary.level.removesuffix("s") if run.data.vocabulary else None
-    return report | {"latency": latency, "init_from": run.match, "limits": dict(run.data.limits), "token": token}
+    return (
+        report
+        | {"latency": latency, "init_from": run.match, "limits": dict(run.data.limits), "token": token}
+        | {
+            "unit": run.data.unit,
+            "left_out": run.data.left_out,
+        }
+    )
 
 
 def _check_kernel(config: Mapping[str, Any]) -> None:

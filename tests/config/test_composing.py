@@ -54,10 +54,13 @@ def test_experiments_open_with_what_they_show():
             assert word in head, (path, word)
 
 
+MUST_BE_GIVEN = {"text": ["path"], "fsdd": ["path"], "librispeech": ["folder"], "manifest": ["train", "valid", "test"]}
+
+
 def test_every_choice_composes():
     for group in GROUPS:
         for name in presets(group):
-            extra = ["dataset.path=x"] if name == "text" else []
+            extra = [f"dataset.{key}=x" for key in MUST_BE_GIVEN.get(name, ())]
             compose_settings([f"{group}={name}", *extra])
 
 

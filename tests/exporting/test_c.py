@@ -359,7 +359,11 @@ def test_it_says_so_where_there_is_no_compiler(tmp_path, monkeypatch):
         ('n".c', {"name": "net"}, "letters, digits and . _ [+] - only"),
         ("net.c", {"values": "fp8"}, "values='fp8': there are fp32"),
         ("net.c", {"structure": "3x3"}, "structure='3x3': there are auto"),
-        ("net.c", {"speed": 1}, "format=c takes no speed: its options are values, structure, name, verify"),
+        (
+            "net.c",
+            {"speed": 1},
+            "format=c takes no speed: its options are values, structure, name, verify, activations",
+        ),
         ("net.h", {}, r"must be a file named \*\.c"),
     ],
 )

@@ -9,7 +9,7 @@ from torch import nn
 
 from srnn.errors import UserError
 from srnn.exporting.base import ExportReport, ExportRequest
-from srnn.exporting.c.c_format import about_lines, check_c, told_program
+from srnn.exporting.c.c_format import Rounded, about_lines, check_c, told_program
 from srnn.exporting.c.program import Program, with_comment
 from srnn.exporting.c.verification import VERIFIED_STEPS, error_of
 from srnn.exporting.chain import Chain
@@ -18,14 +18,15 @@ from srnn.exporting.wasm.building import WasmStream, can_compile, can_run, webas
 from srnn.exporting.wasm.page import page_html
 from srnn.files import write_atomically
 from srnn.formats import Values
-from srnn.inference.packing import WantedStructure
+from srnn.inference.packing import Packer, WantedStructure
 
 
 def check_wasm(
     values: Values | None = None, structure: WantedStructure = "auto", name: str | None = None, verify: bool = True
 ) -> None:
     """Raises UserError for values, blocks or a name that there are not, or a compiler that is missing."""
-    check_c(values, structure, name)
+    Packer(structure, values or "fp16")
+    check_c(None, structure, name)
     if not can_compile():
         raise UserError("format=wasm needs ziglang, which compiles the network: pip install 'srnn[wasm]'.")
 
@@ -53,7 +54,7 @@ def write_wasm(
         verify: run the module, where wasmtime is installed, and compare it with the network.
     """
     chain, program = told_program(model, path, request, values, structure, name, usual="fp16")
-    about = about_lines(request, chain)
+    about = about_lines(request, Rounded(chain))
     with tempfile.TemporaryDirectory() as folder:
         module = webassembly(with_comment(program, about), Path(folder))
     verified, error = _verified(program, module, chain, path) if verify else ("not run (verify=false)", None)

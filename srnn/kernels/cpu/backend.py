@@ -123,7 +123,7 @@ class _Recurrence(Recurrence):
             c_HS = np.zeros((len(self.new_bias) if self.cell == "lstm" else 0, -(-streams // tile) * tile), np.float32)
             if self.cell == "lstm":
                 c_HS[:, :streams] = _array(state[1]).T
-            run = code.recur if threads == 1 else code.recur_parallel
+            run = code.recur_serial if threads == 1 else code.recur_parallel
             h_PS = run(
                 CELLS.index(self.cell),
                 chunk,

@@ -228,7 +228,9 @@ def _begin(sizes, reverse, h0, tile):
 
 
 @njit(nogil=True, cache=True)
-def recur(cell, chunk_size, matrix, project, u, sizes, reverse, tile, new_bias, h0, c, bounds, project_bounds, y):
+def recur_serial(
+    cell, chunk_size, matrix, project, u, sizes, reverse, tile, new_bias, h0, c, bounds, project_bounds, y
+):
     """A whole sequence on one thread.
 
     Args:
@@ -294,7 +296,7 @@ def step_layer(cell, chunks, input_matrix, matrix, input_bias, new_bias, x, h0, 
 def recur_parallel(
     cell, chunk_size, matrix, project, u, sizes, reverse, tile, new_bias, h0, c, bounds, project_bounds, y
 ):
-    """``recur`` on as many threads as ``bounds`` has parts."""
+    """``recur_serial`` on as many threads as ``bounds`` has parts."""
     order, offsets, even = _begin(sizes, reverse, h0, tile)
     odd, hidden = zeros(even.shape[0], even.shape[1]), zeros(new_bias.shape[0], even.shape[1])
     parts = len(bounds) - 1

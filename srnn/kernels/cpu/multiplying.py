@@ -90,7 +90,7 @@ def _rows_as_taken(matrix, x, row, count, tile):
 
 @njit(nogil=True, cache=True)
 def multiply(chunk_size, matrix, gates, x, tile, bias, bounds, y):
-    """y[N, O] = x[N, I] W' + bias on one thread; the rest as in ``recur``."""
+    """y[N, O] = x[N, I] W' + bias on one thread; the rest as in ``recur_serial``."""
     last = bounds[-1]
     for row in range(0, x.shape[0], ROWS):
         count = min(ROWS, x.shape[0] - row)

@@ -1,0 +1,171 @@
+"""Writing speech down with a trained network: whole recordings, and streams.
+
+Shapes: N samples, T frames or steps, I bands, V characters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from srnn.audio import HOP_SAMPLES, Features, Running, frames_of, read_audio
+from srnn.errors import UserError
+from srnn.models.decoding import beam_search, greedy
+from srnn.vocabulary import Vocabulary
+
+
+class Transcriber:
+    """Writes speech down; ``srnn.load(path).transcriber()`` makes one.
+
+    Args:
+        model: a ``DeepSpeech2``, dense or on sparse kernels, in eval mode.
+        vocabulary: its characters.
+        audio: the features that it was trained on.
+    """
+
+    def __init__(self, model: Any, vocabulary: Vocabulary, audio: Features) -> None:
+        self.model, self.vocabulary, self.audio = model, vocabulary, audio
+
+    @torch.inference_mode()
+    def __call__(self, source: str | Path | Tensor, beam: int = 1) -> str:
+        """The text of a recording.
+
+        Args:
+            source: a WAV, FLAC or OGG file, or samples at 16 kHz, fp32 in -1 .. 1.
+            beam: 1 takes the likeliest character of each step; more, the likeliest text that a prefix beam search of
+                this width finds.
+
+        Raises:
+            UserError: the file is no audio.
+        """
+        x_N = source if isinstance(source, Tensor) else read_audio(source)
+        if not frames_of(len(x_N)):
+            return ""
+        logits_BTV, lengths_B = self.model(self.audio(x_N)[None])
+        tokens = beam_search(logits_BTV[0], beam) if beam > 1 else greedy(logits_BTV, lengths_B)[0]
+        return self.vocabulary.decode(tokens)
+
+    def stream(self) -> Listener:
+        """What writes down sound as it comes in.
+
+        Raises:
+            UserError: the network, or the features that it was trained on, need the end of an utterance first.
+        """
+        if self.audio.normalise != "running":
+            raise UserError(
+                f"this network was trained with dataset.normalise={self.audio.normalise}, which needs whole "
+                f"utterances: streams want one that was trained with dataset.normalise=running."
+            )
+        return Listener(self)
+
+
+class Listener:
+    """Sound in pieces -> the text so far: the same text as of the whole, however it is cut. Only the text grows.
+
+    Args:
+        transcriber: whose network listens.
+    """
+
+    def __init__(self, transcriber: Transcriber) -> None:
+        self.transcriber = transcriber
+        self.text = ""
+        self._network = NetworkStream(transcriber.model)
+        self._running = Running()
+        self._samples = torch.zeros(0)
+        self._last = 0
+
+    @torch.inference_mode()
+    def hear(self, x_N: Tensor) -> str:
+        """The text so far, after more samples at 16 kHz, fp32 in -1 .. 1."""
+        self._samples = torch.cat([self._samples, x_N])
+        x_TI = self.transcriber.audio.logarithms(self._samples)
+        self._samples = self._samples[len(x_TI) * HOP_SAMPLES :]
+        return self._write(self._network.feed(self._running(x_TI)) if len(x_TI) else None)
+
+    @torch.inference_mode()
+    def finish(self) -> str:
+        """The whole text; nothing more may be heard."""
+        return self._write(self._network.finish())
+
+    def _write(self, logits_TV: Tensor | None) -> str:
+        for token in logits_TV.argmax(-1).tolist() if logits_TV is not None else ():
+            if token and token != self._last:
+                self.text += self.transcriber.vocabulary.decode([token])
+            self._last = token
+        return self.text
+
+
+class NetworkStream:
+    """A network that reads forward only, fed with frames as they come: the same outputs as for the whole.
+
+    Each convolution keeps the frames that its next output needs, each recurrent layer its state.
+
+    Args:
+        model: a ``DeepSpeech2``, dense or on sparse kernels, in eval mode.
+
+    Raises:
+        UserError: its layers run both ways.
+
+    Example:
+        >>> import torch
+        >>> from srnn.models import deepspeech2
+        >>> model = deepspeech2("gru", 16, 1, False, row_taps=3, channels=2, input_size=40, output_size=5).eval()
+        >>> x_TI, stream = torch.randn(30, 40), NetworkStream(model)
+        >>> with torch.no_grad():
+        ...     pieces = torch.cat([stream.feed(x_TI[:7]), stream.feed(x_TI[7:]), stream.finish()])
+        ...     whole = model(x_TI[None])[0][0]
+        >>> torch.allclose(pieces, whole, atol=1e-5)
+        True
+    """
+
+    def __init__(self, model: Any) -> None:
+        if model.look_ahead is None:
+            raise UserError(
+                "this network's layers run both ways, and need the end of an utterance first: streams want one that "
+                "was trained with model.bidirectional=false."
+            )
+        self.model = model
+        self._waiting: dict[str, Tensor] = {}
+        self._states: list[Any] = [None] * len(model.layers)
+
+    def feed(self, x_TI: Tensor) -> Tensor:
+        """logits_TV of the steps that are complete with these frames; there may be none."""
+        return self._run(x_TI, last=False)
+
+    def finish(self) -> Tensor:
+        """logits_TV of the steps that waited for more."""
+        return self._run(self.model.output.bias.new_zeros(0, self.model.convolutions[0].bands), last=True)
+
+    def _run(self, x_TI: Tensor, last: bool) -> Tensor:
+        x_BTI = x_TI[None]
+        for number, part in enumerate(self.model.convolutions):
+            x_BTI = self._convolved(f"convolution {number}", part, x_BTI, last)
+        for number, layer in enumerate(self.model.layers):
+            if not x_BTI.shape[1]:
+                x_BTI = x_BTI.new_zeros(1, 0, layer.recurrence.hidden_size)
+            else:
+                x_BTI, self._states[number] = layer(x_BTI, torch.tensor([x_BTI.shape[1]]), self._states[number])
+        if self.model.row is not None:
+            x_BTI = self._convolved("row", self.model.row, x_BTI, last)
+        if not x_BTI.shape[1]:
+            return x_BTI.new_zeros(0, self.model.output.out_features)
+        logits_BTV: Tensor = self.model.characters(x_BTI, x_BTI.new_ones(1, 1, 1))
+        return logits_BTV[0]
+
+    def _convolved(self, name: str, part: Any, x_BTI: Tensor, last: bool) -> Tensor:
+        """A convolution's outputs that are complete; what later ones need waits."""
+        before = self._waiting.get(name)
+        if before is None:
+            before = x_BTI.new_zeros(1, part.before, x_BTI.shape[2])
+        frames = torch.cat([before, F.pad(x_BTI, (0, 0, 0, part.after if last else 0))], 1)
+        taps = part.before + part.after + 1
+        outputs = max(0, (frames.shape[1] - taps) // part.stride + 1)
+        self._waiting[name] = frames[:, outputs * part.stride :]
+        if not outputs:
+            return frames.new_zeros(1, 0, part.out_size)
+        found: Tensor = part(frames[:, : (outputs - 1) * part.stride + taps])
+        return found

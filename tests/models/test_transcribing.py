@@ -1,0 +1,80 @@
+"""Decoding, and writing speech down in pieces and as a whole."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from srnn.audio import Features
+from srnn.errors import UserError
+from srnn.models import Transcriber, deepspeech2
+from srnn.models.decoding import beam_search, greedy
+from srnn.vocabulary import Characters
+from tests.speech_files import spoken
+
+
+def enumerated(logits_TV):
+    """Text -> probability, over all paths."""
+    found, steps = {}, logits_TV.softmax(-1)
+    for path in itertools.product(range(logits_TV.shape[1]), repeat=len(logits_TV)):
+        text = tuple(token for token, _ in itertools.groupby(path) if token)
+        found[text] = found.get(text, 0.0) + math.prod(float(steps[t, token]) for t, token in enumerate(path))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_wide_beam_finds_the_likeliest_text(seed):
+    torch.manual_seed(seed)
+    logits_TV = 2 * torch.randn(5, 3)
+    wanted = enumerated(logits_TV)
+    assert sum(wanted.values()) == pytest.approx(1, abs=1e-5)
+    best = max(wanted, key=wanted.get)
+    assert tuple(beam_search(logits_TV, 1000)) == best
+    assert wanted[tuple(beam_search(logits_TV, 4))] >= 0.5 * wanted[best]
+
+
+def test_the_likeliest_text_is_not_that_of_the_likeliest_path():
+    logits_TV = torch.tensor([[0.4, 0.35, 0.25]] * 2).log()
+    assert greedy(logits_TV[None], torch.tensor([2])) == [[]]
+    assert beam_search(logits_TV, 100) == [1]
+
+
+@pytest.fixture(scope="module")
+def listening():
+    torch.manual_seed(0)
+    sizes = {"input_size": 161, "output_size": 5}
+    model = deepspeech2("gru", 24, 2, False, row_taps=4, channels=2, future=1, **sizes)
+    for p in model.output.parameters():
+        p.data.mul_(20)  # an untrained network says little
+    model(torch.randn(2, 60, 161))
+    return Transcriber(model.eval(), Characters([" ", "a", "b", "c"]), Features(normalise="running"))
+
+
+@pytest.mark.parametrize("milliseconds", [40, 130, 640])
+def test_a_stream_writes_what_the_whole_says(listening, milliseconds):
+    x_N = torch.from_numpy(spoken("abc ab", seed=3))
+    whole = listening(x_N)
+    assert whole
+    stream, size = listening.stream(), 16 * milliseconds
+    partial = [stream.hear(piece) for piece in x_N.split(size)]
+    assert stream.finish() == whole
+    assert all(whole.startswith(text) for text in partial)
+    assert all(waiting.shape[1] < 80 for waiting in stream._network._waiting.values())
+    assert len(stream._samples) < 480
+
+
+def test_nothing_said_is_no_text(listening):
+    assert listening(torch.zeros(100)) == ""
+    stream = listening.stream()
+    assert stream.hear(torch.zeros(100)) == stream.finish() == ""
+
+
+def test_streams_that_cannot_be(listening):
+    with pytest.raises(UserError, match=r"trained with dataset.normalise=utterance"):
+        Transcriber(listening.model, listening.vocabulary, Features()).stream()
+    both = deepspeech2("rnn", 8, 1, channels=2, input_size=161, output_size=5).eval()
+    with pytest.raises(UserError, match=r"model.bidirectional=false"):
+        Transcriber(both, listening.vocabulary, listening.audio).stream()
+    with pytest.raises(UserError, match=r"srnn.load it from the packed file of a run"):
+        both.transcriber()

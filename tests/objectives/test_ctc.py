@@ -1,0 +1,173 @@
+"""CTC: its loss, greedy decoding, error rates, and runs on generated speech."""
+
+import io
+import json
+
+import jiwer
+import pytest
+import soundfile
+import torch
+from torch.nn import functional as F
+
+import srnn
+from srnn.__main__ import main
+from srnn.datasets import Manifest
+from srnn.datasets.text import IGNORED
+from srnn.errors import UserError
+from srnn.models import deepspeech2, gru
+from srnn.models.decoding import greedy
+from srnn.objectives import Classification, Ctc
+from srnn.objectives.ctc import CtcScore, ctc_losses, impossible
+from srnn.vocabulary import Characters
+from tests.speech_files import TEXTS, write_speech
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory):
+    return write_speech(tmp_path_factory.mktemp("speech"), [*TEXTS, "ccb", "ac", "bcb", "ca b"])
+
+
+def data_of(path, batch_size=16, **options):
+    data = Manifest(str(path), str(path), str(path), batch_size=batch_size, features="mel", **options)
+    data.setup()
+    return data
+
+
+def small(data, **options):
+    torch.manual_seed(0)
+    return deepspeech2("rnn", 32, 1, channels=4, **options, **data.sizes)
+
+
+def test_the_loss_is_that_of_all_alignments():
+    """Against the sum over every path of 4 steps."""
+    logits_BTV = torch.randn(1, 4, 3)
+    probabilities_TV = logits_BTV[0].softmax(-1)
+    total = 0.0
+    for path in torch.cartesian_prod(*[torch.arange(3)] * 4):
+        if greedy(F.one_hot(path, 3)[None].float(), torch.tensor([4])) == [[1, 1]]:
+            total += probabilities_TV[torch.arange(4), path].prod()
+    losses_B = ctc_losses(logits_BTV, torch.tensor([4]), torch.tensor([[1, 1, IGNORED]]))
+    assert losses_B.item() == pytest.approx(-total.log().item(), rel=1e-5)
+
+
+def test_what_pads_counts_for_nothing():
+    logits_BTV, targets_BU = torch.randn(2, 6, 4), torch.tensor([[1, 2], [3, IGNORED]])
+    losses_B = ctc_losses(logits_BTV, torch.tensor([6, 3]), targets_BU)
+    alone = ctc_losses(logits_BTV[1:, :3], torch.tensor([3]), torch.tensor([[3]]))
+    assert losses_B[1].item() == pytest.approx(alone.item(), rel=1e-5)
+    half = ctc_losses(logits_BTV.bfloat16(), torch.tensor([6, 3]), targets_BU)
+    assert half.dtype == torch.float32
+
+
+def test_transcripts_longer_than_their_steps_are_counted_and_teach_nothing():
+    logits_BTV = torch.randn(3, 3, 4, requires_grad=True)
+    targets_BU, lengths_B = torch.tensor([[1, 1, 2], [1, 2, 3], [1, 1, IGNORED]]), torch.tensor([3, 3, 2])
+    assert impossible(lengths_B, targets_BU) == 2
+    losses_B = ctc_losses(logits_BTV, lengths_B, targets_BU)
+    assert (losses_B == 0).tolist() == [True, False, True]
+    losses_B.sum().backward()
+    assert logits_BTV.grad.isfinite().all()
+    assert (logits_BTV.grad[[0, 2]] == 0).all()
+
+
+def test_error_rates_are_jiwer_s():
+    vocabulary = Characters([" ", "a", "b"])
+    said = ["ab a", "b", "aa bb ab"]
+    heard = ["ab b", "", "a bb ab a"]
+    score = CtcScore(vocabulary)
+    for each, other in zip(said, heard, strict=True):
+        target_BU = torch.from_numpy(vocabulary.encode(each))[None]
+        tokens = torch.from_numpy(vocabulary.encode(other))
+        steps = torch.stack([tokens, torch.zeros_like(tokens)], 1).flatten()  # a blank after each character
+        steps = torch.cat([steps, torch.zeros(20 - len(steps), dtype=torch.long)])
+        score.update(10 * F.one_hot(steps, 4)[None].float(), torch.tensor([20]), target_BU)
+    found = score.compute()
+    assert found["cer"].item() == pytest.approx(jiwer.cer(said, heard))
+    assert found["wer"].item() == pytest.approx(jiwer.wer(said, heard))
+
+
+def test_networks_and_data_that_do_not_go_together(listed):
+    data = data_of(listed)
+    with pytest.raises(UserError, match=r"SequenceModel gives one answer.*choose model=deepspeech2"):
+        Ctc(gru(8, **data.sizes), {}, data)
+    with pytest.raises(UserError, match=r"DeepSpeech2 writes speech down.*choose model=gru"):
+        Classification(small(data), {}, data)
+
+
+def test_it_overfits_sixteen_utterances(listed):
+    data = data_of(listed)
+    model = small(data)
+    objective = Ctc(model, {"name": "adam", "lr": 0.01}, data)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    batches = data.batches("train")
+    for step in range(100):
+        loss = objective.training_step(batches.fetch(0, 0), step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert objective.impossible == 0
+    scores = Ctc.score(model, data, "test")
+    assert scores["cer"] == scores["wer"] == 0
+    assert scores["loss"] < 0.1
+
+
+@pytest.fixture(scope="module")
+def run(listed, tmp_path_factory):
+    """A run's folder: of a network that streams too."""
+    folder = tmp_path_factory.mktemp("ctc") / "run"
+    chosen = ["model=deepspeech2_small", "model.hidden_size=32", "model.num_layers=1", "model.channels=4"]
+    chosen += ["dataset=manifest", *(f"dataset.{part}={listed}" for part in ("train", "valid", "test"))]
+    chosen += ["dataset.features=mel", "dataset.normalise=running", "dataset.batch_size=8", "pruning.sparsity=0.6"]
+    chosen += ["trainer.max_epochs=20", "optimizer.lr=0.02", "trainer.accelerator=cpu", "packed.values=fp32"]
+    assert main([*chosen, "kernel=csr", "tracking.mode=disabled", f"hydra.run.dir={folder}"]) == 0
+    return folder
+
+
+def test_a_run_prunes_packs_and_scores_it(run):
+    report = json.loads((run / "report.json").read_text())
+    assert report["sparsity"]["reached"] == pytest.approx(0.6, abs=0.001)
+    test, packed = report["scores"]["test"], report["scores"]["test_packed"]
+    assert packed["cer"] == test["cer"] < 0.2
+    assert packed["loss"] == pytest.approx(test["loss"], rel=1e-3)
+    assert report["left_out"] == {}
+    assert {row["layer_type"] for row in report["layers"]} == {"recurrent", "linear"}
+
+
+def test_commands_take_a_run_of_speech(run, tmp_path, capsys):
+    assert main(["evaluate", str(run)]) == 0
+    assert "cer" in capsys.readouterr().out
+    assert main(["generate", str(run)]) == 2
+    assert "is no language model" in capsys.readouterr().err
+    assert main(["export", str(run), "format=onnx", f"--output={tmp_path}/onnx"]) == 2
+    assert "srnn: " in capsys.readouterr().err
+
+
+def test_transcribe(run, listed, capsys, monkeypatch):
+    folder = listed.parent
+    assert main(["transcribe", str(run), "--audio", str(folder)]) == 0
+    told = capsys.readouterr()
+    lines = dict(line.split("\t") for line in told.out.splitlines())
+    assert list(lines) == sorted(str(path) for path in folder.glob("*.wav"))
+    said = sum(lines[str(folder / f"{n}.wav")] == text for n, text in enumerate(TEXTS))
+    assert said >= len(TEXTS) / 2
+    assert "real-time factor" in told.err
+    one = folder / "3.wav"
+    raw = soundfile.read(one, dtype="int16")[0].tobytes()
+    pipe = type("Pipe", (), {"buffer": io.BytesIO(raw)})
+    for options in ([str(one)], [str(one), "--stream=true"], ["-", "--stream", "true"]):
+        monkeypatch.setattr("sys.stdin", pipe)
+        assert main(["transcribe", str(run), "--audio", *options]) == 0
+        assert capsys.readouterr().out == lines[str(one)] + "\n"
+    assert main(["transcribe", str(run), "--audio", str(one), "--beam", "20"]) == 0
+    assert srnn.load(run / "model.safetensors").transcriber()(one) == lines[str(one)]
+
+
+def test_transcribe_says_what_is_wrong(run, text_run, tmp_path, capsys):
+    for words, told in (
+        ([str(run), "--audio", str(tmp_path / "gone.wav")], "no such file or folder"),
+        ([str(run), "--audio", str(tmp_path)], "this folder has no .wav"),
+        ([str(run), "--audio", "-", "--stream=true", "--beam=3"], "looks at whole recordings"),
+        ([str(text_run), "--audio", "-"], "writes no speech down"),
+    ):
+        assert main(["transcribe", *words]) == 2
+        assert told in capsys.readouterr().err

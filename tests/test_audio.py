@@ -1,0 +1,93 @@
+"""Samples and features, against what is written down here."""
+
+import math
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from srnn.audio import RATE, Features, Running, frames_of, mel_filters, read_audio, resample
+from srnn.errors import UserError
+
+
+def reference_logarithms(x_N, size):
+    """The definition in float64: Hann windows of 320 samples, 160 apart, and a Fourier transform as a matrix."""
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(320) / 320)
+    angles = 2 * np.pi * np.outer(np.arange(320), np.arange(size // 2 + 1)) / size
+    frames = np.stack([x_N[start : start + 320] * window for start in range(0, len(x_N) - 319, 160)])
+    return (frames @ np.cos(angles)) ** 2 + (frames @ np.sin(angles)) ** 2
+
+
+def reference_mel(powers, bands=40):
+    """Triangles on the mel scale, one after the other."""
+    top = 2595 * math.log10(1 + 8000 / 700)
+    edges = [700 * (10 ** (top * k / (bands + 1) / 2595) - 1) for k in range(bands + 2)]
+    weights = np.zeros((bands, powers.shape[1]))
+    for band, (low, middle, high) in enumerate(zip(edges, edges[1:], edges[2:], strict=False)):
+        for place in range(powers.shape[1]):
+            f = 8000 * place / (powers.shape[1] - 1)
+            rise, fall = (f - low) / (middle - low), (high - f) / (high - middle)
+            weights[band, place] = max(0.0, min(rise, fall))
+    return powers @ weights.T
+
+
+@pytest.mark.parametrize("kind", ["spectrogram", "mel"])
+def test_features_are_those_written_down(kind):
+    x_N = (0.1 * np.random.default_rng(0).standard_normal(3300)).astype(np.float32)
+    powers = reference_logarithms(x_N.astype(np.float64), 320 if kind == "spectrogram" else 512)
+    wanted = np.log((powers if kind == "spectrogram" else reference_mel(powers)) + 1e-6)
+    features = Features(kind)
+    got = features.logarithms(torch.from_numpy(x_N))
+    assert got.shape == wanted.shape == (frames_of(3300), features.bands)
+    assert np.abs(got.numpy() - wanted).max() < 1e-5 * max(1, np.abs(wanted).max())
+    normalised = features(torch.from_numpy(x_N))
+    assert normalised.mean().abs() < 1e-5
+    assert normalised.std() == pytest.approx(1, abs=1e-3)
+
+
+def test_every_mel_band_has_a_peak_near_one():
+    assert mel_filters().max(1).values.min() > 0.5
+
+
+def test_running_normalisation_is_the_same_in_pieces():
+    x_TI = torch.randn(50, 4) * 3 - 9
+    whole, running = Running()(x_TI), Running()
+    pieces = torch.cat([running(piece) for piece in x_TI.split([1, 0, 20, 29])])
+    assert torch.allclose(whole, pieces, atol=1e-6)
+    assert whole[-10:].std() < 1.5
+
+
+def test_less_than_a_window_has_no_frames():
+    for kind in ("utterance", "running"):
+        assert Features(normalise=kind)(torch.zeros(319)).shape == (0, 161)
+    assert [frames_of(n) for n in (0, 319, 320, 479, 480)] == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("rate", [8000, 44_100, 22_050])
+def test_resampling_keeps_tones_and_drops_what_is_too_high(rate):
+    time, inside = torch.arange(rate) / rate, slice(2000, -2000)
+    for pitch in (100, 1000, 3400):
+        got = resample(torch.sin(2 * math.pi * pitch * time), rate)
+        wanted = torch.sin(2 * math.pi * pitch * torch.arange(RATE) / RATE)
+        assert len(got) == RATE
+        assert (got - wanted)[inside].abs().max() < 0.005
+    if rate > 16_000:
+        assert resample(torch.sin(2 * math.pi * 9500 * time), rate)[inside].abs().max() < 0.005
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+def test_files_are_read_as_one_channel_of_16_khz(suffix, tmp_path):
+    time = np.arange(8000) / 8000
+    tone = 0.5 * np.sin(2 * np.pi * 500 * time)
+    soundfile.write(tmp_path / f"a.{suffix}", np.stack([tone, 0 * tone], axis=1), 8000)
+    x_N = read_audio(tmp_path / f"a.{suffix}")
+    assert len(x_N) == 16_000
+    assert x_N[4000:12000].abs().max() == pytest.approx(0.25, abs=0.01)
+
+
+def test_what_is_no_audio_is_named(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"RIFFnothing")
+    for path in (tmp_path / "a.wav", tmp_path / "missing.wav"):
+        with pytest.raises(UserError, match=f"{path.name} is no audio that can be read"):
+            read_audio(path)
