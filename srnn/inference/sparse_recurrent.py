@@ -149,7 +149,12 @@ class SparseRecurrent(SparseModule):
             steps, streams = (input.shape[1], input.shape[0]) if self.batch_first else (input.shape[0], input.shape[1])
         if self._decision(input, streams, steps) == TORCH:
             return None
-        chosen = [ready.chosen(steps, streams) for ready in list(self._ready.values()) if isinstance(ready, Layer)]
+        of_this = [
+            ready
+            for key, ready in list(self._ready.items())
+            if isinstance(ready, Layer) and key[1:] == (input.device, input.dtype)
+        ]
+        chosen = [ready.chosen(steps, streams) for ready in of_this]
         layers = [layer for layer in chosen if isinstance(layer, ReplayedLayer)]
         if not layers or len(layers) < len(chosen):
             return None

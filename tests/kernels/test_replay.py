@@ -182,6 +182,28 @@ def test_a_failure_is_told_of_before_a_replay(streams):
     call(ready, 5)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_module_knows_which_calls_may_be_recorded(batch_first):
+    """Those of which all layers are replayed; the memory is that of the layer that takes most."""
+    network = sparsify(prune(nn.GRU(8, 32, 2, batch_first=batch_first), 0.1), kernel="dense")
+    checks = [lambda: None, lambda: None]
+    cpu = torch.device("cpu")
+
+    class Other(Counted):
+        def chosen(self, steps, streams):
+            raise AssertionError("not of this call")
+
+    layers = [replayed(Counted(), 1000 * (index + 1), check) for index, check in enumerate(checks)]
+    ready = {(index, cpu, torch.float32): one for index, one in enumerate(layers)}
+    network._ready = {**ready, (0, cpu, torch.float16): Other(), "replays": replay.Replays()}
+    for kind, shape, rows in (("sequence", (5, 3, 8), 15), ("sequence", (5, 8), 5), ("step", (3, 8), 3)):
+        about = network._recordable(kind, torch.zeros(shape))
+        assert about.memory == 2000 * rows
+        assert about.checks == tuple(checks)
+    network._ready[1, cpu, torch.float32] = Counted()
+    assert network._recordable("step", torch.zeros(3, 8)) is None
+
+
 # From here on with a GPU.
 
 
