@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor, nn
 
@@ -77,12 +76,6 @@ def masked(height: int) -> nn.Module:
 def dense_source(folder: Path) -> Path:
     """The dense C of emx-onnx-cgen, fed by our ONNX."""
     srnn.export(masked(1), folder / "gru.onnx")
-    model = onnx.load(folder / "gru.onnx")
-    for node in model.graph.node:  # emx-onnx-cgen 1.4 reads this attribute, whose value is the default, as bytes
-        kept = [attribute for attribute in node.attribute if attribute.name != "direction"]
-        del node.attribute[:]
-        node.attribute.extend(kept)
-    onnx.save(model, folder / "gru.onnx")
     sizes = ["--input-dim", "time=1", "--input-dim", "batch=1", "--restrict-arrays"]
     inline = ["--large-weight-threshold", "0", "--large-temp-threshold", "0"]
     tool = [sys.executable, "-m", "emx_onnx_cgen", "compile", *sizes, *inline]

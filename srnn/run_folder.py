@@ -147,7 +147,8 @@ class RunFolder:
                 sweep_unfinished(folder)
             yield
         finally:
-            self._lock.unlink(missing_ok=True)  # before it is released: whoever waits would hold a file that is gone
+            # While it is held: later, the file could be the next holder's. Who has opened it by now finds it gone.
+            self._lock.unlink(missing_ok=True)
             lock.release()
 
     @property

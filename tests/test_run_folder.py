@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -35,6 +36,24 @@ def test_a_folder_is_locked_by_one_process_at_a_time(tmp_path):
         holder.kill()
         holder.communicate()
     assert not list(folder.path.iterdir()), "no file of the lock is left"
+
+
+def test_one_of_many_that_come_and_go_holds_the_lock(tmp_path):
+    folder, inside, refused = RunFolder(tmp_path / "run"), [], []
+
+    def come_and_go(_):
+        try:
+            with folder.locked():  # of each opening of a file, not of the process: threads exclude one another too
+                inside.append(1)
+                assert len(inside) == 1
+                inside.pop()
+        except UserError as error:
+            refused.append(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(come_and_go, range(2000)))
+    assert 0 < len(refused) < 2000
+    assert not list(folder.path.iterdir())
 
 
 def test_runs_below_a_folder(tmp_path):

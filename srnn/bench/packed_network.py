@@ -12,6 +12,7 @@ from torch import Tensor
 from srnn.bench.onnx_baseline import ONNX_BASELINES, OnnxRuntime
 from srnn.errors import UserError
 from srnn.exporting.reading import read_chain
+from srnn.inference.example_calls import example_input
 from srnn.inference.latency import STEPS, latencies
 from srnn.inference.packed_file import read
 from srnn.inference.packing import PackedModel
@@ -56,7 +57,10 @@ def measure_packed(path: Path, limit: float) -> list[PackedRow]:
         if kernel.unasked and kernel.supports(None, torch.device("cpu")) is None:
             models[name] = unpack(packed, kernel)
     models |= _in_onnxruntime(packed)
-    inputs_T = _inputs(packed)
+    example = example_input(packed.supplied, STEPS)
+    if example is None:
+        raise UserError(f"{path} reads neither tokens nor vectors of a known size: bench cannot make inputs for it.")
+    inputs_T = example[0]
     _check_outputs(path, packed, models, inputs_T)
     found = latencies(models, inputs_T, min(30.0, limit / 2))  # sequences and steps take half of it each
     return [
@@ -76,14 +80,6 @@ def _in_onnxruntime(packed: PackedModel) -> dict[str, Any]:
     except UserError:
         return {}
     return {name: kernel.network(chain) for name, kernel in ONNX_BASELINES.items()}
-
-
-def _inputs(packed: PackedModel) -> Tensor:
-    """Random tokens, or vectors [T, I]."""
-    random = torch.Generator().manual_seed(0)
-    if "vocabulary_size" in packed.supplied:
-        return torch.randint(packed.supplied["vocabulary_size"], (STEPS,), generator=random)
-    return torch.randn(STEPS, packed.supplied["input_size"], generator=random)
 
 
 def _check_outputs(path: Path, packed: PackedModel, models: dict[str, Any], inputs_T: Tensor) -> None:

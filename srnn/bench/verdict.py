@@ -8,6 +8,7 @@ from statistics import geometric_mean
 from srnn.bench.gpu_network import NetworkRow
 from srnn.bench.layers import LayerRow
 from srnn.bench.packed_network import PackedRow
+from srnn.bench.small_networks import SmallNetworkRow
 from srnn.bench.stream import StreamRow
 from srnn.terminal import plural
 
@@ -51,6 +52,22 @@ def stream_verdict(rows: Sequence[StreamRow]) -> str | None:
     """The sparse network of the shortest step, at the median, over the best dense one."""
     named = [(f"{row.network} with {plural(row.threads, 'thread')}", row.p50_us) for row in rows]
     return _over_dense(named, lambda name: name.startswith("cpu "))
+
+
+def small_verdict(rows: Sequence[SmallNetworkRow]) -> str | None:
+    """How ``auto`` compares with the fastest fp32 dense, over all networks and lengths."""
+    if not rows:
+        return None
+    told = []
+    compared = {
+        "torch and oneDNN": [row.auto_over_torch for row in rows],
+        "the best dense, onnxruntime too": [row.auto_over_dense for row in rows],
+    }
+    for what, ratios in compared.items():
+        slower = sum(ratio < 1 / 1.05 for ratio in ratios)
+        spread = f"{geometric_mean(ratios):.2f}x on the mean, {min(ratios):.2f}x to {max(ratios):.2f}x"
+        told.append(f"over {what}: {spread}, slower by more than 5 % in {slower} of {len(ratios)}")
+    return f"auto {'; '.join(told)}."
 
 
 def network_verdict(rows: Sequence[NetworkRow]) -> str | None:

@@ -22,16 +22,17 @@ if TYPE_CHECKING:
     from srnn.bench.pruning_cost import PruningRow
 
 _T = TypeVar("_T")
-_Bench = Literal["paper", "deepbench", "gpu", "network", "stream", "training", "pruning"]
+_Bench = Literal["paper", "deepbench", "gpu", "network", "small", "stream", "training", "pruning"]
 
 _BENCH = (
-    "named shapes: those of the paper, DeepBench's products, the paper's on a GPU; a whole network there; a stream of "
-    "single steps; training, against a bare loop; pruning"
+    "named shapes: those of the paper, DeepBench's products, the paper's on a GPU; a whole network there; small "
+    "networks on a CPU; a stream of single steps; training, against a bare loop; pruning"
 )
 _SHAPES = "such as gru:1024,lstm:512,product:7680x2560 instead of the named ones"
 _DTYPE = "of inputs and outputs, and of dense weights (fp32; fp16 with bench=gpu)"
 _LIMIT = "no case is begun after so long; what was left out is said"
 _OUTPUT = "for bench.csv and bench.png (outputs/bench_DATE)"
+_SHARD = "with bench=small: 2/30 measures the third of 30 shares, for processes beside each other"
 _CONFIG = "with bench=training: options of the run, such as 'model=lstm trainer=gpu'"
 
 # Options that a bench takes; those of layers take all but ``config`` and ``run``.
@@ -39,6 +40,7 @@ _TAKES = {
     "run": {"run", "limit"},
     "network": {"bench", "device", "limit", "output"},
     "pruning": {"bench", "device", "shapes", "output"},
+    "small": {"bench", "sparsity", "structure", "values", "limit", "output", "shard"},
     "stream": {"bench", "steps", "threads", "output"},
     "training": {"bench", "config", "output"},
 }
@@ -63,6 +65,7 @@ class BenchOptions:
     limit: Annotated[float, Help(_LIMIT, metavar="SECONDS")] = 600.0
     output: Annotated[str | None, Help(_OUTPUT, metavar="FOLDER")] = None
     config: Annotated[str, Help(_CONFIG, metavar="OPTIONS")] = ""
+    shard: Annotated[str, Help(_SHARD, metavar="K/N")] = "0/1"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"bench: --limit={options.limit:g} must be above 0 seconds.")
     if options.run is not None:
         return _packed(options.run, options.limit)
-    others = {"stream": _stream, "training": _training, "network": _network, "pruning": _pruning}
+    others = {"stream": _stream, "training": _training, "network": _network, "small": _small, "pruning": _pruning}
     return others.get(options.bench, _layers)(options)
 
 
@@ -81,7 +84,7 @@ def _check_taken(options: BenchOptions) -> None:
     """Refuse what would do nothing."""
     given = {field.name for field in fields(options) if getattr(options, field.name) != field.default}
     kind, name = ("run", options.run) if options.run is not None else ("bench", options.bench)
-    of_layers = {field.name for field in fields(options)} - {"run", "config"}
+    of_layers = {field.name for field in fields(options)} - {"run", "config", "shard"}
     takes = _TAKES.get("run" if kind == "run" else options.bench, of_layers)
     if useless := sorted(given - takes):
         allowed = ", ".join(sorted(takes - {kind}))
@@ -127,8 +130,7 @@ def _layers(options: BenchOptions) -> int:
 
 
 def _plan(options: BenchOptions, threads: int) -> LayerPlan:
-    from srnn.bench.cases import FLOAT_DTYPES, LAYER_PLANS, LayerPlan, LayerShape, check_structures
-    from srnn.formats import DTYPES
+    from srnn.bench.cases import FLOAT_DTYPES, LAYER_PLANS, LayerPlan, LayerShape
 
     shapes = _split(options.shapes, LayerShape.parse)
     plan = LAYER_PLANS[options.bench] if shapes is None else LayerPlan(shapes, threads=(threads,))
@@ -136,10 +138,7 @@ def _plan(options: BenchOptions, threads: int) -> LayerPlan:
         plan = replace(LAYER_PLANS["gpu"], shapes=shapes)
     structures = _split(options.structure, str)
     values = _split(options.values, str)
-    check_structures(structures or ())
-    for name in values or ():
-        if name not in DTYPES:
-            raise UserError(f"bench: --values={name}: there are {', '.join(DTYPES)}.")
+    _check_formats(structures, values)
     given: dict[str, Any] = {
         "sparsities": _split(options.sparsity, _number("--sparsity", float, 0, 0.9999)),
         "structures": structures,
@@ -150,6 +149,16 @@ def _plan(options: BenchOptions, threads: int) -> LayerPlan:
         "steps": None if options.steps is None else _number("--steps", int, 1, 1 << 20)(str(options.steps)),
     }
     return replace(plan, **{name: value for name, value in given.items() if value is not None})
+
+
+def _check_formats(structures: Sequence[str] | None, values: Sequence[str] | None) -> None:
+    from srnn.bench.cases import check_structures
+    from srnn.formats import DTYPES
+
+    check_structures(tuple(structures or ()))
+    for name in values or ():
+        if name not in DTYPES:
+            raise UserError(f"bench: --values={name}: there are {', '.join(DTYPES)}.")
 
 
 def _known_kernels() -> tuple[str, ...]:
@@ -199,6 +208,40 @@ def _stream(options: BenchOptions) -> int:
         rows.append(row)
         console.print(csv_bytes([row]).decode().splitlines()[1])
     return _finish(folder / "stream.csv", rows, stream_verdict(rows))
+
+
+def _small(options: BenchOptions) -> int:
+    import time
+
+    from srnn.bench.small_networks import measure_small, small_cases
+    from srnn.bench.verdict import small_verdict
+    from srnn.terminal import console
+
+    structures, values = _split(options.structure, str), _split(options.values, str)
+    sparsities = _split(options.sparsity, _number("--sparsity", float, 0, 0.9999))
+    _check_formats(structures, values)
+    share, shares = _shard(options.shard)
+    sparsities, structures = sparsities or (0.5, 0.7, 0.8, 0.9, 0.95), structures or ("element", "16x1")
+    cases = small_cases(sparsities, structures, values or ("fp32",))
+    began, rows = time.monotonic(), []
+    folder = _folder(options)
+    for shape, format in cases[share::shares]:
+        if time.monotonic() - began > options.limit:
+            console.print(f"left out: {shape}, {format}: the time was over (--limit={options.limit:g})", soft_wrap=True)
+            continue
+        for row in measure_small(shape, format):
+            rows.append(row)
+            figures = f"auto {row.auto_us:,.0f} us, {row.dense} {row.auto_us * row.auto_over_dense:,.0f} us"
+            console.print(f"{shape}, {format}, T={row.steps}: {figures} ({row.auto_over_dense:.2f}x)", soft_wrap=True)
+        _write(folder / "small.csv", rows, quoted=("device", "network", "chosen"))
+    return _finish(folder / "small.csv", rows, small_verdict(rows), quoted=("device", "network", "chosen"))
+
+
+def _shard(text: str) -> tuple[int, int]:
+    share, _, shares = text.partition("/")
+    if not (share.isdecimal() and shares.isdecimal() and int(share) < int(shares)):
+        raise UserError(f"bench: --shard={text}: write K/N, the share K, from 0, of N.")
+    return int(share), int(shares)
 
 
 def _network(options: BenchOptions) -> int:

@@ -19,30 +19,38 @@ if TYPE_CHECKING:
     from srnn.inference.packing import PackedModel
     from srnn.training.preparing import TrainedRun
 
-FormatChoice = Literal["packed", "onnx", "c"]  # the second on as in srnn.exporting
-_FORMAT = "another packed file, ONNX, or a C file and its header"
-_VALUES = "what weights are stored as (packed: fp16; onnx: fp32, or int8; c: fp32); int8 is calibrated, but for onnx"
-_STRUCTURE = "blocks of a packed or C file; refused if the weights are not pruned in them"
-_OUTPUT = "(model-VALUES-STRUCTURE.safetensors, model-VALUES.onnx or NAME.c beside the run's)"
-_NAME = "of format=c: what all names in the file begin with"
-_VERIFY = "of format=c: whether to compile the file and compare it, where there is a compiler"
+ExportValuesChoice = Literal["fp32", "fp16", "bf16", "int8", "w8a8"]
+FormatChoice = Literal["packed", "onnx", "c", "wasm"]  # the second on as in srnn.exporting
+_FORMAT = "another packed file, ONNX, a C file and its header, or a page with the network in WebAssembly"
+_VALUES = (
+    "what weights are stored as (packed, wasm: fp16; onnx: fp32, or int8; c: fp32, or w8a8, which computes in int8 "
+    "throughout); int8 is calibrated, but for onnx"
+)
+_STRUCTURE = "blocks of a packed or C file or a page; refused if the weights are not pruned in them"
+_OUTPUT = "(model-VALUES-STRUCTURE.safetensors, model-VALUES.onnx, NAME.c or NAME.html beside the run's)"
+_NAME = "of format=c and wasm: what all names in the file begin with"
+_VERIFY = "of format=c and wasm: whether to run the file and compare it, where there is what that takes"
 
 
 @command
 def main(
     run: RunOption,
     format: Annotated[FormatChoice, Help(_FORMAT)] = "packed",
-    values: Annotated[ValuesChoice | None, Help(_VALUES)] = None,
+    values: Annotated[ExportValuesChoice | None, Help(_VALUES)] = None,
     structure: Annotated[StructureChoice, Help(_STRUCTURE)] = "auto",
     output: Annotated[str | None, Help(_OUTPUT, metavar="FILE")] = None,
     name: Annotated[str | None, Help(_NAME)] = None,
     verify: Annotated[bool, Help(_VERIFY)] = True,
 ) -> int:
-    """Write a run's network as another packed file, as ONNX or as C, and say what that costs."""
-    if format == "c":
-        return _to_c(run, output, name, verify, {"values": values or "fp32", "structure": structure})
+    """Write a run's network as another packed file, as ONNX, as C or as a page, and say what that costs."""
+    if format in ("c", "wasm"):
+        usual = "fp32" if format == "c" else "fp16"
+        options: dict[str, Any] = {"values": values or usual, "structure": structure, "name": name, "verify": verify}
+        return _to_c(run, format, output, options)
+    if values == "w8a8":
+        raise UserError(f"export: --values=w8a8 is for format=c, not for format={format}.")
     if name is not None or not verify:
-        raise UserError(f"export: name and verify are for format=c, not for format={format}.")
+        raise UserError(f"export: name and verify are for format=c and format=wasm, not for format={format}.")
     if format == "packed":
         return _pack_again(run, values or "fp16", structure, output)
     if structure != "auto":
@@ -87,19 +95,20 @@ def _to_another_runtime(run: str, format: str, values: ValuesChoice, output: str
     return 0
 
 
-def _to_c(run: str, output: str | None, name: str | None, verify: bool, packing: Mapping[str, Any]) -> int:
-    """The network as C, packed again of the weights as they were trained, with its score on the run's test data."""
+def _to_c(run: str, format: str, output: str | None, options: Mapping[str, Any]) -> int:
+    """The network as C or a page, packed again of the weights as they were trained, with its score on the test data."""
     source = packed_file(run)
-    target = _target(output, source.with_name(f"{name or 'model'}.c"))
     from srnn.exporting.exporter import EXPORT_FORMATS, export
 
-    EXPORT_FORMATS["c"].check(name=name or target.stem)
+    target = _target(output, source.with_name(f"{options['name'] or 'model'}{EXPORT_FORMATS[format].suffix}"))
+    EXPORT_FORMATS[format].check(**dict(options) | {"name": options["name"] or target.stem})
 
     from srnn.inference.unpacking import unpack
     from srnn.kernels import Csr
     from srnn.terminal import console
 
-    again = _packed_again(run, source, packing["values"], packing["structure"])
+    weights: Any = "int8" if options["values"] == "w8a8" else options["values"]
+    again = _packed_again(run, source, weights, options["structure"])
     of_run = again.of_run
     network: Any = unpack(again.exported, Csr())
     network.vocabulary = again.exported.vocabulary
@@ -113,7 +122,12 @@ def _to_c(run: str, output: str | None, name: str | None, verify: bool, packing:
         words = _in_words(of_run, scores["exported"])
         return f"{of} on {on}, test: {words}\nWeights: {_formats(again.exported)}. Written by srnn {__version__}."
 
-    report = export(network, target, "c", about=about, name=name, verify=verify, **packing)
+    example = next(iter(of_run.data.val_dataloader()))[0]
+
+    def tell(costs: str) -> None:
+        console.print(costs, soft_wrap=True, highlight=False)
+
+    report = export(network, target, format, example, about, tell, **options)
     console.print(str(report), soft_wrap=True, highlight=False)
     told = of_run.objective.telling
     cost = f"{scores['exported'][told] - scores[before][told]:+z.4f} {told.replace('_', ' ')}"

@@ -1,10 +1,10 @@
-"""``python -m srnn list``: every name that a group takes; ``list GROUP=NAME``: its options and what they mean."""
+"""``python -m srnn list [GROUP]``: every name, a line each; ``list GROUP=NAME``: its options and what they mean."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, cast
 
 from omegaconf import OmegaConf
@@ -40,18 +40,19 @@ _Row = tuple[str, str, str]  # name, options, what it is and where from
 def main(
     name: Annotated[str | None, Help("a group, GROUP=NAME, NAME, others, or all", metavar="WHAT")] = None, /
 ) -> int:
-    """The names of every group, a line each; of a group or a name all options, and what they mean."""
+    """The names of every group, or of one, with a line each; of a name its options, and what they mean."""
     from rich.console import Group
 
     from srnn.terminal import console
 
-    if name is None:
-        console.print(_menu())
-        console.print("srnn list GROUP=NAME: its options and what they mean")
-        console.print("srnn list GROUP: the options of all its names; srnn list all: everything")
-    elif name == "all" or name in (*GROUPS, "others"):
+    if name is None or name in GROUPS:
+        console.print(_menu((*GROUPS, "others") if name is None else (name,)))
+        console.print(ADVICE.get(name or "", ""), end="")
+        console.print(f"srnn list {name or 'GROUP'}=NAME: its options and what they mean")
+        if name is None:
+            console.print("srnn list others: what the options of no group mean; srnn list all: everything")
+    elif name in ("all", "others"):
         console.print(Group(*map(_full, (*GROUPS, "others") if name == "all" else (name,))))
-        console.print(ADVICE.get(name, ""), end="")
     else:
         console.print(Group(*(_meanings(group, one) for group, one in _found(name))))
     return 0
@@ -68,11 +69,11 @@ def _title(group: str) -> str:
     return f"{group}=" if group in GROUPS else "of no group"
 
 
-def _menu() -> Table:
+def _menu(groups: Iterable[str]) -> Table:
     """Every name, with a sentence."""
     table = Table.grid(padding=(0, 2, 0, 0))
     chosen = compose_hydra([]).runtime.choices
-    for group in (*GROUPS, "others"):
+    for group in groups:
         default = chosen.get(group)
         table.add_row(
             _title(group), f"{group}={default} is the default" if default not in (None, "default") else "", style="bold"

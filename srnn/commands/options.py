@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
+from srnn.config.composing import parse_override
 from srnn.errors import UserError, cannot_be_written
 from srnn.files import expanded
 from srnn.registry import Component, Option, Range
@@ -170,7 +171,7 @@ class Parser(argparse.ArgumentParser):
             if equals and key == "srnn.plugins":
                 continue  # already acted on
             if takes_run and name == "run" and (equals or key != name):
-                bare.append(value if equals else next(words, ""))
+                bare.append(unquoted(value) if key == name else value if equals else next(words, ""))
             elif equals and name in known:
                 flags.append(f"--{name}={value}")
             elif key != name and name in known and name != "help":
@@ -190,6 +191,13 @@ class Parser(argparse.ArgumentParser):
         if message == "the following arguments are required: RUN":
             raise UserError(f"{command}: which run? Give its folder, as `{self.prog} outputs/RUN` or run=outputs/RUN.")
         raise UserError(f"{command}: {message}; see `{self.prog} --help`.")
+
+
+def unquoted(value: str) -> str:
+    """A value as Hydra reads it: a pair of quotes around all of it is no part of it. Raises UserError."""
+    if len(value) < 2 or value[0] not in ("'", '"') or value[-1] != value[0]:
+        return value
+    return str(parse_override(f"value={value}").value())
 
 
 def output_folder(folder: Path) -> Path:

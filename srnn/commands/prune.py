@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from srnn.commands import train
+from srnn.commands.options import unquoted
 from srnn.config.composing import read_settings
 from srnn.errors import UserError
 from srnn.files import expanded
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
                 f"({key}={value}). To prune while training, leave out the word prune."
             )
     once = [f"{key}={value}" for key, value in _ONCE.items() if key not in given]
-    kept = _of_the_run(expanded(given["init_from"].strip("'\"")), given)
+    kept = _of_the_run(expanded(unquoted(given["init_from"])), given)
     return train.main([*once, *kept, *argv])
 
 

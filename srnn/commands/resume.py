@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from srnn.commands.options import unquoted
 from srnn.errors import UserError
 from srnn.files import expanded
 from srnn.run_folder import RunFolder
@@ -46,7 +47,7 @@ def _named(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     for word in words:
         key, equals, value = word.partition("=")
         if equals and key in ("resume", "run", "--run"):
-            runs.append(value.strip("'\""))
+            runs.append(value if key == "--run" else unquoted(value))
         elif word == "--run":
             runs.append(next(words, ""))
         elif word.startswith("-") or (equals and key.replace(".", "").isidentifier()):

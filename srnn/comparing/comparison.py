@@ -29,6 +29,8 @@ ABOUT_TIMES = (
     "the best dense kernels, the two timed in turns in that run; both vary from run to run, also of dense networks."
 )
 
+HOW_READ = ("batch_size", "sequence_length", "eval_streams")  # options of data that leave text and tokens as they are
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -93,6 +95,27 @@ class Comparison:
     def options(self) -> list[str]:
         """The options that differ, in the order of the config."""
         return list(dict.fromkeys(key for setting in self.settings for key in setting.options))
+
+    @property
+    def notes(self) -> str:
+        """What to know before the table is believed."""
+        return f"{ABOUT_TIMES} {self._on_data}".strip()
+
+    @property
+    def _on_data(self) -> str:
+        """Said where the data themselves differ; otherwise nothing."""
+        differ = [name for name in self.options if name.partition(".")[0] == "dataset"]
+        differ = [name for name in differ if name.rpartition(".")[2] not in HOW_READ]
+        if not differ:
+            return ""
+        of_tokens = (
+            " Bits per character compare networks on one text only, and an unknown word counts as one token however "
+            "long it is, which flatters words beside characters."
+        )
+        return (
+            f"These runs were scored on different data ({', '.join(differ)}): the order of their scores ranks no "
+            f"networks.{of_tokens if self.metric == 'bits_per_character' else ''}"
+        )
 
     @property
     def words(self) -> str:
@@ -185,7 +208,7 @@ def rich_table(comparison: Comparison) -> Table:
     """For the terminal."""
     rows = [_cells(comparison, setting) for setting in comparison.settings]
     table = Table(title=f"{comparison.words}, test: mean ± standard deviation over seeds", title_justify="left")
-    table.caption, table.caption_justify = ABOUT_TIMES, "left"
+    table.caption, table.caption_justify = comparison.notes, "left"
     for index, (title, _) in enumerate(rows[0]):
         option, score = index < len(comparison.options), index == len(comparison.options)
         table.add_column(title, justify="left" if option else "right", overflow="fold", no_wrap=score)
@@ -200,7 +223,7 @@ def markdown(comparison: Comparison) -> str:
     titles = [title for title, _ in rows[0]]
     marks = ["---" if index < len(comparison.options) else "---:" for index in range(len(titles))]
     lines = [titles, marks, *([text.replace("|", "\\|") for _, text in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{ABOUT_TIMES}\n"
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{comparison.notes}\n"
 
 
 Row = dict[str, Any]

@@ -135,6 +135,8 @@ def parse_override(text: str) -> Override:
         return OverridesParser.create().parse_override(text)
     except (HydraException, ValueError, RecursionError) as error:  # Python's own: too many digits, or brackets
         hint = r" Brackets in a name are escaped, as in \[z\]." if re.search(r"\w\[\w", text) else ""
+        if "token recognition" in str(error):
+            hint = " Quote a name with such a character, and all of it for a shell: \"tracking.tags=['größe',b]\"."
         raise UserError(f"{text}: not an override such as model.hidden_size=256: {_first_line(error)}{hint}") from None
 
 

@@ -20,10 +20,13 @@ class ExportRequest:
     Attributes:
         example: the arguments of a call, or None.
         about: what the file says about itself.
+        tell: called with sentences on what the file costs, where that is known before it is run; the report then
+            leaves them out.
     """
 
     example: Any = None
     about: About = ""
+    tell: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class ExportReport:
         nbytes: of all that was written.
         verified: what was run and compared, in words.
         difference: the largest difference of an output or state from the network's, over the larger of 1 and the
-            largest output; None where nothing could be run.
+            largest output; None where nothing could be run. Of a program in integers, the numpy model's.
         notes: what a user should know about the file, in sentences.
     """
 

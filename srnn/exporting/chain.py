@@ -22,6 +22,7 @@ from srnn.errors import UserError
 from srnn.inference.base import SparseModule
 from srnn.inference.left_dense import unmasked, why_dense
 from srnn.inference.modules import SparseEmbedding, SparseLinear
+from srnn.inference.sparse_cell import SparseCell
 from srnn.inference.sparse_recurrent import SparseRecurrent
 from srnn.sparse import SparseMatrix
 
@@ -221,6 +222,9 @@ def layers_of(model: nn.Module) -> tuple[tuple[ChainPart, ...], bool]:
 def _leaves(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(module, _NOTHING):
         return
+    if isinstance(module, SparseCell | nn.RNNCellBase):
+        name = prefix or type(module).__name__
+        raise UserError(f"{name} is a single cell: a chain is made of whole layers, nn.GRU in place of nn.GRUCell.")
     if isinstance(module, SparseModule) or type(module) in ACTIVATIONS:
         yield prefix, module
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,25 @@ from srnn.errors import UserError, did_you_mean
 from srnn.exporting.base import About, ExportFormat, ExportReport, ExportRequest
 from srnn.exporting.c.c_format import check_c, write_c
 from srnn.exporting.onnx_format import check_onnx, write_onnx
+from srnn.exporting.wasm.wasm_format import check_wasm, write_wasm
 from srnn.files import expanded
 
 # A new format is a line here.
 EXPORT_FORMATS: dict[str, ExportFormat] = {
     "onnx": ExportFormat(".onnx", write_onnx, check_onnx),
     "c": ExportFormat(".c", write_c, check_c),
+    "wasm": ExportFormat(".html", write_wasm, check_wasm),
 }
 
 
 def export(
-    model: nn.Module, path: str | Path, format: str = "onnx", example: Any = None, about: About = "", **options: Any
+    model: nn.Module,
+    path: str | Path,
+    format: str = "onnx",
+    example: Any = None,
+    about: About = "",
+    tell: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> ExportReport:
     """Write a network to a file that runs without srnn; it is run and compared with the network first.
 
@@ -32,12 +40,16 @@ def export(
         model: a network, dense or sparsified. Any whose layers run one after the other is written with its states as
             named inputs and outputs: embedding, ``nn.RNN``, ``nn.GRU``, ``nn.LSTM``, linear layers, activations.
         path: where to. An older file is replaced once the new one agrees with the network.
-        format: ``onnx``, or ``c`` for a C file and its header.
+        format: ``onnx``; ``c`` for a C file and its header; or ``wasm`` for a page with the network in WebAssembly.
         example: the arguments of a call, a tensor or a tuple of them; for networks that are no such chain.
         about: what the file says about itself; or a function that makes it of the network with the file's numbers.
+        tell: called with what the file costs as soon as that is known, before anything is run; the report then leaves
+            it out. ``tell=print`` prints it.
         options: of the format. ``onnx`` takes ``values``: ``fp32``, or ``int8`` for onnxruntime's dynamic
             quantisation. ``c`` takes ``values`` and ``structure`` as ``srnn.save`` does, ``name`` for what its names
             begin with (the file's), and ``verify``, which compiles the file and compares it where there is a compiler.
+            ``values="w8a8"`` computes in integers, with weights and activations of int8. ``wasm`` takes all but that;
+            its ``verify`` runs the page's module where wasmtime is installed.
 
     Returns:
         What was written, what it was compared with, and what to know about it.
@@ -66,7 +78,7 @@ def export(
     if target.is_dir() or target.suffix != chosen.suffix:
         raise UserError(f"{target} must be a file named *{chosen.suffix}.")
     with _in_eval_mode(model):
-        return chosen.write(model, target, ExportRequest(example, about), **options)
+        return chosen.write(model, target, ExportRequest(example, about, tell), **options)
 
 
 @contextmanager

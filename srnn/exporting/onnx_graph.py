@@ -178,10 +178,9 @@ def _layer(graph: _Graph, part: RecurrentPart, index: int, inputs: list[str], af
     if layer[0].b_ih is not None or layer[0].b_hh is not None:
         parts = [torch.cat([_reordered(b, part.cell) for b in _biases(d)]) for d in layer]
         bias = graph.constant(f"{name}_b", torch.stack(parts))
-    attributes: dict[str, Any] = {
-        "hidden_size": part.hidden_size,
-        "direction": "bidirectional" if len(layer) == 2 else "forward",
-    }
+    attributes: dict[str, Any] = {"hidden_size": part.hidden_size}
+    if len(layer) == 2:  # the default, forward, is not written: emx-onnx-cgen 1.4 misreads it
+        attributes["direction"] = "bidirectional"
     if part.cell == "gru":
         attributes["linear_before_reset"] = 1  # the reset gate multiplies W h + b, as in torch
     elif part.cell != "lstm":

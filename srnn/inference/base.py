@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from srnn.errors import UserError
 from srnn.inference.operator import call_operator, described, refuse_onnx
+from srnn.kernels.choosing import Auto, about, length_class
 from srnn.kernels.contract import Kernel, LayerWeights
 from srnn.meta_device import without_memory
 from srnn.registry import register
@@ -23,6 +24,9 @@ from srnn.sparse import SparseMatrix
 Weights = Mapping[str, SparseMatrix | Tensor | None]
 # Called with the name of a matrix and the rows it multiplies; see ``sparsify.record_inputs``.
 InputRecorder = Callable[[str, Tensor], None]
+# What a choice of kernels is good for: type of device, about how many streams, class of lengths, threads.
+Use = tuple[str, int, int, int]
+TORCH = "torch"  # of the candidates of ``auto``, the one that runs as torch's own module
 
 
 class PackedWeight(nn.Module):
@@ -74,12 +78,19 @@ class SparseModule(nn.Module):
 
     A packed weight read as an attribute, as in ``layer.weight``, is a dense copy of it; changing the copy changes
     nothing. ``matrices`` gives the packed ones.
+
+    Attributes:
+        kernel: what runs it.
+        decided: use -> which candidate of ``kernel`` runs it, decided on the whole network; see ``whole_network``.
+        watcher: told of each use and its number of steps before that is decided; torch runs them.
     """
 
     def __init__(self, kernel: Kernel, weights: Weights) -> None:
         super().__init__()
         self.kernel = kernel
         self.recorder: InputRecorder | None = None
+        self.decided: dict[Use, str] = {}
+        self.watcher: Callable[[Use, int], None] | None = None
         self._ready: dict[Any, Any] = {}
         for name, weight in weights.items():
             if isinstance(weight, SparseMatrix):
@@ -138,6 +149,40 @@ class SparseModule(nn.Module):
         assert isinstance(child, PackedWeight)
         return child.matrix
 
+    def _decision(self, x: Tensor, streams: int, steps: int) -> str | None:
+        """The candidate that was decided for this use on the whole network; None leaves it to the kernel."""
+        if not self.decided and self.watcher is None:
+            return None
+        use = (x.device.type, about(streams), length_class(steps), torch.get_num_threads())
+        if self.watcher is None:
+            return self.decided.get(use)
+        self.watcher(use, steps)
+        return self.decided.get(use, TORCH)
+
+    def _as_torchs(self, x: Tensor, streams: int, steps: int) -> bool:
+        """Whether this call is torch's own module's: then nothing of ours is to stand in between."""
+        if not self.decided or self.recorder is not None or torch.compiler.is_compiling():
+            return False
+        return x.dtype == torch.float32 and self._decision(x, streams, steps) == TORCH
+
+    def candidates(self) -> Mapping[str, Kernel]:
+        """What its kernel chooses among; nothing where it has no choice."""
+        return self.kernel.candidates() if isinstance(self.kernel, Auto) and self.weights_to_run() else {}
+
+    def forget(self) -> None:
+        """Drop what was made ready for calls; the next ones make it anew."""
+        self._ready.clear()
+
+    def kernel_named(self, name: str | None) -> Kernel:
+        """A candidate of its kernel, or the kernel itself for None."""
+        kernel: Any = self.kernel
+        found: Kernel = kernel if name is None else kernel.candidates()[name]
+        return found
+
+    def weights_to_run(self) -> LayerWeights | SparseMatrix | None:
+        """What a backend has to be able to run, of its first layer; None where no backend runs it."""
+        return None
+
     def _check(self, weights: LayerWeights | SparseMatrix, x: Tensor, batch: int) -> None:
         reason = None if x.is_floating_point() else f"inputs are {x.dtype}, and have to be floats"
         reason = reason or self.kernel.supports(weights, x.device, x.dtype, batch)
@@ -181,10 +226,10 @@ class SparseModule(nn.Module):
             self._parameters[_LIKE] = like
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_ready": {}, "recorder": None}
+        return self.__dict__ | {"_ready": {}, "recorder": None, "watcher": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"decided": {}, "watcher": None} | state)  # those of older versions had neither
         self.describe()
 
     def tensors(self) -> list[Tensor]:

@@ -73,8 +73,6 @@ def why_dense(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module):
         return "is parametrised: call torch.nn.utils.parametrize.remove_parametrizations first"
     if type(module) not in SPARSE_KINDS:
-        if isinstance(module, nn.RNNCellBase):
-            return f"is a {name}: cells have no sparse kernel, nn.{name.removesuffix('Cell')} has"
         base = next((kind.__name__ for kind in SPARSE_KINDS if isinstance(module, kind)), None)
         return f"is a {name}, which " + (
             f"is derived from {base}: only torch's own classes are replaced" if base else "has no sparse counterpart"
@@ -85,5 +83,6 @@ def why_dense(module: nn.Module) -> str | None:
         return "has a forward of its own"
     own = {"weight", "bias", "weight_hh", "weight_hh_reverse"}
     own = set(module._flat_weights_names) if isinstance(module, nn.RNNBase) else own
+    own = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"} if isinstance(module, nn.RNNCellBase) else own
     more = (module._parameters.keys() - own) | module._buffers.keys() | module._modules.keys()
     return f"holds more than torch's layer does: {', '.join(sorted(more))}" if more else None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from srnn.errors import UserError
 from srnn.inference.base import SparseModule, Weights, no_grad, refuse_tracing, without_gradient
 from srnn.inference.operator import rebuilders
+from srnn.inference.sparse_cell import SparseCell
 from srnn.inference.sparse_recurrent import SparseRecurrent
 from srnn.inference.sparse_recurring import SparseRecurring
 from srnn.kernels.contract import Kernel, Product
@@ -40,6 +41,10 @@ class SparseLinear(SparseModule):
         refuse_tracing()
         if input.shape[-1] != self.in_features:
             raise RuntimeError(f"input must have {self.in_features} features, not {input.shape[-1]}")
+        if self.decided and self._as_torchs(input, 1, input.numel() // self.in_features):
+            with no_grad():
+                y = nn.functional.linear(input, self.weight, self._buffers["bias"])
+            return without_gradient(y, input)
         return self._outputs([input])[0]
 
     def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -57,13 +62,19 @@ class SparseLinear(SparseModule):
         """One output."""
         return [inputs[0].new_empty(*inputs[0].shape[:-1], self.out_features)]
 
+    def weights_to_run(self) -> SparseMatrix:
+        """Its matrix."""
+        return self._matrix("weight")
+
     def _product(self, x_NI: Tensor) -> Product:
-        key = (x_NI.device, x_NI.dtype)
+        name = self._decision(x_NI, 1, x_NI.shape[0])
+        key = (name, x_NI.device, x_NI.dtype)
         ready: Product | None = self._ready.get(key)
         if ready is None:
             matrix = self._matrix("weight")
             self._check(matrix, x_NI, x_NI.shape[0])
-            ready = self._ready[key] = self.kernel.product(matrix, self._buffers["bias"], *key)
+            ready = self.kernel_named(name).product(matrix, self._buffers["bias"], *key[1:])
+            self._ready[key] = ready
         return ready
 
     def construction(self) -> tuple[type[nn.Module], dict[str, Any]]:
@@ -113,6 +124,9 @@ SPARSE_KINDS: dict[type[nn.Module], Any] = {
     nn.RNN: SparseRecurrent,
     nn.GRU: SparseRecurrent,
     nn.LSTM: SparseRecurrent,
+    nn.RNNCell: SparseCell,
+    nn.GRUCell: SparseCell,
+    nn.LSTMCell: SparseCell,
     nn.Linear: SparseLinear,
     nn.Embedding: SparseEmbedding,
     Recurring: SparseRecurring,

@@ -112,7 +112,8 @@ def load(path: str | Path, kernel: str | Kernel = "auto", into: nn.Module | None
 
     Args:
         path: the file.
-        kernel: a backend's name or the backend; ``auto`` measures them at the first call and keeps what it found.
+        kernel: a backend's name or the backend; ``auto`` measures them on the whole network, for one stream, and
+            keeps what it found in the cache folder.
         into: a network with the names and shapes of the file's weights, for a file of ``srnn.save``, which holds no
             config. It is left as it is.
 

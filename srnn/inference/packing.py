@@ -23,7 +23,8 @@ from srnn.vocabulary import Vocabulary
 WantedStructure = PackedStructure | Literal["auto"]
 Energies = Mapping[str, Tensor]  # parameter name -> [columns], the mean square of what each column multiplies
 
-_LAYERS: dict[Any, int] = {kind.layer: GATES[cell] for cell, kind in CELL_TYPES.items()}  # not what derives from them
+# Not what derives from them.
+_LAYERS: dict[Any, int] = {kind: GATES[c] for c, known in CELL_TYPES.items() for kind in (known.layer, known.single)}
 
 
 def matrix_gates(name: str, module: nn.Module) -> int:

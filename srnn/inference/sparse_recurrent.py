@@ -6,6 +6,7 @@ directions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from srnn.cells import Cell, cell_of
-from srnn.inference.base import SparseModule, Weights, no_grad, refuse_tracing, without_gradient
+from srnn.inference.base import TORCH, SparseModule, Weights, no_grad, refuse_tracing, without_gradient
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, State, equal_lengths
+from srnn.kernels.replay import Recordable, ReplayedLayer, Replays
 
 
 class SparseRecurrent(SparseModule):
@@ -64,6 +66,14 @@ class SparseRecurrent(SparseModule):
             RuntimeError: shapes do not fit; also backward through the outputs.
         """
         refuse_tracing()
+        replayed = self._replayed("sequence", input, hx, self._plain)
+        return self._plain(input, hx) if replayed is None else replayed
+
+    def _plain(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
+        if self.decided and isinstance(input, Tensor) and input.dim() == 3 and input.numel():
+            steps, streams = input.shape[1::-1] if self.batch_first else input.shape[:2]
+            if self._as_torchs(input, streams, steps):
+                return self._by_torch(input, hx)
         if isinstance(input, PackedSequence):
             begin = self._state(hx, int(input.batch_sizes[0]), input.data, input.sorted_indices)
             y_NP, state = self._run(input.data, input.batch_sizes, begin)
@@ -94,12 +104,73 @@ class SparseRecurrent(SparseModule):
         refuse_tracing()
         if self.bidirectional:
             raise RuntimeError("a bidirectional network sees the end of a sequence first: it cannot run step by step")
+        time = 1 if self.batch_first else 0
         if self._forward_hooks or self._forward_pre_hooks:  # which see sequences, as those of torch's modules do
-            time = 1 if self.batch_first else 0
             y, state = self(x_BI.unsqueeze(time), hx)
+            return y.squeeze(time), state
+        replayed = self._replayed("step", x_BI, hx, self._plain_step)
+        return self._plain_step(x_BI, hx) if replayed is None else replayed
+
+    def _plain_step(self, x_BI: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        time = 1 if self.batch_first else 0
+        if self.decided and x_BI.numel() and self._as_torchs(x_BI, x_BI.shape[0], 1):
+            y, state = self._by_torch(x_BI.unsqueeze(time), hx)
             return y.squeeze(time), state
         y_BP, state = self._run(x_BI, equal_lengths(1, x_BI.shape[0]), self._state(hx, x_BI.shape[0], x_BI))
         return y_BP, self._as_torch(state)
+
+    def _replayed(self, kind: str, input: Any, hx: Any, plain: Callable[[Any, Any], Any]) -> tuple[Tensor, Any] | None:
+        """A call of all layers replayed as a CUDA graph; None where it has to run as it is."""
+        if torch.compiler.is_compiling() or type(input) is not Tensor or not input.is_cuda or self.recorder is not None:
+            return None
+        lstm = self.cell == "lstm"
+        state = [] if hx is None else list(hx) if lstm and isinstance(hx, tuple | list) else [hx]
+        given = [input, *state]
+        asked = torch.is_grad_enabled()
+        if any(type(part) is not Tensor or (asked and part.requires_grad) for part in given):
+            return None
+
+        def run(given: list[Tensor]) -> list[Tensor]:
+            x, *state = given
+            y, after = plain(x, (tuple(state) if lstm else state[0]) if state else None)
+            return [y, *after] if lstm else [y, after]
+
+        replays = self._ready.get("replays") or self._ready.setdefault("replays", Replays())
+        done = replays(kind, given, run, lambda: self._recordable(kind, input))
+        return None if done is None else (done[0], tuple(done[1:]) if lstm else done[1])
+
+    def _recordable(self, kind: str, input: Tensor) -> Recordable | None:
+        """What there is to know of a call that has run before; None if its layers are not known to launch alike."""
+        if kind == "step":
+            steps, streams = 1, input.shape[0]
+        elif input.dim() == 2:
+            steps, streams = input.shape[0], 1
+        else:
+            steps, streams = (input.shape[1], input.shape[0]) if self.batch_first else (input.shape[0], input.shape[1])
+        if self.decided and self._as_torchs(input, streams, steps):
+            return None
+        chosen = [ready.chosen(steps, streams) for ready in list(self._ready.values()) if isinstance(ready, Layer)]
+        layers = [layer for layer in chosen if isinstance(layer, ReplayedLayer)]
+        if not layers or len(layers) < len(chosen):
+            return None
+        about = [layer.recordable(steps * streams) for layer in layers]
+        return Recordable(max(one.memory for one in about), tuple(check for one in about for check in one.checks))
+
+    def weights_to_run(self) -> LayerWeights:
+        """Those of its first layer; the others are of its kind."""
+        return self.layer_weights(0)
+
+    def _by_torch(self, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        """Torch's own module, where that is fastest."""
+        module = self._ready.get(TORCH)
+        if module is None:
+            module = self._ready[TORCH] = self.original().requires_grad_(False)
+        with no_grad():
+            y, state = module(input, hx)
+        given = () if hx is None else hx if isinstance(hx, tuple | list) else (hx,)
+        if self.cell == "lstm":
+            return without_gradient(y, input, *given), tuple(without_gradient(part, input, *given) for part in state)
+        return without_gradient(y, input, *given), without_gradient(state, input, *given)
 
     def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """y_TBP and the state of x_TBI and the state before."""
@@ -137,10 +208,11 @@ class SparseRecurrent(SparseModule):
         if not x_NI.shape[0]:  # no streams, as in a last batch that is empty: kernels need not know of it
             return x_NI.new_empty(0, directions * (self.proj_size or self.hidden_size)), state
         y, ends = x_NI, []
+        name = self._decision(x_NI, state[0].shape[1], len(sizes))
         with no_grad():
             for first in range(0, len(self.suffixes), directions):
                 begin = tuple(part[first : first + 2] if self.bidirectional else part[first] for part in state)
-                out, end = self._layer(first, y, begin[0].shape[-2]).run(y, sizes, begin)
+                out, end = self._layer(first, y, begin[0].shape[-2], name).run(y, sizes, begin)
                 if self.recorder is not None:
                     for d, y_NP in enumerate(out.chunk(directions, dim=1)):
                         self._record(first + d, y, sizes, state[0][first + d], y_NP)
@@ -149,16 +221,16 @@ class SparseRecurrent(SparseModule):
             after = ends[0] if len(ends) == 1 else tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
         return without_gradient(y, x_NI, *state), tuple(without_gradient(part, x_NI, *state) for part in after)
 
-    def _layer(self, index: int, x: Tensor, streams: int) -> Layer:
-        key = (index, x.device, x.dtype)
+    def _layer(self, index: int, x: Tensor, streams: int, name: str | None) -> Layer:
+        key = (name, index, x.device, x.dtype)
         ready: Layer | None = self._ready.get(key)
         if ready is None:
-            weights = self.layer_weights(index)
+            weights, kernel = self.layer_weights(index), self.kernel_named(name)
             self._check(weights, x, streams)
             if self.bidirectional:
-                ready = self.kernel.both(weights, self.layer_weights(index + 1), x.device, x.dtype)
+                ready = kernel.both(weights, self.layer_weights(index + 1), x.device, x.dtype)
             else:
-                ready = self.kernel.layer(weights, x.device, x.dtype)
+                ready = kernel.layer(weights, x.device, x.dtype)
             self._ready[key] = ready
         return ready
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -11,14 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
+from srnn.formats import Values
 from srnn.inference.copying import replaced
+from srnn.inference.example_calls import example_input
 from srnn.inference.modules import replaceable, sparse_module
 from srnn.inference.packing import PackedModel, matrix_gates
-from srnn.inference.sparsify import desparsify
+from srnn.inference.sparsify import desparsify, report_kernels
+from srnn.inference.whole_network import choose_for_network
 from srnn.kernels.contract import Kernel
 from srnn.meta_device import weightless
 from srnn.registry import register
 from srnn.sparse import SparseMatrix
+
+_log = logging.getLogger("srnn.kernels")
 
 
 def unpack(packed: PackedModel, kernel: Kernel | None = None, into: nn.Module | None = None) -> nn.Module:
@@ -43,7 +49,21 @@ def unpack(packed: PackedModel, kernel: Kernel | None = None, into: nn.Module | 
     reason = kernel.supports(None, torch.device("cpu"))
     if reason is not None:
         raise UserError(f"the kernel cannot run on this CPU: {reason}.")
-    return _sparse(_untied(packed), kernel, skeleton)
+    sparse = _sparse(_untied(packed), kernel, skeleton)
+    _choose(sparse, example_input(packed.supplied))
+    return sparse
+
+
+def _choose(network: nn.Module, example: Tensor | None) -> None:
+    """Let ``auto`` measure the whole network, if it can be run with random inputs."""
+    if example is None:
+        return
+    try:
+        choices = choose_for_network(network, example)
+    except Exception as error:  # whatever a network does that takes more than one input
+        _log.info("kernels are chosen layer by layer: %s cannot be run to time it: %s", type(network).__name__, error)
+    else:
+        report_kernels(network, choices)
 
 
 def _dense(packed: PackedModel, module: nn.Module) -> nn.Module:
@@ -92,7 +112,12 @@ def _untied(packed: PackedModel) -> PackedModel:
 
 def _weight(packed: PackedModel, full: str, name: str, module: nn.Module) -> SparseMatrix | Tensor | None:
     if full in packed.matrices:
-        return packed.matrices[full]
+        matrix, gates = packed.matrices[full], matrix_gates(name, module)
+        if matrix.gates == gates:
+            return matrix
+        # Files of older versions hold cells' matrices as those of one gate.
+        values: Values = "fp32" if matrix.values_name == "int8" else matrix.values_name
+        return SparseMatrix.from_dense(matrix.to_dense(), "auto", values, gates)
     weight = packed.dense.get(full)
     if weight is None or weight.ndim != 2:
         return weight
@@ -134,5 +159,6 @@ def _check_fit(packed: PackedModel, module: nn.Module) -> None:
     for prefix, child in module.named_modules():
         for name in child._parameters:
             matrix = packed.matrices.get(f"{prefix}.{name}" if prefix else name)
-            if matrix is not None and matrix.gates != matrix_gates(name, child):
+            older = isinstance(child, nn.RNNCellBase) and matrix is not None and matrix.gates == 1
+            if matrix is not None and matrix.gates != matrix_gates(name, child) and not older:
                 raise UserError(f"the packed weights do not fit the model they name: gates of {prefix}.{name}.")

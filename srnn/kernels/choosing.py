@@ -1,31 +1,27 @@
 """Choosing a backend by measuring: ``kernel=auto`` and ``kernel=dense``.
 
 A candidate is timed at the user's own weights, threads and number of streams, once; what was found is kept in the cache
-folder, under the hardware and the versions it was found with. The measurement is of the whole layer for sequences, and
-of single steps for streaming, because different backends win there.
+folder, under the hardware and the versions it was found with. The measurement is of the whole layer,
+of single steps, short and long sequences apart, because different backends win there.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
-import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
-from srnn.files import cache_folder, write_atomically
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, Product, Recurrence, State, equal_lengths
 from srnn.kernels.dense import Int8, OneDnn, Torch
+from srnn.kernels.remembering import busy, recall, remember
 from srnn.kernels.replay import Replayed
 from srnn.kernels.timing import Call, hardware, interleaved
 from srnn.kernels.triton.backend import Triton
@@ -35,14 +31,16 @@ from srnn.sparse import SparseMatrix
 log = logging.getLogger("srnn.kernels")
 
 DENSE = ("torch", "torch+graph", "onednn", "int8")  # candidates that compute all zeros, too
-_STEPS = {"cpu": 16, "cuda": 128}  # of a sequence that is timed; on a GPU a launch costs as much as many steps
+_SHORT = 32  # steps up to which a sequence is a short one
+_STEPS = {"cpu": 100, "cuda": 128}  # of a long sequence that is timed; 16 of a short one
+_USES = ("single steps", f"up to {_SHORT} steps", "longer sequences")
 _ROUNDS = 7
 _SECONDS = 1.0  # after which no further round is begun
 # A sparse candidate has to be so much faster than the best dense one; less is noise.
 _MARGIN = 0.97
 
 P = TypeVar("P")
-_measuring = threading.RLock()  # two measurements side by side would both be wrong
+measuring = threading.RLock()  # two measurements side by side would both be wrong
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,14 @@ class Choice:
     left_out: dict[str, str]
     layer: str = ""
     use: str = ""
+
+    @property
+    def in_short(self) -> str:
+        """What for, the winner, and the times of it and of the best dense candidate."""
+        mine = self.seconds.get(self.winner)
+        dense = min((s for name, s in self.seconds.items() if name in DENSE), default=None)
+        against = "" if dense is None or self.winner in DENSE else f", dense {1e6 * dense:,.0f}"
+        return f"{self.use}: {self.winner}" + ("" if mine is None else f" ({1e6 * mine:,.0f} us{against})")
 
     def __str__(self) -> str:
         times = ", ".join(f"{name} {1e6 * s:,.0f} us" for name, s in sorted(self.seconds.items(), key=lambda x: x[1]))
@@ -104,7 +110,7 @@ class _Chooser(Kernel):
             return lambda: ready(x_BI)
 
         layer = f"linear {matrix.shape[1]} to {matrix.shape[0]}"
-        what = f"product {_describe(matrix)}"
+        what = f"product {described_matrix(matrix)}"
         pick = _Pick[Product](self, what, layer, matrix, device, dtype, prepare, call)
         return lambda x_NI: pick(x_NI.shape[0], 1)(x_NI)
 
@@ -120,12 +126,12 @@ class _Chooser(Kernel):
             sizes, state = equal_lengths(steps, batch), zero_state(weights, batch, device, dtype)
             return lambda: ready(u_NG, sizes, state)
 
-        what = f"{weights.cell} recurrence {_describe(weights.w_hh)}"
+        what = f"{weights.cell} recurrence {described_matrix(weights.w_hh)}"
         layer = f"{weights.cell} recurrence {weights.hidden_size}"
         return _ChosenRecurrence(_Pick[Recurrence](self, what, layer, weights, device, dtype, prepare, call))
 
     def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
-        """Measured at the first call with so many streams, for sequences and single steps apart."""
+        """Measured at the first call with so many streams, for single steps, short and long sequences apart."""
         weights = weights.to(device)
 
         def prepare(kernel: Kernel) -> Layer:
@@ -137,7 +143,7 @@ class _Chooser(Kernel):
             return lambda: ready.run(x_NI, sizes, state)
 
         kind = f"{weights.cell}{' reversed' * weights.reverse}"
-        what = f"{kind} {' '.join(_describe(m) for m in weights.matrices.values())}"
+        what = f"{kind} {' '.join(described_matrix(m) for m in weights.matrices.values())}"
         layer = f"{kind} {weights.w_ih.shape[1]} to {weights.hidden_size}"
         return _ChosenLayer(_Pick[Layer](self, what, layer, weights, device, dtype, prepare, call))
 
@@ -153,7 +159,7 @@ class _Chooser(Kernel):
             state = tuple(torch.stack([part, part]) for part in zero_state(forward, batch, device, dtype))
             return lambda: ready.run(x_NI, equal_lengths(steps, batch), state)
 
-        what = f"{forward.cell} both ways {' '.join(_describe(m) for m in forward.matrices.values())}"
+        what = f"{forward.cell} both ways {' '.join(described_matrix(m) for m in forward.matrices.values())}"
         layer = f"{forward.cell} both ways {forward.w_ih.shape[1]} to {forward.hidden_size}"
         return _ChosenLayer(_Pick[Layer](self, what, layer, forward, device, dtype, prepare, call))
 
@@ -164,13 +170,33 @@ class _Chooser(Kernel):
         """Measure, or remember; logs one line either way. ``words`` are the choice's layer and use."""
         device, dtype = where
         key = f"{hardware(device)}; {dtype}; {' '.join(calls)}"
-        known = _remembered(key, what)
+        known = remembered(key, what)
         choice = known or fastest(what, _that_run(calls, left_out), device, left_out)
-        if known is None and not _busy():
-            _remember(key, choice)
+        if known is None and not busy():
+            remember(key, what, asdict(choice))
         self.choices[what] = choice = replace(choice, layer=words[0], use=words[1])
         log.info("%s", choice)
         return choice
+
+
+def about(streams: int) -> int:
+    """The next power of two: numbers of streams that share a choice."""
+    return 1 << max(0, streams - 1).bit_length()
+
+
+def length_class(steps: int) -> int:
+    """0 for a single step, 1 for a short sequence, 2 for a longer one: different backends win there."""
+    return 0 if steps <= 1 else 1 if steps <= _SHORT else 2
+
+
+def remembered(key: str, what: str) -> Choice | None:
+    """A choice that was kept, if it is one of the candidates that ``key`` ends with."""
+    entry = recall(key, what)
+    try:
+        choice = Choice(**(entry or {}))
+    except TypeError:
+        return None
+    return choice if choice.what == what and choice.winner in key.split() else None
 
 
 def zero_state(weights: LayerWeights, batch: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -193,16 +219,16 @@ class _Pick(Generic[P]):
     call: Callable[[P, int, int], Call]
 
     def __post_init__(self) -> None:
-        self._chosen: dict[tuple[int, bool, int], str] = {}
+        self._chosen: dict[tuple[int, int, int], str] = {}
         self._ready: dict[str, P] = {}
 
     def __call__(self, batch: int, steps: int) -> P:
-        key = (1 << max(0, batch - 1).bit_length(), steps > 1, torch.get_num_threads())
+        key = (about(batch), length_class(steps), torch.get_num_threads())
         name = self._chosen.get(key)
         return self._ready[name] if name is not None else self._first(key)
 
-    def _first(self, key: tuple[int, bool, int]) -> P:
-        with _measuring:
+    def _first(self, key: tuple[int, int, int]) -> P:
+        with measuring:
             name = self._chosen.get(key) or self._choose(*key)
             ready = self._prepared(name)
             self._chosen[key] = name  # last, because other threads look without the lock
@@ -214,7 +240,7 @@ class _Pick(Generic[P]):
             self._ready[name] = self.prepare(self.chooser.candidates()[name])
         return self._ready[name]
 
-    def _choose(self, batch: int, sequence: bool, threads: int) -> str:
+    def _choose(self, batch: int, length: int, threads: int) -> str:
         reasons = {
             name: kernel.supports(self.weights, self.device, self.dtype, batch)
             for name, kernel in self.chooser.candidates().items()
@@ -224,11 +250,11 @@ class _Pick(Generic[P]):
         left_out = {name: reason for name, reason in reasons.items() if reason is not None}
         if not able:
             raise RuntimeError(f"no kernel can run {self.what}: {left_out}")
-        steps = _STEPS.get(self.device.type, 16) if sequence else 1
-        kind = f"{batch} at a time, {'sequences' if sequence else 'single steps'}, {threads} threads"
+        steps = (1, 16, _STEPS.get(self.device.type, 100))[length]
+        kind = f"{batch} at a time, {_USES[length]}, {threads} threads"
         what = f"{self.what}, {kind}"
         plural = "s" * (batch > 1)
-        of_layer = f"{batch:,} stream{plural}, {steps} step{'s' * sequence}"
+        of_layer = f"{batch:,} stream{plural}, {steps} step{'s' * (length > 0)}"
         use = f"{batch:,} row{plural}" if isinstance(self.weights, SparseMatrix) else of_layer
         calls = {name: partial(self._call, name, batch, steps) for name in able}
         return self.chooser.choose(what, (self.device, self.dtype), calls, left_out, (self.layer, use)).winner
@@ -252,6 +278,10 @@ class _ChosenLayer(Layer):
     def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         return self.pick(state[0].shape[-2], len(batch_sizes)).run(x_NI, batch_sizes, state)
 
+    def chosen(self, steps: int, streams: int) -> Layer:
+        """The fastest."""
+        return self.pick(streams, steps)
+
 
 @register.kernel("dense")
 class Dense(_Chooser):
@@ -273,8 +303,8 @@ class Dense(_Chooser):
 class Auto(_Chooser):
     """Whatever is fastest here: measures every backend once and never takes one slower than dense.
 
-    On a GPU also torch's modules and ``triton`` as CUDA graphs, and ``triton`` with dense blocks where those fit the
-    chip, because a persistent kernel can beat torch without any sparsity.
+    On a GPU also torch's modules as CUDA graphs, and ``triton`` with dense blocks where those fit the chip, because a
+    persistent kernel can beat torch without any sparsity.
     """
 
     def candidates(self) -> dict[str, Kernel]:
@@ -288,7 +318,6 @@ class Auto(_Chooser):
         unasked = {name: kernel for name, kernel in sparse.items() if kernel.unasked}
         on_gpu: dict[str, Kernel] = {"torch+graph": Replayed(Torch())}
         if "triton" in unasked:
-            on_gpu |= {"triton+graph": Replayed(Triton())}
             # The faster ones without zeros, for one stream and for several: GRU 1024 2.7 us a step, GRU 512 3.1 with 16
             on_gpu |= {"triton+8x1": Triton(structure="8x1"), "triton+16x1": Triton(structure="16x1")}
         return Dense().candidates() | unasked | on_gpu
@@ -325,48 +354,9 @@ def _that_run(calls: Mapping[str, Callable[[], Call]], left_out: dict[str, str])
     return able
 
 
-def _describe(matrix: SparseMatrix) -> str:
+def described_matrix(matrix: SparseMatrix) -> str:
     """A matrix's shape, format and number of blocks, to two digits: what is measured is good for about as many."""
     rows, columns = matrix.shape
     unit = "non-zeros" if matrix.structure == "element" else "blocks"
-    about = float(f"{matrix.blocks:.1e}")
-    return f"{rows}x{columns} {matrix.structure} {matrix.values_name} (about {about:,.0f} {unit})"
-
-
-def _cache_file() -> Path:
-    return cache_folder() / "kernels.json"
-
-
-def _read_cache() -> dict[str, Any]:
-    try:
-        found = json.loads(_cache_file().read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _remembered(key: str, what: str) -> Choice | None:
-    try:
-        choice = Choice(**_read_cache()[key][what])
-    except (KeyError, TypeError):
-        return None
-    return choice if choice.what == what and choice.winner in key.split() else None
-
-
-def _busy() -> bool:
-    """Whether far more wants to run than there are cores: figures taken meanwhile are good for this process only."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
-
-
-def _remember(key: str, choice: Choice) -> None:
-    path = _cache_file()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Read again inside the lock: other processes write their own choices meanwhile.
-        with FileLock(f"{path}.lock"):
-            cache = _read_cache()
-            entries = cache.get(key)
-            cache[key] = (entries if isinstance(entries, dict) else {}) | {choice.what: asdict(choice)}
-            write_atomically(path, json.dumps(cache, indent=1).encode())
-    except OSError as error:
-        log.info("the choice of kernels cannot be kept: %s", error)
+    blocks = float(f"{matrix.blocks:.1e}")
+    return f"{rows}x{columns} {matrix.structure} {matrix.values_name} (about {blocks:,.0f} {unit})"

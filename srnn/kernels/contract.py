@@ -114,6 +114,10 @@ class Layer(ABC):
         """One step of B streams: y [B, P] of x [B, I], and the new state. Override it where that can be faster."""
         return self.run(x_BI, equal_lengths(1, x_BI.shape[0]), state)
 
+    def chosen(self, steps: int, streams: int) -> Layer:
+        """What runs sequences of so many steps: the layer itself, but for one that chooses among several."""
+        return self
+
 
 @lru_cache
 def equal_lengths(steps: int, streams: int) -> Tensor:

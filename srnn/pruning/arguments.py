@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from srnn.errors import UserError
 from srnn.pruning.methods.base import PruningMethod
+from srnn.pruning.parts import some_of
 from srnn.registry import register
 
 
@@ -87,3 +90,15 @@ def averaged(average: nn.Module | None, parameters: Mapping[str, nn.Parameter]) 
     if missing:
         raise UserError(f"the average has no {', '.join(missing)}: give an average of the model that is pruned.")
     return {name: [named[name].detach()] for name in parameters}
+
+
+def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Warn of weights whose state would be left as it is, because another optimiser has it."""
+    theirs = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+    others = [name for name, p in parameters.items() if p.requires_grad and id(p) not in theirs]
+    if optimizers and others:
+        warnings.warn(
+            f"no optimizer given to the Pruner updates {some_of(others)}: if another does, its state of pruned "
+            f"weights stays; give all optimizers as a list.",
+            stacklevel=3,
+        )

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from srnn.cells import GATE_LETTERS
 from srnn.distributed import check_equal
 from srnn.errors import UserError
-from srnn.pruning.arguments import averaged, build_method, check_argument, differing, unwrapped
+from srnn.pruning.arguments import averaged, build_method, check_argument, check_optimizers, differing, unwrapped
+from srnn.pruning.gradient_masks import GradientMasks, mask_gradient, mask_on_gpu
+from srnn.pruning.masking import GpuMasking
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.parts import Part, count, some_of
-from srnn.pruning.report_rows import ReportRow, report_rows
+from srnn.pruning.report_rows import ReportRow, nothing_left, report_rows
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import masks_of
 
@@ -31,7 +32,8 @@ class Pruner:
     """Prunes a model while it trains (Narang et al., ICLR 2017). Call ``step()`` after every ``optimizer.step()``.
 
     Weights are masked in place: parameters keep their identity, names and memory, so cuDNN's flat weights stay valid.
-    The optimiser's state of a pruned weight (momentum, Adam's moments) is zeroed too.
+    The optimiser's state of a pruned weight (momentum, Adam's moments) is zeroed too, and its gradient as soon as it is
+    there, so that clipping sees the gradients of a network without these weights.
 
     Example:
         >>> import torch
@@ -108,28 +110,28 @@ class Pruner:
         self.seconds = 0.0
         self._masks = masks_of(self.groups)
         self._parameters = {part.parameter_name: part.parameter for part in self.parts}
-        self._check_optimizers()
+        check_optimizers(self.optimizers, self._parameters)
         self._averaged = averaged(average, self._parameters)
         self._held_bits: dict[tuple[str, int], Tensor] = {}
+        self._gpu_masking, self._gpu_gradient_masking = GpuMasking(), GpuMasking()
         self._before: dict[str, Tensor] = {}
         self._checked = False  # whether parameters have been checked since this was built or loaded
+        self._gradient_masks = GradientMasks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu)
         self.method.prepare(self.run, self.groups, reference)
         self._start()
 
-    def _check_optimizers(self) -> None:
-        """Warn of weights whose state would be left as it is, because another optimiser has it."""
-        theirs = {id(p) for each in self.optimizers for group in each.param_groups for p in group["params"]}
-        others = [n for n, p in self._parameters.items() if p.requires_grad and id(p) not in theirs]
-        if self.optimizers and others:
-            warnings.warn(
-                f"no optimizer given to the Pruner updates {some_of(others)}: if another does, its state of pruned "
-                f"weights stays; give all optimizers as a list.",
-                stacklevel=3,
-            )
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_gradient_masks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._gradient_masks = GradientMasks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu)
+        self._gradient_masks.attach(self._parameters)
 
     def _check_parameters(self) -> None:
         """Raise UserError if the model no longer has the parameters that are masked, or has them on another device."""
         self._checked = True
+        self._gradient_masks.attach(self._parameters)  # some may have been frozen
         there = {id(parameter) for parameter in self._model.parameters()}
         for name, parameter in self._parameters.items():
             if id(parameter) not in there:
@@ -148,6 +150,7 @@ class Pruner:
         """Apply the masks that a method starts with, to weights alone: whoever resumes from a checkpoint may have
         loaded weights and optimiser already. ``load_state_dict`` gives back the weights they take, until the first
         step."""
+        self._gradient_masks.attach(self._parameters)
         if self.itr <= self.method.dense_until:
             return
         for name, parameter in self._parameters.items():
@@ -215,6 +218,7 @@ class Pruner:
             UserError: ranks differ.
         """
         self._apply()
+        self._gradient_masks.remove()
         check_equal(self._compared(), self.itr)
         for group in self.groups:
             want, have = self.method.wanted(group), group.pruned
@@ -225,7 +229,7 @@ class Pruner:
                     f"and {100 * want / group.size:.2f} % were asked for.",
                     stacklevel=2,
                 )
-        if self.method.updates and (empty := self._empty()):
+        if self.method.updates and (empty := nothing_left(self.parts, self._masks)):
             warnings.warn(
                 f"pruning left no weight of {some_of(empty)}: nothing passes through them any more. "
                 f"Lower pruning.sparsity, or give them a lower one of their own: pruning.scope={{{empty[0]}: "
@@ -250,16 +254,6 @@ class Pruner:
                 written.append(name)
         return written
 
-    def _empty(self) -> list[str]:
-        """The matrices, and the gates of others, of which every weight is pruned."""
-        gates = {part.parameter_name: part.gates for part in self.parts}
-        found = []
-        for name, mask in self._masks.items():
-            kept = mask.reshape(gates[name], -1).any(1).tolist()
-            named = zip(GATE_LETTERS[gates[name]], kept, strict=False)
-            found += [f"{name}[{gate}]" for gate, left in named if not left] if any(kept) else [name]
-        return found
-
     def _update(self) -> None:
         comes_back = self.method.soft or self.method.regrows
         for group in self.groups:
@@ -274,17 +268,39 @@ class Pruner:
             return
         # Momentum is what lets a soft method's weights come back.
         with_state = self.method.zero_state and (not self.method.soft or self.itr >= self.method.done_from)
+        on_gpu = []
         for name, parameter in self._parameters.items():
-            masked = [parameter, *(self.state_of(parameter) if with_state else ()), *self._averaged.get(name, ())]
-            # masked_fill is slow on CPUs only, see ``_bits``; a GPU is spared the masks as integers.
+            state = self.state_of(parameter) if with_state else []
+            masked = [parameter, *state, *self._averaged.get(name, ())]
             if parameter.is_cuda:
-                pruned = ~self._masks[name]
-                for tensor in masked:
-                    tensor.masked_fill_(pruned, 0)
+                on_gpu.append((self._masks[name], masked))
             else:
                 for tensor in masked:
                     bits = self._bits(name, tensor.itemsize)
                     tensor.view(bits.dtype).bitwise_and_(bits)
+        if on_gpu:
+            self._gpu_masking(on_gpu)
+
+    def _mask_gradient(self, name: str, gradient: Tensor) -> None:
+        """Zero the gradients of pruned weights, but for those that may bring weights back."""
+        mask = self._masks[name]
+        if self._wants_gradients() or gradient.device != mask.device:  # the last ``step`` refuses
+            return
+        began = time.perf_counter()
+        mask_gradient(gradient, mask, self._bits(name, gradient.itemsize))
+        self.seconds += time.perf_counter() - began
+
+    def _mask_gradients_on_gpu(self) -> None:
+        if not self._wants_gradients():
+            began = time.perf_counter()
+            mask_on_gpu(self._parameters, self._masks, self._gpu_gradient_masking)
+            self.seconds += time.perf_counter() - began
+
+    def _wants_gradients(self) -> bool:
+        """Whether the next step needs the gradients of pruned weights, or nothing is pruned yet."""
+        method = self.method
+        grows = method.regrows and method.is_update(self.itr + 1)
+        return grows or (method.soft and self.itr < method.done_from) or self.itr < method.dense_until
 
     def state_of(self, parameter: nn.Parameter) -> list[Tensor]:
         """The optimisers' tensors that go with a parameter, element for element."""
@@ -322,7 +338,9 @@ class Pruner:
 
     def sparsities(self) -> dict[str, float]:
         """Parameter name -> share of zeros in its mask, 0 to 1."""
-        return {name: 1 - float(count(mask)) / mask.numel() for name, mask in self._masks.items()}
+        counts = [count(mask) for mask in self._masks.values()]
+        kept = torch.stack([one.to(counts[0].device) for one in counts]).tolist() if counts else []  # awaited once
+        return {name: 1 - n / mask.numel() for (name, mask), n in zip(self._masks.items(), kept, strict=True)}
 
     def report(self) -> list[ReportRow]:
         """A row for each parameter, and for each gate of a recurrent one."""

@@ -7,7 +7,7 @@ copies (values, 64-bit indices and scratch), just when a large model has filled 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from srnn.formats import Structure
 from srnn.pruning.parts import PIECE, Piece
 
 Scorer = Callable[[Piece], Tensor]  # the scores of a piece's units, [U]
+_HELD_ON_GPU = 1 << 26  # scores: 256 MB beside a network of as much; computing them anew costs launches
+_GPU_BINS = 1 << 13  # of which a histogram fits the memory that threads share
 BINS = 1 << 16  # half of the 32 bits of a score: two passes find it, and a histogram takes 0.5 MB
 
 
@@ -39,7 +41,13 @@ class Ranking:
         self.scorer = scorer
         self.units = sum(structure.units(piece.shape) for piece in pieces)
         self.size = sum(piece.shape[0] * piece.shape[1] * piece.shape[2] for piece in pieces)
-        self._held = [scorer(piece) for piece in pieces] if self.units <= PIECE else None
+        self._on_gpu = any(piece.part.parameter.is_cuda for piece in pieces)
+        few = self.units <= (_HELD_ON_GPU if self._on_gpu else PIECE)
+        self._held = [scorer(piece) for piece in pieces] if few else None
+        self._together: Tensor | None = None  # all that are held, in one: fewer launches
+        if self._on_gpu and self._held is not None and all(one.dtype == self._held[0].dtype for one in self._held):
+            self._together = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
+            self._held = list(self._together.split([len(one) for one in self._held]))
 
     def __iter__(self) -> Iterator[tuple[Piece, Tensor]]:
         """Each piece with the scores of its units."""
@@ -48,8 +56,14 @@ class Ranking:
             # ones keep their type: a network in fp64 is ranked in fp64.
             yield piece, self._held[index] if self._held is not None else self.scorer(piece).float()
 
+    def _scores(self) -> Iterator[Tensor]:
+        """All scores, in as few tensors as they are held in."""
+        return iter([self._together]) if self._together is not None else (scores for _, scores in self)
+
     def kth_smallest(self, k: int) -> float:
         """The ``k``-th smallest score, counted from 1."""
+        if self._on_gpu and not (self._held is not None and self._held[0].dtype == torch.float64):
+            return _kth_on_gpu(lambda: (scores.float() for scores in self._scores()), k)
         if self._held is None:
             return _kth_by_bits((scores for _, scores in self), (scores for _, scores in self), k)
         scores = torch.cat(self._held)
@@ -64,11 +78,11 @@ class Ranking:
 
     def largest(self) -> float:
         """The largest score."""
-        return max(float(scores.max()) for _, scores in self)
+        return max(float(scores.max()) for scores in self._scores())
 
     def count_at_least(self, epsilon: float) -> int:
         """How many units reach a threshold."""
-        return sum(int((scores >= epsilon).sum()) for _, scores in self)
+        return sum(int((scores >= epsilon).sum()) for scores in self._scores())
 
     def keep_at_least(self, epsilon: float) -> None:
         """Set the masks: keep what reaches the threshold."""
@@ -109,7 +123,7 @@ class Ranking:
         boundary = self.kth_smallest(self.units - count + 1)
         # All above the boundary stay, and as many of its equals as are still missing: a matrix of equal scores, such as
         # zeros, is cut to the exact count too.
-        left = count - sum(int((scores > boundary).sum()) for _, scores in self)
+        left = count - sum(int((scores > boundary).sum()) for scores in self._scores())
         for piece, scores in self:
             keep = scores > boundary
             if left > 0:
@@ -141,29 +155,46 @@ def _kth_by_bits(first: Iterator[Tensor], second: Iterator[Tensor], k: int) -> f
     As integers such numbers are in the same order, so that two histograms of 65,536 bins find it exactly. That holds
     for floats from 0 up; -1 is the only negative one, so its bits, a negative integer, are below those of 0 as well.
     """
-    low_ones = np.zeros(2, dtype=np.int64)  # below 0, and 0
-
-    def upper_halves() -> Iterator[Tensor]:
-        for scores in first:
-            # Threads of a GPU that count into one bin wait for each other. What is pruned, 90 % of all weights towards
-            # the end, would all fall into one: it is counted by comparison instead.
-            if scores.is_cuda:
-                positive = scores[scores > 0]
-                zeros = int((scores == 0).sum())
-                low_ones[:] += scores.numel() - positive.numel() - zeros, zeros
-                scores = positive
-            yield (_bits(scores) >> 16) + BINS // 2
-
-    counts = _histogram(upper_halves())
-    if k <= low_ones.sum():
-        return -1.0 if k <= low_ones[0] else 0.0
-    k -= int(low_ones.sum())
+    counts = _histogram((_bits(scores) >> 16) + BINS // 2 for scores in first)
     # The shift of a signed integer keeps its sign: BINS // 2 makes the bins of both signs start from 0.
     high, below = _bin_of(counts, k)
     inside = (bits[(bits >> 16) + BINS // 2 == high] & (BINS - 1) for bits in map(_bits, second))
     low, _ = _bin_of(_histogram(inside), k - below)
     pattern = ((high - BINS // 2) << 16) | low
     return float(torch.tensor([pattern], dtype=torch.int32).view(torch.float32))
+
+
+def _kth_on_gpu(passes: Callable[[], Iterator[Tensor]], k: int) -> float:
+    """The same, in three passes of 8192 bins, each of which waits for the GPU once.
+
+    Threads that count into one bin wait for each other. What is pruned, 90 % of all weights towards the end, would all
+    fall into one: it is counted by comparison instead, and bins are of the bits less 1, which 0 and -1 lie below.
+    """
+    low = _sum(torch.stack([(scores < 0).sum(), (scores == 0).sum()]) for scores in passes())
+    first, base = 0, 0  # what is below, and the bits less 1 that it ends at
+    for shift in (18, 5, 0):
+        inside = _sum(_in_bins((_bits(scores) - (1 + base)) >> shift) for scores in passes())
+        counts = torch.cat([low, inside]).cpu() if shift == 18 else inside.cpu()
+        if shift == 18:
+            negative, zero = counts[:2].tolist()
+            if k <= negative + zero:
+                return -1.0 if k <= negative else 0.0
+            first, counts = negative + zero, counts[2:]
+        place, below = _bin_of(counts, k - first)
+        first, base = first + below, base + (place << shift)
+    return float(torch.tensor([base + 1], dtype=torch.int32).view(torch.float32))
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    several = list(parts)
+    return several[0] if len(several) == 1 else torch.stack(several).sum(0)
+
+
+def _in_bins(places: Tensor) -> Tensor:
+    """How often each of 0 to 8191 is there, int64 [8192]; others are left out."""
+    # One more bin than is wanted, so that a place is its bin in any arithmetic. Without integers on a CPU.
+    counts = torch.histc(places if places.is_cuda else places.double(), _GPU_BINS + 1, 0, _GPU_BINS + 1)
+    return counts[:_GPU_BINS].long()
 
 
 def _bits(scores: Tensor) -> Tensor:

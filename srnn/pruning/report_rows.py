@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from srnn.cells import GATE_LETTERS
 from srnn.pruning.groups import Group
 from srnn.pruning.parts import Part, count
 
@@ -62,3 +66,19 @@ def report_rows(group: Group, part: Part) -> list[ReportRow]:
         )
         rows.append(row)
     return rows
+
+
+def nothing_left(parts: Sequence[Part], masks: Mapping[str, Tensor]) -> list[str]:
+    """The matrices, and the gates of others, of which every weight is pruned.
+
+    Args:
+        parts: all that is pruned.
+        masks: parameter name -> mask; True keeps the weight.
+    """
+    gates = {part.parameter_name: part.gates for part in parts}
+    found = []
+    for name, mask in masks.items():
+        kept = mask.reshape(gates[name], -1).any(1).tolist()
+        named = zip(GATE_LETTERS[gates[name]], kept, strict=False)
+        found += [f"{name}[{gate}]" for gate, left in named if not left] if any(kept) else [name]
+    return found

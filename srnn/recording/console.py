@@ -275,6 +275,11 @@ def _prompt(data: DataModule, vocabulary: Vocabulary) -> str:
     return longest[: PROMPT + 1].rpartition(" ")[0].strip() or longest[:PROMPT]
 
 
+def print_folder(folder: RunFolder) -> None:
+    """Where a run writes: said at its start, for whoever wants to look while it trains."""
+    console.print(f"This run is in {folder}", soft_wrap=True)
+
+
 def print_way_back(folder: RunFolder) -> None:
     """How a stopped run is resumed."""
     console.print(f"Resume it: srnn resume {shlex.quote(str(folder))}", soft_wrap=True)

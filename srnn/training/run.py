@@ -21,7 +21,7 @@ from srnn.files import write_atomically
 from srnn.inference.weights import read_weights
 from srnn.kernels import Kernel
 from srnn.recording import environment
-from srnn.recording.console import print_report, print_way_back, print_ways_on
+from srnn.recording.console import print_folder, print_report, print_way_back, print_ways_on
 from srnn.recording.plots import plot_run
 from srnn.recording.recorder import Recorder
 from srnn.recording.report import build_report, milestones, recurrent_matrix
@@ -119,6 +119,7 @@ def _run(settings: Settings, folder: RunFolder, checkpoint: Path | None) -> dict
     run = prepare(settings, place, checkpoint)
     environment.record_data(folder, run.data)
     rehearse(run, folder)
+    print_folder(folder)
     tags = [run.config[group]["name"] for group in ("model", "dataset", "pruning")]
     with wandb_run(run.tracking, folder.path, run.config, "train", tags) as wandb:
         if wandb is not None:

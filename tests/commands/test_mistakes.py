@@ -221,16 +221,20 @@ def test_list_shows_every_component(capsys):
     ):
         assert name in shown
     assert "[recurrent, linear, embedding]" in shown
-    assert main(["list", "model"]) == 0
-    assert "gradual" not in capsys.readouterr().out
+    for group in GROUPS:
+        for name in presets(group):
+            assert f"│ {name} " in shown
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_list_shows_every_name_of_a_group(capsys, group):
+def test_list_of_a_group_is_its_menu(capsys, group):
     assert main(["list", group]) == 0
     shown = capsys.readouterr().out
     for name in presets(group):
-        assert f"│ {name} " in shown
+        assert f"\n  {name} " in shown
+    assert f"srnn list {group}=NAME: its options and what they mean" in shown
+    assert " = " not in shown, "an option"
+    assert not any(f"\n{other}= " in f"\n{shown}" for other in GROUPS if other != group)
 
 
 def test_list_shows_the_files_of_a_plugin(capsys, tmp_path, monkeypatch):
@@ -238,8 +242,10 @@ def test_list_shows_the_files_of_a_plugin(capsys, tmp_path, monkeypatch):
     for file, text in (("dataset/short", "name: adding\nsteps: 7\n"), ("experiment/default", "# Mine.\nseed: 3\n")):
         (tmp_path / file).parent.mkdir()
         (tmp_path / f"{file}.yaml").write_text(text)
-    for group, words in (("dataset", ("│ short ", "steps = 7")), ("experiment", ("│ default ", "seed = 3", "Mine."))):
-        assert main(["list", group]) == 0
+    for name, words in (("dataset=short", ["steps = 7"]), ("experiment=default", ["seed = 3", "Mine."])):
+        assert main(["list", name.partition("=")[0]]) == 0
+        assert f"\n  {name.partition('=')[2]} " in capsys.readouterr().out
+        assert main(["list", name]) == 0
         shown = capsys.readouterr().out
         for word in words:
             assert word in shown

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 import pytest
 
 from srnn.bench.cases import FLOAT_DTYPES
-from srnn.commands.options import FloatsChoice, Help, RunOption, StructureChoice, ValuesChoice, call, command
+from srnn.commands.options import FloatsChoice, Help, RunOption, StructureChoice, ValuesChoice, call, command, unquoted
 from srnn.errors import UserError
 from srnn.formats import PACKED_STRUCTURES, Values
 from srnn.registry import Range
@@ -170,6 +170,17 @@ def test_a_run_is_named_bare_or_with_its_key(words, beside):
         assert call(Time, given) == Time(kernel, "R")
         assert call(gather, ["A", *given]) == (["A", "R"], kernel)
     assert call(Time, beside) == Time(kernel, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "run"),
+    [("'a b'", "a b"), ('"a b"', "a b"), (r"'it\'s'", "it's"), ("it's'", "it's'"), ("'a", "'a"), ("'", "'"), ("", "")],
+)
+def test_quotes_around_a_whole_value_are_hydras(given, run):
+    assert unquoted(given) == run
+    assert call(score, [f"run={given}"]) == (run, "auto")
+    for word in ("--run", f"--run={given}"):
+        assert call(score, [word, given] if word == "--run" else [word]) == (given, "auto"), "taken literally"
 
 
 def test_a_run_is_named_once():

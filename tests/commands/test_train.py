@@ -28,6 +28,7 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path, srnn_command, capsys):
     done = srnn_command(*SMALL, whole, f"hydra.run.dir={run}", HOME=str(home), XDG_CONFIG_HOME="", XDG_CACHE_HOME="")
     assert done.returncode == 0, done.stderr
     assert done.stderr.replace(f"{MESSAGE}\n", "") == ""
+    assert done.stdout.startswith(f"This run is in {run}\n"), "said before it trains"
     for words in (
         "What will be pruned",
         "rnn.weight_hh_l0",

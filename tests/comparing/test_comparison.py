@@ -182,6 +182,19 @@ def test_settings_are_told_apart_by_what_differs_but_the_seed():
         compare([*runs, *accurate])
 
 
+def test_scores_on_other_data_are_said_to_rank_nothing():
+    def notes(*data, score="bits_per_character"):
+        return compare([run(2.0, dataset={"name": "text", **one}, name=score) for one in data], score).notes
+
+    assert notes({"batch_size": 8}, {"batch_size": 16}) == ABOUT_TIMES
+    words = notes({"level": "words"}, {"level": "characters"})
+    assert "scored on different data (dataset.level): the order of their scores ranks no networks" in words
+    assert "flatters words beside characters" in words
+    other = notes({"path": "a"}, {"path": "b"}, score="perplexity")
+    assert "different data (dataset.path)" in other
+    assert "flatters" not in other
+
+
 def test_a_seed_counts_once():
     comparison = compare([run(2.0, 0), run(3.0, 0), run(4.0, 1)])
     assert [r.summary["test/bits_per_character"] for r in comparison.settings[0].runs] == [2.0, 4.0]

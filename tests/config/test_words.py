@@ -48,3 +48,9 @@ def test_flags_that_srnn_does_not_have_are_refused(tmp_path):
 def test_the_version_is_srnns(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("srnn 0.")
+
+
+def test_a_name_in_a_list_that_needs_quotes_says_so():
+    with pytest.raises(UserError, match=r"tracking.tags=\[größe\]: .*Quote a name with such a character"):
+        check_command_line(["tracking.tags=[größe]"])
+    assert check_command_line(["tracking.tags=['größe']"]).sweep is None

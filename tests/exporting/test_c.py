@@ -315,6 +315,19 @@ def test_a_program_that_differs_is_not_written(tmp_path, monkeypatch):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("net.c", "older")]
 
 
+def test_what_it_costs_is_told_before_anything_is_compiled(tmp_path, monkeypatch):
+    told = []
+
+    def looked_for():
+        assert len(told) == 1
+        assert re.fullmatch(r"flash: .*\nRAM: .*\nwork: 288 multiply-adds a step\.", told[0])
+
+    monkeypatch.setattr(c_format, "find_compiler", looked_for)
+    assert "flash:" not in str(srnn.export(nn.GRU(4, 8), tmp_path / "net.c", "c", tell=told.append))
+    assert "flash:" in str(srnn.export(nn.GRU(4, 8), tmp_path / "net.c", "c"))
+    assert "flash: " in (tmp_path / "net.h").read_text()
+
+
 @needs_compiler
 def test_a_program_that_forgets_its_state_is_not_written(tmp_path, monkeypatch):
     def wrong(*arguments):
@@ -346,7 +359,11 @@ def test_it_says_so_where_there_is_no_compiler(tmp_path, monkeypatch):
         ('n".c', {"name": "net"}, "letters, digits and . _ [+] - only"),
         ("net.c", {"values": "fp8"}, "values='fp8': there are fp32"),
         ("net.c", {"structure": "3x3"}, "structure='3x3': there are auto"),
-        ("net.c", {"speed": 1}, "format=c takes no speed: its options are values, structure, name, verify"),
+        (
+            "net.c",
+            {"speed": 1},
+            "format=c takes no speed: its options are values, structure, name, verify, activations",
+        ),
         ("net.h", {}, r"must be a file named \*\.c"),
     ],
 )

@@ -55,7 +55,6 @@ def with_more():
     ("make", "said"),
     [
         (lambda: MyGRU(16, 64), "layer is a MyGRU, which is derived from GRU: only torch's own classes"),
-        (lambda: nn.GRUCell(16, 64), "layer is a GRUCell: cells have no sparse kernel, nn.GRU has"),
         (lambda: nn.Embedding(50, 16, max_norm=1.0), "layer has max_norm"),
         (lambda: nn.Bilinear(16, 16, 1), None),
         (normed, "layer is parametrised: call torch.nn.utils.parametrize.remove_parametrizations"),

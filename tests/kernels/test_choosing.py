@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from srnn.kernels import Auto, Dense, LayerWeights
-from srnn.kernels.choosing import _cache_file, _describe, fastest
+from srnn.kernels.choosing import described_matrix, fastest
 from srnn.kernels.dense import Torch
+from srnn.kernels.remembering import choices_file
 from srnn.sparse import SparseMatrix
 
 CPU = torch.device("cpu")
@@ -83,7 +84,7 @@ def test_a_sparse_backend_that_fails_is_left_out(monkeypatch, caplog):
 )
 def test_a_shape_is_told_in_plain_figures(structure, words):
     matrix = SparseMatrix.from_dense(torch.ones(96, 85), structure, "fp16")
-    assert _describe(matrix) == f"96x85 {structure} fp16 {words}"
+    assert described_matrix(matrix) == f"96x85 {structure} fp16 {words}"
 
 
 def test_auto_measures_once_and_remembers(monkeypatch, caplog):
@@ -110,31 +111,33 @@ def test_auto_measures_once_and_remembers(monkeypatch, caplog):
         run(Auto())
 
 
-def test_single_steps_are_measured_apart_from_sequences():
+def test_single_steps_short_and_long_sequences_are_measured_apart():
     kernel = Auto()
-    run(kernel, batch=2)
-    run(kernel, batch=2, steps=1)
-    assert len(kernel.choices) == 2
+    for steps in (1, 2, 32, 33, 200):
+        run(kernel, batch=2, steps=steps)
+    assert [choice.use for choice in kernel.choices.values()] == [
+        f"2 streams, {n}" for n in ("1 step", "16 steps", "100 steps")
+    ]
 
 
 @pytest.mark.parametrize("damage", [b"", b"[1]", b'{"x": 3', b"\xff\xfe"])
 def test_a_damaged_cache_is_measured_anew(damage):
     run(Dense())
-    _cache_file().write_bytes(damage)
+    choices_file().write_bytes(damage)
     kernel = Dense()
     run(kernel)
     assert len(kernel.choices) == 1
-    assert isinstance(json.loads(_cache_file().read_bytes()), dict)
+    assert isinstance(json.loads(choices_file().read_bytes()), dict)
 
 
 def test_entries_of_another_kind_are_measured_anew():
     kernel = Dense()
     run(kernel)
-    cache = json.loads(_cache_file().read_bytes())
+    cache = json.loads(choices_file().read_bytes())
     for entries in cache.values():
         for entry in entries.values():
             entry["winner"] = "nonsense"
-    _cache_file().write_text(json.dumps(cache))
+    choices_file().write_text(json.dumps(cache))
     again = Dense()
     run(again)
     assert next(iter(again.choices.values())).winner in ("torch", "onednn")
@@ -166,12 +169,12 @@ def test_dense_is_never_worse_than_its_parts():
 def test_six_processes_at_once_lose_no_choice():
     """Each adds its own to the file, ten times, while the others do."""
     code = (
-        "import sys; from srnn.kernels.choosing import Choice, _remember\n"
-        "for n in range(10): _remember('key cpu', Choice(f'{sys.argv[1]} {n}', 'cpu', {'cpu': 1.0}, {}))"
+        "import sys; from srnn.kernels.remembering import remember\n"
+        "for n in range(10): remember('key cpu', f'{sys.argv[1]} {n}', {'winner': 'cpu'})"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code, str(number)]) for number in range(6)]
     assert [process.wait(120) for process in processes] == [0] * 6
-    kept = json.loads(_cache_file().read_bytes())["key cpu"]
+    kept = json.loads(choices_file().read_bytes())["key cpu"]
     assert set(kept) == {f"{number} {n}" for number in range(6) for n in range(10)}
 
 
@@ -181,10 +184,10 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again(monkeypatch):
     run(first, batch=70)
     (what,) = first.choices
     run(second, batch=70)
-    assert what not in str(_cache_file().read_text() if _cache_file().exists() else "")
+    assert what not in str(choices_file().read_text() if choices_file().exists() else "")
     monkeypatch.setattr("os.getloadavg", lambda: (0.5, 0.0, 0.0))
     run(third := Dense(), batch=70)
-    assert json.loads(_cache_file().read_bytes())
-    assert what in _cache_file().read_text()
+    assert json.loads(choices_file().read_bytes())
+    assert what in choices_file().read_text()
     run(fourth := Dense(), batch=70)
     assert fourth.choices == third.choices, "remembered"

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from srnn.kernels.contract import LayerWeights
 from srnn.kernels.triton import backend
@@ -12,8 +14,10 @@ from srnn.kernels.triton.arrange import two_powers
 from srnn.kernels.triton.chip import Chip
 from srnn.kernels.triton.forms import plan_streams
 from srnn.kernels.triton.gates.plan import GatePlan
-from srnn.kernels.triton.slices.plan import Workload
+from srnn.kernels.triton.recurrence import TritonRecurrence
+from srnn.kernels.triton.slices.plan import RESERVED, Workload
 from srnn.kernels.triton.tuning import Tuning
+from srnn.kernels.triton.vectors.plan import programs_of, share_out, sizes_of
 from srnn.sparse import SparseMatrix
 
 H100 = Chip(132, 228 << 10, True, True, Tuning())
@@ -96,3 +100,63 @@ def test_without_tf32_products_are_ieee(monkeypatch):
     assert backend.Triton("tf32x3").recurrence(weights, torch.device("cpu"), torch.float32).precision == "ieee"
     monkeypatch.setattr(backend, "chip_of", lambda device: H100)
     assert backend.Triton("tf32x3").recurrence(weights, torch.device("cpu"), torch.float32).precision == "tf32x3"
+
+
+@st.composite
+def chips(draw):
+    """Cards of 60 to 200 multiprocessors with 100 to 228 KB of shared memory, as they have been since Ampere."""
+    return Chip(
+        draw(st.integers(60, 200)),
+        draw(st.sampled_from([100, 128, 164, 228])) << 10,
+        draw(st.booleans()),
+        True,
+        Tuning(),
+    )
+
+
+@given(
+    chips(), st.sampled_from([1, 3, 4]), st.integers(1, 4096), st.sampled_from([16, 32]), st.floats(0, 0.3),
+    st.integers(2, 200), st.sampled_from([2, 4]), st.integers(1, 2),
+)  # fmt: skip
+def test_what_is_launched_on_other_cards_runs_all_at_once(
+    chip, gates, units, height, density, streams, size, directions
+):
+    """Programs wait for each other: none may be left for later, for lack of multiprocessors or of shared memory."""
+    most = max(1, round(density * units))
+    work = Workload.of([matrix(gates, units, height, most)] * directions, size, streams)
+    plan = plan_streams(work, chip)
+    blocks = (plan.k + plan.k_2) * plan.tiles * (plan.chunks if gates == 1 else plan.chunks // 4)
+    if isinstance(plan, GatePlan):
+        assert chip.warpgroups
+        blocks = plan.k + plan.k_2
+        assert plan.programs * plan.each >= work.groups
+    assert blocks >= most, "all blocks have a place"
+    if plan.fits(work, chip):
+        on_each = -(-plan.programs * directions // chip.processors)
+        assert on_each <= plan.resident
+        assert on_each * (plan.shared_bytes(height, size) + RESERVED) <= chip.shared_memory
+
+
+@given(chips(), st.integers(1, 300), st.sampled_from([1, 16]), st.integers(1, 40), st.integers(1, 2))
+def test_one_after_the_other_runs_on_any_card(chip, units, height, streams, directions):
+    dense = (torch.rand(3, -(-units // height), units) < 0.3).float().repeat_interleave(height, dim=1)[:, :units]
+    given_matrix = SparseMatrix.from_dense(dense.reshape(-1, units), "element" if height == 1 else "16x1", "fp16", 3)
+    programs = programs_of([given_matrix] * directions, chip, streams)
+    assert 1 <= programs * directions <= chip.processors
+    shares = share_out(given_matrix, 1, programs)
+    chunk, per_tile, warps = sizes_of(given_matrix, shares, chip.tuning)
+    assert chunk * per_tile * height <= chip.tuning.most_values * (1 if height == 1 else 2)
+    assert warps in (4, 8, 16)
+
+
+def test_slices_that_do_not_fit_go_one_after_the_other():
+    """A layer of 8,000 units on a small card: no plan fits, and it runs all the same."""
+    dense = torch.zeros(8000, 8000)
+    dense[:, ::80] = 1
+    blocks = SparseMatrix.from_dense(dense, "16x1", "fp16", 1)
+    small = Chip(60, 100 << 10, False, True, Tuning())
+    recurrence = TritonRecurrence(
+        (LayerWeights("tanh", blocks, blocks),), torch.device("cpu"), torch.float16, "ieee", small
+    )
+    assert recurrence.slices(16) is None
+    assert 1 <= recurrence.layout(16).plan.programs <= 60

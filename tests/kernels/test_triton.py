@@ -17,6 +17,7 @@ from srnn.sparse import SparseMatrix
 from tests.kernels.triton_cases import DEVICE, INTERPRETED, check, check_both, here, layer, on_gpu, state_of, use_chip
 
 FILES = [Path(__file__).with_name(f"test_{name}.py") for name in ("triton", "vectors", "slices", "gates", "products")]
+FILES.append(Path(__file__).parents[1] / "pruning" / "test_masking.py")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")

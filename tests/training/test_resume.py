@@ -137,6 +137,7 @@ def test_what_cannot_be_resumed(tmp_path, capsys, monkeypatch, whole):
         ([f"resume={run}", "seed=1"], "seed=1 cannot be given with it"),
         (["-m", f"resume={run}"], "-m cannot be given with it"),
         ([f"resume={run}", f"resume={run}"], "a second one cannot be given"),
+        ([f"resume={tmp_path}/it's'"], "it's': no run is there"),
         (["resume"], "which run? Give its folder, as `srnn resume outputs/RUN` or run=outputs/RUN"),
         (["resume", tmp_path / "none"], "no run is there"),
         (["resume", f"run={tmp_path}/none"], "no run is there"),

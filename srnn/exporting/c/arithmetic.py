@@ -274,26 +274,32 @@ def row_code(form: StoredForm, array: str, columns: int, name: str) -> str:
     """The body of an embedding's function, which writes row ``token`` to ``y``."""
     value = {"fp32": "", "int8": "(float)", "fp16": f"{name}_fp16", "bf16": f"{name}_bf16"}[form.values]
     scale = f"{array}_scales[group] * " if form.values == "int8" else ""
-    lane = "" if form.height == 1 else " + lane"
-    lines = (
-        [f"const uint32_t group = token / {form.height}u;"] if form.height > 1 else ["const uint32_t group = token;"]
-    )
-    lines += [f"const uint32_t lane = token % {form.height}u;"] if form.height > 1 else []
-    at = "block" if form.height == 1 else f"block * {form.height}u"
+    lines = lookup_of(form, array, columns, f"{scale}{value}({array}_values[AT])", "0.0f")
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def lookup_of(form: StoredForm, array: str, columns: int, value: str, zero: str) -> list[str]:
+    """Lines that write row ``token`` to ``y``: ``value`` for each number that is stored, AT being its place."""
+    if form.height == 1:
+        lines, at = ["const uint32_t group = token;"], "block"
+    else:
+        lines = [f"const uint32_t group = token / {form.height}u;", f"const uint32_t lane = token % {form.height}u;"]
+        at = f"block * {form.height}u + lane"
+    value = value.replace("AT", at)
     if form.counts is None:
-        lines += [
+        return [
+            *lines,
             f"uint32_t block = group * {columns}u;",
             f"for (int column = 0; column < {columns}; column++, block++)",
-            f"    y[column] = {scale}{value}({array}_values[{at}{lane}]);",
+            f"    y[column] = {value};",
         ]
-    else:
-        lines += [
-            "int column = 0;",
-            f"for (int i = 0; i < {columns}; i++)",
-            "    y[i] = 0.0f;",
-            f"for (uint32_t block = {array}_starts[group]; block < {array}_starts[group + 1]; block++) {{",
-            f"    column += {array}_gaps[block];",
-            f"    y[column] = {scale}{value}({array}_values[{at}{lane}]);",
-            "}",
-        ]
-    return "\n".join(f"    {line}" for line in lines)
+    return [
+        *lines,
+        "int column = 0;",
+        f"for (int i = 0; i < {columns}; i++)",
+        f"    y[i] = {zero};",
+        f"for (uint32_t block = {array}_starts[group]; block < {array}_starts[group + 1]; block++) {{",
+        f"    column += {array}_gaps[block];",
+        f"    y[column] = {value};",
+        "}",
+    ]

@@ -17,7 +17,14 @@ from srnn.sparse import SparseMatrix
 
 WIDEST_GAP = 255  # a column further on is reached by way of blocks of zeros
 _C_TYPES = {"fp32": "float", "fp16": "uint16_t", "bf16": "uint16_t", "int8": "int8_t"}
-_NUMPY_TYPES: dict[str, str] = {"uint8": "uint8_t", "uint16": "uint16_t", "uint32": "uint32_t", "int8": "int8_t"}
+_NUMPY_TYPES: dict[str, str] = {
+    "uint8": "uint8_t",
+    "uint16": "uint16_t",
+    "uint32": "uint32_t",
+    "int8": "int8_t",
+    "int16": "int16_t",
+    "int32": "int32_t",
+}
 _LINE = 100
 WIDE = 64  # values of fewer than 32 bits that a product with blocks widens at a time
 INT8_TABLE = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)
@@ -72,12 +79,14 @@ class StoredMatrix:
         rows: of the matrix.
         columns: of the matrix.
         arrays: name -> numbers: ``values``, and where there are any ``gaps``, ``counts``, ``scales``.
+        order: the matrix's row groups in the order in which they are stored.
     """
 
     form: StoredForm
     rows: int
     columns: int
     arrays: dict[str, np.ndarray]
+    order: np.ndarray
 
     @property
     def nbytes(self) -> int:
@@ -129,13 +138,17 @@ def stored_matrix(matrix: SparseMatrix, chunk: int) -> StoredMatrix:
         every = np.zeros((matrix.groups, width, matrix.height), dtype=values.dtype)
         every[group, columns] = values
         return StoredMatrix(
-            StoredForm(matrix.height, matrix.values_name, None), rows, width, {"values": every.reshape(-1)} | scales
+            StoredForm(matrix.height, matrix.values_name, None),
+            rows,
+            width,
+            {"values": every.reshape(-1)} | scales,
+            order,
         )
     counts = counts + np.bincount(group, weights=fillers, minlength=matrix.groups).astype(np.int64)
     arrays = _with_fillers(values, gaps, fillers)
     narrow = smallest_unsigned(int(counts.max(initial=0)))
     form = StoredForm(matrix.height, matrix.values_name, _NUMPY_TYPES[narrow.name])
-    return StoredMatrix(form, rows, width, {"counts": counts.astype(narrow)} | arrays | scales)
+    return StoredMatrix(form, rows, width, {"counts": counts.astype(narrow)} | arrays | scales, order)
 
 
 def _with_fillers(values: np.ndarray, gaps: np.ndarray, fillers: np.ndarray) -> dict[str, np.ndarray]:

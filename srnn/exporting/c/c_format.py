@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -13,8 +14,10 @@ from srnn.cells import GATES
 from srnn.errors import UserError
 from srnn.exporting.base import ExportReport, ExportRequest
 from srnn.exporting.c.compiling import find_compiler
-from srnn.exporting.c.program import Program, c_program, checked_name
-from srnn.exporting.c.verification import VERIFIED_STEPS, largest_error
+from srnn.exporting.c.integer_code import integer_program
+from srnn.exporting.c.integers import IntegerModule, integer_network
+from srnn.exporting.c.program import Program, c_program, checked_name, with_comment
+from srnn.exporting.c.verification import VERIFIED_STEPS, away_from_floats, integers_that_differ, largest_error
 from srnn.exporting.chain import (
     Chain,
     ChainPart,
@@ -32,14 +35,19 @@ from srnn.inference.packing import Packer, WantedStructure
 from srnn.sparse import SparseMatrix
 from srnn.vocabulary import Characters
 
+CValues = Values | Literal["w8a8"]
+_NOT_COMPILED = "not compiled (verify=false)"
 _NO_COMPILER = "no C compiler is here (cc, gcc, clang, or pip install ziglang)"
 
 
 def check_c(
-    values: Values | None = None, structure: WantedStructure = "auto", name: str | None = None, verify: bool = True
+    values: CValues | None = None,
+    structure: WantedStructure = "auto",
+    name: str | None = None,
+    verify: bool = True,
 ) -> None:
     """Raises UserError for values, blocks or a name that there are not."""
-    Packer(structure, values or "fp32")
+    Packer(structure, "int8" if values == "w8a8" else values or "fp32")
     if name is not None:
         checked_name(name)
 
@@ -49,7 +57,7 @@ def write_c(
     path: Path,
     request: ExportRequest,
     *,
-    values: Values | None = None,
+    values: CValues | None = None,
     structure: WantedStructure = "auto",
     name: str | None = None,
     verify: bool = True,
@@ -59,27 +67,101 @@ def write_c(
     Args:
         model: the network. Weights that are packed stay as they are; dense ones are packed.
         path: of the source file; the header lies beside it.
-        request: what the comment says about the network; its example is not used.
-        values: what weights are stored as; None takes fp32 for those that are not packed yet.
+        request: what the comment says about the network. The example is used where numbers come in and are int8: the
+            largest of them sets their scale.
+        values: what weights are stored as; None takes fp32 for those that are not packed yet. ``w8a8`` computes in
+            integers throughout, weights and activations of int8, for chips without a floating-point unit.
         structure: the blocks of weights that are not packed yet.
         name: what all names of the program begin with; None takes the file's.
         verify: compile the program, where there is a compiler, and compare it with the network.
     """
-    name = checked_name(path.stem if name is None else name)
-    if not re.fullmatch(r"[\w.+-]+", path.stem, re.ASCII):
-        raise UserError(f"{path}: C includes the header by its name, which may have letters, digits and . _ + - only.")
-    chain = packed_chain(read_chain(model), values, structure)
-    about = request.about
-    text = about if isinstance(about, str) else about(_Rounded(chain))
-    vocabulary = getattr(model, "vocabulary", None)
-    characters = vocabulary.tokens[1:] if isinstance(vocabulary, Characters) else ()
-    program = c_program(chain, name, path.stem, [line for line in text.splitlines() if line.strip()], characters)
-    verified, error = _verified(program, chain, path) if verify else ("not compiled (verify=false)", None)
+    if values == "w8a8":
+        return _write_integers(model, path, request, structure, name, verify)
+    chain, program = told_program(model, path, request, values, structure, name)
+    program = with_comment(program, about_lines(request, Rounded(chain)))
+    verified, error = _verified(program, chain, path) if verify else (_NOT_COMPILED, None)
+    return _written(program, path, request, verified, error)
+
+
+def _written(program: Program, path: Path, request: ExportRequest, verified: str, error: float | None) -> ExportReport:
+    """Write both files."""
     header = path.with_suffix(".h")
     write_atomically(header, program.header.encode())
     write_atomically(path, program.source.encode())
     nbytes = path.stat().st_size + header.stat().st_size
-    return ExportReport(path, nbytes, verified, error, (f"{header} declares it.", *program.costs))
+    notes = (f"{header} declares it.", *(() if request.tell else program.costs))
+    return ExportReport(path, nbytes, verified, error, notes)
+
+
+def _write_integers(
+    model: nn.Module, path: Path, request: ExportRequest, structure: WantedStructure, name: str | None, verify: bool
+) -> ExportReport:
+    """``write_c`` in integers: compared bit for bit with a numpy model of the same arithmetic."""
+    chain = packed_chain(read_chain(model), "int8", structure)
+    network = integer_network(chain, request.example)
+    program = integer_program(network, checked_stem(path, name), path.stem, characters_of(model))
+    if request.tell is not None:
+        request.tell("\n".join(program.costs))
+    program = with_comment(program, about_lines(request, IntegerModule(network, chain.batch_first)))
+    compiler, verified = find_compiler(), _NOT_COMPILED if not verify else f"not verified: {_NO_COMPILER}"
+    if verify and compiler is not None:
+        differ = integers_that_differ(program, network, compiler)
+        if differ:
+            raise UserError(
+                f"{path} is not written: {differ:,} of the compiled program's numbers are not those of its model in "
+                "numpy. Please report it; verify=false writes the program as it is."
+            )
+        verified = f"compiled by {_shown(compiler)}: every bit as in its numpy model for {VERIFIED_STEPS:,} steps"
+    beside = f"{verified}; integers beside the same weights in fp32"
+    return _written(program, path, request, beside, away_from_floats(network, chain))
+
+
+def told_program(
+    model: nn.Module,
+    path: Path,
+    request: ExportRequest,
+    values: Values | None,
+    structure: WantedStructure,
+    name: str | None,
+    usual: Values = "fp32",
+) -> tuple[Chain, Program]:
+    """A network as a chain of packed weights, and as C; what that costs is told.
+
+    Args:
+        model: as ``write_c``; so are the next five.
+        path: of the file.
+        request: what is told goes there.
+        values: what weights are stored as.
+        structure: the blocks of weights that are not packed yet.
+        name: what all names of the program begin with.
+        usual: what weights that are not packed yet are stored as where ``values`` is None.
+    """
+    name = checked_stem(path, name)
+    chain = packed_chain(read_chain(model), values, structure, usual)
+    program = c_program(chain, name, path.stem, characters_of(model))
+    if request.tell is not None:
+        request.tell("\n".join(program.costs))
+    return chain, program
+
+
+def checked_stem(path: Path, name: str | None) -> str:
+    """What all names of a program begin with. Raises UserError if C could not read that, or the file's name."""
+    checked = checked_name(path.stem if name is None else name)
+    if not re.fullmatch(r"[\w.+-]+", path.stem, re.ASCII):
+        raise UserError(f"{path}: C includes the header by its name, which may have letters, digits and . _ + - only.")
+    return checked
+
+
+def characters_of(model: nn.Module) -> Sequence[str]:
+    """The characters that a language model's tokens from 1 on stand for; none of other networks."""
+    vocabulary = getattr(model, "vocabulary", None)
+    return vocabulary.tokens[1:] if isinstance(vocabulary, Characters) else ()
+
+
+def about_lines(request: ExportRequest, written: nn.Module) -> list[str]:
+    """What a file says about its network, ``written`` as the file computes it."""
+    text = request.about if isinstance(request.about, str) else request.about(written)
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def _verified(program: Program, chain: Chain, path: Path) -> tuple[str, float | None]:
@@ -93,11 +175,14 @@ def _verified(program: Program, chain: Chain, path: Path) -> tuple[str, float | 
             f"{path} is not written: the compiled program's outputs differ by {error:.1e} from the network's, over "
             f"{AGREEMENT:g}. Please report it; verify=false writes the program as it is."
         )
-    shown = Path(compiler[0]).name if len(compiler) == 1 else "zig"
-    return f"compiled by {shown} and run against the network for {VERIFIED_STEPS:,} steps", error
+    return f"compiled by {_shown(compiler)} and run against the network for {VERIFIED_STEPS:,} steps", error
 
 
-class _Rounded(nn.Module):
+def _shown(compiler: Sequence[str]) -> str:
+    return Path(compiler[0]).name if len(compiler) == 1 else "zig"
+
+
+class Rounded(nn.Module):
     """The network with the weights that the file holds, called as torch's modules: the state is a tensor or several."""
 
     def __init__(self, chain: Chain) -> None:
@@ -105,6 +190,7 @@ class _Rounded(nn.Module):
         self.network, self.names = ChainNetwork(chain), tuple(chain.states)
 
     def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Outputs, and the state after them."""
         several = state if state is None or isinstance(state, tuple) else (state,)
         before = None if several is None else dict(zip(self.names, several, strict=True))
         outputs, after = self.network(inputs, before)
@@ -112,18 +198,21 @@ class _Rounded(nn.Module):
         return outputs, ends[0] if len(ends) == 1 else ends
 
 
-def packed_chain(chain: Chain, values: Values | None = None, structure: WantedStructure = "auto") -> Chain:
+def packed_chain(
+    chain: Chain, values: Values | None = None, structure: WantedStructure = "auto", usual: Values = "fp32"
+) -> Chain:
     """The same chain with all its matrices packed; one that two layers share is packed once.
 
     Args:
         chain: from ``read_chain``.
-        values: what weights are stored as; None leaves packed ones as they are, and takes fp32 for others.
+        values: what weights are stored as; None leaves packed ones as they are, and takes ``usual`` for others.
         structure: the blocks of weights that are not packed yet.
+        usual: see ``values``.
 
     Raises:
         UserError: a weight is not pruned in these blocks, or not finite in these values.
     """
-    packer, done = Packer(structure, values or "fp32"), {}
+    packer, done = Packer(structure, values or usual), {}
 
     def packed(name: str, weight: ChainWeight, gates: int = 1) -> SparseMatrix:
         if isinstance(weight, SparseMatrix) and values in (None, weight.values_name):

@@ -35,10 +35,25 @@ class Calls:
     Attributes:
         name: all its names begin with it.
         stages: its layers.
+        has_table: whether there is a table of characters.
+        in_type: C type of an input's numbers.
+        out_type: C type of an output's numbers.
+        input_scale: what 1 of an input stands for.
+        output_scale: what 1 of an output stands for.
     """
 
     name: str
     stages: tuple[Stage, ...]
+    has_table: bool = False
+    in_type: str = "float"
+    out_type: str = "float"
+    input_scale: float = 1.0
+    output_scale: float = 1.0
+
+    @property
+    def in_integers(self) -> bool:
+        """Whether it computes with whole numbers."""
+        return self.out_type != "float"
 
     @property
     def tokens(self) -> int:
@@ -100,28 +115,29 @@ class Calls:
     @property
     def step_input(self) -> str:
         """The parameter of NAME_step that is read."""
-        return f"{self.name}_token input" if self.tokens else "const float *input"
+        return f"{self.name}_token input" if self.tokens else f"const {self.in_type} *input"
 
     @property
     def step_declaration(self) -> str:
         """Of NAME_step."""
-        return f"void {self.name}_step({self.name}_state *state, {self.step_input}, float *output)"
+        return f"void {self.name}_step({self.name}_state *state, {self.step_input}, {self.out_type} *output)"
 
     @property
     def run_declaration(self) -> str:
         """Of NAME_run."""
-        given = f"const {self.name}_token *inputs" if self.tokens else "const float *inputs"
+        given = f"const {self.name}_token *inputs" if self.tokens else f"const {self.in_type} *inputs"
         result = "output" if self.reads_last else "outputs"
         lent = ", float *scratch" if self.scratch else ""
-        return f"void {self.name}_run({self.name}_state *state, {given}, size_t steps, float *{result}{lent})"
+        return f"void {self.name}_run({self.name}_state *state, {given}, size_t steps, {self.out_type} *{result}{lent})"
 
 
 def calls_code(calls: Calls, code: Code) -> str:
     """NAME_reset, NAME_step and NAME_run."""
     lines = []
     for member, count in code.state.items():
-        if member[0] in "hc":
-            lines += [f"for (int i = 0; i < {count}; i++)", f"    state->{member}[i] = 0.0f;"]
+        if member[0] in "hcq":
+            zero = "0" if calls.in_integers else "0.0f"
+            lines += [f"for (int i = 0; i < {count}; i++)", f"    state->{member}[i] = {zero};"]
     reset = _function(f"void {calls.name}_reset({calls.name}_state *state)", lines)
     run = _stepped(calls) if calls.can_step else [_function(calls.run_declaration, _layer_by_layer(calls))]
     return "\n".join([reset, *run])
@@ -139,7 +155,7 @@ def _stepped(calls: Calls) -> list[str]:
     ends, y = _one_step(calls, calls.head, x)
     state = f"{calls.name}_state *state"
     read = _function(f"static void {calls.name}_read({state}, {calls.step_input})", lines)
-    answer = _function(f"static void {calls.name}_answer({state}, float *output)", ends + _copied(calls, y))
+    answer = _function(f"static void {calls.name}_answer({state}, {calls.out_type} *output)", ends + _copied(calls, y))
     last = f"{calls.name}_answer(state, output);"
     step = _function(calls.step_declaration, [f"{calls.name}_read(state, input);", last])
     run = [loop, f"    {calls.name}_read(state, {at});", last]

@@ -16,6 +16,7 @@ from srnn.errors import UserError
 from srnn.exporting.c.program import Program
 
 _SECONDS = 300  # for a compilation
+NUMPY_TYPES = {"float": "float32", "int32_t": "int32", "int16_t": "int16", "int8_t": "int8"}
 
 
 def find_compiler() -> list[str] | None:
@@ -38,10 +39,15 @@ def compiled(program: Program, compiler: Sequence[str], folder: Path, flags: Seq
     Raises:
         UserError: the compiler refuses the program, or does not end.
     """
-    source, library = folder / f"{program.stem}.c", folder / f"{program.stem}.so"
+    return run_compiler(program, compiler, folder, ["-shared", "-fPIC", *flags], f"{program.stem}.so")
+
+
+def run_compiler(program: Program, compiler: Sequence[str], folder: Path, flags: Sequence[str], target: str) -> Path:
+    """Compile a program, as ``compiled``, to a file of this name."""
+    source = folder / f"{program.stem}.c"
     source.write_text(program.source)
     (folder / f"{program.stem}.h").write_text(program.header)
-    command = [*compiler, "-std=c99", "-shared", "-fPIC", *flags, "-o", library.name, source.name]
+    command = [*compiler, "-std=c99", *flags, "-o", target, source.name]
     shown = " ".join(compiler)
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_SECONDS, check=False)
@@ -49,7 +55,7 @@ def compiled(program: Program, compiler: Sequence[str], folder: Path, flags: Seq
         raise UserError(f"format=c: {shown} did not compile the program: {error}.") from None
     if done.returncode:
         raise UserError(f"format=c: {shown} does not compile the program: {done.stderr.strip()[:500]}")
-    return library
+    return folder / target
 
 
 class Stream:
@@ -60,15 +66,22 @@ class Stream:
         library: from ``compiled``.
 
     Attributes:
-        memory: the state's struct as fp32 numbers.
+        memory: the state's struct as bytes.
         members: its members by name; they share the memory.
     """
 
     def __init__(self, program: Program, library: Path) -> None:
-        self.calls, self._library = program.calls, ctypes.CDLL(str(library))
-        self.memory = np.zeros(program.ram // 4, dtype=np.float32)
-        ends = np.cumsum(list(program.state.values()))[:-1]
-        self.members = dict(zip(program.state, np.split(self.memory, ends), strict=True))
+        self._library = ctypes.CDLL(str(library))
+        self.own_memory(program)
+
+    def own_memory(self, program: Program) -> None:
+        """Take memory for a state, and begin a sequence."""
+        self.calls = program.calls
+        self.memory, self.members, at = np.zeros(program.ram, dtype=np.uint8), dict[str, np.ndarray](), 0
+        for name, count in program.state.items():
+            kind = np.dtype(NUMPY_TYPES[program.types.get(name, "float")])
+            self.members[name] = self.memory[at : at + count * kind.itemsize].view(kind)
+            at += count * kind.itemsize
         self.reset()
 
     def reset(self) -> None:
@@ -79,12 +92,12 @@ class Stream:
         """One step.
 
         Args:
-            given: a token's number, or fp32 [inputs].
+            given: a token's number, or [inputs], fp32 or int8.
 
         Returns:
-            fp32 [outputs].
+            [outputs], fp32 or int32.
         """
-        output = np.empty(self.calls.outputs, dtype=np.float32)
+        output = np.empty(self.calls.outputs, dtype=NUMPY_TYPES[self.calls.out_type])
         self._call("step", int(given) if self.calls.tokens else self._numbers(given), output)
         return output
 
@@ -92,23 +105,27 @@ class Stream:
         """A sequence, or a part of one.
 
         Args:
-            given: tokens' numbers [T], or fp32 [T, inputs].
+            given: tokens' numbers [T], or [T, inputs], fp32 or int8.
 
         Returns:
-            fp32 [T, outputs]; of a network that reads the last state [outputs].
+            [T, outputs]; of a network that reads the last state [outputs].
         """
         steps, shape = len(given), (self.calls.outputs,)
-        outputs = np.empty(shape if self.calls.reads_last else (steps, *shape), dtype=np.float32)
+        outputs = np.empty(shape if self.calls.reads_last else (steps, *shape), dtype=NUMPY_TYPES[self.calls.out_type])
         scratch = [np.empty(steps * self.calls.scratch, dtype=np.float32)] if self.calls.scratch else []
         self._call("run", self._numbers(given), ctypes.c_size_t(steps), outputs, *scratch)
         return outputs
 
     def _numbers(self, given: np.ndarray | int) -> np.ndarray:
-        kind = np.float32 if not self.calls.tokens else np.uint16 if self.calls.token_type == "uint16_t" else np.uint32
+        kind = self.calls.token_type.removesuffix("_t") if self.calls.tokens else NUMPY_TYPES[self.calls.in_type]
         return np.ascontiguousarray(given, dtype=kind)
 
     def _call(self, function: str, *arguments: object) -> None:
+        self.call(function, [self.memory, *arguments])
+
+    def call(self, function: str, arguments: Sequence[object]) -> None:
+        """Call one of the network's functions; of arrays it gets the addresses."""
         called = getattr(self._library, f"{self.calls.name}_{function}")
         called.restype = None
         given = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else a for a in arguments]
-        called(ctypes.c_void_p(self.memory.ctypes.data), *given)
+        called(*given)

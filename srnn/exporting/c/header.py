@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from srnn.exporting.c.calls import Calls
 
 
-def header_text(calls: Calls, state: Mapping[str, int], about: Sequence[str], has_table: bool) -> str:
+def header_text(calls: Calls, state: Mapping[str, int], types: Mapping[str, str], about: Sequence[str]) -> str:
     """The header file.
 
     Args:
         calls: what a caller has to know.
-        state: members of the state's struct -> floats.
+        state: members of the state's struct -> numbers.
+        types: of those that are no floats.
         about: lines for the comment at its head.
-        has_table: whether there is a table of characters.
     """
     name, upper = calls.name, calls.name.upper()
     lines = [f"/* {name}: a recurrent network as plain C99, written by srnn.", ""]
@@ -30,15 +30,21 @@ def header_text(calls: Calls, state: Mapping[str, int], about: Sequence[str], ha
     if calls.scratch:
         lines += [f"/* Floats that {name}_run is lent. */"]
         lines += [f"#define {upper}_SCRATCH(steps) ((size_t)(steps) * {calls.scratch})"]
-    members = [f"    float {member}[{count}];" for member, count in state.items()]
+    if calls.in_integers:
+        if not calls.tokens:
+            lines += ["/* What 1 of an input stands for; inputs are rounded, from -127 to 127. */"]
+            lines += [f"#define {upper}_INPUT_SCALE {calls.input_scale!r}f"]
+        lines += ["/* What 1 of an output stands for. */", f"#define {upper}_OUTPUT_SCALE {calls.output_scale!r}f"]
+    members = [f"    {types.get(member, 'float')} {member}[{count}];" for member, count in state.items()]
     lines += ["", "/* All that a stream needs; each stream has its own. */", "typedef struct {", *members]
     lines += [f"}} {name}_state;", "", "/* Begin a sequence. */", f"void {name}_reset({name}_state *state);", ""]
     if calls.can_step:
         lines += [*_step_comment(calls), f"{calls.step_declaration};", ""]
     lines += [*_run_comment(calls), f"{calls.run_declaration};", ""]
-    lines += ["/* The number of the largest output. */", f"int {name}_argmax(const float *output);", ""]
-    lines += ["/* Turn outputs into probabilities, in place. */", f"void {name}_softmax(float *output);", ""]
-    if has_table:
+    lines += ["/* The number of the largest output. */", f"int {name}_argmax(const {calls.out_type} *output);", ""]
+    if not calls.in_integers:
+        lines += ["/* Turn outputs into probabilities, in place. */", f"void {name}_softmax(float *output);", ""]
+    if calls.has_table:
         lines += ["/* The code point of each token; 0 for the unknown one. */"]
         lines += [f"extern const uint32_t {name}_characters[{upper}_TOKENS];", ""]
     lines += ["#ifdef __cplusplus", "}", "#endif", "", f"#endif /* {upper}_H */", ""]
@@ -61,7 +67,7 @@ def _run_comment(calls: Calls) -> list[str]:
 def _usage(calls: Calls) -> list[str]:
     name, upper = calls.name, calls.name.upper()
     size = f"{upper}_OUTPUTS" if calls.can_step or calls.reads_last else f"steps * {upper}_OUTPUTS"
-    lines = [f"{name}_state state;", f"float output[{size}];", f"{name}_reset(&state);"]
+    lines = [f"{name}_state state;", f"{calls.out_type} output[{size}];", f"{name}_reset(&state);"]
     if calls.can_step:
         return [*lines, f"{name}_step(&state, input, output);", f"int best = {name}_argmax(output);"]
     lent = ", scratch" if calls.scratch else ""

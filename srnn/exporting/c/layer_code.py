@@ -21,7 +21,7 @@ _CHUNKS = range(64, 15, -1)  # units that a layer takes at a time, if these divi
 _USUAL_CHUNK = 32  # a multiple of the height of all blocks
 
 # Of each cell: the sums it needs, those that its input adds to, and those that its state adds to; gate after gate.
-_SUMS: dict[Cell, tuple[str, str, str]] = {
+SUMS: dict[Cell, tuple[str, str, str]] = {
     "gru": ("rzuv", "rzu", "rzv"),
     "lstm": ("ifgo", "ifgo", "ifgo"),
     "tanh": ("a", "a", "a"),
@@ -69,7 +69,8 @@ class Code:
         forms: those of the matrices, each once.
         flash: bytes of the arrays.
         multiply_adds: of a step.
-        state: members of the state's struct -> floats.
+        state: members of the state's struct -> numbers.
+        types: of those that are no floats.
         layer_stack: bytes of a layer's sums; of the layer that takes most.
         product_stack: bytes that a product takes beside them; of the product that takes most.
     """
@@ -81,6 +82,7 @@ class Code:
     flash: int = 0
     multiply_adds: int = 0
     state: dict[str, int] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
     layer_stack: int = 0
     product_stack: int = 0
     _declared: set[str] = field(default_factory=set)
@@ -93,6 +95,10 @@ class Code:
             self._declared.add(name)
             self.arrays.append(declaration(name, numbers))
             self.flash += max(1, numbers.size) * numbers.itemsize
+
+    def member(self, name: str, count: int, c_type: str) -> None:
+        """Add a member to the state's struct."""
+        self.state[name], self.types[name] = count, c_type
 
     def matrix(self, name: str, weight: SparseMatrix, chunk: int) -> tuple[str, StoredMatrix]:
         """Store a matrix, once: what two layers share is stored once. Returns its name in C and its arrays."""
@@ -174,7 +180,7 @@ def recurrent_code(code: Code, label: str, weights: LayerWeights) -> str:
     """
     cell, units = weights.cell, weights.hidden_size
     chunk = chunk_of(units, max(weights.w_ih.height, weights.w_hh.height))
-    sums, by_input, by_state = _SUMS[cell]
+    sums, by_input, by_state = SUMS[cell]
     code.state |= {f"h{label}": weights.output_size} | ({f"c{label}": units} if cell == "lstm" else {})
     code.state["next"] = max(code.state.get("next", 0), units)
     begin = _biases(code, label, weights)
@@ -189,12 +195,12 @@ def recurrent_code(code: Code, label: str, weights: LayerWeights) -> str:
         f"    {state_walk}",
         f"    for (int unit = 0; unit < {units}; unit += {chunk}) {{",
         f"        const int n = {chunk if whole else f'{units} - unit < {chunk} ? {units} - unit : {chunk}'};",
-        f"        float {', '.join(f'{_variable(s)}[{chunk}]' for s in sums)};",
+        f"        float {', '.join(f'{sum_variable(s)}[{chunk}]' for s in sums)};",
         "        for (int i = 0; i < n; i++) {",
-        *(f"            {_variable(s)}[i] = {begin.get(s, '0.0f')};" for s in sums),
+        *(f"            {sum_variable(s)}[i] = {begin.get(s, '0.0f')};" for s in sums),
         "        }",
-        *(f"        {input_multiply}(&input, x, {_variable(s)}, n);" for s in by_input),
-        *(f"        {state_multiply}(&recurrent, state->h{label}, {_variable(s)}, n);" for s in by_state),
+        *(f"        {input_multiply}(&input, x, {sum_variable(s)}, n);" for s in by_input),
+        *(f"        {state_multiply}(&recurrent, state->h{label}, {sum_variable(s)}, n);" for s in by_state),
         "        for (int i = 0; i < n; i++) {",
         *(f"            {line.replace('NAME', code.name).replace('LAYER', label)}" for line in _GATES[cell]),
         "        }",
@@ -220,13 +226,14 @@ def _handed_over(code: Code, label: str, weights: LayerWeights) -> list[str]:
     ]
 
 
-def _variable(sum_name: str) -> str:
+def sum_variable(sum_name: str) -> str:
+    """What the array of a sum is called."""
     return "i_" if sum_name == "i" else sum_name  # i counts units
 
 
 def _biases(code: Code, label: str, weights: LayerWeights) -> dict[str, str]:
     """Add the biases; returns what each sum begins with, if not with zero."""
-    _, by_input, _ = _SUMS[weights.cell]
+    _, by_input, _ = SUMS[weights.cell]
     units, begin = weights.hidden_size, {}
     if weights.input_bias is not None:
         code.array(f"{code.name}_b{label}", weights.input_bias.float().numpy())

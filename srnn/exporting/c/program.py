@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from srnn.sparse import SparseMatrix
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(_[A-Za-z0-9]+)*")
 _LONGEST_NAME = 40
+SIZES = {"float": 4, "int16_t": 2, "int8_t": 1}  # of a state's members
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Program:
         header: text of the header file.
         source: text of the source file.
         flash: bytes of the constant arrays; a few kilobytes of code come on top.
-        state: members of the state's struct -> floats.
+        state: members of the state's struct -> numbers.
+        types: of those that are no floats.
         stack: bytes of the largest local arrays.
         multiply_adds: of a step.
     """
@@ -60,11 +62,14 @@ class Program:
     state: dict[str, int]
     stack: int
     multiply_adds: int
+    types: dict[str, str] = field(default_factory=dict)
 
     @property
     def ram(self) -> int:
         """Bytes of the state's struct."""
-        return 4 * sum(self.state.values())
+        taken = sum(SIZES[self.types.get(name, "float")] * count for name, count in self.state.items())
+        widest = max((SIZES[self.types.get(name, "float")] for name in self.state), default=1)
+        return -(-taken // widest) * widest
 
     @property
     def costs(self) -> tuple[str, ...]:
@@ -87,14 +92,13 @@ def checked_name(name: str) -> str:
     return name
 
 
-def c_program(chain: Chain, name: str, stem: str, about: Sequence[str] = (), characters: Sequence[str] = ()) -> Program:
+def c_program(chain: Chain, name: str, stem: str, characters: Sequence[str] = ()) -> Program:
     """Write a network as C.
 
     Args:
         chain: the network; its weights packed.
         name: what all names of the program begin with, a C identifier.
         stem: the files' name, without ``.h`` and ``.c``.
-        about: lines for the comment at the head: what it is, its score.
         characters: of a language model of characters, those of tokens 1 and on; they go into a table.
 
     Raises:
@@ -102,19 +106,44 @@ def c_program(chain: Chain, name: str, stem: str, about: Sequence[str] = (), cha
     """
     code = Code(checked_name(name))
     calls = Calls(name, tuple(_stages(code, chain)))
-    table = ""
+    shared = "\n".join(code.shared_functions())
+    text = "\n".join([shared, *code.functions, ARGMAX_AND_SOFTMAX.replace("NAME", name)])
+    return finished(code, calls, stem, used_functions(text, name) + "\n" + shared, ARGMAX_AND_SOFTMAX, characters)
+
+
+def finished(code: Code, calls: Calls, stem: str, shared: str, ends: str, characters: Sequence[str]) -> Program:
+    """The program of some layers.
+
+    Args:
+        code: the layers.
+        calls: what a caller has to know.
+        stem: the files' name.
+        shared: functions that layers call.
+        ends: functions that a user calls on outputs.
+        characters: as ``c_program``.
+    """
+    name, table = code.name, ""
     if characters:
+        calls = replace(calls, has_table=True)
         points = np.array([0, *map(ord, characters)], dtype=np.uint32)
         table = declaration(f"{name}_characters", points).removeprefix("static ")
         code.flash += points.nbytes
-    ends = ARGMAX_AND_SOFTMAX.replace("OUTPUTS", f"{name.upper()}_OUTPUTS").replace("NAME", name)
+    ends = ends.replace("OUTPUTS", f"{name.upper()}_OUTPUTS").replace("NAME", name)
     body = "\n".join([*code.functions, ends, calls_code(calls, code)])
-    shared = "\n".join(code.shared_functions())
     comment = f"/* {name}: see {stem}.h. Written by srnn. */"
-    parts = [comment, f'#include "{stem}.h"\n', *code.arrays, table, used_functions(shared + body, name), shared, body]
+    parts = [comment, f'#include "{stem}.h"\n', *code.arrays, table, shared, body]
     stack = code.layer_stack + code.product_stack
-    program = Program(calls, stem, "", "\n".join(parts), code.flash, code.state, stack, code.multiply_adds)
-    return replace(program, header=header_text(calls, code.state, [*about, "", *program.costs], bool(characters)))
+    state = dict(sorted(code.state.items(), key=lambda member: -SIZES[code.types.get(member[0], "float")]))
+    source = "\n".join(parts)
+    program = Program(calls, stem, "", source, code.flash, state, stack, code.multiply_adds, code.types)
+    return with_comment(program)
+
+
+def with_comment(program: Program, about: Sequence[str] = ()) -> Program:
+    """The program with a header that says what it costs, below these lines: what it is, its score."""
+    return replace(
+        program, header=header_text(program.calls, program.state, program.types, [*about, "", *program.costs])
+    )
 
 
 def _stages(code: Code, chain: Chain) -> list[Stage]:
@@ -151,10 +180,10 @@ def _last(code: Code, before: Stage) -> Stage:
 def _without_state(code: Code, number: int, part: ChainPart, inputs: int, is_final: bool) -> Stage:
     if isinstance(part, EmbeddingPart):
         inputs, outputs = part.weight.shape
-        function = embedding_code(code, number, _packed(part.weight))
+        function = embedding_code(code, number, packed_weight(part.weight))
     elif isinstance(part, LinearPart):
         outputs = part.weight.shape[0]
-        function = linear_code(code, number, _packed(part.weight), part.bias)
+        function = linear_code(code, number, packed_weight(part.weight), part.bias)
     else:
         assert isinstance(part, ActivationPart)
         outputs, function = inputs, activation_code(code, number, part.kind, inputs)
@@ -166,11 +195,12 @@ def _without_state(code: Code, number: int, part: ChainPart, inputs: int, is_fin
 
 def layer_weights(cell: Cell, direction: Direction) -> LayerWeights:
     """One direction of a layer as kernels take it."""
-    projection = None if direction.w_hr is None else _packed(direction.w_hr)
+    projection = None if direction.w_hr is None else packed_weight(direction.w_hr)
     biases = direction.b_ih, direction.b_hh
-    return LayerWeights(cell, _packed(direction.w_ih), _packed(direction.w_hh), *biases, projection)
+    return LayerWeights(cell, packed_weight(direction.w_ih), packed_weight(direction.w_hh), *biases, projection)
 
 
-def _packed(weight: ChainWeight) -> SparseMatrix:
+def packed_weight(weight: ChainWeight) -> SparseMatrix:
+    """A weight of a chain whose matrices are packed."""
     assert isinstance(weight, SparseMatrix)
     return weight

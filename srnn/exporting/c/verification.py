@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from srnn.exporting.c.compiling import Stream, compiled
+from srnn.exporting.c.integers import IntegerModule, IntegerNetwork
 from srnn.exporting.c.program import Program
 from srnn.exporting.chain import Chain, RecurrentPart, dense_weight
 from srnn.exporting.reading import ChainNetwork, difference
@@ -43,10 +44,11 @@ def largest_error(program: Program, chain: Chain, compiler: Sequence[str]) -> fl
     """
     with tempfile.TemporaryDirectory() as folder:
         stream = Stream(program, compiled(program, compiler, Path(folder)))
-        return _difference(stream, chain)
+        return error_of(stream, chain)
 
 
-def _difference(stream: Stream, chain: Chain) -> float:
+def error_of(stream: Stream, chain: Chain) -> float:
+    """``largest_error`` of a program that is compiled."""
     pieces = VERIFIED_STEPS // _PIECE
     inputs = _random_inputs(chain, pieces)
     before, got, after = [], [], []
@@ -67,6 +69,60 @@ def _difference(stream: Stream, chain: Chain) -> float:
     errors = [difference(torch.from_numpy(np.stack(got)).double(), wanted)]
     errors += [difference(state, ends[name]) for name, state in _side_by_side(after).items()]
     return max(errors, key=lambda error: float("inf") if error != error else error)
+
+
+def integers_that_differ(program: Program, network: IntegerNetwork, compiler: Sequence[str]) -> int:
+    """How many outputs and states of a program differ from those of its numpy model, over 10,000 chained steps.
+
+    Args:
+        program: from ``integer_program``.
+        network: what it was made of.
+        compiler: from ``find_compiler``.
+
+    Raises:
+        UserError: the program does not compile.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        stream = Stream(program, compiled(program, compiler, Path(folder)))
+        return differing_integers(stream, network)
+
+
+def differing_integers(stream: Stream, network: IntegerNetwork) -> int:
+    """``integers_that_differ`` of a program that is compiled."""
+    pieces, names = VERIFIED_STEPS // _PIECE, [name for name, _ in network.members]
+    inputs = random_integers(network, pieces, _PIECE)
+    before, got, after = [], [], []
+    for number, piece in enumerate(inputs):
+        before.append([stream.members[name].copy() for name in names])
+        if number % 2:
+            got.append(stream.run(piece))
+        else:
+            outputs = np.stack([stream.step(one) for one in piece])
+            got.append(outputs[-1] if network.last_only else outputs)
+        after.append([stream.members[name].copy() for name in names])
+    starts = [np.stack(states).astype(np.int64) for states in zip(*before, strict=True)]
+    wanted, ends = network.run(inputs, starts)
+    found = [np.stack(states) for states in zip(*after, strict=True)]
+    pairs = [(np.stack(got), wanted), *zip(found, ends, strict=True)]
+    return sum(int((ours != theirs).sum()) for ours, theirs in pairs)
+
+
+def random_integers(network: IntegerNetwork, streams: int, steps: int) -> np.ndarray:
+    """Tokens [streams, steps], or int8 numbers [streams, steps, I]."""
+    random, shape = np.random.default_rng(0), (streams, steps)
+    if network.embedding is not None:
+        return random.integers(network.embedding.packed.shape[0], size=shape)
+    return random.integers(-127, 128, size=(*shape, network.layers[0].w_ih.packed.shape[1]))
+
+
+def away_from_floats(network: IntegerNetwork, chain: Chain) -> float:
+    """The largest difference of an output, as ``difference``, from the same weights in fp32: 8 streams of 50 steps."""
+    given = torch.from_numpy(random_integers(network, 8, _PIECE))
+    inputs = given if network.embedding is not None else given.float() * network.input_scale
+    with torch.inference_mode():
+        wanted, _ = ChainNetwork(replace(chain, batch_first=True))(inputs)
+        got, _ = IntegerModule(network, True)(inputs)
+    return difference(got, wanted)
 
 
 def _random_inputs(chain: Chain, pieces: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, State
+from srnn.kernels.replay import ReplayedLayer
 from srnn.kernels.triton.chip import chip_of, interpreted
 from srnn.kernels.triton.products.layout import TritonProduct
 from srnn.kernels.triton.recurrence import TritonRecurrence
@@ -29,7 +30,8 @@ def _missing() -> str | None:
 class Triton(Kernel):
     """A whole sequence in one launch, the weights on the chip.
 
-    Values of fp16, bf16 or fp32, sums in fp32; docs/kernels.md says what runs in which form.
+    Values of fp16, bf16 or fp32, sums in fp32; docs/kernels.md says what runs in which form. Layers are replayed as
+    CUDA graphs from the second call of a shape on, see ``ReplayedLayer``.
 
     Args:
         precision: of products of fp32 with several streams or many rows: ``tf32x3`` makes three of tf32 of one where
@@ -105,7 +107,7 @@ class Triton(Kernel):
     def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """The product hands its outputs on in the order in which the recurrence reads them."""
         product = self.product(weights.w_ih, weights.input_bias, device, dtype)
-        return _Layer(product, self.recurrence(weights, device, dtype))
+        return _replayed(_Layer(product, self.recurrence(weights, device, dtype)), (weights,), device)
 
     def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """In one launch, where weights are stored alike and both directions fit the device."""
@@ -118,7 +120,8 @@ class Triton(Kernel):
         biases = forward.input_bias, backward.input_bias
         bias = None if biases[0] is None or biases[1] is None else torch.cat([biases[0], biases[1]])
         product = self.product(stacked([forward.w_ih, backward.w_ih]), bias, device, dtype)
-        return _Layer(product, TritonRecurrence((forward, backward), device, dtype, self.precision, chip))
+        recurrence = TritonRecurrence((forward, backward), device, dtype, self.precision, chip)
+        return _replayed(_Layer(product, recurrence), (forward, backward), device)
 
 
 @dataclass(frozen=True)
@@ -132,3 +135,9 @@ class _Layer(Layer):
         in_slices = self.recurrence.slices(state[0].shape[-2]) is not None
         recur = self.recurrence.directions if self.recurrence.count == 2 else self.recurrence
         return recur(self.product(x_NI, streams_together=in_slices), batch_sizes, state)
+
+
+def _replayed(layer: _Layer, directions: tuple[LayerWeights, ...], device: torch.device) -> Layer:
+    recurrence = layer.recurrence
+    graphs = device.type == "cuda"
+    return ReplayedLayer(layer, directions, recurrence.dtype, recurrence.check) if graphs else layer

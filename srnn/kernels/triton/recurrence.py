@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import sys
+import weakref
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ from srnn.kernels.triton.slices.plan import SlicePlan, Workload
 from srnn.kernels.triton.vectors.layout import VectorLayout, lay_out_vectors
 from srnn.kernels.triton.vectors.plan import programs_of
 
+_GAVE_UP = (
+    "a persistent kernel gave up waiting for its other programs in an earlier call, whose outputs are not numbers; the "
+    "GPU may be shared with work that keeps it from running. kernel=dense does not wait"
+)
+
+
+def _tell(flag: Tensor) -> None:
+    """Print a failure that nobody has seen: what calls this cannot raise."""
+    if flag.numpy()[0]:
+        print(f"srnn: {_GAVE_UP}.", file=sys.stderr)
+
 
 class TritonRecurrence(Recurrence):
     """One direction, or both of a bidirectional layer.
@@ -27,6 +39,9 @@ class TritonRecurrence(Recurrence):
         dtype: of inputs and outputs.
         precision: ``tf32x3``, ``ieee`` or ``tf32``, of products of fp32; ``ieee`` where the device has no tf32.
         chip: the device's.
+
+    Attributes:
+        failed: [1], a flag that the device sets and the host reads without waiting.
     """
 
     def __init__(
@@ -40,11 +55,17 @@ class TritonRecurrence(Recurrence):
         self.new_bias = torch.stack(biases) if len(biases) == self.count else None
         self.layouts: dict[int, VectorLayout] = {}  # by programs
         self.slice_layouts: dict[SlicePlan, SliceLayout | None] = {}
+        with torch.inference_mode(False):  # it is written to in any mode
+            self.failed = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._flag = self.failed.numpy()  # the same memory, faster to look at
+        # A failure that no later call has told of is told of when the weights are let go, or the process ends.
+        weakref.finalize(self, _tell, self.failed)
 
-    @functools.cached_property
-    def failed(self) -> Tensor:
-        """A flag that the device sets and the host reads without waiting."""
-        return torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+    def check(self) -> None:
+        """Raise RuntimeError if a kernel of an earlier call gave up waiting; later calls may be right again."""
+        if self._flag[0]:
+            self.failed.zero_()
+            raise RuntimeError(_GAVE_UP)
 
     def slices(self, streams: int) -> SliceLayout | None:
         """For ``slices`` or ``gates`` with so many streams, where they can run and are the faster."""
@@ -84,12 +105,7 @@ class TritonRecurrence(Recurrence):
         Raises:
             RuntimeError: a kernel of an earlier call gave up waiting, so that call's outputs are NaN.
         """
-        if int(self.failed):
-            self.failed.zero_()
-            raise RuntimeError(
-                "a persistent kernel gave up waiting for its other programs in an earlier call, whose outputs are not "
-                "numbers; the GPU may be shared with work that keeps it from running. kernel=dense does not wait"
-            )
+        self.check()
         if not u_NG.shape[0]:
             return u_NG.new_empty(0, self.count * self.weights.output_size), state
         if 1 not in u_NG.stride():

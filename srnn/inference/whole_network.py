@@ -1,0 +1,234 @@
+"""``kernel=auto`` on a whole network: dense, one sparse backend, or some of both, whatever is fastest.
+
+Measured layer by layer, a backend can win that loses in the network: the caches are cold there, and Python stands in
+between. So where a network can be run, all of it is timed, in turns with torch's own modules, at the lengths that are
+used; a backend that does not beat the best dense one at every length of its class is not taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from srnn.inference.base import TORCH, SparseModule, Use
+from srnn.inference.example_calls import ExampleCalls
+from srnn.kernels.choosing import DENSE, Choice, described_matrix, measuring
+from srnn.kernels.remembering import busy, recall, remember
+from srnn.kernels.timing import Call, hardware, timed
+from srnn.terminal import plural
+
+_log = logging.getLogger("srnn.kernels")
+
+LENGTHS = (1, 16, 100, 400)
+_SECONDS = 0.8  # for a class of lengths, after each candidate was tried once
+_ROUNDS = 9
+_BURST = 2e-3  # seconds that calls are repeated for, so that each finds the cache as it left it
+_LONG = 0.03  # seconds of 100 steps from which on 400 are not timed: what a call costs beside its steps is little then
+_HOPELESS = 2.0  # times the fastest: such a candidate is not timed again
+_MARGIN = 0.97  # of the best dense; what is less faster is noise
+
+Names = dict[str, str]  # part of the network -> the candidate that runs it
+
+
+def choose_for_network(network: nn.Module, example: Any) -> list[Choice]:
+    """Decide what runs each sparse module of a network whose kernel is ``auto``, by timing the network.
+
+    Args:
+        network: with sparse modules; decisions are kept in them.
+        example: what it is called with; see ``ExampleCalls``.
+
+    Returns:
+        A choice for each class of lengths; what was not decided is measured layer by layer when it is first run.
+    """
+    parts = {name: m for name, m in network.named_modules() if isinstance(m, SparseModule) and m.candidates()}
+    if not parts:
+        return []
+    device = next(iter(parts.values())).tensors()[0].device
+    name = f"network {_fingerprint(network, parts)}"
+    with measuring, torch.inference_mode():
+        examples = ExampleCalls(network, parts, example)
+        found = []
+        for lengths in examples.classes(LENGTHS):
+            use = f"{plural(examples.streams, 'stream')}, {plural(lengths[0], 'step')}"
+            what = f"{name}, {use}{' and more' * (len(lengths) > 1)}, {plural(torch.get_num_threads(), 'thread')}"
+            calls = {steps: examples.call(steps) for steps in lengths}
+            uses = examples.uses(list(calls.values()))
+            if any(uses.values()):  # cells take single steps, whatever the length
+                found.append(_Network(parts, uses, calls, device).decide(what, use))
+    return found
+
+
+def _fingerprint(network: nn.Module, parts: Mapping[str, SparseModule]) -> str:
+    """What a decision depends on, in a few letters."""
+    words = [str(type(network))]
+    for name, part in parts.items():
+        words += [name, str(part.construction()), *(described_matrix(matrix) for matrix in part.matrices().values())]
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:12]
+
+
+@dataclass
+class _Network:
+    """The decision for one class of lengths."""
+
+    parts: dict[str, SparseModule]
+    uses: dict[str, set[Use]]
+    calls: dict[int, Call]
+    device: torch.device
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def decide(self, what: str, use: str) -> Choice:
+        """Measure, or remember; the modules are then told."""
+        candidates = self._everywhere()
+        key = f"{hardware(self.device)}; {' '.join(candidates)}"
+        entry = recall(key, what)
+        known = _choice_of(entry, self.parts, candidates)
+        if known is None:
+            names, choice = self._measured(what, use, candidates)
+            if not busy():
+                remember(key, what, asdict(choice) | {"parts": names})
+        else:
+            names, choice = known
+        self._run_by(names)
+        for part in self.parts.values():
+            part.forget()  # what was made ready for candidates that lost
+        auto: Any = next(iter(self.parts.values())).kernel
+        auto.choices[what] = choice
+        _log.info("%s", choice)
+        return choice
+
+    def _everywhere(self) -> dict[str, Names]:
+        """Each candidate in all parts that it can run; torch in the others."""
+        kernels = next(iter(self.parts.values())).candidates()
+        able: dict[str, Names] = {}
+        for name, kernel in kernels.items():
+            if kernel.device_types is not None and self.device.type not in kernel.device_types:
+                continue
+            reasons = {n: kernel.supports(p.weights_to_run(), self.device) for n, p in self.parts.items()}
+            if all(reasons.values()):
+                self.left_out[name] = next(str(reason) for reason in reasons.values())
+            else:
+                able[name] = {n: name if reason is None else TORCH for n, reason in reasons.items()}
+        return able
+
+    def _measured(self, what: str, use: str, everywhere: dict[str, Names]) -> tuple[Names, Choice]:
+        lengths = self._affordable(everywhere[TORCH])
+        tried = self._tried(everywhere, lengths)
+        times = self._timed(tried, lengths, 0.4 * _SECONDS)
+        winner = _best(times)
+        mixed = self._mixed(tried, winner, times, lengths)
+        if mixed != tried[winner]:  # timed once more: the least of many figures is partly luck
+            dense = [name for name in tried if name in DENSE]
+            finalists = {name: tried[name] for name in {*dense, winner}} | {"mixed": mixed}
+            times |= self._timed(finalists, lengths, 0.2 * _SECONDS)
+            winner = _best({name: times[name] for name in finalists})
+        names = mixed if winner == "mixed" else tried[winner]
+        seconds = {_words(mixed) if name == "mixed" else name: t[lengths[0]] for name, t in times.items()}
+        return names, Choice(what, _words(names), seconds, self.left_out, "whole network", use)
+
+    def _affordable(self, dense: Names) -> tuple[int, ...]:
+        """The lengths without the longest, where that takes too long."""
+        first, *longer = self.calls
+        if not longer:
+            return (first,)
+        self._run_by(dense)
+        self.calls[first]()
+        return tuple(self.calls) if timed(self.calls[first], self.device) < _LONG else (first,)
+
+    def _tried(self, candidates: dict[str, Names], lengths: tuple[int, ...]) -> dict[str, Names]:
+        """Candidates that run, and are not far slower than others; what compiles does so here."""
+        longest, seconds = self.calls[lengths[0]], {}
+        for name, names in candidates.items():
+            self._run_by(names)
+            try:
+                longest()
+            except Exception as error:
+                if name in DENSE:
+                    raise
+                self.left_out[name] = f"failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+                _log.warning("%s cannot be used: %s", name, self.left_out[name])
+                continue
+            seconds[name] = timed(longest, self.device)
+        limit = _HOPELESS * min(seconds.values())
+        return {name: candidates[name] for name in seconds if seconds[name] < limit or name == TORCH}
+
+    def _mixed(
+        self, tried: dict[str, Names], winner: str, times: dict[str, dict[int, float]], lengths: tuple[int, ...]
+    ) -> Names:
+        """The winner, but for parts in which the best of the other kind makes the network faster."""
+        others = [name for name in tried if (name in DENSE) != (winner in DENSE)]
+        if not others or len(self.parts) == 1:
+            return tried[winner]
+        other = min(others, key=lambda name: sum(times[name].values()))
+        swapped = {
+            part: tried[winner] | {part: tried[other][part]}
+            for part in self.parts
+            if tried[other][part] != tried[winner][part]
+        }
+        found = self._timed({"": tried[winner]} | swapped, lengths, 0.4 * _SECONDS)
+        faster = {n for n in swapped if all(found[n][t] < _MARGIN * found[""][t] for t in lengths)}
+        return tried[winner] | {part: tried[other][part] for part in faster}
+
+    def _timed(
+        self, candidates: dict[str, Names], lengths: Iterable[int], seconds: float
+    ) -> dict[str, dict[int, float]]:
+        """The shortest time of each, of each length, in turns."""
+        found: dict[str, dict[int, float]] = {name: {} for name in candidates}
+        began = time.monotonic()
+        for _ in range(_ROUNDS):
+            for steps, (name, names) in itertools.product(lengths, candidates.items()):
+                self._run_by(names)
+                took = _burst(self.calls[steps], self.device)
+                found[name][steps] = min(took, found[name].get(steps, took))
+            if time.monotonic() - began > seconds:
+                break
+        return found
+
+    def _run_by(self, names: Names) -> None:
+        for name, part in self.parts.items():
+            part.decided = part.decided | dict.fromkeys(self.uses[name], names[name])
+
+
+def _burst(call: Call, device: torch.device) -> float:
+    """Seconds of a call, of several in a row where it is short; the first is not counted: its weights are elsewhere."""
+    once = timed(call, device)
+    times = min(20, int(_BURST / max(once, 1e-6)))
+    return min(timed(call, device) for _ in range(times)) if times else once
+
+
+def _best(times: Mapping[str, Mapping[int, float]]) -> str:
+    """The candidate that is fastest at the length where it does worst, against the best dense one there."""
+    lengths = next(iter(times.values()))
+    dense = {t: min(found[t] for name, found in times.items() if name in DENSE) for t in lengths}
+    worst = {name: max(found[t] / dense[t] for t in lengths) for name, found in times.items()}
+    winner = min(worst, key=worst.__getitem__)
+    return winner if worst[winner] < _MARGIN else min((n for n in worst if n in DENSE), key=worst.__getitem__)
+
+
+def _words(names: Names) -> str:
+    """What runs most of a network, and what the rest."""
+    most = max(names.values(), key=list(names.values()).count)
+    rest = [f"{part} {name}" for part, name in names.items() if name != most]
+    return ", ".join([most, *rest])
+
+
+def _choice_of(
+    entry: dict[str, Any] | None, parts: Mapping[str, SparseModule], candidates: Mapping[str, Names]
+) -> tuple[Names, Choice] | None:
+    """What was kept, if it is of these parts and candidates."""
+    if entry is None:
+        return None
+    names = entry.pop("parts", None)
+    if not isinstance(names, dict) or names.keys() != parts.keys() or not set(names.values()) <= candidates.keys():
+        return None
+    try:
+        return names, replace(Choice(**entry))
+    except TypeError:
+        return None

@@ -1,0 +1,45 @@
+"""Masking on a GPU: one launch for all weights, and all that goes with them.
+
+torch's own operations launch two kernels a weight and read what they overwrite; this one reads the masks alone.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096  # weights of a program
+_INTEGERS = {2: tl.int16, 4: tl.int32, 8: tl.int64}  # by bytes: integers of the same size, of which 0 is a zero
+
+
+@triton.jit
+def zero_where_pruned(
+    tables,  # [M, 2 + COUNT]: of each mask its address and size, and addresses of what it masks; 0 for none
+    owners,  # [programs], the mask of each
+    firsts,  # [M], the first program of each
+    BITS: tl.constexpr,  # integers as large as a weight
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store zeros where masks are zero."""
+    program = tl.program_id(0)
+    owner = tl.load(owners + program)
+    table = tables + owner * (2 + COUNT)
+    mask = tl.load(table).to(tl.pointer_type(tl.uint8))
+    size = tl.load(table + 1)
+    place = (program - tl.load(firsts + owner)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    pruned = tl.load(mask + place, mask=place < size, other=1) == 0
+    zero = tl.zeros((BLOCK,), BITS)
+    for index in tl.static_range(COUNT):
+        address = tl.load(table + 2 + index)
+        tl.store(address.to(tl.pointer_type(BITS)) + place, zero, mask=pruned & (address != 0))
+
+
+def launch(size: int, count: int, tables: Tensor, owners: Tensor, firsts: Tensor) -> None:
+    """Launch it for weights of so many bytes, ``count`` tensors a mask."""
+    with torch.cuda.device(tables.device) if tables.is_cuda else nullcontext():  # a CPU's is the interpreter
+        zero_where_pruned[(len(owners),)](tables, owners, firsts, _INTEGERS[size], count, BLOCK)

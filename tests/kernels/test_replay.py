@@ -1,0 +1,356 @@
+"""Which calls are recorded and replayed; on a GPU, that replays are the calls. On a CPU a recording is a stand-in."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from srnn.inference.sparsify import sparsify
+from srnn.kernels import replay
+from srnn.kernels.contract import Layer, equal_lengths
+from srnn.kernels.replay import MOST_MEMORY, MOST_SHAPES, RESTING, ReplayedLayer, nothing_recorded
+from tests.kernels.common import prune
+from tests.kernels.triton_cases import layer, on_gpu
+
+
+class Counted(Layer):
+    """Counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def run(self, x_NI, batch_sizes, state):
+        self.calls += 1
+        return 2 * x_NI, state
+
+
+class StandIn(replay._Recording):
+    """Computes what a replay of ``Counted`` would."""
+
+    def replay(self, given, stream):
+        for own, part in zip(self.inputs, given, strict=True):
+            own.copy_(part)
+        return [2 * given[0], *(part.clone() for part in given[1:])]
+
+
+class Stream:
+    waited = 0
+
+    def wait_event(self, event):
+        self.waited += 1
+
+    def record(self, stream):
+        pass
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Recordings that need no GPU; the list holds the streams, of which the first is the current one."""
+    there = [Stream(), Stream()]
+
+    def record(run, given, pool, stream):
+        graph = type("Graph", (), {"pool": lambda self: "pool"})()
+        return StandIn(graph, [part.clone() for part in given], run([part.clone() for part in given]))
+
+    monkeypatch.setattr(replay, "record", record)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: there[0])
+    monkeypatch.setattr(replay, "raw_stream", lambda device: id(there[0]))
+    monkeypatch.setattr(torch.cuda, "Event", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    return there
+
+
+def replayed(inner, row_bytes=100, check=None):
+    ready = ReplayedLayer(inner, (layer("gru", 3, 4),), torch.float32, check)
+    ready.row_bytes = row_bytes
+    return ready
+
+
+def call(ready, steps, streams=1):
+    x = torch.randn(steps * streams, 3)
+    y, end = ready.run(x, equal_lengths(steps, streams), (torch.ones(streams, 4),))
+    assert y.equal(2 * x)
+    assert end[0].equal(torch.ones(streams, 4))
+
+
+def test_the_second_call_of_a_shape_is_recorded(streams):
+    inner = Counted()
+    ready = replayed(inner)
+    call(ready, 5)
+    call(ready, 6)
+    assert not ready.replays.recorded
+    call(ready, 5)
+    assert len(ready.replays.recorded) == 1
+    before = inner.calls
+    for _ in range(3):
+        call(ready, 5)
+    assert inner.calls == before
+
+
+@pytest.mark.parametrize("why", ["lengths", "empty", "capture", "autocast", "compiled"])
+def test_what_runs_as_it_is(streams, why, monkeypatch):
+    inner = Counted()
+    ready = replayed(inner)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: why == "capture")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: why == "autocast")
+    sizes = {"lengths": torch.tensor([2, 1]), "empty": equal_lengths(2, 0)}.get(why, equal_lengths(2, 2))
+    x, state = torch.randn(int(sizes.sum()), 3), (torch.ones(int(sizes[0]), 4),)
+    for _ in range(4):
+        if why == "compiled":
+            with nothing_recorded():
+                ready.run(x, sizes, state)
+        else:
+            ready.run(x, sizes, state)
+    assert inner.calls == 4
+    assert not ready.replays.recorded
+
+
+def test_recordings_are_few_and_those_that_rest_make_room(streams):
+    ready = replayed(Counted())
+    for steps in range(1, MOST_SHAPES + 3):
+        call(ready, steps)
+        call(ready, steps)
+    assert {key[1][0][0] for key in ready.replays.recorded} == set(range(1, MOST_SHAPES + 1))
+    for _ in range(RESTING):
+        call(ready, 2)
+    call(ready, MOST_SHAPES + 1)
+    kept = {key[1][0][0] for key in ready.replays.recorded}
+    assert len(kept) == MOST_SHAPES
+    assert {2, MOST_SHAPES + 1} <= kept
+    assert 1 not in kept, "the one that rested longest goes"
+
+
+def test_recordings_take_a_bounded_memory(streams):
+    """They share what they use while they run, and have inputs and outputs of their own."""
+    ready = replayed(Counted(), MOST_MEMORY // 10)
+    for steps in (11, 6, 5, 10):
+        call(ready, steps)
+        call(ready, steps)
+    assert {key[1][0][0] for key in ready.replays.recorded} == {6, 5}
+    for one in ready.replays.recorded.values():
+        one.inputs = [torch.empty(MOST_MEMORY // 8, dtype=torch.uint8)] * 3
+    call(ready, 4)
+    call(ready, 4)
+    assert len(ready.replays.recorded) == 2, "inputs and outputs take 0.75, and this one 0.4"
+
+
+def test_many_shapes_are_not_all_remembered(streams):
+    ready = replayed(Counted())
+    for steps in range(1, 500):
+        call(ready, steps)
+    assert len(ready.replays._once) <= 64
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(streams, monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    inner = Counted()
+    ready = replayed(inner)
+    monkeypatch.setattr(replay, "record", fails)
+    for _ in range(5):
+        call(ready, 5)
+    assert inner.calls == 5
+
+
+def test_another_stream_waits_for_the_last_replay(streams):
+    ready = replayed(Counted())
+    for _ in range(3):
+        call(ready, 5)
+    assert not streams[0].waited
+    streams.reverse()
+    call(ready, 5)
+    assert streams[0].waited == 1
+
+
+def test_a_failure_is_told_of_before_a_replay(streams):
+    failed = []
+
+    def check():
+        if failed:
+            raise RuntimeError(failed.pop())
+
+    ready = replayed(Counted(), check=check)
+    for _ in range(3):
+        call(ready, 5)
+    failed.append("gave up")
+    with pytest.raises(RuntimeError, match="gave up"):
+        call(ready, 5)
+    call(ready, 5)
+
+
+# From here on with a GPU.
+
+
+def on_a_gpu(cell="gru", hidden=256, height=1, seed=0):
+    from srnn.kernels.triton.backend import Triton
+
+    weights = layer(cell, 64, hidden, height, density=0.1, values="fp16", seed=seed)
+    return Triton().layer(weights, torch.device("cuda"), torch.float16)
+
+
+def inputs(steps, streams, hidden=256, parts=1):
+    x = torch.randn(steps * streams, 64, device="cuda", dtype=torch.float16)
+    states = (torch.randn(streams, hidden, device="cuda", dtype=torch.float16) * 0.5 for _ in range(parts))
+    return x, equal_lengths(steps, streams), tuple(states)
+
+
+def same(got, wanted):
+    for a, b in zip((got[0], *got[1]), (wanted[0], *wanted[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize(("cell", "height", "streams"), [("gru", 1, 1), ("lstm", 16, 1), ("gru", 16, 16)])
+def test_replays_are_the_calls(cell, height, streams):
+    """In and out of inference mode; and what earlier calls gave stays as it was."""
+    ready = on_a_gpu(cell, height=height)
+    given = [inputs(40, streams, parts=1 + (cell == "lstm")) for _ in range(6)]
+    wanted = [ready.inner.run(*one) for one in given]
+    got = []
+    for index, one in enumerate(given):
+        with torch.inference_mode(index % 2 == 1):
+            got.append(ready.run(*one))
+    assert len(ready.replays.recorded) == 1
+    for a, b in zip(got, wanted, strict=True):
+        same(a, b)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_kernel_that_gave_up_is_told_of_at_the_next_replay(capfd):
+    one = inputs(20, 1)
+    with torch.inference_mode():  # which the flag must not belong to
+        ready = on_a_gpu()
+        wanted = ready.run(*one)
+        for _ in range(2):
+            ready.run(*one)
+    ready.inner.recurrence.failed.fill_(1)
+    with pytest.raises(RuntimeError, match="gave up waiting"):
+        ready.run(*one)
+    same(ready.run(*one), wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ready.run(*one)
+    graph.replay()
+    ready.inner.recurrence.failed.fill_(1)
+    graph.replay()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="gave up waiting"):
+        ready.run(*one)
+    ready.inner.recurrence.failed.fill_(1)
+    del ready
+    gc.collect()
+    assert "gave up waiting" in capfd.readouterr().err, "nobody called it again"
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_threads_streams_and_two_layers():
+    several = [on_a_gpu(seed=0), on_a_gpu(seed=1, height=16)]
+    given = [inputs(30, streams) for streams in (1, 2, 5)]
+    wanted = [[ready.inner.run(*one) for one in given] for ready in several]
+    torch.cuda.synchronize()
+    wrong = []
+
+    def work(seed):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(100):
+                which, what = (int(torch.randint(n, (1,), generator=generator)) for n in (2, 3))
+                got = several[which].run(*given[what])
+                torch.cuda.current_stream().synchronize()
+                try:
+                    same(got, wanted[which][what])
+                except AssertionError as error:
+                    wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong[0]
+    assert [len(ready.replays.recorded) for ready in several] == [3, 3]
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_memory_does_not_grow_and_comes_back():
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    ready = on_a_gpu(hidden=1024)
+    generator = torch.Generator().manual_seed(0)
+    given = {steps: inputs(steps, 1, 1024) for steps in range(1, 65)}
+    taken = []
+    for _ in range(3):
+        for _ in range(1000):
+            ready.run(*given[int(torch.randint(1, 65, (1,), generator=generator))])
+        torch.cuda.synchronize()
+        taken.append(torch.cuda.memory_reserved() - before)
+    assert max(taken) < 320 << 20
+    assert taken[-1] <= taken[0] + (8 << 20)
+    del ready, given
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + (64 << 20)  # cuBLAS keeps what it works in, once a stream
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_changed_weights_and_a_compiled_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("SRNN_CACHE", str(tmp_path))
+    first, second = (sparsify(prune(nn.GRU(40, 160), 0.1).cuda(), kernel="triton") for _ in range(2))
+    x = torch.randn(12, 1, 40, device="cuda")
+    wanted = [network(x)[0] for network in (first, second)]
+    for _ in range(3):
+        first(x)
+    second.load_state_dict(first.state_dict())
+    for _ in range(4):
+        torch.testing.assert_close(second(x)[0], wanted[0])
+    assert not wanted[0].equal(wanted[1])
+    again = sparsify(prune(nn.GRU(40, 160), 0.1).cuda(), kernel="triton")
+    compiled = torch.compile(again, mode="reduce-overhead")
+    truth = again(x)[0].clone()
+    for _ in range(5):
+        with torch.inference_mode():
+            torch.testing.assert_close(compiled(x)[0].clone(), truth)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("kernel", ["triton", "auto"])
+@pytest.mark.parametrize(("cell", "options"), [(nn.GRU, {}), (nn.LSTM, {"batch_first": True, "bidirectional": True})])
+def test_a_modules_calls_are_replayed(cell, options, kernel, tmp_path, monkeypatch):
+    """All layers at once: sequences and steps, from zero and from a state, in turns."""
+    monkeypatch.setenv("SRNN_CACHE", str(tmp_path))
+    network = sparsify(prune(cell(40, 160, 2, **options), 0.1).cuda(), kernel=kernel)
+    both = options.get("bidirectional", False)
+    given = [torch.randn(*shape, 40, device="cuda") for shape in ((12, 3), (3, 12), (12,), (12, 3))]
+    given = given[:1] if kernel == "auto" else given  # which measures
+    state = network(given[0])[1]
+
+    def calls():
+        found = [network(x) for x in given] + [network(given[0], state)]
+        if not both and kernel == "triton":
+            found += [network.step(given[0][0]), network.step(given[0][1], state)]
+        return [[y, *(end if isinstance(end, tuple) else [end])] for y, end in found]
+
+    with nothing_recorded():
+        wanted = calls()
+    for index in range(4):
+        with torch.inference_mode(index == 2):
+            for got, truth in zip(calls(), wanted, strict=True):
+                for a, b in zip(got, truth, strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    if kernel == "triton":
+        assert len(network._ready["replays"].recorded) == (4 if both else 6)
+    asking = given[0].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="gradients do not flow"):
+        network(asking)[0].sum().backward()
+    moved = network.cpu().cuda()
+    torch.testing.assert_close(moved(given[0])[0], wanted[0][0], rtol=1e-4, atol=1e-4)
