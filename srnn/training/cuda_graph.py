@@ -35,7 +35,7 @@ class Graphed:
             self._zero = self._zero_state(example)
             # Without the cache, as casts of weights have to happen in the graph.
             with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False):
-                samples = (example, self._zero)
+                samples = (example, _map(torch.clone, self._zero))  # which states are copied into
                 self._graph = torch.cuda.make_graphed_callables(_Call(self.model), samples)
         if inputs.shape != self.example.shape:
             return self.model(inputs, state)

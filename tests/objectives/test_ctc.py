@@ -1,7 +1,10 @@
 """CTC: its loss, greedy decoding, error rates, and runs on generated speech."""
 
+import filecmp
 import io
 import json
+import os
+import signal
 
 import jiwer
 import pytest
@@ -18,6 +21,7 @@ from srnn.models import deepspeech2, gru
 from srnn.models.decoding import greedy
 from srnn.objectives import Classification, Ctc
 from srnn.objectives.ctc import CtcScore, ctc_losses, impossible
+from srnn.pruning.callback import PruningCallback
 from srnn.vocabulary import Characters
 from tests.speech_files import TEXTS, write_speech
 
@@ -111,16 +115,37 @@ def test_it_overfits_sixteen_utterances(listed):
     assert scores["loss"] < 0.1
 
 
-@pytest.fixture(scope="module")
-def run(listed, tmp_path_factory):
-    """A run's folder: of a network that streams too."""
-    folder = tmp_path_factory.mktemp("ctc") / "run"
+def train(folder, listed):
+    """A network that streams too; returns the exit code."""
     chosen = ["model=deepspeech2_small", "model.hidden_size=32", "model.num_layers=1", "model.channels=4"]
     chosen += ["dataset=manifest", *(f"dataset.{part}={listed}" for part in ("train", "valid", "test"))]
     chosen += ["dataset.features=mel", "dataset.normalise=running", "dataset.batch_size=8", "pruning.sparsity=0.6"]
     chosen += ["trainer.max_epochs=20", "optimizer.lr=0.02", "trainer.accelerator=cpu", "packed.values=fp32"]
-    assert main([*chosen, "kernel=csr", "tracking.mode=disabled", f"hydra.run.dir={folder}"]) == 0
+    return main([*chosen, "kernel=csr", "tracking.mode=disabled", f"hydra.run.dir={folder}"])
+
+
+@pytest.fixture(scope="module")
+def run(listed, tmp_path_factory):
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("ctc") / "run"
+    assert train(folder, listed) == 0
     return folder
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(run, listed, tmp_path, monkeypatch):
+    original = PruningCallback.on_train_batch_end
+
+    def stop_once(self, trainer, *rest):
+        original(self, trainer, *rest)
+        if trainer.global_step == 15:  # in the middle of a pass
+            monkeypatch.setattr(PruningCallback, "on_train_batch_end", original)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(PruningCallback, "on_train_batch_end", stop_once)
+    assert train(tmp_path / "run", listed) == 130
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    for name in ("metrics.csv", "model.safetensors"):
+        assert filecmp.cmp(run / name, tmp_path / "run" / name, shallow=False), name
 
 
 def test_a_run_prunes_packs_and_scores_it(run):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from srnn.__main__ import main
-from srnn.models import gru, lstm, rnn
+from srnn.models import deepspeech2, gru, lstm, rnn
 from srnn.training.cuda_graph import Graphed
 from tests.conftest import SMALL
 
@@ -82,3 +82,31 @@ def test_mixed_precision_on_a_cpu(tmp_path):
     assert main([*SMALL, "trainer.precision=bf16-mixed", *run]) == 0
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["sparsity"]["reached"] == pytest.approx(0.9, abs=0.002)
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_none_starts_from_zero_again_and_norms_see_batches_alone(monkeypatch):
+    """With what a recorded graph does: it copies what it is called with into its samples."""
+
+    def recorded(call, samples):
+        def replay(*given):
+            for sample, tensor in zip(samples, given, strict=True):
+                if sample.data_ptr() != tensor.data_ptr():
+                    sample.copy_(tensor)
+            return call(*samples)
+
+        return replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorded)
+    tokens_BT = torch.randint(0, 30, (5, 12))
+    model = gru(24, 8, vocabulary_size=30)
+    call = Graphed(model, tokens_BT.clone())
+    first, state = call(tokens_BT)
+    call(tokens_BT, state)
+    assert torch.equal(call(tokens_BT)[0], first)
+    x_BTI = torch.randn(2, 20, 33)
+    speech = deepspeech2("rnn", 8, 1, channels=2, input_size=33, output_size=5)
+    call = Graphed(speech, x_BTI.clone())
+    once = 0.1 * speech.convolutions[0].convolution(F.pad(x_BTI, (0, 0, 5, 5)).transpose(1, 2)[:, None]).mean((0, 3))
+    call(x_BTI)
+    assert torch.allclose(speech.convolutions[0].norm.running_mean, once.flatten(), atol=1e-6)
