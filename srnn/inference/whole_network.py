@@ -59,7 +59,7 @@ def choose_for_network(network: nn.Module, example: Any) -> list[Choice]:
             use = f"{_several(examples.streams, 'stream')}, {_several(lengths[0], 'step')}"
             what = f"{name}, {use}{' and more' * (len(lengths) > 1)}, {_several(torch.get_num_threads(), 'thread')}"
             calls = {steps: examples.call(steps) for steps in lengths}
-            uses = examples.uses(list(calls.values()))
+            uses = examples.uses([calls[lengths[0]]])  # those of longer ones are the same
             if any(uses.values()):  # cells take single steps, whatever the length
                 found.append(_Network(parts, uses, calls, device).decide(what, use))
     return found
