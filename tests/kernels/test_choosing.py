@@ -166,6 +166,7 @@ def test_dense_is_never_worse_than_its_parts():
     assert set(Dense("int8").candidates()) == {"int8"}
 
 
+@pytest.mark.slow
 def test_six_processes_at_once_lose_no_choice():
     """Each adds its own to the file, ten times, while the others do."""
     code = (

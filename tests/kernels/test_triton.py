@@ -20,11 +20,15 @@ FILES = [Path(__file__).with_name(f"test_{name}.py") for name in ("triton", "vec
 FILES.append(Path(__file__).parents[1] / "pruning" / "test_masking.py")
 
 
+QUICK = "test_a_matrix_of_zeros or test_an_odd_number_of_groups_in_pairs"
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
-def test_in_the_interpreter():
+@pytest.mark.parametrize("which", [QUICK, pytest.param("test", marks=pytest.mark.slow)], ids=["some", "all"])
+def test_in_the_interpreter(which):
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", *map(str, FILES)],
+        [sys.executable, "-m", "pytest", "-qx", "-m", "gpu", "-k", which, "-p", "no:cacheprovider", *map(str, FILES)],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -114,6 +114,8 @@ def test_a_config_of_before_averages_nothing():
     assert prepare(Settings.check(config)).averaging is None
 
 
+# At 99 % a gate may end without a weight: the text is that of Python's own version.
+@pytest.mark.filterwarnings("ignore:pruning left no weight")
 @pytest.mark.parametrize("averaging", ["ema", "asgd"])
 def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, averaging):
     chosen = [*RUN, f"averaging={averaging}", "averaging.start=6"]

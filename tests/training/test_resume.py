@@ -75,8 +75,11 @@ def whole(tmp_path_factory):
     ("stops", "overrides"),
     [
         ([5, 13, 16, 30, 40], []),  # dense; while pruning; at the end of a pass; after pruning; after the last step
-        ([4, 9], ["pruning=hard", "trainer.accumulate_grad_batches=3", "model=lstm", "optimizer=sgd"]),
-        ([3, 18, 33], ["pruning=rigl", "pruning.structure=4x1"]),
+        pytest.param(
+            *([4, 9], ["pruning=hard", "trainer.accumulate_grad_batches=3", "model=lstm", "optimizer=sgd"]),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param([3, 18, 33], ["pruning=rigl", "pruning.structure=4x1"], marks=pytest.mark.slow),
         ([7, 12, 30], ["dataset=digits", "optimizer.lr_decay=0.9", "pruning.soft=true"]),
     ],
     ids=["gradual", "hard-accumulated", "rigl", "digits-soft"],
