@@ -27,9 +27,8 @@ class GpuMasking:
     """Zeroes tensors where their masks are zero, whatever was there: one launch for all of them.
 
     Tables of addresses are kept for the last few sets of tensors, as an eager loop's gradients take turns in memory. A
-    launch that comes again and again is replayed from a CUDA graph, which spares the host Triton's own launcher.
-    Without Triton, and where elements do not lie as those of their mask, torch's operations do it, two launches a
-    tensor.
+    launch that comes again and again is replayed from a CUDA graph, to spare the host Triton's own launcher. Without
+    Triton, and where elements do not lie as those of their mask, torch's operations do it, two launches a tensor.
     """
 
     def __init__(self) -> None:
