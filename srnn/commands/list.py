@@ -79,8 +79,10 @@ def _menu(groups: Iterable[str]) -> Table:
             _title(group), f"{group}={default} is the default" if default not in (None, "default") else "", style="bold"
         )
         for name, _, about in _rows(group):
+            words, _, origin = about.partition("\n")
             # The first sentence: what ends before a capital letter, so that "et al. 2017" goes on.
-            table.add_row(f"  {name}", re.split(r"(?<=\.) (?=[A-Z])", about.partition("\n")[0])[0].removesuffix("."))
+            first = re.split(r"(?<=\.) (?=[A-Z])", words)[0].removesuffix(".")
+            table.add_row(f"  {name}", f"{first} {origin}" if origin.startswith("(plug-in") else first)
         table.add_row()
     return table
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import importlib.util
-import shutil
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +19,7 @@ from torch import Tensor
 
 from srnn.cells import CELLS
 from srnn.kernels.contract import ComposedLayer, Kernel, Layer, LayerWeights, Product, Recurrence, State
+from srnn.kernels.cpu.keeping import where_it_can_be_kept
 from srnn.kernels.cpu.operands import Operand
 from srnn.kernels.cpu.shapes import NUMBERS_OF_MATRIX, ROWS, Array, chunk_size
 from srnn.registry import register
@@ -337,16 +335,5 @@ def _announced(*key: object) -> AbstractContextManager[None]:
 
 @lru_cache
 def _compiled_code(name: str) -> ModuleType:
-    """A module of compiled loops; where neither the package nor the home can be written, compiled anew a process."""
-    name = f"srnn.kernels.cpu.{name}"
-    try:
-        return importlib.import_module(name)
-    except RuntimeError as error:
-        if "cannot cache" not in str(error):
-            raise
-    import numba
-
-    folder = tempfile.mkdtemp(prefix="srnn-kernels-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]
-    return importlib.import_module(name)
+    """A module of compiled loops."""
+    return where_it_can_be_kept(lambda: importlib.import_module(f"srnn.kernels.cpu.{name}"))

@@ -10,6 +10,7 @@ from numba import cfunc, types
 from numba.extending import intrinsic
 
 from srnn.kernels.cpu.element_products import GatherProduct, WindowProduct
+from srnn.kernels.cpu.keeping import where_it_can_be_kept
 from srnn.kernels.cpu.vector_code import ARGUMENTS, DOT, STORED
 from srnn.kernels.cpu.vector_products import RowProduct
 
@@ -52,4 +53,5 @@ def dot_function(form: str, lanes: int, values: str, wide: bool, tile: int) -> A
         wide: whether columns take 32 bits.
         tile: streams a time.
     """
-    return cfunc(DOT, cache=True)(_source(_FORMS.index(form), lanes, _KINDS.index(values), int(wide), tile))
+    source = _source(_FORMS.index(form), lanes, _KINDS.index(values), int(wide), tile)
+    return where_it_can_be_kept(lambda: cfunc(DOT, cache=True)(source))

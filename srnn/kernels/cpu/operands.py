@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from srnn.kernels.cpu.keeping import where_it_can_be_kept
 from srnn.kernels.cpu.shapes import ROWS, TILES, Array, padded_width
 from srnn.sparse import SparseMatrix
 
@@ -120,7 +121,7 @@ class Operand:
             work = parts["row_pointers"].diff().numpy()
             several = (parts["values"], parts["columns"], parts["row_pointers"], parts.get("scales"), None, None)
             return Form(name, tile, matrix.height, matrix.groups // matrix.gates, 0, several, work, dot)
-        layouts = importlib.import_module("srnn.kernels.cpu.element_layouts")
+        layouts = where_it_can_be_kept(partial(importlib.import_module, "srnn.kernels.cpu.element_layouts"))
         layout = {"windows": layouts.windows, "gathers": layouts.gathers}[name](matrix)
         several = (layout.values, layout.columns, layout.turns, layout.scales, layout.order, layout.bases)
         groups = -(-matrix.units // layout.lanes)
