@@ -147,13 +147,11 @@ class SparseRecurrent(SparseModule):
             steps, streams = input.shape[0], 1
         else:
             steps, streams = (input.shape[1], input.shape[0]) if self.batch_first else (input.shape[0], input.shape[1])
-        if self._decision(input, streams, steps) == TORCH:
+        name = self._decision(input, streams, steps)
+        if name == TORCH:
             return None
-        of_this = [
-            ready
-            for key, ready in list(self._ready.items())
-            if isinstance(ready, Layer) and key[1:] == (input.device, input.dtype)
-        ]
+        keys = [self._layer_key(index, input, name) for index in range(len(self.suffixes))]
+        of_this = [self._ready[key] for key in keys if key in self._ready]  # with two directions every other one
         chosen = [ready.chosen(steps, streams) for ready in of_this]
         layers = [layer for layer in chosen if isinstance(layer, ReplayedLayer)]
         if not layers or len(layers) < len(chosen):
@@ -250,8 +248,12 @@ class SparseRecurrent(SparseModule):
             after = ends[0] if len(ends) == 1 else tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
         return without_gradient(y, x_NI, *state), tuple(without_gradient(part, x_NI, *state) for part in after)
 
+    @staticmethod
+    def _layer_key(index: int, x: Tensor, name: str | None) -> tuple[Any, ...]:
+        return name, index, x.device, x.dtype
+
     def _layer(self, index: int, x: Tensor, streams: int, name: str | None) -> Layer:
-        key = (name, index, x.device, x.dtype)
+        key = self._layer_key(index, x, name)
         ready: Layer | None = self._ready.get(key)
         if ready is None:
             weights, kernel = self.layer_weights(index), self.kernel_named(name)
