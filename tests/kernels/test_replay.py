@@ -385,3 +385,56 @@ def test_a_modules_calls_are_replayed(cell, options, kernel, tmp_path, monkeypat
         network(asking)[0].sum().backward()
     moved = network.cpu().cuda()
     torch.testing.assert_close(moved(given[0])[0], wanted[0][0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("structure", ["element", "16x1"])
+def test_a_loaded_networks_step_is_one_replay(cell, structure, tmp_path):
+    """From zero and from a state; what earlier steps gave stays; it runs anew after weights change, and with hooks."""
+    from srnn import models
+    from srnn.inference.packed_file import load, write
+    from srnn.inference.packing import pack
+
+    config, sizes = {"name": cell, "hidden_size": 160, "embedding_size": 48, "num_layers": 3}, {"vocabulary_size": 50}
+    torch.manual_seed(0)
+    trained = getattr(models, cell)(160, 48, num_layers=3, **sizes)
+    prune(trained, 0.2, 1 if structure == "element" else 16)
+    write(tmp_path / "model.safetensors", pack(trained, config, sizes, structure=structure))
+    network = load(tmp_path / "model.safetensors", "triton", device="cuda")
+    tokens = torch.randint(50, (40, 2), device="cuda")
+
+    def stream():
+        got, state = [], None
+        for tokens_B in tokens:
+            logits, state = network.step(tokens_B, state)
+            got.append((logits, *(state if isinstance(state, tuple) else [state])))
+        return got
+
+    with nothing_recorded():
+        wanted = stream()
+    got = stream()
+    recorded = network.rnn._ready["replays"].recorded
+    assert {key[0][0] for key in recorded} == {"network"}, "nothing else is replayed"
+    stream()
+    assert len(recorded) == 2
+    for one, truth in zip(got, wanted, strict=True):
+        for a, b in zip(one, truth, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    state = {
+        name: tensor.mul(0.5) if tensor.is_floating_point() else tensor for name, tensor in network.state_dict().items()
+    }
+    network.decoder.load_state_dict(
+        {n.removeprefix("decoder."): t for n, t in state.items() if n.startswith("decoder.")}
+    )
+    with nothing_recorded():
+        wanted = stream()
+    for _ in range(3):
+        again = stream()
+    torch.testing.assert_close(again[-1][0], wanted[-1][0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(again[-1][0], got[-1][0])
+    seen = []
+    network.decoder.register_forward_hook(lambda *_: seen.append(1))
+    stream()
+    assert len(seen) == len(tokens)
