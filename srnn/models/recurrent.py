@@ -45,7 +45,7 @@ def _step_of(
     if isinstance(network.rnn, nn.RNNBase) or not x.is_cuda:
         stepped: tuple[Tensor, TorchState] = plain(x, state)
         return stepped
-    return network.rnn.step_of(network, plain, x, state)  # type: ignore[no-any-return]
+    return network.rnn.step_of(network, plain, x, state)
 
 
 class LanguageModel(nn.Module):

@@ -23,6 +23,7 @@ from srnn.pruning.parts import Part, count, some_of
 from srnn.pruning.report_rows import ReportRow, nothing_left, report_rows
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import masks_of
+from srnn.pruning.state_masks import StateMasks, mask_all, state_of
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 COMPARE_EVERY = 100  # steps between two comparisons of the ranks, beside those at updates: each reads all weights
@@ -113,7 +114,7 @@ class Pruner:
         check_optimizers(self.optimizers, self._parameters)
         self._averaged = averaged(average, self._parameters)
         self._held_bits: dict[tuple[str, int], Tensor] = {}
-        self._gpu_masking, self._gpu_gradient_masking = GpuMasking(), GpuMasking()
+        self._gpu_masking, self._gpu_gradient_masking, self._state_masks = GpuMasking(), GpuMasking(), StateMasks()
         self._before: dict[str, Tensor] = {}
         self._checked = False  # whether parameters have been checked since this was built or loaded
         self._gradient_masks = GradientMasks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu)
@@ -191,6 +192,7 @@ class Pruner:
             # An update waits for the device anyway; the waiting for what was queued before is not pruning's.
             for device in {mask.device for mask in self._masks.values() if mask.is_cuda}:
                 torch.cuda.synchronize(device)
+            self._state_masks.restart()
         began = time.perf_counter()
         if update or self.itr % COMPARE_EVERY == 0 or not self._checked:
             self._check_parameters()
@@ -217,6 +219,7 @@ class Pruner:
         Raises:
             UserError: ranks differ.
         """
+        self._state_masks.restart()
         self._apply()
         self._gradient_masks.remove()
         check_equal(self._compared(), self.itr)
@@ -262,22 +265,23 @@ class Pruner:
             for part, mask in zip(group.parts, before, strict=False):
                 part.revived += torch.stack([count(gate) for gate in part.of(part.mask) > mask])
         self._held_bits.clear()
+        self._state_masks.restart()
 
     def _apply(self) -> None:
         if self.itr <= self.method.dense_until:
             return
         # Momentum is what lets a soft method's weights come back.
         with_state = self.method.zero_state and (not self.method.soft or self.itr >= self.method.done_from)
-        on_gpu = []
+        on_gpu, on_cpu = [], []
         for name, parameter in self._parameters.items():
-            state = self.state_of(parameter) if with_state else []
-            masked = [parameter, *state, *self._averaged.get(name, ())]
+            weights = [parameter, *self._averaged.get(name, ())]
+            state = state_of(self.optimizers, parameter) if with_state else []
             if parameter.is_cuda:
-                on_gpu.append((self._masks[name], masked))
+                on_gpu.append((self._masks[name], weights + state))
             else:
-                for tensor in masked:
-                    bits = self._bits(name, tensor.itemsize)
-                    tensor.view(bits.dtype).bitwise_and_(bits)
+                mask_all((self._bits(name, tensor.itemsize), tensor) for tensor in weights)
+                on_cpu += [(self._bits(name, tensor.itemsize), tensor) for tensor in state]
+        self._state_masks(on_cpu)
         if on_gpu:
             self._gpu_masking(on_gpu)
 
@@ -301,11 +305,6 @@ class Pruner:
         method = self.method
         grows = method.regrows and method.is_update(self.itr + 1)
         return grows or (method.soft and self.itr < method.done_from) or self.itr < method.dense_until
-
-    def state_of(self, parameter: nn.Parameter) -> list[Tensor]:
-        """The optimisers' tensors that go with a parameter, element for element."""
-        state = [value for each in self.optimizers for value in each.state.get(parameter, {}).values()]
-        return [value for value in state if isinstance(value, Tensor) and value.shape == parameter.shape]
 
     def _bits(self, name: str, size: int) -> Tensor:
         """The mask as numbers of so many bytes, of all ones where it keeps a weight; held until the next update.
@@ -396,4 +395,5 @@ class Pruner:
             part.revived.copy_(torch.tensor(state["revived"][part.name]))
         self.method.load_state_dict(state["method"])
         self._held_bits.clear()
+        self._state_masks.restart()
         self._checked = False
