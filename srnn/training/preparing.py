@@ -107,7 +107,8 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
     match = _start_from(model, initial, settings, rows, data) if initial else None
     if checkpoint is not None:  # for methods that look at the weights
         _go_on_from(model, checkpoint)
-    call = Graphed(model, data.batches("train").fetch(0, 0)[0]) if settings.trainer.cuda_graph else None
+    example = data.batches("train").fetch(0, 0)[0] if settings.trainer.cuda_graph else None
+    call = Graphed(model, example) if example is not None else None
     objective: Any = register.get("objective", data.objective).factory
     run = Run(
         config=settings.as_dict(),
@@ -129,7 +130,7 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
     moments, batches = Moments.of(method, run.length), len(data.train_dataloader())
     schedule = register.build("schedule", settings.schedule, moments=moments, batches=batches)
     run.objective.schedule = partial(attach, schedule) if schedule is not None else None
-    run.objective.teacher = teacher_of(settings.distill, run.objective)
+    run.objective.teacher = teacher_of(settings.distill, run.objective, example)
     return replace(run, averaging=register.build("averaging", settings.averaging, moments=moments))
 
 

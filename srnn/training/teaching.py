@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from srnn.config.composing import read_settings
 from srnn.config.settings import DistillConfig
@@ -20,11 +20,18 @@ from srnn.objectives import Objective
 from srnn.objectives.teacher import Teacher
 from srnn.registry import register
 from srnn.run_folder import RunFolder
+from srnn.training.cuda_graph import Graphed
 from srnn.vocabulary import Vocabulary
 
 
-def teacher_of(chosen: DistillConfig, objective: Objective) -> Teacher | None:
+def teacher_of(chosen: DistillConfig, objective: Objective, example: Tensor | None = None) -> Teacher | None:
     """The teacher that a config names; None if it names none.
+
+    Args:
+        chosen: the config.
+        objective: of the run that is taught.
+        example: inputs of the shape that most batches have, to replay the teacher from a CUDA graph; None calls it
+            plainly.
 
     Raises:
         UserError: there is no network, or it is of other data, or the objective cannot learn from one.
@@ -37,7 +44,8 @@ def teacher_of(chosen: DistillConfig, objective: Objective) -> Teacher | None:
             f"cannot learn from a teacher."
         )
     model = _read_network(chosen.teacher, objective.data)
-    return Teacher(model, objective.carried, chosen.temperature, chosen.weight)
+    call = Graphed(model, example) if example is not None else None
+    return Teacher(model, objective.carried, chosen.temperature, chosen.weight, call)
 
 
 def _read_network(given: str, data: DataModule) -> nn.Module:

@@ -13,8 +13,10 @@ from srnn.datasets.text import IGNORED
 from srnn.errors import UserError
 from srnn.inference.weights import read_weights
 from srnn.models import gru, lstm
+from srnn.models.recurrent import detach
 from srnn.objectives import Objective
 from srnn.objectives.teacher import Teacher, softened_cross_entropy
+from srnn.training.cuda_graph import Graphed
 from srnn.training.preparing import prepare
 from tests.conftest import QUIET
 from tests.training.test_resume import RUN, check_same_run, interrupt_after
@@ -56,6 +58,30 @@ def test_next_tokens_by_hand_over_two_batches():
         torch.testing.assert_close(loss.detach(), 0.7 * hard + 0.3 * soft)
     objective.on_train_epoch_start()
     assert objective.teacher.state is None, "a pass starts from the beginning of the text"
+
+
+def test_a_teacher_is_moved_once(monkeypatch):
+    """Moving a module that is there already lays out its recurrent weights anew, at each step."""
+    teacher = Teacher(gru(7, 5, vocabulary_size=9), lambda state: state, temperature=2.0, weight=0.3)
+    moved = []
+    monkeypatch.setattr(teacher.model, "to", moved.append)
+    for _ in range(3):
+        teacher(torch.randint(0, 9, (2, 4)))
+    assert moved == [torch.device("cpu")]
+
+
+@pytest.mark.gpu
+def test_a_teacher_replayed_from_a_graph_says_the_same():
+    model = lstm(24, 8, num_layers=2, vocabulary_size=30).cuda()
+    batches = [torch.randint(0, 30, (5, steps), device="cuda") for steps in (12, 12, 7, 12, 12)]
+    found = []
+    for call in (None, Graphed(model, batches[0].cpu())):
+        teacher = Teacher(model, detach, 2.0, 0.3, call)
+        found.append([teacher(batch).clone() for batch in batches])
+        teacher.state = None
+        found.append([teacher(batches[3]).clone()])
+    for plain, graphed in zip(found[0] + found[1], found[2] + found[3], strict=True):
+        torch.testing.assert_close(graphed, plain)
 
 
 @pytest.mark.parametrize("dataset", ["digits", "adding"])
