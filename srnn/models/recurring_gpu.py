@@ -218,31 +218,29 @@ def _here(tensor: Tensor) -> Iterator[None]:
 
 
 def _run(given: _Arrays, backward: bool) -> None:
-    """A whole sequence: in a few pieces from graphs, or launch by launch inside a graph that is being recorded."""
-    steps = len(given.u)
+    """A whole sequence: from graphs, or launch by launch inside a graph that is being recorded."""
     if not given.u.is_cuda or torch.cuda.is_current_stream_capturing():
-        return run_backward(given, steps) if backward else run_forward(given, steps)
+        (run_backward if backward else run_forward)(given, len(given.u))
+        return
     with _lock:
-        graphs = _graphs_of(given)
-        piece = graphs.arrays
-        piece.w.copy_(given.w)
-        begins = range(0, steps, PIECE)
-        for begin in reversed(begins) if backward else begins:
-            end = min(begin + PIECE, steps)
-            span, whole = (0, end - begin), (begin, end)
-            if backward:
-                _copied(piece.inputs_backward(*span), given.inputs_backward(*whole))
-                graphs.replay(True, end - begin)
-                _copied(given.outputs_backward(*whole), piece.outputs_backward(*span))
-            else:
-                _copied(piece.inputs_forward(*span), given.inputs_forward(*whole))
-                graphs.replay(False, end - begin)
-                _copied(given.outputs_forward(*whole), piece.outputs_forward(*span))
-    return None
+        _in_pieces(given, backward, _graphs_of(given))
 
 
-def _copied(to: list[Tensor], given: list[Tensor]) -> None:
-    torch._foreach_copy_(to, given)
+def _in_pieces(given: _Arrays, backward: bool, graphs: _Graphs) -> None:
+    piece = graphs.arrays
+    piece.w.copy_(given.w)
+    begins = range(0, len(given.u), PIECE)
+    for begin in reversed(begins) if backward else begins:
+        end = min(begin + PIECE, len(given.u))
+        inside, whole = (0, end - begin), (begin, end)
+        if backward:
+            torch._foreach_copy_(piece.inputs_backward(*inside), given.inputs_backward(*whole))
+            graphs.replay(True, end - begin)
+            torch._foreach_copy_(given.outputs_backward(*whole), piece.outputs_backward(*inside))
+        else:
+            torch._foreach_copy_(piece.inputs_forward(*inside), given.inputs_forward(*whole))
+            graphs.replay(False, end - begin)
+            torch._foreach_copy_(given.outputs_forward(*whole), piece.outputs_forward(*inside))
 
 
 class GpuRecurrence(torch.autograd.Function):

@@ -66,6 +66,40 @@ def test_outputs_and_gradients_are_torch_s(cell, rows):
         assert relative_error(got, wanted) < 1e-5
 
 
+class Called:
+    """Stands for a graph: calls what would have been recorded."""
+
+    def __init__(self, run, stream, pool):
+        self.replay, self.pool = run, lambda: None
+
+
+@pytest.mark.gpu
+@here
+@pytest.mark.parametrize("cell", ["clipped_relu", "gru", "lstm"])
+@pytest.mark.parametrize("low", [False, True])
+def test_pieces_are_put_together(cell, low, monkeypatch):
+    """Without graphs: what each piece is given, and what is taken from it."""
+    known = {}
+
+    def run(given, backward):
+        key = given.cell
+        if key not in known:
+            u = torch.full((recurring_gpu.PIECE, *given.u.shape[1:]), torch.nan, dtype=given.u.dtype, device=DEVICE)
+            arrays = recurring_gpu._Arrays.empty(cell, torch.empty_like(given.w), u, backward=True)
+            known[key] = recurring_gpu._Graphs(arrays, None)
+        recurring_gpu._in_pieces(given, backward, known[key])
+
+    given = case(cell, 8, 2, 1, hidden=5, dtype=torch.float32, device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=low):
+        wanted = results(lambda *g: recur(*g, cell), given)
+        monkeypatch.setattr(recurring_gpu, "PIECE", 3)
+        monkeypatch.setattr(recurring_gpu, "_recorded", Called)
+        monkeypatch.setattr(recurring_gpu, "_run", run)
+        for _ in range(2):
+            for got, truth in zip(results(lambda *g: recur(*g, cell), given), wanted, strict=True):
+                torch.testing.assert_close(got, truth)
+
+
 @pytest.mark.gpu
 @here
 def test_products_under_autocast_and_of_some_gradients():
