@@ -24,6 +24,7 @@ class Teacher:
 
     Attributes:
         state: what the next batch starts from.
+        ready: whether it teaches; a network that is yet to become its own teacher does not.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Teacher:
         self.temperature = temperature
         self.weight = weight
         self.state: Any = None
+        self.ready = True
         self._device: torch.device | None = None
 
     @torch.no_grad()

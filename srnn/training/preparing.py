@@ -31,7 +31,7 @@ from srnn.training.moments import Moments
 from srnn.training.processes import Place
 from srnn.training.start_from import Initial, load_weights, read_initial
 from srnn.training.step_size import attach
-from srnn.training.teaching import teacher_of
+from srnn.training.teaching import SELF, check_own_teacher, teacher_of
 from srnn.vocabulary import ORDER, UNKNOWN, Vocabulary
 
 
@@ -128,6 +128,8 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
     )
     run.pruner()  # a first look: from now on the method knows its steps; the callback makes the pruner that counts
     moments, batches = Moments.of(method, run.length), len(data.train_dataloader())
+    if settings.distill.teacher == SELF:
+        check_own_teacher(bool(method.layer_types), moments.pruning_start, round(run.length.steps_per_epoch))
     schedule = register.build("schedule", settings.schedule, moments=moments, batches=batches)
     run.objective.schedule = partial(attach, schedule) if schedule is not None else None
     run.objective.teacher = teacher_of(settings.distill, run.objective, example)

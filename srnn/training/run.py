@@ -34,6 +34,7 @@ from srnn.training.fitting import check_devices, fit, quiet
 from srnn.training.preparing import Run, prepare
 from srnn.training.processes import Place
 from srnn.training.prune_only import prune_only
+from srnn.training.teaching import SELF
 from srnn.training.verifying import pack_and_verify, rehearse, score
 
 
@@ -54,7 +55,7 @@ def train(
     """
     tracking = replace(settings.tracking, group=settings.tracking.group or group)
     settings = replace(settings, tracking=tracking)
-    if settings.distill.teacher is not None:  # a resumed run may be started from another folder
+    if settings.distill.teacher not in (None, SELF):  # a resumed run may be started from another folder
         teacher = str(Path(settings.distill.teacher).expanduser().resolve())
         settings = replace(settings, distill=replace(settings.distill, teacher=teacher))
     home = RunFolder(folder)

@@ -18,6 +18,7 @@ from srnn.objectives import Objective
 from srnn.objectives.teacher import Teacher, softened_cross_entropy
 from srnn.training.cuda_graph import Graphed
 from srnn.training.preparing import prepare
+from srnn.training.teaching import OwnTeacher
 from tests.conftest import QUIET
 from tests.training.test_resume import RUN, check_same_run, interrupt_after
 
@@ -136,6 +137,49 @@ def test_who_cannot_teach(tmp_path, text_run, monkeypatch):
     monkeypatch.setattr("srnn.objectives.NextToken.imitation", Objective.imitation)
     with pytest.raises(UserError, match="the objective next_token has no `imitation`"):
         prepare(settings)
+
+
+def test_the_best_dense_moment_teaches_what_comes_after(tmp_path, monkeypatch):
+    """Stopped after it started to teach, and resumed, it is the uninterrupted run."""
+    chosen = [*RUN, "distill.teacher=self", "distill.weight=0.8"]
+    assert main([*chosen, f"hydra.run.dir={tmp_path}/one"]) == 0
+    assert main([*RUN, f"hydra.run.dir={tmp_path}/alone"]) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 20)
+        assert main([*chosen, f"hydra.run.dir={tmp_path}/two"]) == 130
+    assert main([f"resume={tmp_path}/two"]) == 0
+    check_same_run(tmp_path / "one", tmp_path / "two")
+    dense, taught = ([read_weights(tmp_path / name / f"checkpoints/{kind}.ckpt") for name in ("one", "alone")]
+                     for kind in ("best-dense", "best"))  # fmt: skip
+    assert all(torch.equal(dense[0][name], weight) for name, weight in dense[1].items()), "until then it is alone"
+    assert not all(torch.equal(taught[0][name], weight) for name, weight in taught[1].items())
+
+
+def test_who_cannot_teach_itself():
+    for options, words in (
+        (["pruning=none"], "this run prunes nothing"),
+        (["pruning=rigl"], "nothing is validated before pruning, which starts after step 0"),
+        (["pruning.start_itr=1"], "starts after step 1; the first validation is after step"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prepare(compose_settings([*QUIET, "distill.teacher=self", *options]))
+
+
+def test_its_teacher_is_the_network_of_the_best_dense_checkpoint(tmp_path):
+    run = prepare(compose_settings([*QUIET, "distill.teacher=self"]))
+    teacher, dense = run.objective.teacher, [True]
+    weights = {name: torch.randn_like(weight) for name, weight in run.model.state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "best.ckpt")
+    callback = OwnTeacher(teacher, lambda: dense[0], tmp_path / "best.ckpt")
+    for _ in range(2):
+        callback.on_train_batch_start(None, None)
+        assert not teacher.ready
+        assert run.objective.taught(torch.tensor(2.0), None, None, None) == 2
+    dense[0] = False
+    callback.on_train_batch_start(None, None)
+    assert teacher.ready
+    assert all(torch.equal(teacher.model.state_dict()[name], weight) for name, weight in weights.items())
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
 
 
 def test_a_config_of_before_has_no_teacher():
