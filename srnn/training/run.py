@@ -24,7 +24,7 @@ from srnn.recording import environment
 from srnn.recording.console import print_folder, print_report, print_way_back, print_ways_on
 from srnn.recording.plots import plot_run
 from srnn.recording.recorder import Recorder
-from srnn.recording.report import build_report, milestones, recurrent_matrix
+from srnn.recording.report import build_report, milestones, recurrent_matrix, run_beside
 from srnn.recording.summary import summary_of
 from srnn.recording.wandb import carefully, define_scores, log_results, wandb_run
 from srnn.registry import register
@@ -160,6 +160,7 @@ def _finish(run: Run, folder: RunFolder, recorder: Recorder) -> dict[str, Any]:
         | {
             "unit": run.data.unit,
             "left_out": run.data.left_out,
+            "beside": run_beside(run.config["distill"]["teacher"] or run.config["init_from"], folder),
         }
     )
 

@@ -1,5 +1,6 @@
 """Distillation: the formula, the teacher's state, and who may teach."""
 
+import json
 import shutil
 
 import pytest
@@ -16,6 +17,8 @@ from srnn.models import gru, lstm
 from srnn.models.recurrent import detach
 from srnn.objectives import Objective
 from srnn.objectives.teacher import Teacher, softened_cross_entropy
+from srnn.recording.report import run_beside
+from srnn.run_folder import RunFolder
 from srnn.training.cuda_graph import Graphed
 from srnn.training.preparing import prepare
 from srnn.training.teaching import OwnTeacher
@@ -182,13 +185,28 @@ def test_its_teacher_is_the_network_of_the_best_dense_checkpoint(tmp_path):
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
 
 
+def test_the_run_beside_has_the_same_test_data(tmp_path, text_run):
+    own = RunFolder(tmp_path / "own")
+    shutil.copytree(text_run, tmp_path / "own", ignore=shutil.ignore_patterns("report.json", "checkpoints"))
+    for given in (text_run, text_run / "model.safetensors", text_run / "checkpoints/best.ckpt"):
+        assert run_beside(str(given), own)["run"] == text_run.name
+    assert run_beside(None, own) is run_beside("self", own) is run_beside(str(tmp_path), own) is None
+    made_in = json.loads(own.environment.read_text())
+    made_in["data"]["test"] = "another"
+    own.environment.write_text(json.dumps(made_in))
+    assert run_beside(str(text_run), own) is None
+    shutil.copytree(text_run, tmp_path / "damaged")
+    (tmp_path / "damaged/report.json").write_text('{"scores": 3')
+    assert run_beside(str(tmp_path / "damaged"), own) is None
+
+
 def test_a_config_of_before_has_no_teacher():
     config = compose_settings(QUIET).as_dict()
     del config["distill"]
     assert prepare(Settings.check(config)).objective.teacher is None
 
 
-def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, text_run):
+def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, text_run, capsys):
     chosen = [*RUN, f"distill.teacher={text_run}", "distill.weight=0.8", "averaging=ema", "schedule=cosine"]
     before = read_weights(text_run / "checkpoints/best.ckpt")
     assert main([*chosen, f"hydra.run.dir={tmp_path}/one"]) == 0
@@ -197,6 +215,13 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, tex
         assert main([*chosen, f"hydra.run.dir={tmp_path}/two"]) == 130
     assert main([f"resume={tmp_path}/two"]) == 0
     check_same_run(tmp_path / "one", tmp_path / "two")
+    told = " ".join(capsys.readouterr().out.split())
+    report, other = (json.loads((run / "report.json").read_text()) for run in (tmp_path / "two", text_run))
+    assert report["beside"]["scores"] == other["scores"]["test_packed"]
+    name = "bits_per_character"
+    share = 100 * (report["scores"]["test_packed"][name] / other["scores"]["test_packed"][name] - 1)
+    assert f"beside it: bits per character │ {share:+.2f} %" in told
+    assert f"test, of {text_run.name} (90 % sparse)" in told
     after = read_weights(text_run / "checkpoints/best.ckpt")
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
