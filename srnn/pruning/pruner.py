@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from srnn.distributed import check_equal
 from srnn.errors import UserError
 from srnn.pruning.arguments import averaged, build_method, check_argument, check_optimizers, differing, unwrapped
-from srnn.pruning.gradient_masks import GradientMasks, mask_gradient
+from srnn.pruning.gradient_masks import GradientMasks, mask_gradient, mask_on_gpu
 from srnn.pruning.masking import GpuMasking
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.parts import Part, count, some_of
@@ -113,10 +113,10 @@ class Pruner:
         check_optimizers(self.optimizers, self._parameters)
         self._averaged = averaged(average, self._parameters)
         self._held_bits: dict[tuple[str, int], Tensor] = {}
-        self._gpu_masking = GpuMasking()
+        self._gpu_masking, self._gpu_gradient_masking = GpuMasking(), GpuMasking()
         self._before: dict[str, Tensor] = {}
         self._checked = False  # whether parameters have been checked since this was built or loaded
-        self._gradient_masks = GradientMasks(self, Pruner._mask_gradient)
+        self._gradient_masks = GradientMasks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu)
         self.method.prepare(self.run, self.groups, reference)
         self._start()
 
@@ -125,7 +125,7 @@ class Pruner:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._gradient_masks = GradientMasks(self, Pruner._mask_gradient)
+        self._gradient_masks = GradientMasks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu)
         self._gradient_masks.attach(self._parameters)
 
     def _check_parameters(self) -> None:
@@ -289,6 +289,12 @@ class Pruner:
         began = time.perf_counter()
         mask_gradient(gradient, mask, None if mask.is_cuda else self._bits(name, gradient.itemsize))
         self.seconds += time.perf_counter() - began
+
+    def _mask_gradients_on_gpu(self) -> None:
+        if not self._wants_gradients():
+            began = time.perf_counter()
+            mask_on_gpu(self._parameters, self._masks, self._gpu_gradient_masking)
+            self.seconds += time.perf_counter() - began
 
     def _wants_gradients(self) -> bool:
         """Whether the next step needs the gradients of pruned weights, or nothing is pruned yet."""
