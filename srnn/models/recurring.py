@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from srnn.cells import GATES, Cell, cell_step
+from srnn.models.recurring_gpu import GpuRecurrence, product_dtype, runs_on_gpu
 
 RecurringState = tuple[Tensor, ...]  # (h,), and (h, c) of an LSTM
 
@@ -19,7 +20,10 @@ RecurringState = tuple[Tensor, ...]  # (h,), and (h, c) of an LSTM
 def recur(
     u_TBG: Tensor, w_hh_GH: Tensor, state: RecurringState, cell: Cell = "clipped_relu"
 ) -> tuple[Tensor, RecurringState]:
-    """A recurrence over given products with the input, in torch's own operations: gradients flow to all of them.
+    """A recurrence over given products with the input; gradients flow to all of them.
+
+    On a CPU in torch's own operations. On a GPU each step is a product and one more kernel, replayed from CUDA graphs;
+    gradients of gradients are not there.
 
     Args:
         u_TBG: products with the input, with what is added to them, in torch's order of gates. Dimensions between T and
@@ -37,11 +41,23 @@ def recur(
         >>> y_TBH.shape, torch.equal(y_TBH[-1], state[0])
         (torch.Size([5, 2, 4]), True)
     """
+    if runs_on_gpu(u_TBG, w_hh_GH, state):
+        return _on_gpu(u_TBG, w_hh_GH, state, cell)
     w_HG, outputs = w_hh_GH.mT, []
     for u_BG in u_TBG.unbind():
         state = cell_step(cell, u_BG, state[0] @ w_HG, state)
         outputs.append(state[0])
     return torch.stack(outputs), state
+
+
+def _on_gpu(u_TBG: Tensor, w_hh_GH: Tensor, state: RecurringState, cell: Cell) -> tuple[Tensor, RecurringState]:
+    products = product_dtype(u_TBG.device.type, u_TBG.dtype)
+    if u_TBG.dim() == 4:
+        y_TDBH, *after = GpuRecurrence.apply(cell, products, u_TBG, w_hh_GH, *state)
+        return y_TDBH, tuple(after)
+    several = (part[None] for part in state)
+    y_TDBH, *after = GpuRecurrence.apply(cell, products, u_TBG[:, None], w_hh_GH[None], *several)
+    return y_TDBH[:, 0], tuple(part[0] for part in after)
 
 
 class Recurring(nn.Module):

@@ -207,6 +207,9 @@ def print_report(report: dict[str, Any]) -> None:
         if scores.get(key):
             told = scores[key] | beside
             table.add_row(title.format(**told), words.format(**told))
+    if report.get("beside"):
+        telling: str = objective.factory.telling  # type: ignore[attr-defined]
+        _add_beside(table, report["beside"], scores["test_packed"], words, beside, telling)
     table.add_section()
     for layer in report["layers"]:
         left = f"{layer['nonzeros']:,} of {layer['weights']:,} left"
@@ -248,6 +251,18 @@ def print_report(report: dict[str, Any]) -> None:
         reason = ": with a fixed q it results from the schedule; pruning.q=auto meets it exactly" if fixed else ""
         console.print(
             f"The sparsity is {100 * sparsity['reached']:.2f} %, not {100 * sparsity['wanted']:.4g} %{reason}.",
+        )
+
+
+def _add_beside(
+    table: Table, other: Mapping[str, Any], own: Mapping[str, float], words: str, beside: Mapping[str, str], score: str
+) -> None:
+    """Rows of what the run that this one learned from scored, and how far this one is from it."""
+    kind = f"{100 * other['sparsity']:.0f} % sparse" if other["sparsity"] else "dense"
+    table.add_row(f"test, of {other['run']} ({kind})", words.format(**{**other["scores"], **beside}))
+    if other["scores"].get(score):
+        table.add_row(
+            f"beside it: {score.replace('_', ' ')}", f"{100 * (own[score] / other['scores'][score] - 1):+.2f} %"
         )
 
 

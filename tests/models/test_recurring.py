@@ -1,0 +1,164 @@
+"""The recurrence on a GPU against torch's own operations; on a CPU in Triton's interpreter, see ``tests/kernels``."""
+
+import pytest
+import torch
+
+from srnn.cells import GATES
+from srnn.models import recurring, recurring_gpu
+from srnn.models.recurring import recur
+from tests.kernels.common import relative_error
+from tests.kernels.triton_cases import DEVICE, INTERPRETED, here, on_gpu
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch):
+    """In the interpreter, too."""
+    if INTERPRETED:
+        monkeypatch.setattr(recurring, "runs_on_gpu", lambda *given: True)
+
+
+def case(cell, steps, *rows, hidden, dtype=torch.float64, device="cpu"):
+    """Products, recurrent matrices and states of so many directions and streams."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape, scale=1.0):
+        made = torch.randn(*shape, dtype=torch.float64, generator=generator) * scale
+        return made.to(device, dtype).requires_grad_()
+
+    gates = GATES[cell]
+    w = random(*rows[:-1], gates * hidden, hidden, scale=hidden**-0.5)
+    states = tuple(random(*rows, hidden) for _ in range(1 + (cell == "lstm")))
+    return random(steps, *rows, gates * hidden), w, *states
+
+
+def results(run, given):
+    """Outputs, states and gradients of all that is given, each output with another weight."""
+    u, w, *state = given
+    y, after = run(u, w, tuple(state))
+    weights = torch.linspace(-1, 2, y.numel(), dtype=torch.float64, device=y.device).view_as(y)
+    loss = (y * weights).sum() + sum((k + 2) * part.square().sum() for k, part in enumerate(after))
+    return [part.detach() for part in (y, *after, *torch.autograd.grad(loss, given))]
+
+
+def plain(cell):
+    """``recur`` in torch's own operations."""
+
+    def run(u, w, state):
+        outputs = []
+        for one in u:
+            state = recurring.cell_step(cell, one, state[0] @ w.mT, state)
+            outputs.append(state[0])
+        return torch.stack(outputs), state
+
+    return run
+
+
+@pytest.mark.gpu
+@here
+@pytest.mark.parametrize("cell", list(GATES))
+@pytest.mark.parametrize("rows", [(3,), (2, 1)])
+def test_outputs_and_gradients_are_torch_s(cell, rows):
+    given = case(cell, 4, *rows, hidden=101, device=DEVICE)
+    for got, wanted in zip(results(lambda *g: recur(*g, cell), given), results(plain(cell), given), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+    single = [part.detach().float().requires_grad_() for part in given]
+    for got, wanted in zip(results(lambda *g: recur(*g, cell), single), results(plain(cell), given), strict=True):
+        assert relative_error(got, wanted) < 1e-5
+
+
+class Called:
+    """Stands for a graph: calls what would have been recorded."""
+
+    def __init__(self, run, stream, pool):
+        self.replay, self.pool = run, lambda: None
+
+
+@pytest.mark.gpu
+@here
+@pytest.mark.parametrize("cell", ["clipped_relu", "gru", "lstm"])
+@pytest.mark.parametrize("low", [False, True])
+def test_pieces_are_put_together(cell, low, monkeypatch):
+    """Without graphs: what each piece is given, and what is taken from it."""
+    known = {}
+
+    def run(given, backward):
+        key = given.cell
+        if key not in known:
+            u = torch.full((recurring_gpu.PIECE, *given.u.shape[1:]), torch.nan, dtype=given.u.dtype, device=DEVICE)
+            arrays = recurring_gpu._Arrays.empty(cell, torch.empty_like(given.w), u, backward=True)
+            known[key] = recurring_gpu._Graphs(arrays, None)
+        recurring_gpu._in_pieces(given, backward, known[key])
+
+    given = case(cell, 8, 2, 1, hidden=5, dtype=torch.float32, device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=low):
+        wanted = results(lambda *g: recur(*g, cell), given)
+        monkeypatch.setattr(recurring_gpu, "PIECE", 3)
+        monkeypatch.setattr(recurring_gpu, "_recorded", Called)
+        monkeypatch.setattr(recurring_gpu, "_run", run)
+        for _ in range(2):
+            for got, truth in zip(results(lambda *g: recur(*g, cell), given), wanted, strict=True):
+                torch.testing.assert_close(got, truth)
+
+
+@pytest.mark.gpu
+@here
+def test_products_under_autocast_and_of_some_gradients():
+    """Products are rounded as torch's are; states stay fp32. Who has no use for a gradient gets none."""
+    given = case("gru", 3, 2, hidden=20, dtype=torch.float32, device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        got, wanted = results(lambda *g: recur(*g, "gru"), given), results(plain("gru"), given)
+    assert got[0].dtype == torch.float32
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert relative_error(mine, theirs) < 1e-2
+    u, w, h = (part.detach() for part in given)
+    y, _ = recur(u, w.requires_grad_(), (h,), "gru")
+    y.sum().backward()
+    assert w.grad is not None
+    with torch.inference_mode():
+        assert torch.equal(recur(u, w, (h,), "gru")[0], y)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize(("cell", "rows"), [("clipped_relu", (2, 5)), ("gru", (5,)), ("lstm", (2, 3))])
+def test_pieces_of_a_sequence(cell, rows):
+    """Of all lengths around that of a piece, in turn; and the memory of graphs does not grow with them."""
+    for steps in (1, 31, 32, 33, 100, 33, 64):
+        given = [part.detach().float().requires_grad_() for part in case(cell, steps, *rows, hidden=48, device=DEVICE)]
+        truth = [part.detach().double().requires_grad_() for part in given]
+        for got, wanted in zip(results(lambda *g: recur(*g, cell), given), results(plain(cell), truth), strict=True):
+            assert relative_error(got, wanted) < 1e-4, steps
+    for batch in range(1, 8):
+        u, w, *state = case(cell, 5, *rows[:-1], batch, hidden=48, device=DEVICE)
+        recur(u, w, tuple(state), cell)
+    assert len(recurring_gpu._known) <= recurring_gpu.MOST_SIZES
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_two_streams_and_a_graph_of_others():
+    given = case("gru", 40, 4, hidden=64, dtype=torch.float32, device=DEVICE)
+    wanted = results(lambda *g: recur(*g, "gru"), given)
+    queues = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    several = []
+    for _ in range(5):
+        for queue in queues:
+            with torch.cuda.stream(queue):
+                several.append(results(lambda *g: recur(*g, "gru"), given))
+    torch.cuda.synchronize()
+    for got in several:
+        for mine, theirs in zip(got, wanted, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+    class Layer(torch.nn.Module):
+        def forward(self, u, w, h):
+            return recur(u, w, (h,), "gru")[0]
+
+    graphed = torch.cuda.make_graphed_callables(Layer(), tuple(p.detach().requires_grad_() for p in given))
+    y = graphed(*given)
+    torch.testing.assert_close(y, wanted[0])
+    for got, truth in zip(torch.autograd.grad(y.sum(), given), torch.autograd.grad(
+        recur(given[0], given[1], (given[2],), "gru")[0].sum(), given), strict=True):  # fmt: skip
+        torch.testing.assert_close(got, truth)
