@@ -54,9 +54,10 @@ class GradientMasks:
                 self._mask(pruner, name, parameter.grad)
 
         def hook(parameter: Tensor) -> None:
-            if not parameter.is_cuda or _several_processes():
+            backward = torch._C._current_graph_task_id() if parameter.is_cuda else -1  # which is outside of any
+            if backward == -1 or _several_processes():
                 at_once(parameter)
-            elif (backward := torch._C._current_graph_task_id()) != self._backward:
+            elif backward != self._backward:
                 self._backward = backward
                 # What data parallelism in torch waits for the end by; it has no public name.
                 torch.autograd.Variable._execution_engine.queue_callback(self._at_the_end)
