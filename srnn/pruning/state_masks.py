@@ -43,7 +43,10 @@ class StateMasks:
 
 
 def mask_all(several: Iterable[Bits]) -> None:
-    """Zero them where their masks do not keep a weight."""
+    """Zero them where their masks do not keep a weight, whatever there was: infinite times zero is NaN.
+
+    It takes 0.26 ms for the weights and Adam state of a GRU 256, products with a mask of floats 0.24, masked_fill 1.16.
+    """
     for bits, tensor in several:
         tensor.view(bits.dtype).bitwise_and_(bits)
 
@@ -54,7 +57,7 @@ def _is_masked(one: Bits) -> bool:
     return torch.equal(numbers & bits, numbers)
 
 
-def state_of(optimizers: Iterable[torch.optim.Optimizer], parameter: nn.Parameter) -> list[Tensor]:
+def state_beside(optimizers: Iterable[torch.optim.Optimizer], parameter: nn.Parameter) -> list[Tensor]:
     """The optimisers' tensors that go with a parameter, element for element."""
     state = [value for each in optimizers for value in each.state.get(parameter, {}).values()]
     return [value for value in state if isinstance(value, Tensor) and value.shape == parameter.shape]

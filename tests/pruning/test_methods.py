@@ -12,7 +12,6 @@ from srnn.config.composing import plugin_folders
 from srnn.errors import UserError
 from srnn.pruning import Block, Cubic, Gradual, Hard, Pruner, Random, RigL, RunLength
 from srnn.pruning.methods.rigl import allocate, densities
-from srnn.pruning.state_masks import state_of
 from srnn.registry import register
 
 RUN = RunLength(400, 20)
@@ -368,7 +367,7 @@ def test_what_rigl_grows_starts_at_zero_with_its_state(grow):
         new = pruner.masks()["weight"] & ~before
         grown += int(new.sum())
         assert (model.weight[new] == 0).all()
-        assert all((state[new] == 0).all() for state in state_of(pruner.optimizers, model.weight))
+        assert all((state[new] == 0).all() for state in pruner.state_of(model.weight))
     assert grown > 50
 
 

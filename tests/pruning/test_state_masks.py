@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from srnn.pruning import Pruner
-from srnn.pruning.state_masks import state_of
+from srnn.pruning.state_masks import state_beside
 
 OPTIMIZERS = {
     "sgd": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
@@ -64,7 +64,7 @@ def state_is_zero(model, pruner, optimizer, masks):
     for name, parameter in model.named_parameters():
         if name in masks:
             assert (parameter[~masks[name]] == 0).all()
-            assert all((state[~masks[name]] == 0).all() for state in state_of([optimizer], parameter))
+            assert all((state[~masks[name]] == 0).all() for state in state_beside([optimizer], parameter))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -119,7 +119,7 @@ def test_loaded_state_is_masked_at_the_next_step():
         optimizer.step()
         pruner.step()
     for parameter in model.parameters():
-        for value in state_of([optimizer], parameter):
+        for value in state_beside([optimizer], parameter):
             value += 1
     pruner.load_state_dict(pruner.state_dict())
     pruner.step()
