@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -18,6 +19,7 @@ from srnn.kernels.choosing import DENSE
 from srnn.pruning.callback import PruningCallback
 from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import GradualSchedule
+from srnn.recording.report import transcripts
 from srnn.recording.wandb import sync_command
 from srnn.registry import register
 from srnn.run_folder import RunFolder
@@ -207,6 +209,10 @@ def print_report(report: dict[str, Any]) -> None:
         if scores.get(key):
             told = scores[key] | beside
             table.add_row(title.format(**told), words.format(**told))
+    table.add_section()
+    for example in transcripts(report) if scores.get("best") else ():
+        if example["step"] == scores["best"]["step"]:
+            table.add_row(f"said: {escape(example['said'])}", f"heard: {escape(example['heard'])}")
     table.add_section()
     for layer in report["layers"]:
         left = f"{layer['nonzeros']:,} of {layer['weights']:,} left"
