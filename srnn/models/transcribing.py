@@ -5,6 +5,8 @@ Shapes: N samples, T frames or steps, I bands, V characters.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from torch.nn import functional as F
 
 from srnn.audio import HOP_SAMPLES, Features, Running, frames_of, read_audio
 from srnn.errors import UserError
-from srnn.models.decoding import beam_search, greedy
+from srnn.models.decoding import Phrases, beam_search, greedy
 from srnn.vocabulary import Vocabulary
+
+STEP = 0.02  # seconds: networks halve the frames
 
 
 class Transcriber:
@@ -31,13 +35,14 @@ class Transcriber:
         self.model, self.vocabulary, self.audio = model, vocabulary, audio
 
     @torch.inference_mode()
-    def __call__(self, source: str | Path | Tensor, beam: int = 1) -> str:
+    def __call__(self, source: str | Path | Tensor, beam: int = 1, phrases: Phrases | None = None) -> str:
         """The text of a recording.
 
         Args:
             source: a WAV, FLAC or OGG file, or samples at 16 kHz, fp32 in -1 .. 1.
             beam: 1 takes the likeliest character of each step; more, the likeliest text that a prefix beam search of
                 this width finds.
+            phrases: what can be said, as ``phrases`` makes it: the text is the likeliest of them.
 
         Raises:
             UserError: the file is no audio.
@@ -46,11 +51,30 @@ class Transcriber:
         if not frames_of(len(x_N)):
             return ""
         logits_BTV, lengths_B = self.model(self.audio(x_N)[None])
+        if phrases is not None:
+            return self.vocabulary.decode(phrases(logits_BTV[0]))
         tokens = beam_search(logits_BTV[0], beam) if beam > 1 else greedy(logits_BTV, lengths_B)[0]
         return self.vocabulary.decode(tokens)
 
-    def stream(self) -> Listener:
+    def phrases(self, texts: Iterable[str]) -> Phrases:
+        """A list of all that can be said.
+
+        Raises:
+            UserError: a text has a character that the network does not write, or there is no text.
+        """
+        several = [" ".join(text.split()) for text in texts]
+        for text in several:
+            if unknown := self.vocabulary.unknown(text):
+                raise UserError(f"this network does not write {''.join(unknown)!r}, which is in {text!r}.")
+        if not all(several) or not several:
+            raise UserError("a list of phrases must have some, and no empty ones.")
+        return Phrases(self.vocabulary.encode(text).tolist() for text in several)
+
+    def stream(self, pause: float | None = None) -> Listener:
         """What writes down sound as it comes in.
+
+        Args:
+            pause: seconds without a character after which an utterance has ended; None takes all for one.
 
         Raises:
             UserError: the network, or the features that it was trained on, need the end of an utterance first.
@@ -60,19 +84,27 @@ class Transcriber:
                 f"this network was trained with dataset.normalise={self.audio.normalise}, which needs whole "
                 f"utterances: streams want one that was trained with dataset.normalise=running."
             )
-        return Listener(self)
+        return Listener(self, pause)
 
 
 class Listener:
     """Sound in pieces -> the text so far: the same text as of the whole, however it is cut. Only the text grows.
 
+    Attributes:
+        text: of the utterance that is heard.
+        ended: texts of the utterances before it; take out what you have read.
+
     Args:
         transcriber: whose network listens.
+        pause: seconds without a character after which an utterance has ended; None takes all for one.
     """
 
-    def __init__(self, transcriber: Transcriber) -> None:
+    def __init__(self, transcriber: Transcriber, pause: float | None = None) -> None:
         self.transcriber = transcriber
         self.text = ""
+        self.ended: list[str] = []
+        self._patience = math.inf if pause is None else max(1, round(pause / STEP))
+        self._quiet = 0  # steps since the last character
         self._network = NetworkStream(transcriber.model)
         self._running = Running()
         self._samples = torch.zeros(0)
@@ -95,8 +127,16 @@ class Listener:
         for token in logits_TV.argmax(-1).tolist() if logits_TV is not None else ():
             if token and token != self._last:
                 self.text += self.transcriber.vocabulary.decode([token])
+            self._quiet = 0 if token else self._quiet + 1
             self._last = token
+            if self._quiet >= self._patience:
+                self._end()
         return self.text
+
+    def _end(self) -> None:
+        if self.text.strip():
+            self.ended.append(self.text.strip())
+        self.text = ""
 
 
 class NetworkStream:

@@ -7,6 +7,7 @@ import os
 import signal
 
 import jiwer
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -244,14 +245,29 @@ def test_transcribe(run, listed, capsys, monkeypatch):
         assert main(["transcribe", str(run), "--audio", *options]) == 0
         assert capsys.readouterr().out == lines[str(one)] + "\n"
     assert main(["transcribe", str(run), "--audio", str(one), "--beam", "20"]) == 0
+    assert capsys.readouterr().out
+    (folder / "phrases.txt").write_text(f"{TEXTS[0]}\n\n{TEXTS[3]}\n")
+    assert main(["transcribe", str(run), "--audio", str(one), f"--phrases={folder}/phrases.txt"]) == 0
+    assert capsys.readouterr().out == TEXTS[3] + "\n"
+    quiet = np.zeros(32_000, np.int16).tobytes()
+    monkeypatch.setattr("sys.stdin", type("Pipe", (), {"buffer": io.BytesIO(raw + quiet + raw + quiet)}))
+    assert main(["transcribe", str(run), "--audio", "-", "--stream=true", "--pause=0.5"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
     assert srnn.load(run / "model.safetensors").transcriber()(one) == lines[str(one)]
 
 
 def test_transcribe_says_what_is_wrong(run, text_run, tmp_path, capsys):
+    (tmp_path / "wrong.txt").write_text("ab\nzab\n")
+    (tmp_path / "empty.txt").write_text("\n")
     for words, told in (
         ([str(run), "--audio", str(tmp_path / "gone.wav")], "no such file or folder"),
         ([str(run), "--audio", str(tmp_path)], "this folder has no .wav"),
         ([str(run), "--audio", "-", "--stream=true", "--beam=3"], "looks at whole recordings"),
+        ([str(run), "--audio", "-", "--stream=true", "--phrases=X"], "--phrases=X looks at whole recordings"),
+        ([str(run), "--audio", "-", "--phrases=X", "--beam=3"], "exact without a beam"),
+        ([str(run), "--audio", "-", f"--phrases={tmp_path}/X"], "No such file"),
+        ([str(run), "--audio", "-", f"--phrases={tmp_path}/wrong.txt"], "does not write 'z', which is in 'zab'"),
+        ([str(run), "--audio", "-", f"--phrases={tmp_path}/empty.txt"], "must have some"),
         ([str(text_run), "--audio", "-"], "writes no speech down"),
     ):
         assert main(["transcribe", *words]) == 2
