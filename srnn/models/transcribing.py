@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from srnn.audio import HOP_SAMPLES, Features, Running, frames_of, read_audio
+from srnn.cells import CLIP
 from srnn.errors import UserError
 from srnn.models.decoding import Phrases, beam_search, greedy
 from srnn.vocabulary import Vocabulary
 
-STEP = 0.02  # seconds: networks halve the frames
+STEP_SECONDS = 0.02  # seconds: networks halve the frames
 
 
 class Transcriber:
@@ -103,7 +104,7 @@ class Listener:
         self.transcriber = transcriber
         self.text = ""
         self.ended: list[str] = []
-        self._patience = math.inf if pause is None else max(1, round(pause / STEP))
+        self._patience = math.inf if pause is None else max(1, round(pause / STEP_SECONDS))
         self._quiet = 0  # steps since the last character
         self._network = NetworkStream(transcriber.model)
         self._running = Running()
@@ -169,6 +170,10 @@ class NetworkStream:
                 "was trained with model.bidirectional=false."
             )
         self.model = model
+        # Once: a few frames of a small network take so little time that what norms prepare at each call would count.
+        parts = [*model.convolutions, *model.layers, model, *([] if model.row is None else [model.row])]
+        with torch.no_grad():
+            self._norms = {part.norm: part.norm.scale_and_shift() for part in parts}
         self._waiting: dict[str, Tensor] = {}
         self._states: list[Any] = [None] * len(model.layers)
 
@@ -184,28 +189,34 @@ class NetworkStream:
         x_BTI = x_TI[None]
         for number, part in enumerate(self.model.convolutions):
             x_BTI = self._convolved(f"convolution {number}", part, x_BTI, last)
-        for number, layer in enumerate(self.model.layers):
-            if not x_BTI.shape[1]:
-                x_BTI = x_BTI.new_zeros(1, 0, layer.recurrence.hidden_size)
-            else:
-                x_BTI, self._states[number] = layer(x_BTI, torch.tensor([x_BTI.shape[1]]), self._states[number])
+        if x_BTI.shape[1]:
+            lengths_B = torch.tensor([x_BTI.shape[1]])
+            for number, layer in enumerate(self.model.layers):
+                u_BTG = self._normed(layer.norm, layer.input(x_BTI))
+                x_BTI, self._states[number] = layer.recurrence(u_BTG, lengths_B, self._states[number])
+        else:
+            x_BTI = x_BTI.new_zeros(1, 0, self.model.output.in_features)
         if self.model.row is not None:
             x_BTI = self._convolved("row", self.model.row, x_BTI, last)
         if not x_BTI.shape[1]:
             return x_BTI.new_zeros(0, self.model.output.out_features)
-        logits_BTV: Tensor = self.model.characters(x_BTI, x_BTI.new_ones(1, 1, 1))
+        logits_BTV: Tensor = self.model.output(self._normed(self.model.norm, self.model.dense(x_BTI)).clamp_(0, CLIP))
         return logits_BTV[0]
+
+    def _normed(self, norm: Any, x_BTH: Tensor) -> Tensor:
+        scale, shift = self._norms[norm]
+        return torch.addcmul(shift, x_BTH, scale)
 
     def _convolved(self, name: str, part: Any, x_BTI: Tensor, last: bool) -> Tensor:
         """A convolution's outputs that are complete; what later ones need waits."""
         before = self._waiting.get(name)
         if before is None:
             before = x_BTI.new_zeros(1, part.before, x_BTI.shape[2])
-        frames = torch.cat([before, F.pad(x_BTI, (0, 0, 0, part.after if last else 0))], 1)
+        frames = torch.cat([before, F.pad(x_BTI, (0, 0, 0, part.after)) if last else x_BTI], 1)
         taps = part.before + part.after + 1
         outputs = max(0, (frames.shape[1] - taps) // part.stride + 1)
         self._waiting[name] = frames[:, outputs * part.stride :]
         if not outputs:
             return frames.new_zeros(1, 0, part.out_size)
-        found: Tensor = part(frames[:, : (outputs - 1) * part.stride + taps])
-        return found
+        products = part.products(frames[:, : (outputs - 1) * part.stride + taps])
+        return self._normed(part.norm, products).clamp_(0, CLIP)
