@@ -1,8 +1,8 @@
 """The recurrence on a GPU, forward and backward: a product and one other kernel a step, replayed from CUDA graphs.
 
 Launching the kernels of a step one by one takes longer than they run. Graphs launch many steps at once, but read and
-write memory of their own. So a sequence runs in pieces of ``STEPS_A_PIECE`` steps at most, which are copied in and out: what
-graphs keep does not grow with the sequence, and one graph serves all lengths but for the last piece.
+write memory of their own. So a sequence runs in pieces of ``PIECE_STEPS`` steps at most, which are copied in and out:
+what graphs keep does not grow with the sequence, and one graph serves all lengths but for the last piece.
 
 Shapes: T time, D directions, B batch, H hidden units, G gates * H.
 """
@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from srnn.cells import GATES, Cell
 
-STEPS_A_PIECE = 32  # steps of the longest graph
+PIECE_STEPS = 32  # steps of the longest graph
 MOST_SIZES = 4  # sizes of a recurrence whose graphs are kept; their memory is mostly that of the recurrent matrix
 _KEPT_GATES = {"gru": 4, "lstm": 4}
 
@@ -200,7 +200,7 @@ def _graphs_of(given: _Arrays) -> _Graphs:
             torch.cuda.synchronize(given.u.device)  # what goes may be running
             _known.popitem(last=False)
         with torch.inference_mode(False):  # memory that later calls write to, in whatever mode they are
-            u = torch.zeros(STEPS_A_PIECE, *given.u.shape[1:], dtype=given.u.dtype, device=given.u.device)
+            u = torch.zeros(PIECE_STEPS, *given.u.shape[1:], dtype=given.u.dtype, device=given.u.device)
             arrays = _Arrays.empty(given.cell, torch.empty_like(given.w), u, backward=True)
         run_forward(arrays, 1)  # what is compiled at a first call is not to be recorded
         run_backward(arrays, 1)
@@ -229,9 +229,9 @@ def _run(given: _Arrays, backward: bool) -> None:
 def _in_pieces(given: _Arrays, backward: bool, graphs: _Graphs) -> None:
     piece = graphs.arrays
     piece.w.copy_(given.w)
-    begins = range(0, len(given.u), STEPS_A_PIECE)
+    begins = range(0, len(given.u), PIECE_STEPS)
     for begin in reversed(begins) if backward else begins:
-        end = min(begin + STEPS_A_PIECE, len(given.u))
+        end = min(begin + PIECE_STEPS, len(given.u))
         inside, whole = (0, end - begin), (begin, end)
         if backward:
             torch._foreach_copy_(piece.inputs_backward(*inside), given.inputs_backward(*whole))

@@ -85,7 +85,7 @@ def test_pieces_are_put_together(cell, low, monkeypatch):
         key = given.cell
         if key not in known:
             u = torch.full(
-                (recurring_gpu.STEPS_A_PIECE, *given.u.shape[1:]), torch.nan, dtype=given.u.dtype, device=DEVICE
+                (recurring_gpu.PIECE_STEPS, *given.u.shape[1:]), torch.nan, dtype=given.u.dtype, device=DEVICE
             )
             arrays = recurring_gpu._Arrays.empty(cell, torch.empty_like(given.w), u, backward=True)
             known[key] = recurring_gpu._Graphs(arrays, None)
@@ -94,7 +94,7 @@ def test_pieces_are_put_together(cell, low, monkeypatch):
     given = case(cell, 8, 2, 1, hidden=5, dtype=torch.float32, device=DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=low):
         wanted = results(lambda *g: recur(*g, cell), given)
-        monkeypatch.setattr(recurring_gpu, "STEPS_A_PIECE", 3)
+        monkeypatch.setattr(recurring_gpu, "PIECE_STEPS", 3)
         monkeypatch.setattr(recurring_gpu, "_recorded", Called)
         monkeypatch.setattr(recurring_gpu, "_run", run)
         for _ in range(2):
