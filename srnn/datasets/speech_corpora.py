@@ -13,15 +13,16 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from srnn.audio import RATE, FeatureKind, Normalising, read_audio
+from srnn.audio import RATE, read_audio
 from srnn.datasets.base import SPLITS, Split
-from srnn.datasets.speech import AudioFile, Masks, SpeechData, Unusable, Utterance
+from srnn.datasets.speech import AudioFile, SpeechData, Utterance
 from srnn.errors import UserError
 from srnn.files import expanded
 from srnn.registry import Range, register
@@ -34,6 +35,7 @@ def _absolute(path: str) -> str:
 
 
 @register.dataset("manifest")
+@dataclass(eq=False, repr=False)
 class Manifest(SpeechData):
     """Any speech: files that list recordings and what is said in them, one list for each split.
 
@@ -41,21 +43,13 @@ class Manifest(SpeechData):
     are passed over. Paths are relative to the list's folder.
     """
 
-    def __init__(
-        self,
-        train: str,
-        valid: str,
-        test: str,
-        features: FeatureKind = "spectrogram",
-        normalise: Normalising = "utterance",
-        band_masks: Masks = 0,
-        time_masks: Masks = 0,
-        buckets: Count = 8,
-        batch_size: Count = 16,
-        unusable: Unusable = "refuse",
-    ) -> None:
-        super().__init__(features, normalise, band_masks, time_masks, buckets, batch_size, unusable)
-        self.lists: dict[Split, str] = {"train": _absolute(train), "valid": _absolute(valid), "test": _absolute(test)}
+    train: str
+    valid: str
+    test: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.lists: dict[Split, str] = {split: _absolute(getattr(self, split)) for split in SPLITS}
 
     def utterances(self) -> dict[Split, list[Utterance]]:
         """Of the three lists."""
@@ -84,6 +78,7 @@ def _listed(path: Path, key: str) -> Iterator[Utterance]:
 
 
 @register.dataset("librispeech")
+@dataclass(eq=False, repr=False)
 class LibriSpeech(SpeechData):
     """LibriSpeech (Panayotov et al. 2015): 1,000 hours of books read aloud, as its archives are laid out.
 
@@ -91,23 +86,15 @@ class LibriSpeech(SpeechData):
     and a FLAC file for each of its lines.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        train: list[str] = ["train-clean-100"],  # noqa: B006  # read, never changed
-        valid: list[str] = ["dev-clean"],  # noqa: B006
-        test: list[str] = ["test-clean"],  # noqa: B006
-        features: FeatureKind = "spectrogram",
-        normalise: Normalising = "utterance",
-        band_masks: Masks = 0,
-        time_masks: Masks = 0,
-        buckets: Count = 8,
-        batch_size: Count = 16,
-        unusable: Unusable = "refuse",
-    ) -> None:
-        super().__init__(features, normalise, band_masks, time_masks, buckets, batch_size, unusable)
-        self.folder = _absolute(folder)
-        self.subsets: dict[Split, list[str]] = {"train": train, "valid": valid, "test": test}
+    folder: str
+    train: list[str] = field(default_factory=lambda: ["train-clean-100"])
+    valid: list[str] = field(default_factory=lambda: ["dev-clean"])
+    test: list[str] = field(default_factory=lambda: ["test-clean"])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.folder = _absolute(self.folder)
+        self.subsets: dict[Split, list[str]] = {split: getattr(self, split) for split in SPLITS}
 
     def utterances(self) -> dict[Split, list[Utterance]]:
         """Of the subsets."""
@@ -167,6 +154,7 @@ class _String(Utterance):
 
 
 @register.dataset("fsdd")
+@dataclass(eq=False, repr=False)
 class SpokenDigits(SpeechData):
     """Free Spoken Digit Dataset (Jackson 2018): 3,000 digits by six speakers, as words or strings of them.
 
@@ -175,26 +163,16 @@ class SpokenDigits(SpeechData):
     others are validation.
     """
 
-    def __init__(
-        self,
-        path: str,
-        digits: Annotated[int, Range(ge=1, le=20)] = 1,
-        strings: Count = 3000,
-        held_out: list[str] = [],  # noqa: B006  # read, never changed
-        noise_db: Annotated[float, Range(ge=-20, le=60)] | None = None,
-        data_seed: Annotated[int, Range(ge=0, le=2**31)] = 0,
-        features: FeatureKind = "spectrogram",
-        normalise: Normalising = "utterance",
-        band_masks: Masks = 0,
-        time_masks: Masks = 0,
-        buckets: Count = 8,
-        batch_size: Count = 16,
-        unusable: Unusable = "refuse",
-    ) -> None:
-        super().__init__(features, normalise, band_masks, time_masks, buckets, batch_size, unusable)
-        self.path = _absolute(path)
-        self.digits, self.strings, self.held_out = digits, strings, held_out
-        self.noise_db, self.data_seed = noise_db, data_seed
+    path: str
+    digits: Annotated[int, Range(ge=1, le=20)] = 1
+    strings: Count = 3000
+    held_out: list[str] = field(default_factory=list)
+    noise_db: Annotated[float, Range(ge=-20, le=60)] | None = None
+    data_seed: Annotated[int, Range(ge=0, le=2**31)] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.path = _absolute(self.path)
         self.recording = functools.cache(self._recording)  # a recording is in many strings
 
     def utterances(self) -> dict[Split, list[Utterance]]:

@@ -209,10 +209,7 @@ def print_report(report: dict[str, Any]) -> None:
         if scores.get(key):
             told = scores[key] | beside
             table.add_row(title.format(**told), words.format(**told))
-    table.add_section()
-    for example in transcripts(report) if scores.get("best") else ():
-        if example["step"] == scores["best"]["step"]:
-            table.add_row(f"said: {escape(example['said'])}", f"heard: {escape(example['heard'])}")
+    _add_transcripts(table, report)
     table.add_section()
     for layer in report["layers"]:
         left = f"{layer['nonzeros']:,} of {layer['weights']:,} left"
@@ -255,6 +252,14 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(
             f"The sparsity is {100 * sparsity['reached']:.2f} %, not {100 * sparsity['wanted']:.4g} %{reason}.",
         )
+
+
+def _add_transcripts(table: Table, report: dict[str, Any]) -> None:
+    """Those of the validation that was best."""
+    table.add_section()
+    for example in transcripts(report):
+        if example["step"] == report["scores"]["best"]["step"]:
+            table.add_row(f"said: {escape(example['said'])}", f"heard: {escape(example['heard'])}")
 
 
 def _print_choices(choices: Sequence[Mapping[str, Any]], threads: int) -> None:
