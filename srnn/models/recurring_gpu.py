@@ -170,10 +170,18 @@ class _Graphs:
     def replay(self, backward: bool, steps: int) -> None:
         """Run so many steps in the memory of the graphs."""
         if (graph := self.ready.get((backward, steps))) is None:
+            self._run_once(backward)
             run = functools.partial(run_backward if backward else run_forward, self.arrays, steps)
             beside = next(iter(self.ready.values()), None)  # all share the memory that they use while they run
             graph = self.ready[backward, steps] = _recorded(run, self.stream, beside and beside.pool())
         graph.replay()
+
+    def _run_once(self, backward: bool) -> None:
+        """What a first call makes is not to be recorded: autograd's threads have cuBLAS handles of their own."""
+        passed_on = [self.arrays.carry, self.arrays.dh]
+        before = [part.clone() for part in passed_on]
+        (run_backward if backward else run_forward)(self.arrays, 1)
+        torch._foreach_copy_(passed_on, before)
 
 
 def _recorded(run: Callable[[], None], stream: Any, pool: Any) -> Any:
@@ -202,8 +210,6 @@ def _graphs_of(given: _Arrays) -> _Graphs:
         with torch.inference_mode(False):  # memory that later calls write to, in whatever mode they are
             u = torch.zeros(PIECE_STEPS, *given.u.shape[1:], dtype=given.u.dtype, device=given.u.device)
             arrays = _Arrays.empty(given.cell, torch.empty_like(given.w), u, backward=True)
-        run_forward(arrays, 1)  # what is compiled at a first call is not to be recorded
-        run_backward(arrays, 1)
         _known[key] = _Graphs(arrays, torch.cuda.Stream(given.u.device))
     _known.move_to_end(key)
     return _known[key]
