@@ -29,7 +29,8 @@ def draw(curves: Path, scores: Path, target: Path) -> None:
             losses[row["run"]][int(row["pass"])].append(float(row["valid_loss"]))
     colours = {}
     for name, by_pass in losses.items():
-        means = {number: sum(several) / len(several) for number, several in by_pass.items()}
+        seeds = max(map(len, by_pass.values()))
+        means = {number: sum(several) / seeds for number, several in by_pass.items() if len(several) == seeds}
         (line,) = left.plot(list(means), list(means.values()), label=NAMES[name], linewidth=1.3)
         colours[name] = line.get_color()
     for number, words in PHASES.items():
@@ -43,7 +44,9 @@ def draw(curves: Path, scores: Path, target: Path) -> None:
             place = int(row["nonzeros"]) / 1e6, 100 * float(row["packed_cer"])
             right.plot(*place, "o", color=colours[row["run"]])
             below = row["run"] == "gradual90"  # as good as that in blocks, where the other name stands
-            right.annotate(NAMES[row["run"]], place, xytext=(6, -12 if below else 4), textcoords="offset points", fontsize=8)
+            right.annotate(
+                NAMES[row["run"]], place, xytext=(6, -12 if below else 4), textcoords="offset points", fontsize=8
+            )
     right.set(xlabel="weights that are not zero, millions", ylabel="test CER, unseen speakers, %")
     right.set_xlim(0, 1.2)
     right.set_ylim(0, 22)
