@@ -163,3 +163,10 @@ def test_the_picture_of_speed_is_drawn_from_what_was_measured(tmp_path):
     script = runpy.run_path(str(ROOT / "docs/results/speed_over_sparsity.py"))
     script["draw"](ROOT / "docs/results/cpu_layers.csv", tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_spoken_digits_is_drawn_from_what_was_measured(tmp_path):
+    script, results = runpy.run_path(str(ROOT / "docs/results/speech_digits.py")), ROOT / "docs/results"
+    csvs = (results / "speech_digits_curves_h200.csv", results / "speech_digits_h200.csv")
+    script["draw"](*csvs, tmp_path / "digits.png")
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")

@@ -23,14 +23,22 @@ def main(
     audio: Annotated[str, Help("a recording, a folder, or - for raw 16-bit mono samples of 16 kHz from a pipe")],
     stream: Annotated[bool, Help("write while it listens: true or false")] = False,
     beam: Annotated[int, Range(ge=1, le=1000), Help("width of the prefix beam search; 1 is greedy")] = 1,
+    phrases: Annotated[str, Help("file of all that can be said, a line each: the text is one of them")] = "",
+    pause: Annotated[float, Range(ge=0.02, le=60), Help("seconds of silence that end an utterance of a stream")] = 0.6,
     kernel: KernelOption = "auto",
 ) -> int:
     """Write speech down with a run's packed file.
 
-    Prints a line for each recording, and to stderr the time that it took over the time that it lasts.
+    Prints a line for each recording, or for each utterance of a stream, and to stderr the time that it took over the
+    time that it lasts.
     """
-    if stream and beam > 1:
-        raise UserError(f"transcribe: --beam={beam} looks at whole recordings, and --stream=true cannot wait for them.")
+    for name, given in (("beam", beam > 1 and beam), ("phrases", phrases)):
+        if stream and given:
+            raise UserError(
+                f"transcribe: --{name}={given} looks at whole recordings, and --stream=true cannot wait for them."
+            )
+    if beam > 1 and phrases:
+        raise UserError(f"transcribe: --phrases={phrases} is exact without a beam: leave --beam={beam} out.")
     path = packed_file(run)
 
     from srnn.inference.packed_file import load
@@ -39,36 +47,62 @@ def main(
     if not hasattr(model, "transcriber"):
         raise UserError(f"{path} is a network that writes no speech down: train one with model=deepspeech2.")
     write = model.transcriber()
-    listener = write.stream if stream else None
+    listed = _phrases(write, phrases) if phrases else None
     spent = lasted = 0.0
     for name, pieces in _recordings(audio):
+        before = f"{name}\t" if name else ""
         began = time.perf_counter()
-        text, samples = _listened(listener(), pieces) if listener else _whole(write, pieces, beam)
+        if stream:
+            samples = _listened(write.stream(pause), pieces, before)
+        else:
+            text, samples = _whole(write, pieces, {"beam": beam, "phrases": listed})
+            _say(f"{before}{text}")
         spent, lasted = spent + time.perf_counter() - began, lasted + samples / 16_000
-        sys.stdout.write(f"{name}\t{text}\n" if name else f"{text}\n")
-        sys.stdout.flush()
     factor = f", real-time factor {spent / lasted:.3f}" if lasted else ""
     print(f"srnn: {lasted:.1f} s of audio in {spent:.1f} s{factor}", file=sys.stderr)
     return 0
 
 
-def _whole(write: Any, pieces: Iterator[Any], beam: int) -> tuple[str, int]:
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _phrases(write: Any, given: str) -> Any:
+    """The list in a file; empty lines are passed over. Raises UserError."""
+    try:
+        lines = expanded(given).read_text(encoding="utf-8-sig").splitlines()
+        return write.phrases(line for line in lines if line.strip())
+    except (OSError, UnicodeDecodeError, UserError) as error:
+        why = str(getattr(error, "strerror", None) or error).rstrip(".")
+        raise UserError(f"transcribe: --phrases={given}: {why}.") from None
+
+
+def _whole(write: Any, pieces: Iterator[Any], options: dict[str, Any]) -> tuple[str, int]:
     import torch
 
     x_N = torch.cat(list(pieces) or [torch.zeros(0)])
-    return write(x_N, beam), len(x_N)
+    return write(x_N, **options), len(x_N)
 
 
-def _listened(listener: Any, pieces: Iterator[Any]) -> tuple[str, int]:
-    """The text and the samples heard; what was written so far goes to stderr as it grows."""
-    before, samples = "", 0
+def _listened(listener: Any, pieces: Iterator[Any], before: str) -> int:
+    """The samples heard. Utterances are printed where they end; what was written so far goes to stderr as it grows."""
+    shown, samples, said = "", 0, 0
     for piece in pieces:
         samples += len(piece)
         text = listener.hear(piece)
-        if text != before:
-            before = text
-            print(text, file=sys.stderr, flush=True)
-    return listener.finish(), samples
+        for ended in listener.ended:
+            _say(f"{before}{ended}")
+        said += len(listener.ended)
+        listener.ended.clear()
+        if text != shown:
+            shown = text
+            if text:
+                print(text, file=sys.stderr, flush=True)
+    last = listener.finish()
+    for text in [*listener.ended, *([last] if last.strip() or not said + len(listener.ended) else [])]:
+        _say(f"{before}{text}")
+    return samples
 
 
 def _recordings(audio: str) -> Iterator[tuple[str, Iterator[Any]]]:

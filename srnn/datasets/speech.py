@@ -12,7 +12,7 @@ import itertools
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +24,7 @@ from srnn.datasets.base import SPLITS, Batch, Batches, DataModule, Split
 from srnn.datasets.text import IGNORED
 from srnn.errors import UserError
 from srnn.registry import Range
+from srnn.registry.option_types import Count
 from srnn.terminal import console
 from srnn.vocabulary import Vocabulary
 
@@ -84,8 +85,11 @@ class _Part:
     targets: list[Tensor]
 
 
+@dataclass(eq=False, repr=False)
 class SpeechData(DataModule):
     """Base of the data sets of speech: a subclass says which utterances there are.
+
+    It is a dataclass, whose fields are the options that all of them have; a subclass may be one too, and add its own.
 
     Training batches hold utterances of about the same length, others in each pass, and come in a random order. The
     other splits are read from their shortest utterance to their longest.
@@ -131,21 +135,18 @@ class SpeechData(DataModule):
     objective = "ctc"
     unit = "utterances"
 
-    def __init__(
-        self,
-        features: FeatureKind = "spectrogram",
-        normalise: Normalising = "utterance",
-        band_masks: int = 0,
-        time_masks: int = 0,
-        buckets: int = 8,
-        batch_size: int = 16,
-        unusable: Unusable = "refuse",
-    ) -> None:
+    _: KW_ONLY
+    features: FeatureKind = "spectrogram"
+    normalise: Normalising = "utterance"
+    band_masks: Masks = 0
+    time_masks: Masks = 0
+    buckets: Count = 8
+    batch_size: Count = 16
+    unusable: Unusable = "refuse"
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.audio = Features(features, normalise)
-        self.band_masks, self.time_masks = band_masks, time_masks
-        self.buckets, self.batch_size = buckets, batch_size
-        self.unusable = unusable
+        self.audio = Features(self.features, self.normalise)
         self._parts: dict[Split, _Part] = {}
         self._kept: dict[tuple[Split, int], Tensor] = {}
         self._room = KEPT_BYTES
@@ -215,7 +216,7 @@ class SpeechData(DataModule):
             raise UserError(f"{told}. Mend them, or leave them out with dataset.unusable=skip.")
         console.print(f"{told}. They are left out.", soft_wrap=True, markup=False)
 
-    def features(self, split: Split, index: int) -> Tensor:
+    def features_of(self, split: Split, index: int) -> Tensor:
         """x_TI of the ``index``-th shortest utterance of a split; kept while there is room."""
         if (kept := self._kept.get((split, index))) is not None:
             return kept
@@ -231,7 +232,7 @@ class SpeechData(DataModule):
         for utterance, frames in zip(part.utterances, part.frames, strict=True):
             sha.update(f"{utterance.name} {utterance.text} {frames}\n".encode())
         for index in range(0, len(part.frames), -(-len(part.frames) // 8)):
-            sha.update(self.features(split, index).numpy().tobytes())
+            sha.update(self.features_of(split, index).numpy().tobytes())
         return sha.hexdigest()
 
     def batches(self, split: Split) -> Batches:
@@ -266,7 +267,7 @@ class SpeechData(DataModule):
 
     def _batch(self, split: Split, chosen: Sequence[int], length: int = 0) -> Batch:
         part = self._parts[split]
-        xs, targets = [self.features(split, i) for i in chosen], [part.targets[i] for i in chosen]
+        xs, targets = [self.features_of(split, i) for i in chosen], [part.targets[i] for i in chosen]
         x_BTI = torch.full((len(xs), max(length, *map(len, xs)), self.audio.bands), torch.nan)
         targets_BU = torch.full((len(xs), max(map(len, targets))), IGNORED)
         for row, (x_TI, target_U) in enumerate(zip(xs, targets, strict=True)):

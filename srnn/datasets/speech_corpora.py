@@ -11,19 +11,24 @@ import io
 import json
 import os
 import re
+import shutil
+import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
-from srnn.audio import RATE, FeatureKind, Normalising, read_audio
+from srnn.audio import RATE, read_audio
 from srnn.datasets.base import SPLITS, Split
-from srnn.datasets.speech import AudioFile, Masks, SpeechData, Unusable, Utterance
+from srnn.datasets.download import fetch
+from srnn.datasets.speech import AudioFile, SpeechData, Utterance
 from srnn.errors import UserError
-from srnn.files import expanded
+from srnn.files import cache_folder, expanded
 from srnn.registry import Range, register
 from srnn.registry.option_types import Count
 
@@ -34,6 +39,7 @@ def _absolute(path: str) -> str:
 
 
 @register.dataset("manifest")
+@dataclass(eq=False, repr=False)
 class Manifest(SpeechData):
     """Any speech: files that list recordings and what is said in them, one list for each split.
 
@@ -41,21 +47,13 @@ class Manifest(SpeechData):
     are passed over. Paths are relative to the list's folder.
     """
 
-    def __init__(
-        self,
-        train: str,
-        valid: str,
-        test: str,
-        features: FeatureKind = "spectrogram",
-        normalise: Normalising = "utterance",
-        band_masks: Masks = 0,
-        time_masks: Masks = 0,
-        buckets: Count = 8,
-        batch_size: Count = 16,
-        unusable: Unusable = "refuse",
-    ) -> None:
-        super().__init__(features, normalise, band_masks, time_masks, buckets, batch_size, unusable)
-        self.lists: dict[Split, str] = {"train": _absolute(train), "valid": _absolute(valid), "test": _absolute(test)}
+    train: str
+    valid: str
+    test: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.lists: dict[Split, str] = {split: _absolute(getattr(self, split)) for split in SPLITS}
 
     def utterances(self) -> dict[Split, list[Utterance]]:
         """Of the three lists."""
@@ -83,44 +81,83 @@ def _listed(path: Path, key: str) -> Iterator[Utterance]:
         raise UserError(f"{key}={path} cannot be read: {why}.") from None
 
 
+_ARCHIVES = "https://www.openslr.org/resources/12"
+_MD5 = {  # of the archives, from their md5sum.txt
+    "dev-clean": "42e2234ba48799c1f50f24a7926300a1",
+    "dev-other": "c8d0bcc9cca99d4f8b62fcc847357931",
+    "test-clean": "32fa31d27d2e1cad72775fee3f4849a9",
+    "test-other": "fb5a50374b501bb3bac4815ee91d3135",
+    "train-clean-100": "2a93770f6d5c6c964bc36631d331a522",
+    "train-clean-360": "c0e676e450a7ff2f54aeade5171606fa",
+    "train-other-500": "d1a0fd59409feb2c614ce4d30c387708",
+}
+
+
+def _unpacked(name: str) -> Path:
+    """A subset of LibriSpeech in the cache, downloaded if it is not there. Raises UserError."""
+    home = cache_folder() / "librispeech"
+    subset, archive, part = home / name, home / f"{name}.tar.gz", home / f"{name}.unpacking"
+    if subset.is_dir():
+        return subset
+    try:
+        fetch(f"{_ARCHIVES}/{name}.tar.gz", archive, f"md5:{_MD5[name]}")
+    except UserError as error:
+        raise UserError(f"dataset=librispeech: {error} Or add dataset.folder=FOLDER, with archives unpacked.") from None
+    try:
+        with FileLock(f"{part}.lock"):
+            if not subset.is_dir():
+                shutil.rmtree(part, ignore_errors=True)  # of a try that was stopped
+                with tarfile.open(archive) as file:
+                    file.extractall(part, filter="data")
+                os.replace(part / "LibriSpeech" / name, subset)
+                shutil.rmtree(part)
+                archive.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{archive} cannot be unpacked: {error.strerror or error}; set SRNN_CACHE to a folder with room."
+        ) from None
+    return subset
+
+
 @register.dataset("librispeech")
+@dataclass(eq=False, repr=False)
 class LibriSpeech(SpeechData):
     """LibriSpeech (Panayotov et al. 2015): 1,000 hours of books read aloud, as its archives are laid out.
 
     A subset is a folder such as ``train-clean-100``, in which ``SPEAKER/CHAPTER/`` has ``SPEAKER-CHAPTER.trans.txt``
-    and a FLAC file for each of its lines.
+    and a FLAC file for each of its lines. Without a folder of yours, subsets are downloaded into the cache.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        train: list[str] = ["train-clean-100"],  # noqa: B006  # read, never changed
-        valid: list[str] = ["dev-clean"],  # noqa: B006
-        test: list[str] = ["test-clean"],  # noqa: B006
-        features: FeatureKind = "spectrogram",
-        normalise: Normalising = "utterance",
-        band_masks: Masks = 0,
-        time_masks: Masks = 0,
-        buckets: Count = 8,
-        batch_size: Count = 16,
-        unusable: Unusable = "refuse",
-    ) -> None:
-        super().__init__(features, normalise, band_masks, time_masks, buckets, batch_size, unusable)
-        self.folder = _absolute(folder)
-        self.subsets: dict[Split, list[str]] = {"train": train, "valid": valid, "test": test}
+    folder: str | None = None
+    train: list[str] = field(default_factory=lambda: ["train-clean-100"])
+    valid: list[str] = field(default_factory=lambda: ["dev-clean"])
+    test: list[str] = field(default_factory=lambda: ["test-clean"])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.folder = None if self.folder is None else _absolute(self.folder)
+        self.subsets: dict[Split, list[str]] = {split: getattr(self, split) for split in SPLITS}
 
     def utterances(self) -> dict[Split, list[Utterance]]:
         """Of the subsets."""
+        unknown = {name for subsets in self.subsets.values() for name in subsets} - _MD5.keys()
+        if self.folder is None and unknown:  # before the others are downloaded
+            raise UserError(
+                f"dataset=librispeech: there is no subset {', '.join(sorted(unknown))}; there are: {', '.join(_MD5)}."
+            )
         return {split: [u for name in self.subsets[split] for u in self._subset(name)] for split in SPLITS}
 
     def _subset(self, name: str) -> list[Utterance]:
-        folder, inside = Path(self.folder), Path(self.folder) / "LibriSpeech"  # which its archives unpack to
-        subset = (inside if inside.is_dir() else folder) / name
+        if self.folder is None:
+            subset = _unpacked(name)
+        else:
+            folder, inside = Path(self.folder), Path(self.folder) / "LibriSpeech"  # which its archives unpack to
+            subset = (inside if inside.is_dir() else folder) / name
         lists = sorted(subset.glob("*/*/*.trans.txt"))
         if not lists:
             raise UserError(
                 f"dataset.folder={self.folder} has no {name}/SPEAKER/CHAPTER/*.trans.txt: it must hold the unpacked "
-                f"archives of LibriSpeech, from https://www.openslr.org/12."
+                f"archives of LibriSpeech, from https://www.openslr.org/12; or leave it out, to have them downloaded."
             )
         found: list[Utterance] = []
         for path in lists:
@@ -167,6 +204,7 @@ class _String(Utterance):
 
 
 @register.dataset("fsdd")
+@dataclass(eq=False, repr=False)
 class SpokenDigits(SpeechData):
     """Free Spoken Digit Dataset (Jackson 2018): 3,000 digits by six speakers, as words or strings of them.
 
@@ -175,26 +213,16 @@ class SpokenDigits(SpeechData):
     others are validation.
     """
 
-    def __init__(
-        self,
-        path: str,
-        digits: Annotated[int, Range(ge=1, le=20)] = 1,
-        strings: Count = 3000,
-        held_out: list[str] = [],  # noqa: B006  # read, never changed
-        noise_db: Annotated[float, Range(ge=-20, le=60)] | None = None,
-        data_seed: Annotated[int, Range(ge=0, le=2**31)] = 0,
-        features: FeatureKind = "spectrogram",
-        normalise: Normalising = "utterance",
-        band_masks: Masks = 0,
-        time_masks: Masks = 0,
-        buckets: Count = 8,
-        batch_size: Count = 16,
-        unusable: Unusable = "refuse",
-    ) -> None:
-        super().__init__(features, normalise, band_masks, time_masks, buckets, batch_size, unusable)
-        self.path = _absolute(path)
-        self.digits, self.strings, self.held_out = digits, strings, held_out
-        self.noise_db, self.data_seed = noise_db, data_seed
+    path: str
+    digits: Annotated[int, Range(ge=1, le=20)] = 1
+    strings: Count = 3000
+    held_out: list[str] = field(default_factory=list)
+    noise_db: Annotated[float, Range(ge=-20, le=60)] | None = None
+    data_seed: Annotated[int, Range(ge=0, le=2**31)] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.path = _absolute(self.path)
         self.recording = functools.cache(self._recording)  # a recording is in many strings
 
     def utterances(self) -> dict[Split, list[Utterance]]:

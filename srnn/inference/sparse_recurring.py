@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from srnn.inference.base import SparseModule, Weights, no_grad, refuse_tracing, without_gradient
-from srnn.kernels.contract import Kernel, LayerWeights, Recurrence
+from srnn.kernels.contract import Kernel, LayerWeights, Recurrence, equal_lengths
 from srnn.models.recurring import Recurring, RecurringState
 
 
@@ -38,8 +38,11 @@ class SparseRecurring(SparseModule):
     def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """y_BTH and the state."""
         u_BTG, lengths_B, *state = inputs
+        lengths_B = lengths_B.cpu()
+        if bool((lengths_B == u_BTG.shape[1]).all()):
+            return self._all_of_one_length(u_BTG, state)
         with no_grad():
-            rows = pack_padded_sequence(u_BTG, lengths_B.cpu(), batch_first=True, enforce_sorted=False)
+            rows = pack_padded_sequence(u_BTG, lengths_B, batch_first=True, enforce_sorted=False)
             order, back = rows.sorted_indices, rows.unsorted_indices
             assert order is not None
             assert back is not None
@@ -53,6 +56,24 @@ class SparseRecurring(SparseModule):
                 ends.append(tuple(part.index_select(0, back) for part in end))
             packed = PackedSequence(ys[0] if len(ys) == 1 else ys[0] + ys[1], rows.batch_sizes, order, back)
             y_BTH, _ = pad_packed_sequence(packed, batch_first=True, total_length=u_BTG.shape[1])
+        after = tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
+        return tuple(without_gradient(tensor, u_BTG, *state) for tensor in (y_BTH, *after))
+
+    def _all_of_one_length(self, u_BTG: Tensor, state: list[Tensor]) -> tuple[Tensor, ...]:
+        """As ``compute``, without putting sequences in order, which takes longer than a few steps of a stream."""
+        streams, steps, _ = u_BTG.shape
+        with no_grad():
+            u_NG, sizes = u_BTG.transpose(0, 1).flatten(0, 1), equal_lengths(steps, streams)
+            y_NH, ends = None, []
+            for d, recurrence in enumerate(self._recurrences(u_BTG)):
+                begin = tuple(part[d] for part in state)
+                out_NH, end = recurrence(u_NG, sizes, begin)
+                if self.recorder is not None:
+                    self.recorder(self._names[d], torch.cat([begin[0], out_NH]))
+                y_NH = out_NH if y_NH is None else y_NH + out_NH
+                ends.append(end)
+            assert y_NH is not None
+            y_BTH = y_NH.unflatten(0, (steps, streams)).transpose(0, 1)
         after = tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
         return tuple(without_gradient(tensor, u_BTG, *state) for tensor in (y_BTH, *after))
 

@@ -72,8 +72,16 @@ class StepNorm(nn.Module):
             with torch.no_grad():
                 self.running_mean.lerp_(mean, self.MOMENTUM)
                 self.running_var.lerp_(var * count / (count - 1).clamp(min=1), self.MOMENTUM)
+        scale, shift = self._scale_and_shift(mean, var)
+        return x_BTH * scale + shift
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """What each number is multiplied by, and what is added, outside training."""
+        return self._scale_and_shift(self.running_mean, self.running_var)
+
+    def _scale_and_shift(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.weight * torch.rsqrt(var + self.EPSILON)
-        return x_BTH * scale + (self.bias - mean * scale)
+        return scale, self.bias - mean * scale
 
 
 class BandConvolution(nn.Module):
@@ -113,10 +121,15 @@ class BandConvolution(nn.Module):
             x_BTI: frames, I being the input's channels times its bands.
             lengths_B: outputs of each utterance, after which all is 0; None takes all.
         """
-        x_BCIT = x_BTI.transpose(1, 2).unflatten(1, (self.inputs, self.bands))
-        y_BTI = self.convolution(x_BCIT).flatten(1, 2).transpose(1, 2)
+        y_BTI = self.products(x_BTI)
         real_BT1 = _steps_within(lengths_B, y_BTI.shape[1]) if lengths_B is not None else y_BTI.new_ones(1, 1, 1)
         return _clipped(self.norm(y_BTI, real_BT1)) * real_BT1
+
+    def products(self, x_BTI: Tensor) -> Tensor:
+        """y_BTI before the norm."""
+        x_BCIT = x_BTI.transpose(1, 2).unflatten(1, (self.inputs, self.bands))
+        y_BTI: Tensor = self.convolution(x_BCIT).flatten(1, 2).transpose(1, 2)
+        return y_BTI
 
 
 class RowConvolution(nn.Module):
@@ -138,9 +151,13 @@ class RowConvolution(nn.Module):
 
     def forward(self, x_BTH: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """y_BTH of steps that ``after`` have been added to; ``lengths_B`` as of ``BandConvolution``."""
-        y_BTH = F.conv1d(x_BTH.transpose(1, 2), self.weight[:, None], groups=len(self.weight)).transpose(1, 2)
+        y_BTH = self.products(x_BTH)
         real_BT1 = _steps_within(lengths_B, y_BTH.shape[1]) if lengths_B is not None else y_BTH.new_ones(1, 1, 1)
         return _clipped(self.norm(y_BTH, real_BT1)) * real_BT1
+
+    def products(self, x_BTH: Tensor) -> Tensor:
+        """y_BTH before the norm."""
+        return F.conv1d(x_BTH.transpose(1, 2), self.weight[:, None], groups=len(self.weight)).transpose(1, 2)
 
 
 class RecurrentLayer(nn.Module):

@@ -1,8 +1,8 @@
 """The recurrence on a GPU, forward and backward: a product and one other kernel a step, replayed from CUDA graphs.
 
 Launching the kernels of a step one by one takes longer than they run. Graphs launch many steps at once, but read and
-write memory of their own. So a sequence runs in pieces of ``PIECE`` steps at most, which are copied in and out: what
-graphs keep does not grow with the sequence, and one graph serves all lengths but for the last piece.
+write memory of their own. So a sequence runs in pieces of ``PIECE_STEPS`` steps at most, which are copied in and out:
+what graphs keep does not grow with the sequence, and one graph serves all lengths but for the last piece.
 
 Shapes: T time, D directions, B batch, H hidden units, G gates * H.
 """
@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from srnn.cells import GATES, Cell
 
-PIECE = 32  # steps of the longest graph
+PIECE_STEPS = 32  # steps of the longest graph
 MOST_SIZES = 4  # sizes of a recurrence whose graphs are kept; their memory is mostly that of the recurrent matrix
 _KEPT_GATES = {"gru": 4, "lstm": 4}
 
@@ -128,31 +128,31 @@ class _Arrays:
 
 def run_forward(given: _Arrays, steps: int) -> None:
     """The first steps of a sequence."""
-    from srnn.models.recurring_kernel import BLOCK, step_forward
+    from srnn.models.recurring_kernel import UNITS_A_PROGRAM, step_forward
 
     w_HG, v = given.w.mT, torch.empty_like(given.u[0], dtype=given.w.dtype)
     size, hidden = given.h[0].numel(), given.h.shape[-1]
     h, c, low, gates = (list(part.unbind()) for part in (given.h, given.c, given.low, given.gates))
     for t, u in enumerate(given.u[:steps].unbind()):
         torch.bmm(low[t], w_HG, out=v)
-        step_forward[(-(-size // BLOCK),)](
+        step_forward[(-(-size // UNITS_A_PROGRAM),)](
             u, v, h[t], c[t], h[t + 1], c[t + 1], low[t + 1], gates[t], size, hidden,
-            CELL=given.cell, LOW=given.low is not given.h, BLOCK=BLOCK,
+            CELL=given.cell, LOW=given.low is not given.h, BLOCK=UNITS_A_PROGRAM,
         )  # fmt: skip
 
 
 def run_backward(given: _Arrays, steps: int) -> None:
     """The first steps of a sequence, from the last of them to its beginning."""
-    from srnn.models.recurring_kernel import BLOCK, step_backward
+    from srnn.models.recurring_kernel import UNITS_A_PROGRAM, step_backward
 
     size, hidden, gru = given.h[0].numel(), given.h.shape[-1], given.cell == "gru"
     du, dv, dy, h, c, gates = (
         list(part.unbind()) for part in (given.u, given.dv, given.dy, given.h, given.c, given.gates)
     )
     for t in reversed(range(steps)):
-        step_backward[(-(-size // BLOCK),)](
+        step_backward[(-(-size // UNITS_A_PROGRAM),)](
             dy[t], given.dh, given.carry, h[t if gru else t + 1], c[t], c[t + 1], gates[t], du[t], dv[t], size, hidden,
-            CELL=given.cell, APART=given.dv is not given.u, BLOCK=BLOCK,
+            CELL=given.cell, APART=given.dv is not given.u, BLOCK=UNITS_A_PROGRAM,
         )  # fmt: skip
         torch.bmm(dv[t], given.w, out=given.dh[0])
 
@@ -170,10 +170,18 @@ class _Graphs:
     def replay(self, backward: bool, steps: int) -> None:
         """Run so many steps in the memory of the graphs."""
         if (graph := self.ready.get((backward, steps))) is None:
+            self._run_once(backward)
             run = functools.partial(run_backward if backward else run_forward, self.arrays, steps)
             beside = next(iter(self.ready.values()), None)  # all share the memory that they use while they run
             graph = self.ready[backward, steps] = _recorded(run, self.stream, beside and beside.pool())
         graph.replay()
+
+    def _run_once(self, backward: bool) -> None:
+        """What a first call makes is not to be recorded: autograd's threads have cuBLAS handles of their own."""
+        passed_on = [self.arrays.carry, self.arrays.dh]
+        before = [part.clone() for part in passed_on]
+        (run_backward if backward else run_forward)(self.arrays, 1)
+        torch._foreach_copy_(passed_on, before)
 
 
 def _recorded(run: Callable[[], None], stream: Any, pool: Any) -> Any:
@@ -200,10 +208,8 @@ def _graphs_of(given: _Arrays) -> _Graphs:
             torch.cuda.synchronize(given.u.device)  # what goes may be running
             _known.popitem(last=False)
         with torch.inference_mode(False):  # memory that later calls write to, in whatever mode they are
-            u = torch.zeros(PIECE, *given.u.shape[1:], dtype=given.u.dtype, device=given.u.device)
+            u = torch.zeros(PIECE_STEPS, *given.u.shape[1:], dtype=given.u.dtype, device=given.u.device)
             arrays = _Arrays.empty(given.cell, torch.empty_like(given.w), u, backward=True)
-        run_forward(arrays, 1)  # what is compiled at a first call is not to be recorded
-        run_backward(arrays, 1)
         _known[key] = _Graphs(arrays, torch.cuda.Stream(given.u.device))
     _known.move_to_end(key)
     return _known[key]
@@ -229,9 +235,9 @@ def _run(given: _Arrays, backward: bool) -> None:
 def _in_pieces(given: _Arrays, backward: bool, graphs: _Graphs) -> None:
     piece = graphs.arrays
     piece.w.copy_(given.w)
-    begins = range(0, len(given.u), PIECE)
+    begins = range(0, len(given.u), PIECE_STEPS)
     for begin in reversed(begins) if backward else begins:
-        end = min(begin + PIECE, len(given.u))
+        end = min(begin + PIECE_STEPS, len(given.u))
         inside, whole = (0, end - begin), (begin, end)
         if backward:
             torch._foreach_copy_(piece.inputs_backward(*inside), given.inputs_backward(*whole))

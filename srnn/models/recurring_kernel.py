@@ -10,7 +10,7 @@ import triton.language as tl
 
 from srnn import cells
 
-BLOCK = 256  # units of a program: small, so that a step of few streams still fills the processors
+UNITS_A_PROGRAM = 256  # few, so that a step of few streams still fills the processors
 _CLIP = tl.constexpr(cells.CLIP)  # a kernel sees constexpr globals only
 
 

@@ -5,6 +5,8 @@ Shapes: N samples, T frames or steps, I bands, V characters.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from srnn.audio import HOP_SAMPLES, Features, Running, frames_of, read_audio
+from srnn.cells import CLIP
 from srnn.errors import UserError
-from srnn.models.decoding import beam_search, greedy
+from srnn.models.decoding import Phrases, beam_search, greedy
 from srnn.vocabulary import Vocabulary
+
+STEP_SECONDS = 0.02  # seconds: networks halve the frames
 
 
 class Transcriber:
@@ -31,13 +36,14 @@ class Transcriber:
         self.model, self.vocabulary, self.audio = model, vocabulary, audio
 
     @torch.inference_mode()
-    def __call__(self, source: str | Path | Tensor, beam: int = 1) -> str:
+    def __call__(self, source: str | Path | Tensor, beam: int = 1, phrases: Phrases | None = None) -> str:
         """The text of a recording.
 
         Args:
             source: a WAV, FLAC or OGG file, or samples at 16 kHz, fp32 in -1 .. 1.
             beam: 1 takes the likeliest character of each step; more, the likeliest text that a prefix beam search of
                 this width finds.
+            phrases: what can be said, as ``phrases`` makes it: the text is the likeliest of them.
 
         Raises:
             UserError: the file is no audio.
@@ -46,11 +52,30 @@ class Transcriber:
         if not frames_of(len(x_N)):
             return ""
         logits_BTV, lengths_B = self.model(self.audio(x_N)[None])
+        if phrases is not None:
+            return self.vocabulary.decode(phrases(logits_BTV[0]))
         tokens = beam_search(logits_BTV[0], beam) if beam > 1 else greedy(logits_BTV, lengths_B)[0]
         return self.vocabulary.decode(tokens)
 
-    def stream(self) -> Listener:
+    def phrases(self, texts: Iterable[str]) -> Phrases:
+        """A list of all that can be said.
+
+        Raises:
+            UserError: a text has a character that the network does not write, or there is no text.
+        """
+        several = [" ".join(text.split()) for text in texts]
+        for text in several:
+            if unknown := self.vocabulary.unknown(text):
+                raise UserError(f"this network does not write {''.join(unknown)!r}, which is in {text!r}.")
+        if not all(several) or not several:
+            raise UserError("a list of phrases must have some, and no empty ones.")
+        return Phrases(self.vocabulary.encode(text).tolist() for text in several)
+
+    def stream(self, pause: float | None = None) -> Listener:
         """What writes down sound as it comes in.
+
+        Args:
+            pause: seconds without a character after which an utterance has ended; None takes all for one.
 
         Raises:
             UserError: the network, or the features that it was trained on, need the end of an utterance first.
@@ -60,19 +85,27 @@ class Transcriber:
                 f"this network was trained with dataset.normalise={self.audio.normalise}, which needs whole "
                 f"utterances: streams want one that was trained with dataset.normalise=running."
             )
-        return Listener(self)
+        return Listener(self, pause)
 
 
 class Listener:
     """Sound in pieces -> the text so far: the same text as of the whole, however it is cut. Only the text grows.
 
+    Attributes:
+        text: of the utterance that is heard.
+        ended: texts of the utterances before it; take out what you have read.
+
     Args:
         transcriber: whose network listens.
+        pause: seconds without a character after which an utterance has ended; None takes all for one.
     """
 
-    def __init__(self, transcriber: Transcriber) -> None:
+    def __init__(self, transcriber: Transcriber, pause: float | None = None) -> None:
         self.transcriber = transcriber
         self.text = ""
+        self.ended: list[str] = []
+        self._patience = math.inf if pause is None else max(1, round(pause / STEP_SECONDS))
+        self._quiet = 0  # steps since the last character
         self._network = NetworkStream(transcriber.model)
         self._running = Running()
         self._samples = torch.zeros(0)
@@ -95,8 +128,16 @@ class Listener:
         for token in logits_TV.argmax(-1).tolist() if logits_TV is not None else ():
             if token and token != self._last:
                 self.text += self.transcriber.vocabulary.decode([token])
+            self._quiet = 0 if token else self._quiet + 1
             self._last = token
+            if self._quiet >= self._patience:
+                self._end()
         return self.text
+
+    def _end(self) -> None:
+        if self.text.strip():
+            self.ended.append(self.text.strip())
+        self.text = ""
 
 
 class NetworkStream:
@@ -129,6 +170,10 @@ class NetworkStream:
                 "was trained with model.bidirectional=false."
             )
         self.model = model
+        # Once: a few frames of a small network take so little time that what norms prepare at each call would count.
+        parts = [*model.convolutions, *model.layers, model, *([] if model.row is None else [model.row])]
+        with torch.no_grad():
+            self._norms = {part.norm: part.norm.scale_and_shift() for part in parts}
         self._waiting: dict[str, Tensor] = {}
         self._states: list[Any] = [None] * len(model.layers)
 
@@ -144,28 +189,34 @@ class NetworkStream:
         x_BTI = x_TI[None]
         for number, part in enumerate(self.model.convolutions):
             x_BTI = self._convolved(f"convolution {number}", part, x_BTI, last)
-        for number, layer in enumerate(self.model.layers):
-            if not x_BTI.shape[1]:
-                x_BTI = x_BTI.new_zeros(1, 0, layer.recurrence.hidden_size)
-            else:
-                x_BTI, self._states[number] = layer(x_BTI, torch.tensor([x_BTI.shape[1]]), self._states[number])
+        if x_BTI.shape[1]:
+            lengths_B = torch.tensor([x_BTI.shape[1]])
+            for number, layer in enumerate(self.model.layers):
+                u_BTG = self._normed(layer.norm, layer.input(x_BTI))
+                x_BTI, self._states[number] = layer.recurrence(u_BTG, lengths_B, self._states[number])
+        else:
+            x_BTI = x_BTI.new_zeros(1, 0, self.model.output.in_features)
         if self.model.row is not None:
             x_BTI = self._convolved("row", self.model.row, x_BTI, last)
         if not x_BTI.shape[1]:
             return x_BTI.new_zeros(0, self.model.output.out_features)
-        logits_BTV: Tensor = self.model.characters(x_BTI, x_BTI.new_ones(1, 1, 1))
+        logits_BTV: Tensor = self.model.output(self._normed(self.model.norm, self.model.dense(x_BTI)).clamp_(0, CLIP))
         return logits_BTV[0]
+
+    def _normed(self, norm: Any, x_BTH: Tensor) -> Tensor:
+        scale, shift = self._norms[norm]
+        return torch.addcmul(shift, x_BTH, scale)
 
     def _convolved(self, name: str, part: Any, x_BTI: Tensor, last: bool) -> Tensor:
         """A convolution's outputs that are complete; what later ones need waits."""
         before = self._waiting.get(name)
         if before is None:
             before = x_BTI.new_zeros(1, part.before, x_BTI.shape[2])
-        frames = torch.cat([before, F.pad(x_BTI, (0, 0, 0, part.after if last else 0))], 1)
+        frames = torch.cat([before, F.pad(x_BTI, (0, 0, 0, part.after)) if last else x_BTI], 1)
         taps = part.before + part.after + 1
         outputs = max(0, (frames.shape[1] - taps) // part.stride + 1)
         self._waiting[name] = frames[:, outputs * part.stride :]
         if not outputs:
             return frames.new_zeros(1, 0, part.out_size)
-        found: Tensor = part(frames[:, : (outputs - 1) * part.stride + taps])
-        return found
+        products = part.products(frames[:, : (outputs - 1) * part.stride + taps])
+        return self._normed(part.norm, products).clamp_(0, CLIP)

@@ -32,6 +32,7 @@ class Objective(pl.LightningModule):
         words: how scores are written in tables, as a format string of their names.
         schedule: what it makes of the optimiser, an addition to it: a schedule of the step size; None leaves it.
         teacher: a trained network whose outputs are learned too; None for the targets alone.
+        examples: of the last validation, what was wanted and what the model gave, by name; an objective may have none.
         train_loss: of the last batch, by its targets alone. Logging it at every step would cost a small network on a
             GPU a fifth of its time.
 
@@ -60,6 +61,7 @@ class Objective(pl.LightningModule):
         self.data = data
         self.schedule: Callable[[Any], Any] | None = None
         self.teacher: Teacher | None = None
+        self.examples: list[dict[str, str]] = []
         self.train_loss: Tensor | None = None
         self.call: Callable[..., Any] = call or model.__call__
         self.metric: Any = None  # of the validation that runs; no submodule, so that checkpoints hold the model alone

@@ -19,6 +19,7 @@ from srnn.datasets.text import IGNORED
 from srnn.errors import UserError
 from srnn.models.decoding import greedy
 from srnn.objectives.base import Objective
+from srnn.objectives.teacher import softened_cross_entropy
 from srnn.registry import register
 from srnn.terminal import console
 from srnn.vocabulary import Vocabulary
@@ -49,12 +50,14 @@ class CtcScore(Metric):
         vocabulary: tokens -> text.
     """
 
+    EXAMPLES = 4
     nats: Tensor
     characters: Tensor
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         super().__init__()
         self.vocabulary = vocabulary
+        self._first: list[dict[str, str]] = []  # of each batch
         self.cer, self.wer = CharErrorRate(), WordErrorRate()
         self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("characters", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -63,10 +66,17 @@ class CtcScore(Metric):
         """Add a batch."""
         said = [self.vocabulary.decode([t for t in row if t != IGNORED]) for row in targets_BU.tolist()]
         heard = [self.vocabulary.decode(tokens) for tokens in greedy(logits_BTV, lengths_B)]
+        self._first.append({"said": said[0], "heard": heard[0]})
         self.cer.update(heard, said)
         self.wer.update(heard, said)
         self.nats += ctc_losses(logits_BTV, lengths_B, targets_BU).sum()
         self.characters += (targets_BU != IGNORED).sum()
+
+    def examples(self) -> list[dict[str, str]]:
+        """A few of the utterances, from the shortest to the longest: what was ``said``, and what was ``heard``."""
+        last = len(self._first) - 1
+        places = {round(last * k / (self.EXAMPLES - 1)) for k in range(self.EXAMPLES)} if self._first else ()
+        return [self._first[place] for place in sorted(places)]
 
     def compute(self) -> dict[str, Tensor]:
         """The scores."""
@@ -114,7 +124,13 @@ class Ctc(Objective):
         count = impossible(lengths_B, targets_BU)
         self.impossible = count if self.impossible is None else self.impossible + count
         self.train_loss = loss.detach()
-        return loss
+        return self.taught(loss, x_BTI, logits_BTV, lengths_B)
+
+    def imitation(self, outputs: Tensor, teachers: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """Softened cross-entropy of each step, the mean over all that are no padding; ``targets`` are lengths_B."""
+        real_BT = torch.arange(outputs.shape[1], device=outputs.device) < targets[:, None]
+        losses = softened_cross_entropy(outputs.flatten(0, 1).float(), teachers.flatten(0, 1).float(), temperature)
+        return (losses * real_BT.flatten()).sum() / real_BT.sum()
 
     def on_train_epoch_end(self) -> None:
         """Say how many transcripts could not be learned."""
@@ -126,6 +142,11 @@ class Ctc(Objective):
         """Add up the scores."""
         x_BTI, targets_BU = batch
         self.metric.update(*self.model(x_BTI), targets_BU)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores, and keep a few transcripts beside them."""
+        super().on_validation_epoch_end()
+        self.examples = self.metric.examples()
 
     @classmethod
     @torch.inference_mode()

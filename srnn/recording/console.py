@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -18,6 +19,7 @@ from srnn.kernels.choosing import DENSE
 from srnn.pruning.callback import PruningCallback
 from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import GradualSchedule
+from srnn.recording.report import transcripts
 from srnn.recording.wandb import sync_command
 from srnn.registry import register
 from srnn.run_folder import RunFolder
@@ -210,6 +212,7 @@ def print_report(report: dict[str, Any]) -> None:
     if report.get("beside"):
         telling: str = objective.factory.telling  # type: ignore[attr-defined]
         _add_beside(table, report["beside"], scores["test_packed"], words, beside, telling)
+    _add_transcripts(table, report)
     table.add_section()
     for layer in report["layers"]:
         left = f"{layer['nonzeros']:,} of {layer['weights']:,} left"
@@ -264,6 +267,14 @@ def _add_beside(
         table.add_row(
             f"beside it: {score.replace('_', ' ')}", f"{100 * (own[score] / other['scores'][score] - 1):+.2f} %"
         )
+
+
+def _add_transcripts(table: Table, report: dict[str, Any]) -> None:
+    """Those of the validation that was best."""
+    table.add_section()
+    for example in transcripts(report):
+        if example["step"] == report["scores"]["best"]["step"]:
+            table.add_row(f"said: {escape(example['said'])}", f"heard: {escape(example['heard'])}")
 
 
 def _print_choices(choices: Sequence[Mapping[str, Any]], threads: int) -> None:

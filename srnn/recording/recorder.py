@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from srnn.pruning.pruner import Pruner
 
 @dataclass(frozen=True)
 class Validation:
-    """One validation: after which step, with which scores, at which sparsity."""
+    """One validation: after which step, with which scores, at which sparsity; and examples, if there are any."""
 
     step: int
     scores: Mapping[str, float]
     sparsity: float
     dense: bool
     finished: bool
+    examples: Sequence[Mapping[str, str]] = ()
 
 
 class Recorder(pl.Callback):
@@ -108,9 +109,8 @@ class Recorder(pl.Callback):
                 f"the training has diverged: the validation loss is {scores['valid_loss']} after step "
                 f"{trainer.global_step}; lower optimizer.lr, or clip gradients with trainer.gradient_clip_val."
             )
-        self.validations.append(
-            Validation(trainer.global_step, scores, self.pruner.sparsity, self.is_dense(), self.is_finished())
-        )
+        state = (self.pruner.sparsity, self.is_dense(), self.is_finished())
+        self.validations.append(Validation(trainer.global_step, scores, *state, getattr(pl_module, "examples", ())))
         self._began = time.perf_counter()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

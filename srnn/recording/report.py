@@ -44,6 +44,12 @@ def _scores(validation: Validation) -> dict[str, float]:
     return {"step": validation.step} | {k.removeprefix("valid_"): v for k, v in validation.scores.items()}
 
 
+def transcripts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was wanted and what the network gave in each validation, a row for each example; none of most objectives."""
+    # Reports of older versions lack them.
+    return [{"step": v["step"], **each} for v in report["validations"] for each in v.get("examples", ())]
+
+
 def build_report(
     config: Mapping[str, Any],
     objective: str,

@@ -197,12 +197,16 @@ def _id_of(run: Path) -> str:
 
 
 def log_results(
-    run: Any, folder: RunFolder, summary: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], plots: Sequence[Path]
+    run: Any,
+    folder: RunFolder,
+    summary: Mapping[str, Any],
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    plots: Sequence[Path],
 ) -> None:
-    """Send the end of a training run: summary, a table of layers, the plots, and the networks as artifacts."""
+    """Send the end of a training run: summary, tables that are not empty, plots, and the networks as artifacts."""
     with carefully("the results"):
         run.summary.update(dict(summary))
-        log_tables(run, {"layers": layers} if layers else {}, plots)
+        log_tables(run, {name: rows for name, rows in tables.items() if rows}, plots)
     with carefully("the artifacts"):
         _log_networks(run, folder)
 

@@ -24,7 +24,7 @@ from srnn.recording import environment
 from srnn.recording.console import print_folder, print_report, print_way_back, print_ways_on
 from srnn.recording.plots import plot_run
 from srnn.recording.recorder import Recorder
-from srnn.recording.report import build_report, milestones, recurrent_matrix, run_beside
+from srnn.recording.report import build_report, milestones, recurrent_matrix, run_beside, transcripts
 from srnn.recording.summary import summary_of
 from srnn.recording.wandb import carefully, define_scores, log_results, wandb_run
 from srnn.registry import register
@@ -137,7 +137,8 @@ def _run(settings: Settings, folder: RunFolder, checkpoint: Path | None) -> dict
         plots = plot_run(folder, report["phases"], report["layers"], matrix, run.objective.loss_name)
         write_atomically(folder.report, json.dumps(report, indent=2).encode())
         if wandb is not None:
-            log_results(wandb, folder, summary_of(report), report["layers"], plots)
+            tables = {"layers": report["layers"], "examples": transcripts(report)}
+            log_results(wandb, folder, summary_of(report), tables, plots)
     print_report(report)
     print_ways_on(folder, run.data)
     return report

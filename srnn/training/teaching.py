@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from srnn.audio import Features
 from srnn.config.composing import read_settings
 from srnn.config.settings import DistillConfig
 from srnn.datasets.base import DataModule
@@ -49,6 +50,7 @@ def teacher_of(chosen: DistillConfig, objective: Objective, example: Tensor | No
         )
     own = chosen.teacher == SELF
     model = copy.deepcopy(objective.model) if own else _read_network(chosen.teacher, objective.data)
+    _check_steps(chosen.teacher, model, objective.model)
     call = Graphed(model, example) if example is not None else None
     teacher = Teacher(model, objective.carried, chosen.temperature, chosen.weight, call)
     teacher.ready = not own
@@ -113,6 +115,7 @@ def _read_network(given: str, data: DataModule) -> nn.Module:
     if path.suffix == ".safetensors":
         packed = read(path)
         _check_data(given, packed.supplied, packed.vocabulary, data)
+        _check_features(given, packed.about.get("dataset"), data)
         return unpack(packed)
     return _of_checkpoint(given, path, data)
 
@@ -128,8 +131,10 @@ def _of_checkpoint(given: str, path: Path, data: DataModule) -> nn.Module:
     checkpoint = read_checkpoint(path)
     vocabulary = checkpoint.get("vocabulary")
     _check_data(given, data.sizes, Vocabulary.from_dict(vocabulary) if vocabulary else None, data)
+    settings = read_settings(config)
+    _check_features(given, settings.dataset, data)
     with torch.random.fork_rng(devices=[]):  # its initial weights, which are replaced, take no numbers from the run
-        model: nn.Module = register.build("model", read_settings(config).model, **data.sizes)
+        model: nn.Module = register.build("model", settings.model, **data.sizes)
     try:
         model.load_state_dict(weights_of(checkpoint, path))
     except RuntimeError as error:
@@ -149,4 +154,25 @@ def _check_data(given: str, sizes: Mapping[str, Any], vocabulary: Vocabulary | N
         raise UserError(
             f"distill.teacher={given}: its vocabulary is not this run's: train on the text that it was trained on, or "
             f"take its vocabulary by starting from it (init_from={given})."
+        )
+
+
+def _check_features(given: str, dataset: object, data: DataModule) -> None:
+    """Raise UserError if the teacher reads sound in another form."""
+    ours, theirs = getattr(data, "audio", None), Features.of(dataset)
+    if ours is not None and theirs != ours:
+        named = [f"dataset.features={each.kind} dataset.normalise={each.normalise}" for each in (theirs, ours) if each]
+        raise UserError(f"distill.teacher={given}: it is of other data: it has {' and this run has '.join(named)}.")
+
+
+def _check_steps(given: str, teacher: nn.Module, model: nn.Module) -> None:
+    """Raise UserError if the two say something at other steps: what each says is compared step by step."""
+    frames = torch.arange(1, 101)
+    both: list[Any] = [network for network in (teacher, model) if hasattr(network, "output_lengths")]
+    counts = [network.output_lengths(frames) for network in both]
+    if len(counts) == 2 and not torch.equal(*counts):
+        theirs, ours = (int(count[-1]) for count in counts)
+        raise UserError(
+            f"distill.teacher={given}: it gives {theirs} outputs for 100 frames, this run's network {ours}: a teacher "
+            f"must have as many steps as its student."
         )

@@ -1,20 +1,24 @@
 """Downloads, from a server in this process."""
 
 import hashlib
+import io
+import tarfile
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import soundfile
 
 from srnn.__main__ import main
-from srnn.datasets import PennTreebank, Shakespeare, WikiText2
+from srnn.datasets import LibriSpeech, PennTreebank, Shakespeare, WikiText2, speech_corpora
 from srnn.datasets.corpora import Source
 from srnn.datasets.download import fetch
 from srnn.errors import UserError
 from srnn.files import cache_folder
 from srnn.training.preparing import build_data
+from tests.speech_files import spoken
 
 CONTENT = b"".join(b"line %d of a text\n" % n for n in range(5000))
 SHA = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
@@ -207,3 +211,38 @@ def test_without_srnn_cache_it_is_the_users_cache_folder(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert cache_folder() == Path("/home/somebody/.cache/srnn")
+
+
+def test_librispeech_is_downloaded_and_unpacked_once(tmp_path, monkeypatch):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for name, data in (
+            ("84-1.trans.txt", b"84-1-0 AB\n84-1-1 BA\n"),
+            ("84-1-0.flac", wave()),
+            ("84-1-1.flac", wave()),
+        ):
+            entry = tarfile.TarInfo(f"LibriSpeech/dev-clean/84/1/{name}")
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    monkeypatch.setenv("SRNN_CACHE", str(tmp_path))
+    every = {split: ["dev-clean"] for split in ("train", "valid", "test")}
+    with serving(packed.getvalue()) as (url, asked):
+        monkeypatch.setattr(speech_corpora, "_ARCHIVES", url)
+        with pytest.raises(UserError, match=r"is not the file that was expected.*dataset.folder=FOLDER"):
+            LibriSpeech(batch_size=2, **every).setup()
+        monkeypatch.setitem(speech_corpora._MD5, "dev-clean", hashlib.md5(packed.getvalue()).hexdigest())
+        for _ in range(2):
+            data = LibriSpeech(batch_size=2, **every)
+            data.setup()
+            assert data.counts == {"train": 2, "valid": 2, "test": 2}
+        assert len(asked) == 2
+    names = {path.name for path in (tmp_path / "librispeech").iterdir()}
+    assert {name for name in names if not name.endswith(".lock")} == {"dev-clean", "dev-clean.tar.gz.sha256"}
+    with pytest.raises(UserError, match="there is no subset dev-dirty; there are: dev-clean"):
+        LibriSpeech(valid=["dev-dirty"]).utterances()
+
+
+def wave():
+    made = io.BytesIO()
+    soundfile.write(made, spoken("ab"), 16_000, format="FLAC")
+    return made.getvalue()

@@ -59,9 +59,9 @@ def test_passes_differ_and_can_be_repeated(listed):
 
 def test_masks_leave_what_is_kept_alone(listed):
     data = manifest(listed, band_masks=3)
-    before = data.features("train", 0).clone()
+    before = data.features_of("train", 0).clone()
     list(data.train_dataloader())
-    assert torch.equal(data.features("train", 0), before)
+    assert torch.equal(data.features_of("train", 0), before)
 
 
 def test_evaluation_has_all_utterances_the_shortest_first(listed):

@@ -84,7 +84,9 @@ def test_pieces_are_put_together(cell, low, monkeypatch):
     def run(given, backward):
         key = given.cell
         if key not in known:
-            u = torch.full((recurring_gpu.PIECE, *given.u.shape[1:]), torch.nan, dtype=given.u.dtype, device=DEVICE)
+            u = torch.full(
+                (recurring_gpu.PIECE_STEPS, *given.u.shape[1:]), torch.nan, dtype=given.u.dtype, device=DEVICE
+            )
             arrays = recurring_gpu._Arrays.empty(cell, torch.empty_like(given.w), u, backward=True)
             known[key] = recurring_gpu._Graphs(arrays, None)
         recurring_gpu._in_pieces(given, backward, known[key])
@@ -92,7 +94,7 @@ def test_pieces_are_put_together(cell, low, monkeypatch):
     given = case(cell, 8, 2, 1, hidden=5, dtype=torch.float32, device=DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=low):
         wanted = results(lambda *g: recur(*g, cell), given)
-        monkeypatch.setattr(recurring_gpu, "PIECE", 3)
+        monkeypatch.setattr(recurring_gpu, "PIECE_STEPS", 3)
         monkeypatch.setattr(recurring_gpu, "_recorded", Called)
         monkeypatch.setattr(recurring_gpu, "_run", run)
         for _ in range(2):

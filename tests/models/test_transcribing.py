@@ -9,7 +9,7 @@ import torch
 from srnn.audio import Features
 from srnn.errors import UserError
 from srnn.models import Transcriber, deepspeech2
-from srnn.models.decoding import beam_search, greedy
+from srnn.models.decoding import Phrases, beam_search, greedy
 from srnn.vocabulary import Characters
 from tests.speech_files import spoken
 
@@ -32,6 +32,20 @@ def test_a_wide_beam_finds_the_likeliest_text(seed):
     best = max(wanted, key=wanted.get)
     assert tuple(beam_search(logits_TV, 1000)) == best
     assert wanted[tuple(beam_search(logits_TV, 4))] >= 0.5 * wanted[best]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_likeliest_of_some_phrases(seed):
+    """With doubled characters, and phrases that begin others; against the sum over all paths."""
+    torch.manual_seed(seed)
+    logits_TV = 2 * torch.randn(5, 3)
+    phrases = [(1, 1), (1,), (2, 1, 1), (2, 2), (1, 2, 1, 2), (1, 1, 1, 1)]  # the last one has no path
+    truth = enumerated(logits_TV)
+    wanted = max(phrases, key=lambda phrase: truth.get(phrase, 0.0))
+    assert tuple(Phrases(phrases)(logits_TV)) == wanted
+    assert Phrases([wanted])(logits_TV) == list(wanted)
+    with pytest.raises(ValueError, match="none of them empty"):
+        Phrases([(1,), ()])
 
 
 def test_the_likeliest_text_is_not_that_of_the_likeliest_path():
@@ -62,6 +76,18 @@ def test_a_stream_writes_what_the_whole_says(listening, milliseconds):
     assert all(whole.startswith(text) for text in partial)
     assert all(waiting.shape[1] < 80 for waiting in stream._network._waiting.values())
     assert len(stream._samples) < 480
+
+
+def test_how_long_a_pause_is(listening):
+    """Counted in steps without a character, however these come."""
+    logits_TV = torch.nn.functional.one_hot(torch.tensor([2, 0, 0, 2, 1, 0, 0, 0, 3, 0, 0, 0, 0]), 5).float()
+    stream = listening.stream(0.06)
+    assert stream._write(logits_TV) == ""
+    assert stream.ended == ["aa", "b"]
+    assert listening.stream()._write(logits_TV) == "aa b"
+    pieces = listening.stream(0.06)
+    assert [pieces._write(part) for part in logits_TV.split(5)] == ["aa ", "b", ""]
+    assert pieces.ended == ["aa", "b"]
 
 
 def test_nothing_said_is_no_text(listening):

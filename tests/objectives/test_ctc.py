@@ -7,6 +7,7 @@ import os
 import signal
 
 import jiwer
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -14,16 +15,25 @@ from torch.nn import functional as F
 
 import srnn
 from srnn.__main__ import main
+from srnn.config.composing import compose_settings
 from srnn.datasets import Manifest
 from srnn.datasets.text import IGNORED
 from srnn.errors import UserError
-from srnn.models import deepspeech2, gru
+from srnn.models import Recurring, deepspeech2, gru
 from srnn.models.decoding import greedy
 from srnn.objectives import Classification, Ctc
 from srnn.objectives.ctc import CtcScore, ctc_losses, impossible
+from srnn.objectives.teacher import Teacher, softened_cross_entropy
 from srnn.pruning.callback import PruningCallback
+from srnn.recording.console import print_report
+from srnn.training.preparing import prepare
+from srnn.training.teaching import _check_steps
 from srnn.vocabulary import Characters
 from tests.speech_files import TEXTS, write_speech
+
+CHOSEN = ["model=deepspeech2_small", "model.hidden_size=32", "model.num_layers=1", "model.channels=4"]
+CHOSEN += ["dataset=manifest", "dataset.features=mel", "dataset.normalise=running", "dataset.batch_size=8"]
+CHOSEN += ["pruning.sparsity=0.6"]
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +100,37 @@ def test_error_rates_are_jiwer_s():
     assert found["wer"].item() == pytest.approx(jiwer.wer(said, heard))
 
 
+def test_a_few_transcripts_are_kept_from_the_shortest_to_the_longest():
+    vocabulary = Characters(["a"])
+    score = CtcScore(vocabulary)
+    assert score.examples() == []
+    for count in range(1, 9):
+        steps = torch.tensor([1, 0] * count)
+        target_BU = torch.ones(2, count, dtype=torch.long)
+        score.update(F.one_hot(steps, 2)[None].float().repeat(2, 1, 1), torch.tensor([2 * count] * 2), target_BU)
+    assert score.examples() == [{"said": "a" * n, "heard": "a" * n} for n in (1, 3, 6, 8)]
+
+
+def test_it_learns_from_a_teacher_step_by_step(listed):
+    """Steps that pad an utterance count for nothing."""
+    data = data_of(listed)
+    objective = Ctc(small(data), {}, data)
+    teacher = deepspeech2("gru", 8, 1, channels=2, **data.sizes).eval()
+    x_BTI, targets_BU = data.batches("train").fetch(0, 0)
+    objective.model.eval()
+    hard = objective.training_step((x_BTI, targets_BU), 0).detach()
+    objective.teacher = Teacher(teacher, objective.carried, temperature=2.0, weight=0.3)
+    loss = objective.training_step((x_BTI, targets_BU), 0)
+    logits_BTV, lengths_B = objective.model(x_BTI)
+    theirs_BTV, _ = teacher(x_BTI)
+    real = [(n, slice(0, int(length))) for n, length in enumerate(lengths_B)]
+    mine, truth = (torch.cat([part[n, steps] for n, steps in real]) for part in (logits_BTV, theirs_BTV))
+    assert len(mine) < logits_BTV[..., 0].numel()
+    soft = softened_cross_entropy(mine, truth, 2.0).mean()
+    torch.testing.assert_close(loss, 0.7 * hard + 0.3 * soft)
+    assert objective.train_loss == hard
+
+
 def test_networks_and_data_that_do_not_go_together(listed):
     data = data_of(listed)
     with pytest.raises(UserError, match=r"SequenceModel gives one answer.*choose model=deepspeech2"):
@@ -117,9 +158,7 @@ def test_it_overfits_sixteen_utterances(listed):
 
 def train(folder, listed):
     """A network that streams too; returns the exit code."""
-    chosen = ["model=deepspeech2_small", "model.hidden_size=32", "model.num_layers=1", "model.channels=4"]
-    chosen += ["dataset=manifest", *(f"dataset.{part}={listed}" for part in ("train", "valid", "test"))]
-    chosen += ["dataset.features=mel", "dataset.normalise=running", "dataset.batch_size=8", "pruning.sparsity=0.6"]
+    chosen = [*CHOSEN, *(f"dataset.{part}={listed}" for part in ("train", "valid", "test"))]
     chosen += ["trainer.max_epochs=20", "optimizer.lr=0.02", "trainer.accelerator=cpu", "packed.values=fp32"]
     return main([*chosen, "kernel=csr", "tracking.mode=disabled", f"hydra.run.dir={folder}"])
 
@@ -158,6 +197,28 @@ def test_a_run_prunes_packs_and_scores_it(run):
     assert {row["layer_type"] for row in report["layers"]} == {"recurrent", "linear"}
 
 
+def test_the_report_shows_transcripts(run, capsys):
+    report = json.loads((run / "report.json").read_text())
+    examples = [v["examples"] for v in report["validations"]]
+    assert all(len(each) == 2 and each[0].keys() == {"said", "heard"} for each in examples)
+    assert examples[0][0]["said"] == "c", "of the shortest recording"
+    print_report(report)
+    assert f"said: {examples[-1][0]['said']}" in capsys.readouterr().out
+
+
+def test_who_may_teach(run, listed):
+    chosen = [*CHOSEN, *(f"dataset.{part}={listed}" for part in ("train", "valid", "test")), "model.hidden_size=8"]
+    for teacher in (run, run / "checkpoints/best.ckpt"):
+        prepared = prepare(compose_settings([*chosen, f"distill.teacher={teacher}"]))
+        assert prepared.objective.teacher.model.layers[0].recurrence.hidden_size == 32
+        with pytest.raises(UserError, match=r"normalise=running and this run has.*normalise=utterance"):
+            prepare(compose_settings([*chosen, "dataset.normalise=utterance", f"distill.teacher={teacher}"]))
+    slower = Recurring("gru", 4)
+    slower.output_lengths = lambda frames: frames // 4
+    with pytest.raises(UserError, match="it gives 25 outputs for 100 frames, this run's network 50"):
+        _check_steps("FILE", slower, prepared.model)
+
+
 def test_commands_take_a_run_of_speech(run, tmp_path, capsys):
     assert main(["evaluate", str(run)]) == 0
     assert "cer" in capsys.readouterr().out
@@ -184,14 +245,29 @@ def test_transcribe(run, listed, capsys, monkeypatch):
         assert main(["transcribe", str(run), "--audio", *options]) == 0
         assert capsys.readouterr().out == lines[str(one)] + "\n"
     assert main(["transcribe", str(run), "--audio", str(one), "--beam", "20"]) == 0
+    assert capsys.readouterr().out
+    (folder / "phrases.txt").write_text(f"{TEXTS[0]}\n\n{TEXTS[3]}\n")
+    assert main(["transcribe", str(run), "--audio", str(one), f"--phrases={folder}/phrases.txt"]) == 0
+    assert capsys.readouterr().out == TEXTS[3] + "\n"
+    quiet = np.zeros(32_000, np.int16).tobytes()
+    monkeypatch.setattr("sys.stdin", type("Pipe", (), {"buffer": io.BytesIO(raw + quiet + raw + quiet)}))
+    assert main(["transcribe", str(run), "--audio", "-", "--stream=true", "--pause=0.5"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
     assert srnn.load(run / "model.safetensors").transcriber()(one) == lines[str(one)]
 
 
 def test_transcribe_says_what_is_wrong(run, text_run, tmp_path, capsys):
+    (tmp_path / "wrong.txt").write_text("ab\nzab\n")
+    (tmp_path / "empty.txt").write_text("\n")
     for words, told in (
         ([str(run), "--audio", str(tmp_path / "gone.wav")], "no such file or folder"),
         ([str(run), "--audio", str(tmp_path)], "this folder has no .wav"),
         ([str(run), "--audio", "-", "--stream=true", "--beam=3"], "looks at whole recordings"),
+        ([str(run), "--audio", "-", "--stream=true", "--phrases=X"], "--phrases=X looks at whole recordings"),
+        ([str(run), "--audio", "-", "--phrases=X", "--beam=3"], "exact without a beam"),
+        ([str(run), "--audio", "-", f"--phrases={tmp_path}/X"], "No such file"),
+        ([str(run), "--audio", "-", f"--phrases={tmp_path}/wrong.txt"], "does not write 'z', which is in 'zab'"),
+        ([str(run), "--audio", "-", f"--phrases={tmp_path}/empty.txt"], "must have some"),
         ([str(text_run), "--audio", "-"], "writes no speech down"),
     ):
         assert main(["transcribe", *words]) == 2
