@@ -118,6 +118,7 @@ def read_chain(model: nn.Module) -> Chain:
         UserError: it is no chain; says why.
     """
     parts, batch_first = layers_of(model)
+    _check_finite(model)
     chain = Chain(parts, batch_first)
     outputs = outputs_of(model, some_inputs(chain, 5, 2))
     if outputs.dim() == 2:
@@ -134,6 +135,13 @@ def read_chain(model: nn.Module) -> Chain:
                 f"({', '.join(part.name for part in parts)}): outputs differ by {away:.1e}."
             )
     return chain
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raises UserError that names a weight which holds NaN or infinity: such a network agrees with nothing."""
+    for name, weight in model.state_dict().items():
+        if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.isfinite().all():
+            raise UserError(f"{name} holds values that are not finite: the training has probably diverged.")
 
 
 def outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ def sparse(folder, machine, structure, values):
 
 @pytest.mark.parametrize("machine", [CORTEX_M4, CORTEX_M4_SOFT], ids=lambda machine: machine.name)
 def test_a_step_takes_a_fourth_of_the_dense_instructions_at_most(machine, tmp_path):
-    """GRU 64 -> 256 at 90 %, against dense C, both at -O3; what documents say of more formats is printed."""
+    """GRU 64 -> 256 at 90 %, against dense C, both at -O3: in every format of the documents' table."""
     needs(machine)
     of_dense, fewer = dense(tmp_path, machine), {}
     for structure in ("element", "16x1"):
@@ -194,4 +194,4 @@ def test_a_step_takes_a_fourth_of_the_dense_instructions_at_most(machine, tmp_pa
             taken = sparse(tmp_path, machine, structure, values)
             fewer[structure, values] = of_dense / taken
             print(f"{machine.name}: dense {of_dense:,}, {structure} {values} {taken:,}, {of_dense / taken:.1f}x fewer")
-    assert min(fewer["element", "w8a8"], fewer["16x1", "w8a8"], fewer["16x1", "fp32"]) >= 4
+    assert min(fewer.values()) >= 4, fewer

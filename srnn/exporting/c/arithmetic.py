@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import re
 
-from srnn.exporting.c.arrays import WIDE, StoredForm
+from srnn.exporting.c.arrays import INT8_TABLE, WIDE, StoredForm, declaration
+
+# Whether a compiler has vectors.
+_VECTORS = " || ".join(
+    f"defined({name})" for name in ("__SSE2__", "_M_X64", "__ARM_NEON", "__riscv_vector", "__wasm_simd128__")
+)
 
 _TANH = """\
 /* x P(x^2) / Q(x^2) up to 9, where tanh is 1 in single precision; at most 4e-7 off. */
@@ -55,14 +60,35 @@ static inline float NAME_bf16(uint16_t bits)
 """
 
 _ELEMENT = """\
-/* y += W x for the next rows of a matrix that is stored element by element. Four sums, because one would wait for
-   each addition to end. */
+/* y += W x for the next rows of a matrix that is stored element by element. Two sums, because one would wait for each
+   addition to end; what eight do not divide goes first, which takes no counting. */
 static void NAME_multiply_FORM(NAME_FORM *w, const float *restrict x, float *restrict y, int rows)
 {
+    const COUNTS *counts = w->counts;
     const uint8_t *gaps = w->gaps;
     const TYPE *values = w->values;
-    for (int row = 0; row < rows; row++) {
-        int left = (int)*w->counts++, at = 0;
+SCALES_BEGIN    for (int row = 0; row < rows; row++) {
+        const int count = (int)counts[row];
+        const float *at = x;
+        float a = 0.0f, b = 0.0f;
+PARTS
+        y[row] += SUM(a + b);
+    }
+    w->counts = counts + rows;
+    w->gaps = gaps;
+    w->values = values;
+SCALES_END}
+"""
+
+_LONG_ELEMENT = """\
+/* The same for long rows: four sums, four elements at a time, then what is over. */
+static void NAME_multiply_FORM(NAME_FORM *w, const float *restrict x, float *restrict y, int rows)
+{
+    const COUNTS *counts = w->counts;
+    const uint8_t *gaps = w->gaps;
+    const TYPE *values = w->values;
+SCALES_BEGIN    for (int row = 0; row < rows; row++) {
+        int left = (int)counts[row], at = 0;
         float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
         for (; left >= 4; left -= 4) {
             const int at0 = at + gaps[0], at1 = at0 + gaps[1], at2 = at1 + gaps[2];
@@ -79,11 +105,12 @@ static void NAME_multiply_FORM(NAME_FORM *w, const float *restrict x, float *res
             a += VALUE(*values) * x[at];
             values++;
         }
-        y[row] += SCALE((a + b) + (c + d));
+        y[row] += SUM((a + b) + (c + d));
     }
+    w->counts = counts + rows;
     w->gaps = gaps;
     w->values = values;
-}
+SCALES_END}
 """
 
 _ELEMENT_ALL = """\
@@ -139,6 +166,31 @@ _WIDENED = """\
             }
             values += blocks * HEIGHT;
         }"""
+# Vectors want many values to be widened at a time; a chip without them keeps those of a block in registers.
+_BLOCKS_AT_A_TIME = f"""\
+#if {_VECTORS}
+#define NAME_BLOCKS(height) ({WIDE} / (height))
+#else
+#define NAME_BLOCKS(height) 1
+#endif
+"""
+
+_INT8 = f"""\
+/* An int8 as a float: vectors convert fast, chips without a floating-point unit slowly. */
+#if {_VECTORS}
+static inline float NAME_widened(int8_t x)
+{{
+    return (float)x;
+}}
+#else
+{declaration("NAME_int8_table", INT8_TABLE)}
+static inline float NAME_widened(int8_t x)
+{{
+    return NAME_int8_table[(uint8_t)x];
+}}
+#endif
+"""
+
 _EXP = """\
 /* e to the x for x of 0 and less: 2 to a whole number times a polynomial of what is left. */
 static float NAME_exp(float x)
@@ -211,6 +263,8 @@ _USED = {
     "NAME_tanh(": _TANH,
     "NAME_fp16(": _FP16,
     "NAME_bf16(": _BF16,
+    "NAME_BLOCKS(": _BLOCKS_AT_A_TIME,
+    "NAME_widened(": _INT8,
 }
 
 
@@ -240,19 +294,25 @@ def walk(variable: str, form: StoredForm, array: str, columns: int, name: str) -
 
 def multiply_function(form: StoredForm, name: str) -> str:
     """The product of a matrix of this form with a vector."""
-    text = _BLOCKS if form.height > 1 else _ELEMENT if form.counts else _ELEMENT_ALL
+    text = _BLOCKS if form.height > 1 else _ELEMENT_ALL
+    if form.height == 1 and form.counts:
+        text = _LONG_ELEMENT if form.long_rows else _ELEMENT
     scaled = form.values == "int8"
+    text = text.replace("PARTS", _element_parts())
     text = text.replace("INNER", _BLOCK_BY_BLOCK if form.values == "fp32" else _WIDENED)
     text = re.sub(r"VALUE\(([^()]*)\)", _widened(form), text)
     for word, by in {
+        "SCALES_BEGIN": "    const float *scales = w->scales;\n" if scaled else "",
+        "SCALES_END": "    w->scales = scales + rows;\n" if scaled else "",
+        "COUNTS": form.counts or "",
         "COUNT": "(int)*w->counts++" if form.counts else "w->columns",
         "FACTOR": "x[at += *gaps++]" if form.counts else "x[at++]",
         "BEGIN": "    const uint8_t *gaps = w->gaps;\n" if form.counts else "",
         "END": "    w->gaps = gaps;\n" if form.counts else "",
-        "MANY": str(WIDE // form.height),
+        "MANY": f"NAME_BLOCKS({form.height})",
         "PREPARE": "const float scale = *w->scales++;\n        " if scaled else "",
         "SCALED(sums[lane])": "scale * sums[lane]" if scaled else "sums[lane]",
-        "SCALE((a + b) + (c + d))": "*w->scales++ * ((a + b) + (c + d))" if scaled else "(a + b) + (c + d)",
+        "SUM(": "scales[row] * (" if scaled else "(",
         "SCALE(sum)": "*w->scales++ * sum" if scaled else "sum",
         "FORM": form.name,
         "TYPE": form.c_type,
@@ -263,11 +323,28 @@ def multiply_function(form: StoredForm, name: str) -> str:
     return text
 
 
+def _element_parts() -> str:
+    """The elements of a row, each added to one of two sums: one, two and four if so many are over, then eights."""
+
+    def elements(number: int, indent: str) -> list[str]:
+        lines = []
+        for i in range(number):
+            total = "ab"[i % 2]
+            lines += [f"{indent}at += gaps[{i}];", f"{indent}{total} += VALUE(values[{i}]) * *at;"]
+        return [*lines, f"{indent}gaps += {number};", f"{indent}values += {number};"]
+
+    lines = []
+    for number in (1, 2, 4):
+        lines += [f"        if (count & {number}) {{", *elements(number, " " * 12), "        }"]
+    loop = "        for (const uint8_t *const end = gaps + (count & ~7); gaps != end;) {"
+    return "\n".join([*lines, loop, *elements(8, " " * 12), "        }"])
+
+
 def _widened(form: StoredForm) -> str:
     """The matched value as a float."""
     if form.by_table:
         return r"NAME_int8[(uint8_t)\1]"
-    return {"fp32": r"\1", "int8": r"(float)\1", "fp16": r"NAME_fp16(\1)", "bf16": r"NAME_bf16(\1)"}[form.values]
+    return {"fp32": r"\1", "int8": r"NAME_widened(\1)", "fp16": r"NAME_fp16(\1)", "bf16": r"NAME_bf16(\1)"}[form.values]
 
 
 def row_code(form: StoredForm, array: str, columns: int, name: str) -> str:

@@ -117,6 +117,9 @@ class Code:
             self.array(f"{array}_{part}", numbers)
         if stored.form.by_table:
             self.array(f"{self.name}_int8", INT8_TABLE)
+        elif stored.form.values == "int8" and "of blocks" not in self._declared:
+            self._declared.add("of blocks")  # a table that only chips without vectors have
+            self.flash += INT8_TABLE.nbytes
         self.multiply_adds += stored.multiply_adds
         self.product_stack = max(self.product_stack, stored.form.stack)
         start = walk(variable, stored.form, array, stored.columns, self.name)
