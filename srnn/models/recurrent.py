@@ -38,6 +38,18 @@ def _step(rnn: Any, x_BI: Tensor, state: TorchState | None) -> tuple[Tensor, Tor
     return y_BTH[:, 0], state
 
 
+def _step_at_once(network: nn.Module, input: Tensor, state: TorchState | None) -> tuple[Tensor, TorchState] | None:
+    """A step by sparse layers that run the embedding and the decoder, too; None where each is called by itself."""
+    parts = network._modules
+    if network.training or state is None or isinstance(parts["rnn"], nn.RNNBase):
+        return None
+    step = getattr(parts["rnn"], "step_of_network", None)
+    done: tuple[Tensor, TorchState] | None = None
+    if step is not None:
+        done = step(parts.get("embedding"), parts["decoder"], input, state)
+    return done
+
+
 class LanguageModel(nn.Module):
     """Embedding, recurrent layers, linear decoder: the distribution of the next token.
 
@@ -121,6 +133,9 @@ class LanguageModel(nn.Module):
         Returns:
             logits_BV for the token after it, and the state to continue from.
         """
+        done = _step_at_once(self, tokens_B, state)
+        if done is not None:
+            return done
         x_BE = self.embedding(tokens_B)
         x_BE = self.embedding_dropout(x_BE) if self.training else x_BE  # a call that does nothing costs 4 us
         y_BH, state = _step(self.rnn, x_BE, state)
@@ -199,6 +214,9 @@ class SequenceModel(nn.Module):
         """
         if self.directions > 1:
             raise RuntimeError("bidirectional layers cannot step: they read a sequence from its end too")
+        done = _step_at_once(self, x_BI, state)
+        if done is not None:
+            return done
         y_BH, state = _step(self.rnn, x_BI, state)
         return self.decoder(self.dropout(y_BH) if self.training else y_BH), state
 
