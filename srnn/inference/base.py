@@ -105,7 +105,7 @@ class SparseModule(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """Python asks here for what it did not find: parameters, buffers, modules; packed weights are given dense."""
         packed = self.__dict__.get("_modules", {}).get(f"{name}{_PACKED}")
-        return super().__getattr__(name) if packed is None else self._dense(name, packed)
+        return super().__getattr__(name) if packed is None else self._dense(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses to replace a packed weight, which the kernel would not see. Raises UserError."""
@@ -116,13 +116,14 @@ class SparseModule(nn.Module):
             )
         super().__setattr__(name, value)
 
-    def _dense(self, name: str, packed: PackedWeight) -> Tensor:
-        if torch.compiler.is_compiling():
-            return packed.matrix.to_dense()
-        # Kept, because a forward that reads it does so at every call.
-        if ("dense", name) not in self._ready:
-            self._ready["dense", name] = packed.matrix.to_dense()
-        dense: Tensor = self._ready["dense", name]
+    def _dense(self, name: str) -> Tensor:
+        """A packed weight dense, kept, because a forward that reads it does so at every call."""
+        kept: Tensor | None = self._ready.get(("dense", name))
+        if kept is not None and not torch.compiler.is_compiling():
+            return kept
+        dense = self._matrix(name).to_dense()
+        if not torch.compiler.is_compiling():
+            self._ready["dense", name] = dense
         return dense
 
     def matrices(self) -> dict[str, SparseMatrix]:
@@ -153,17 +154,11 @@ class SparseModule(nn.Module):
         """The candidate that was decided for this use on the whole network; None leaves it to the kernel."""
         if not self.decided and self.watcher is None:
             return None
-        use = (x.device.type, about(streams), length_class(steps), torch.get_num_threads())
+        use = ("cpu" if x.is_cpu else x.device.type, about(streams), length_class(steps), torch.get_num_threads())
         if self.watcher is None:
             return self.decided.get(use)
         self.watcher(use, steps)
         return self.decided.get(use, TORCH)
-
-    def _as_torchs(self, x: Tensor, streams: int, steps: int) -> bool:
-        """Whether this call is torch's own module's: then nothing of ours is to stand in between."""
-        if not self.decided or self.recorder is not None or torch.compiler.is_compiling():
-            return False
-        return x.dtype == torch.float32 and self._decision(x, streams, steps) == TORCH
 
     def candidates(self) -> Mapping[str, Kernel]:
         """What its kernel chooses among; nothing where it has no choice."""
@@ -303,7 +298,7 @@ def marks_of(network: nn.Module) -> list[Any] | None:
 
 def refuse_tracing() -> None:
     """Raises UserError inside ``torch.jit.trace``, before anything of the trace is kept in the module."""
-    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+    if torch.jit.is_tracing() and not torch.compiler.is_compiling():
         refuse_onnx()
         raise UserError("torch.jit.trace does not see sparse kernels: use torch.export or torch.compile.")
 

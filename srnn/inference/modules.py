@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
-from srnn.inference.base import SparseModule, Weights, no_grad, refuse_tracing, without_gradient
+from srnn.inference.base import TORCH, SparseModule, Weights, no_grad, refuse_tracing, without_gradient
 from srnn.inference.operator import rebuilders
 from srnn.inference.sparse_cell import SparseCell
 from srnn.inference.sparse_recurrent import SparseRecurrent
@@ -41,21 +41,18 @@ class SparseLinear(SparseModule):
         refuse_tracing()
         if input.shape[-1] != self.in_features:
             raise RuntimeError(f"input must have {self.in_features} features, not {input.shape[-1]}")
-        if self.decided and self._as_torchs(input, 1, input.numel() // self.in_features):
-            with no_grad():
-                y = nn.functional.linear(input, self.weight, self._buffers["bias"])
-            return without_gradient(y, input)
         return self._outputs([input])[0]
 
     def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """The same as ``forward``."""
         (input,) = inputs
+        name = self._decision(input, 1, input.shape[:-1].numel())
+        by_torch = name == TORCH and self.recorder is None and input.dtype == torch.float32
         with no_grad():
-            x_NI = input if input.dim() == 2 else input.reshape(-1, self.in_features)
-            if self.recorder is not None:
-                self.recorder("weight", x_NI)
-            y = self._product(x_NI)(x_NI)
-            y = y if input.dim() == 2 else y.view(*input.shape[:-1], self.out_features)
+            if by_torch:
+                y = nn.functional.linear(input, self._dense("weight"), self._buffers["bias"])
+            else:
+                y = self._by_kernel(input, name)
         return (without_gradient(y, input),)
 
     def shapes(self, inputs: list[Tensor]) -> list[Tensor]:
@@ -66,8 +63,15 @@ class SparseLinear(SparseModule):
         """Its matrix."""
         return self._matrix("weight")
 
-    def _product(self, x_NI: Tensor) -> Product:
-        name = self._decision(x_NI, 1, x_NI.shape[0])
+    def _by_kernel(self, input: Tensor, name: str | None) -> Tensor:
+        x_NI = input if input.dim() == 2 else input.reshape(-1, self.in_features)
+        if self.recorder is not None:
+            self.recorder("weight", x_NI)
+        y = self.product(x_NI, name)(x_NI)
+        return y if input.dim() == 2 else y.view(*input.shape[:-1], self.out_features)
+
+    def product(self, x_NI: Tensor, name: str | None) -> Product:
+        """The product with such rows, by a candidate of the kernel, or the kernel itself for None."""
         key = (name, x_NI.device, x_NI.dtype)
         ready: Product | None = self._ready.get(key)
         if ready is None:
@@ -100,14 +104,22 @@ class SparseEmbedding(SparseModule):
     def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """The same as ``forward``."""
         (input,) = inputs
-        if input.is_cuda or self.num_embeddings * self.embedding_dim <= SMALL_TABLE:  # rows of a size not known ahead
-            if "table" not in self._ready:
-                self._ready["table"] = self._matrix("weight").to_dense()
-            return (nn.functional.embedding(input, self._ready["table"]),)
+        table = self.table(any_size=input.is_cuda)  # rows of a size not known ahead cannot be recorded in a graph
+        if table is not None:
+            return (nn.functional.embedding(input, table),)
         if input.numel() and not 0 <= int(input.min()) <= int(input.max()) < self.num_embeddings:
             raise IndexError(f"numbers must lie between 0 and {self.num_embeddings - 1}")
         rows = self._matrix("weight").rows(input.reshape(-1))
         return (rows.view(*input.shape, self.embedding_dim),)
+
+    def table(self, any_size: bool = False) -> Tensor | None:
+        """All rows, dense, where these are few, or however many there are."""
+        if not any_size and self.num_embeddings * self.embedding_dim > SMALL_TABLE:
+            return None
+        if "table" not in self._ready:
+            self._ready["table"] = self._matrix("weight").to_dense()
+        table: Tensor = self._ready["table"]
+        return table
 
     def shapes(self, inputs: list[Tensor]) -> list[Tensor]:
         """One output."""

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from srnn.cells import Cell, cell_of
 from srnn.inference.base import TORCH, SparseModule, Weights, marks_of, no_grad, refuse_tracing, without_gradient
+from srnn.inference.one_call import OneCall
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, State, equal_lengths
 from srnn.kernels.replay import Recordable, ReplayedLayer, Replays
 
@@ -66,6 +67,8 @@ class SparseRecurrent(SparseModule):
             RuntimeError: shapes do not fit; also backward through the outputs.
         """
         refuse_tracing()
+        if type(input) is Tensor and input.is_cpu:  # nothing is replayed there, and a small network feels each question
+            return self._plain(input, hx)
         replayed = self._replayed("sequence", input, hx, self._plain)
         return self._plain(input, hx) if replayed is None else replayed
 
@@ -104,12 +107,19 @@ class SparseRecurrent(SparseModule):
         refuse_tracing()
         if self.bidirectional:
             raise RuntimeError("a bidirectional network sees the end of a sequence first: it cannot run step by step")
+        at_once = OneCall.of(None, self, None)(x_BI, hx) if hx is not None and x_BI.is_cpu else None
+        if at_once is not None:
+            return at_once
         time = 1 if self.batch_first else 0
         if self._forward_hooks or self._forward_pre_hooks:  # which see sequences, as those of torch's modules do
             y, state = self(x_BI.unsqueeze(time), hx)
             return y.squeeze(time), state
         replayed = self._replayed("step", x_BI, hx, self._plain_step)
         return self._plain_step(x_BI, hx) if replayed is None else replayed
+
+    def step_of_network(self, before: Any, after: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any] | None:
+        """A step of an embedding (or None), these layers and a decoder; None where each has to be called by itself."""
+        return OneCall.of(before, self, after)(input, hx)
 
     def _plain_step(self, x_BI: Tensor, hx: Any) -> tuple[Tensor, Any]:
         time = 1 if self.batch_first else 0
@@ -205,12 +215,20 @@ class SparseRecurrent(SparseModule):
             raise RuntimeError(f"input must have {self.input_size} features, not {x.shape[-1]}")
         return x.reshape(rows, self.input_size)
 
+    def as_torchs(self) -> nn.Module:
+        """Torch's own module with these weights, made once."""
+        if TORCH not in self._ready:
+            self._ready[TORCH] = self.original().requires_grad_(False)
+        module: nn.Module = self._ready[TORCH]
+        return module
+
     def _by_torch(self, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
         """Torch's own module, where that is fastest."""
-        module = self._ready.get(TORCH)
-        if module is None:
-            module = self._ready[TORCH] = self.original().requires_grad_(False)
-        with no_grad():
+        module = self.as_torchs()
+        if not torch.is_grad_enabled():
+            plain: tuple[Tensor, Any] = module.forward(input, hx)
+            return plain
+        with torch.no_grad():
             y, state = module(input, hx)
         given = () if hx is None else hx if isinstance(hx, tuple | list) else (hx,)
         if self.cell == "lstm":

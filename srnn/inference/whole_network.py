@@ -32,6 +32,9 @@ _ROUNDS = 9
 _BURST = 2e-3  # seconds that calls are repeated for, so that each finds the cache as it left it
 _LONG = 0.03  # seconds of 100 steps from which on 400 are not timed: what a call costs beside its steps is little then
 _HOPELESS = 2.0  # times the fastest: such a candidate is not timed again
+_BEHIND = 1.5  # times the fastest at every length, after two rounds: such a candidate is not timed again, either
+_LOST = 4.0  # times the fastest: on a CPU such a candidate is not tried with longer sequences
+_SLOW = 0.2  # seconds of a dense call, and ten times the fastest: its first call is its only one
 _MARGIN = 0.97  # of the best dense; what is less faster is noise
 
 Names = dict[str, str]  # part of the network -> the candidate that runs it
@@ -54,14 +57,18 @@ def choose_for_network(network: nn.Module, example: Any) -> list[Choice]:
     name = f"network {_fingerprint(network, parts)}"
     with measuring, torch.inference_mode():
         examples = ExampleCalls(network, parts, example)
-        found = []
+        found: list[Choice] = []
+        lost: set[str] = set()
         for lengths in examples.classes(LENGTHS):
             use = f"{_several(examples.streams, 'stream')}, {_several(lengths[0], 'step')}"
             what = f"{name}, {use}{' and more' * (len(lengths) > 1)}, {_several(torch.get_num_threads(), 'thread')}"
             calls = {steps: examples.call(steps) for steps in lengths}
             uses = examples.uses([calls[lengths[0]]])  # those of longer ones are the same
             if any(uses.values()):  # cells take single steps, whatever the length
-                found.append(_Network(parts, uses, calls, device).decide(what, use))
+                decision = _Network(parts, uses, calls, device, lost)
+                found.append(decision.decide(what, use))
+                # Of sequences only: a step may cost a candidate more than it does within a sequence.
+                lost = decision.lost if device.type == "cpu" and lengths[0] > 1 else set()
     return found
 
 
@@ -85,6 +92,7 @@ class _Network:
     uses: dict[str, set[Use]]
     calls: dict[int, Call]
     device: torch.device
+    lost: set[str]  # candidates that were far slower with shorter sequences
     left_out: dict[str, str] = field(default_factory=dict)
 
     def decide(self, what: str, use: str) -> Choice:
@@ -122,8 +130,8 @@ class _Network:
         return able
 
     def _measured(self, what: str, use: str, everywhere: dict[str, Names]) -> tuple[Names, Choice]:
-        lengths = self._affordable(everywhere[TORCH])
-        tried = self._tried(everywhere, lengths)
+        tried, of_torch = self._tried(everywhere)
+        lengths = tuple(self.calls) if of_torch < _LONG else tuple(self.calls)[:1]
         times = self._timed(tried, lengths, 0.4 * _SECONDS)
         winner = _best(times)
         mixed = self._mixed(tried, winner, times, lengths)
@@ -136,31 +144,30 @@ class _Network:
         seconds = {_words(mixed) if name == "mixed" else name: t[lengths[0]] for name, t in times.items()}
         return names, Choice(what, _words(names), seconds, self.left_out, "whole network", use)
 
-    def _affordable(self, dense: Names) -> tuple[int, ...]:
-        """The lengths without the longest, where that takes too long."""
-        first, *longer = self.calls
-        if not longer:
-            return (first,)
-        self._run_by(dense)
-        self.calls[first]()
-        return tuple(self.calls) if timed(self.calls[first], self.device) < _LONG else (first,)
-
-    def _tried(self, candidates: dict[str, Names], lengths: tuple[int, ...]) -> dict[str, Names]:
-        """Candidates that run, and are not far slower than others; what compiles does so here."""
-        longest, seconds = self.calls[lengths[0]], {}
-        for name, names in candidates.items():
-            self._run_by(names)
+    def _tried(self, candidates: dict[str, Names]) -> tuple[dict[str, Names], float]:
+        """Candidates that run, and are not far slower than others, and torch's time; what compiles does so here."""
+        call = next(iter(self.calls.values()))
+        seconds: dict[str, float] = {}
+        for name in sorted(candidates, key=DENSE.__contains__):
+            if name in self.lost and name != TORCH:
+                continue
+            self._run_by(candidates[name])
             try:
-                longest()
+                took = timed(call, self.device)
             except Exception as error:
                 if name in DENSE:
                     raise
                 self.left_out[name] = f"failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
                 _log.warning("%s cannot be used: %s", name, self.left_out[name])
                 continue
-            seconds[name] = timed(longest, self.device)
-        limit = _HOPELESS * min(seconds.values())
-        return {name: candidates[name] for name in seconds if seconds[name] < limit or name == TORCH}
+            hopeless = name in DENSE and took > max(_SLOW, 10 * min(seconds.values(), default=took))
+            seconds[name] = took if hopeless else timed(call, self.device)
+        fastest = min(seconds.values())
+        self.lost = self.lost | {name for name in seconds if seconds[name] > _LOST * fastest}
+        # In the order of the candidates, of which the first wins where several are as fast.
+        limit = _HOPELESS * fastest
+        able = {n: names for n, names in candidates.items() if n == TORCH or seconds.get(n, limit) < limit}
+        return able, seconds[TORCH]
 
     def _mixed(
         self, tried: dict[str, Names], winner: str, times: dict[str, dict[int, float]], lengths: tuple[int, ...]
@@ -182,15 +189,18 @@ class _Network:
     def _timed(
         self, candidates: dict[str, Names], lengths: Iterable[int], seconds: float
     ) -> dict[str, dict[int, float]]:
-        """The shortest time of each, of each length, in turns."""
+        """The shortest time of each, of each length, in turns; those that are far behind after two are left there."""
         found: dict[str, dict[int, float]] = {name: {} for name in candidates}
-        began = time.monotonic()
-        for _ in range(_ROUNDS):
-            for steps, (name, names) in itertools.product(lengths, candidates.items()):
+        lengths, racing, began = tuple(lengths), dict(candidates), time.monotonic()
+        for turn in range(_ROUNDS):
+            for steps, (name, names) in itertools.product(lengths, racing.items()):
                 self._run_by(names)
                 took = _burst(self.calls[steps], self.device)
                 found[name][steps] = min(took, found[name].get(steps, took))
-            if time.monotonic() - began > seconds:
+            if turn:
+                best = {t: min(times[t] for times in found.values()) for t in lengths}
+                racing = {n: c for n, c in racing.items() if any(found[n][t] < _BEHIND * best[t] for t in lengths)}
+            if len(racing) == 1 or time.monotonic() - began > seconds:
                 break
         return found
 

@@ -24,6 +24,8 @@ from srnn.sparse import SparseMatrix
 
 State = tuple[Tensor, ...]  # (h_BP,), and (h_BP, c_BH) of an LSTM
 Product = Callable[[Tensor], Tensor]  # x_NI -> y_NO
+# The step of a whole network for one stream; None of inputs that it does not take. See ``Kernel.network_step``.
+NetworkStep = Callable[[Tensor, State], tuple[Tensor, State] | None]
 
 
 @dataclass(frozen=True)
@@ -288,6 +290,19 @@ class Kernel(ABC):
 
         Returns:
             A layer that is given x [T, I] and states [L, 1, ...], and returns as ``Layer.run``.
+        """
+        return None
+
+    def network_step(self, table: Tensor | None, stack: Layer, decoder: Product | None) -> NetworkStep | None:
+        """A step of a whole network in one call, for one stream; here None: its parts run one after the other.
+
+        Args:
+            table: the tokens' vectors [V, I]; None where the input is no token.
+            stack: what ``stack`` gave.
+            decoder: what ``product`` gave; None where the outputs are the layers'.
+
+        Returns:
+            A function of a token [1] or x [1, I], and the state [L, 1, ...], that gives y [1, O] and the new state.
         """
         return None
 

@@ -39,13 +39,20 @@ def _step(rnn: Any, x_BI: Tensor, state: TorchState | None) -> tuple[Tensor, Tor
 
 
 def _step_of(
-    network: Any, plain: Callable[[Tensor, TorchState | None], Any], x: Tensor, state: TorchState | None
+    network: nn.Module, plain: Callable[[Tensor, TorchState | None], Any], x: Tensor, state: TorchState | None
 ) -> tuple[Tensor, TorchState]:
-    """A step of a whole network: sparse layers on a GPU replay it, with all that stands around them."""
-    if isinstance(network.rnn, nn.RNNBase) or not x.is_cuda:
-        stepped: tuple[Tensor, TorchState] = plain(x, state)
-        return stepped
-    return network.rnn.step_of(network, plain, x, state)
+    """A step of a whole network. Sparse layers run it in one piece: from a graph on a GPU, in one call on a CPU."""
+    parts = network._modules  # attributes of a module cost a microsecond
+    rnn: Any = parts["rnn"]
+    done: tuple[Tensor, TorchState] | None = None
+    if not isinstance(rnn, nn.RNNBase):
+        if x.is_cuda:
+            done = rnn.step_of(network, plain, x, state)
+        elif state is not None and not network.training and hasattr(rnn, "step_of_network"):
+            done = rnn.step_of_network(parts.get("embedding"), parts["decoder"], x, state)
+    if done is None:
+        done = plain(x, state)
+    return done
 
 
 class LanguageModel(nn.Module):

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from srnn.cells import CELLS
-from srnn.kernels.contract import ComposedLayer, Kernel, Layer, LayerWeights, Product, Recurrence, State
+from srnn.kernels.contract import (
+    ComposedLayer,
+    Kernel,
+    Layer,
+    LayerWeights,
+    NetworkStep,
+    Product,
+    Recurrence,
+    State,
+)
 from srnn.kernels.cpu.keeping import where_it_can_be_kept
 from srnn.kernels.cpu.operands import Operand
 from srnn.kernels.cpu.shapes import NUMBERS_OF_MATRIX, ROWS, Array, chunk_size
@@ -73,6 +82,12 @@ class Cpu(Kernel):
         able = [layer for layer in layers if isinstance(layer, _Layer) and layer.can_step]
         return _Stack(tuple(able)) if len(able) == len(layers) else None
 
+    def network_step(self, table: Tensor | None, stack: Layer, decoder: Product | None) -> NetworkStep | None:
+        """One compiled call, on one thread."""
+        if not isinstance(stack, _Stack) or not isinstance(decoder, _Product | None):
+            return None
+        return _NetworkStep(table, stack, decoder)
+
 
 def _vector(bias: Tensor | None, size: int) -> Array:
     return np.zeros(size, np.float32) if bias is None else _array(bias).copy()
@@ -90,7 +105,7 @@ class _Product:
         threads = _threads(matrix.entries * min(rows, ROWS))
         if threads == 1:
             x, y_NO = _plain(x_NI), torch.empty(rows, matrix.shape[0])
-            call, plan = self._plans.get(min(rows, ROWS)) or self._plan(min(rows, ROWS))
+            call, plan = self._plans.get(min(rows, ROWS)) or self.plan(min(rows, ROWS))
             call(plan, rows, x.data_ptr(), y_NO.data_ptr())
             return y_NO
         y = np.empty((rows, matrix.shape[0]), np.float32)
@@ -109,7 +124,7 @@ class _Product:
             )
         return torch.from_numpy(y)
 
-    def _plan(self, rows: int) -> tuple[Any, Array]:
+    def plan(self, rows: int) -> tuple[Any, Array]:
         """The compiled call for so many rows, and the numbers that it takes."""
         matrix = self.operand.matrix
         with _announced("product", self.operand.kind, rows > 1):
@@ -224,7 +239,7 @@ class _Stack(Layer):
             return self._one_after_the_other(x_NI, batch_sizes, state)
         x, h0 = _plain(x_NI), _plain(state[0])
         rows = 1 if steps == 1 else min(ROWS, -(-steps // 4) * 4)
-        call, plan = self._plans.get(rows) or self._plan(rows)
+        call, plan = self._plans.get(rows) or self.plan(rows)
         y, h = torch.empty(steps, self.units), torch.empty_like(h0)
         if not self.lstm:
             call(plan, steps, x.data_ptr(), h0.data_ptr(), 0, y.data_ptr(), h.data_ptr(), 0)
@@ -240,7 +255,7 @@ class _Stack(Layer):
             ends.append(end)
         return y, tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
 
-    def _plan(self, rows: int) -> tuple[Any, Array]:
+    def plan(self, rows: int) -> tuple[Any, Array]:
         """The compiled call for products of so many rows, and the numbers that it takes; compiled where it was not."""
         recurrence = self.layers[0].recurrence
         gates = self.layers[0].product.operand.matrix.gates
@@ -259,6 +274,41 @@ class _Stack(Layer):
         with _announced("stack", rows > 1, *kinds):
             self._plans[rows] = found
         return found
+
+
+class _NetworkStep:
+    """A step of a whole network: the token's vector, all layers, the decoder."""
+
+    def __init__(self, table: Tensor | None, stack: _Stack, decoder: _Product | None) -> None:
+        self.stack, self.decoder, self.lstm = stack, decoder, stack.lstm
+        matrix = None if decoder is None else decoder.operand.matrix
+        self.work = max(stack.work, 0 if matrix is None else matrix.entries)
+        self.outputs = stack.units if matrix is None else matrix.shape[0]
+        self.state = (len(stack.layers), 1, stack.units)
+        self.kind = torch.float32 if table is None else torch.int64
+        self.input: tuple[int, ...] = (1, stack.inputs) if table is None else (1,)
+        self.table = table  # held for its address
+        self.at, self.vocabulary = (0, 0) if table is None else (table.data_ptr(), len(table))
+        plans = [stack.plan(1)[1]] + ([] if decoder is None else [decoder.plan(1)[1]])
+        self.plan, self.of_stack = np.concatenate(plans), len(plans[0])
+        self.run = _compiled_code("stacks").run_step
+
+    def __call__(self, x: Tensor, state: State) -> tuple[Tensor, State] | None:
+        """None of what is no plain memory of the right size, and where several threads pay."""
+        h0, c0 = state[0], state[-1]
+        if x.dtype != self.kind or x.shape != self.input or not x.is_contiguous() or _threads(self.work) > 1:
+            return None
+        for part in state:
+            if part.dtype != torch.float32 or part.shape != self.state or not part.is_contiguous():
+                return None
+        y, h = torch.empty(1, self.outputs), torch.empty_like(h0)
+        c = torch.empty_like(c0) if self.lstm else h
+        with _announced("network step"):
+            addresses = (h0.data_ptr(), c0.data_ptr(), y.data_ptr(), h.data_ptr(), c.data_ptr())
+            found = self.run(self.plan, self.of_stack, self.at, self.vocabulary, x.data_ptr(), *addresses)
+        if not found:
+            raise IndexError(f"a token must lie between 0 and {self.vocabulary - 1}, not be {int(x)}")
+        return y, (h, c) if self.lstm else (h,)
 
 
 def _plain(x: Tensor) -> Tensor:

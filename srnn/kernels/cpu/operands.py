@@ -17,6 +17,8 @@ from torch import Tensor
 
 from srnn.kernels.cpu.keeping import where_it_can_be_kept
 from srnn.kernels.cpu.shapes import ROWS, TILES, Array, padded_width
+from srnn.kernels.remembering import busy, recall, remember
+from srnn.kernels.timing import hardware
 from srnn.sparse import SparseMatrix
 
 _log = logging.getLogger("srnn.kernels")
@@ -27,7 +29,7 @@ _TILE = 4  # streams that share a slot of a window
 _ROUNDS, _REPEATS = 5, 3
 _SECONDS = 0.02  # after which no further round is begun
 
-_fastest: dict[tuple[object, ...], str] = {}  # what was measured in this process
+_fastest: dict[tuple[object, ...], str] = {}  # what was measured or remembered in this process
 _measuring = threading.Lock()
 
 
@@ -94,13 +96,23 @@ class Operand:
         key = (*self.kind, self.matrix.shape, float(f"{self.matrix.blocks:.1e}"), streams)
         with _measuring:
             if key not in _fastest:
-                seconds = _timed({one: self.made(*one) for one in able}, self.matrix, streams)
-                _fastest[key] = min(seconds, key=seconds.__getitem__)[0]
-                times = ", ".join(f"{name} {1e6 * s:.1f} us" for (name, _), s in seconds.items())
-                _log.debug("%s, %d streams: %s", self.matrix.shape, streams, times)
-                self.made.cache_clear()  # forms that lost
+                _fastest[key] = self._fastest_of(able, streams, str(key))
             chosen = _fastest[key]
         return self.made(*next(one for one in able if one[0] == chosen))
+
+    def _fastest_of(self, able: list[tuple[str, int]], streams: int, key: str) -> str:
+        """Measured, or remembered of this machine."""
+        where = f"{hardware(torch.device('cpu'))}; forms {' '.join(name for name, _ in able)}"
+        known = (recall(where, key) or {}).get("form")
+        if known in dict(able):
+            return str(known)
+        seconds = _timed({one: self.made(*one) for one in able}, self.matrix, streams)
+        self.made.cache_clear()  # forms that lost
+        found = min(seconds, key=seconds.__getitem__)[0]
+        _log.debug("%s: %s", key, ", ".join(f"{name} {1e6 * s:.1f} us" for (name, _), s in seconds.items()))
+        if not busy():
+            remember(where, key, {"form": found})
+        return found
 
     def _able(self, streams: int) -> list[str]:
         """Forms that can run; blocks are side by side as they are, and gathers are for one stream."""

@@ -1,4 +1,4 @@
-"""Compiled: all layers of a network over a sequence of one stream, in one call.
+"""Compiled: all layers of a network over a sequence of one stream, or all of it for one step, in one call.
 
 A call from Python takes addresses, because an array costs it ten times what a number does.
 """
@@ -25,15 +25,20 @@ from srnn.kernels.cpu.shapes import (
 _LSTM = CELLS.index("lstm")
 
 
-@intrinsic
-def _floats(typing, address):
-    """An address as a pointer to floats."""
-    result = types.CPointer(types.float32)
+def _pointer_to(kind: Any) -> Any:
+    """A function of compiled code: an address as a pointer."""
+    result = types.CPointer(kind)
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(result))
+    def pointer(typing, address):
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(result))
 
-    return result(types.int64), codegen
+        return result(types.int64), codegen
+
+    return intrinsic(pointer)
+
+
+_floats, _integers = _pointer_to(types.float32), _pointer_to(types.int64)
 
 
 @njit(nogil=True, cache=True)
@@ -89,3 +94,37 @@ def run_stack(plan, steps, x_at, h0_at, c0_at, y_at, h_at, c_at):
         if cell == _LSTM:
             carray(_floats(c_at), (layers, units))[layer] = cells[:, 0]
         source = y
+
+
+@njit(nogil=True, cache=True)
+def run_step(plan, of_stack, table_at, vocabulary, x_at, h0_at, c0_at, y_at, h_at, c_at):
+    """One step of one stream, from the input or the token to the decoder's outputs, on one thread.
+
+    Args:
+        plan: the numbers of the layers, then those of the decoder, if there is one.
+        of_stack: how many are the layers'.
+        table_at: address of the tokens' vectors [V, I].
+        vocabulary: V; 0 where the input is no token.
+        x_at: address of the input [I], or of a token, int64.
+        h0_at: of [L, H].
+        c0_at: of [L, H]; any number but for an LSTM.
+        y_at: of the outputs [O], filled: the decoder's, or those of the last layer.
+        h_at: of [L, H], filled.
+        c_at: of [L, H], filled for an LSTM.
+
+    Returns:
+        Whether there is such a token; if not, nothing was written.
+    """
+    units, inputs = plan[2], plan[4]
+    if vocabulary:
+        token = carray(_integers(x_at), (1,))[0]
+        if token < 0 or token >= vocabulary:
+            return False
+        x_at = table_at + 4 * inputs * token
+    if of_stack == len(plan):
+        run_stack(plan, 1, x_at, h0_at, c0_at, y_at, h_at, c_at)
+        return True
+    y = zeros(1, units)
+    run_stack(plan[:of_stack], 1, x_at, h0_at, c0_at, y.ctypes.data, h_at, c_at)
+    run_product(plan[of_stack:], 1, y.ctypes.data, y_at)
+    return True
