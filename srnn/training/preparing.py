@@ -129,6 +129,7 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
     moments, batches = Moments.of(method, run.length), len(data.train_dataloader())
     schedule = register.build("schedule", settings.schedule, moments=moments, batches=batches)
     run.objective.schedule = partial(attach, schedule) if schedule is not None else None
+    run.objective.configure_optimizers()  # a first look, too: nothing of it is kept
     run.objective.teacher = teacher_of(settings.distill, run.objective)
     return replace(run, averaging=register.build("averaging", settings.averaging, moments=moments))
 
