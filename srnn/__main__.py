@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from srnn import __version__
 from srnn.errors import UserError, did_you_mean, in_words
@@ -69,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_what_can_be_shown()
     _pass_over_what_is_no_rank()
     try:
-        return _dispatch(argv)
+        with _no_interrupt_lost():
+            return _dispatch(argv)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         close_output()
         return 141  # as a shell has it for a program that SIGPIPE ended
@@ -83,6 +88,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("srnn: interrupted; what was written so far is whole.", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Send a Ctrl-C again that comes while an object is taken down: Python drops it there, with a traceback."""
+    before = sys.unraisablehook
+
+    def again(dropped: Any) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()  # not at once, which would be dropped like the first
+        else:
+            before(dropped)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _pass_over_what_is_no_rank() -> None:

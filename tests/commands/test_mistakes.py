@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -213,6 +215,31 @@ def test_errors_of_the_system_name_the_file_and_no_number(capsys, monkeypatch):
     monkeypatch.setattr("srnn.commands.list.main", lambda _: (_ for _ in ()).throw(error))
     assert main(["list"]) == 2
     assert capsys.readouterr().err == "srnn: a.bin: File too large.\n"
+
+
+def test_an_interrupt_while_an_object_is_taken_down_is_not_lost(capsys, monkeypatch):
+    class Slow:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def runs(_):
+        Slow()
+        time.sleep(20)
+
+    monkeypatch.setattr("srnn.commands.list.main", runs)
+    before = sys.unraisablehook
+    assert main(["list"]) == 130
+    assert sys.unraisablehook is before
+    assert capsys.readouterr().err == "srnn: interrupted; what was written so far is whole.\n"
+
+
+def test_a_preset_that_is_no_yaml(capsys, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("a: [")
+    assert main(["experiment=mine", "--config-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("srnn: a config file is no YAML: while parsing")
+    assert "mine.yaml" in error
 
 
 def test_debug_shows_the_traceback(monkeypatch):
