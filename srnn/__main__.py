@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import _thread
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from srnn import __version__
-from srnn.errors import UserError, did_you_mean
-from srnn.terminal import close_output, show_what_can_be_shown
+from srnn.errors import UserError, did_you_mean, in_words
+from srnn.terminal import close_output, open_closed_streams, show_what_can_be_shown
 
 COMMANDS = {
     "train": "train, prune, pack, measure, report (the default)",
@@ -58,6 +62,7 @@ SRNN_DEBUG=1 shows tracebacks; SRNN_CACHE names the cache folder."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 the user's mistake, 130 interrupted."""
+    open_closed_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in (["--help"], ["-h"], ["help"]):
         print(HELP.format(commands="\n".join(f"  {name:10}{word}" for name, word in COMMANDS.items())))
@@ -68,20 +73,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_what_can_be_shown()
     _pass_over_what_is_no_rank()
     try:
-        return _dispatch(argv)
+        with _no_interrupt_lost():
+            return _dispatch(argv)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         close_output()
         return 141  # as a shell has it for a program that SIGPIPE ended
     except (UserError, OSError) as error:
         if os.environ.get("SRNN_DEBUG") == "1":
             raise
-        print(f"srnn: {error}", file=sys.stderr)
+        print(f"srnn: {in_words(error)}", file=sys.stderr)
         return 2
     except SystemExit as done:  # argparse's way to end after --help
         return int(done.code or 0)
     except KeyboardInterrupt:
         print("srnn: interrupted; what was written so far is whole.", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Send a Ctrl-C again that comes while an object is taken down: Python drops it there, with a traceback."""
+    before = sys.unraisablehook
+
+    def again(dropped: Any) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()  # not at once, which would be dropped like the first
+        else:
+            before(dropped)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _pass_over_what_is_no_rank() -> None:
@@ -101,6 +125,10 @@ def _dispatch(argv: list[str]) -> int:
         raise UserError(
             f"{command}: no such command.{did_you_mean(command, COMMANDS)} There are: {', '.join(COMMANDS)}."
         )
+    try:
+        os.getcwd()
+    except OSError as error:  # it was removed, by whoever cleans up
+        raise UserError(f"the working folder cannot be used: {error.strerror}. Change to another one.") from None
     _load_plugins(argv)
     module = importlib.import_module(f"srnn.commands.{command}")
     return int(module.main(argv))

@@ -36,6 +36,14 @@ def cannot_be_written(folder: Path, error: OSError, option: str) -> UserError:
     )
 
 
+def in_words(error: Exception) -> str:
+    """An error for people: of the system's, the file and what was wrong with it, without its number."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"{': '.join([*names, error.strerror])}."
+
+
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the nearest allowed name, or an empty string."""
     near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)

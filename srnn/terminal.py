@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,20 +26,25 @@ class _Console(Console):
 
     def print(self, *objects: Any, **how: Any) -> None:
         """As rich's, but for what stands in its place."""
-        if self.instead is None:
-            super().print(*objects, **how)
-        else:
+        if self.instead is not None:
             self.instead.print(*objects, **how)
+            return
+        try:
+            super().print(*objects, **how)
+        except OSError:  # a log on a full disk, a terminal whose line was lost
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         """Print nothing more, and say once why."""
         self.quiet = True
         close_output()
-        print("srnn: the output was closed; srnn itself goes on, and its files tell the rest.", file=sys.stderr)
+        with suppress(OSError):  # it may be the same terminal
+            print("srnn: the output was closed; srnn itself goes on, and its files tell the rest.", file=sys.stderr)
 
 
 def _console(file: TextIO | None = None) -> _Console:
-    width = None if (file or sys.stdout).isatty() else WIDTH
+    stream = file or sys.stdout  # None in a process that was started without output
+    width = None if stream is not None and stream.isatty() else WIDTH
     return _Console(file=file, width=width, highlight=False, soft_wrap=False, markup=False, emoji=False)
 
 
@@ -94,6 +99,17 @@ def close_output() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)
+
+
+def open_closed_streams() -> None:
+    """Give a process that was started without input or output (``>&-``) ones that lead nowhere.
+
+    Without them the first file that it opens gets their number, and whatever is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            setattr(sys, name, os.fdopen(handle, "w" if number else "r", closefd=False))
 
 
 def show_what_can_be_shown() -> None:

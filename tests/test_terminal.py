@@ -52,3 +52,21 @@ def test_a_reader_that_goes_away_ends_nothing():
     assert process.returncode == 0
     assert said.count("the output was closed") == 1
     assert said.endswith("still here\n")
+
+
+def test_an_output_that_takes_nothing_ends_nothing():
+    """A log on a full disk; a terminal whose line was lost says much the same."""
+    code = "[console.print('x') for _ in range(3)]; print('still here', file=sys.stderr)"
+    words = [sys.executable, "-c", SAY.format(code)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "still here")
+    assert done.stderr.count("the output was closed") == 1
+
+
+def test_a_process_without_output(tmp_path):
+    """Its first file must not get the number that everything is printed to."""
+    code = f"open_closed_streams(); file = open('{tmp_path}/mine', 'w'); console.print('lost'); os.write(1, b'lost')"
+    command = f'exec "{sys.executable}" -c "{SAY.format(code)}" <&- >&-'
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr, (tmp_path / "mine").read_text()) == (0, "", "")

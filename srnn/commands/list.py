@@ -18,12 +18,12 @@ from srnn.registry import Option, register, type_name
 
 # What belongs to no group.
 OTHERS = {
-    "packed": "The packed file.",
+    "packed": "How the packed file stores values and non-zeros.",
     "distill": "A trained network to learn from: a run's folder, one of its checkpoints, or a packed file.",
     "seed": "Fixes all that is random.",
     "init_from": "Start from an existing network: a checkpoint, a packed file, a state_dict file, or a run's folder.",
     "resume": "Resume a stopped run, as it was configured; takes no other option.",
-    "srnn": "srnn itself.",
+    "srnn": "Which plug-ins are loaded.",
 }
 # Which name to take; the scores and speeds are those of docs/pruning.md and docs/results/.
 ADVICE = {
@@ -66,7 +66,7 @@ def _table(title: str, *columns: str, lines: bool = False) -> Table:
 
 
 def _title(group: str) -> str:
-    return f"{group}=" if group in GROUPS else "of no group"
+    return f"{group}=NAME" if group in GROUPS else "of no group"
 
 
 def _menu(groups: Iterable[str]) -> Table:
@@ -76,7 +76,7 @@ def _menu(groups: Iterable[str]) -> Table:
     for group in groups:
         default = chosen.get(group)
         table.add_row(
-            _title(group), f"{group}={default} is the default" if default not in (None, "default") else "", style="bold"
+            _title(group), f"{default} is the default" if default not in (None, "default") else "", style="bold"
         )
         for name, _, about in _rows(group):
             words, _, origin = about.partition("\n")

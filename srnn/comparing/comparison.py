@@ -11,6 +11,7 @@ from rich.table import Table
 
 from srnn.comparing.runs import FinishedRun
 from srnn.errors import UserError
+from srnn.kernels.remembering import BUSY
 from srnn.registry import register
 
 APART = ("seed", "tracking", "srnn")  # of a config: what does not make another setting
@@ -99,7 +100,22 @@ class Comparison:
     @property
     def notes(self) -> str:
         """What to know before the table is believed."""
-        return f"{ABOUT_TIMES} {self._on_data}".strip()
+        return " ".join(filter(None, [ABOUT_TIMES, self._on_machines, self._on_data]))
+
+    @property
+    def _on_machines(self) -> str:
+        """Said where the runs' times were not taken alike; otherwise nothing."""
+
+        def known(what: str) -> list[float]:
+            values = [run.summary.get(f"machine/{what}") for setting in self.settings for run in setting.runs]
+            return sorted({float(value) for value in values if value is not None})
+
+        differ = [f"{what} {', '.join(f'{n:g}' for n in known(what))}" for what in ("cpus", "threads")
+                  if len(known(what)) > 1]  # fmt: skip
+        loads = known("load")
+        if loads and loads[0] <= BUSY < loads[-1]:
+            differ.append(f"load {loads[0]:.1f} to {loads[-1]:.1f} for each CPU")
+        return f"These times were not taken alike ({'; '.join(differ)}): they rank no networks." if differ else ""
 
     @property
     def _on_data(self) -> str:

@@ -252,6 +252,8 @@ def compose_config(overrides: Sequence[str], return_hydra_config: bool = False) 
             return compose("config", list(overrides), return_hydra_config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_first_line(error)) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:  # of a preset of the user's own
+        raise UserError(f"a config file is no YAML: {' '.join(str(error).split())}.") from None
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

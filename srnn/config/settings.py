@@ -63,7 +63,7 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class SrnnConfig:
-    """srnn itself."""
+    """Which plug-ins are loaded."""
 
     plugins: str = "auto"  # or on, off, or a folder
 

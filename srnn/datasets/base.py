@@ -71,7 +71,7 @@ class Batches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume there: in the middle of a pass, or with the next one."""
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self._resumes = 0 < self.position < self.count
 
 

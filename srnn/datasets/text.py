@@ -230,6 +230,8 @@ def _files(path: str) -> list[Path]:
         files = files or ([Path(path)] if os.path.isfile(path) else [])
     if not files and os.path.isdir(path):
         raise UserError(f"dataset.path={path}: the folder holds no files.")
+    if not files and os.path.exists(path):
+        raise UserError(f"dataset.path={path} is no file: a pipe is read once only; write what comes out of it to one.")
     if not files:
         raise UserError(f"dataset.path={path}: no such file or folder, and no file matches it.")
     return sorted(files)

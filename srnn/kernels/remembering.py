@@ -13,6 +13,7 @@ from filelock import FileLock
 from srnn.files import cache_folder, write_atomically
 
 _log = logging.getLogger("srnn.kernels")
+BUSY = 1.5  # load for each CPU
 
 
 def choices_file() -> Path:
@@ -42,9 +43,14 @@ def remember(key: str, what: str, entry: dict[str, Any]) -> None:
         _log.info("the choice of kernels cannot be kept: %s", error)
 
 
+def cpu_load() -> float | None:
+    """How many threads of the machine wanted to run at once, over the last minute, for each CPU; None if unknown."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else None
+
+
 def busy() -> bool:
     """Whether far more wants to run than there are cores: figures taken meanwhile are good for this process only."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
+    return (cpu_load() or 0.0) > BUSY
 
 
 def _read() -> dict[str, Any]:

@@ -55,9 +55,14 @@ def is_half_of_a_norm(module: nn.Module, name: str) -> bool:
 
 
 def check_built(name: str, parameter: nn.Parameter) -> None:
-    """Raise UserError if a lazy layer has not seen its first batch."""
+    """Raise UserError if a lazy layer has not seen its first batch, or a weight is on the meta device."""
     if isinstance(parameter, UninitializedParameter):
         raise UserError(f"{name} has no shape yet, for its layer is lazy: run the model on a batch before pruning it.")
+    if parameter.is_meta:
+        raise UserError(
+            f"{name} has no values yet, for it is on the meta device: call model.to_empty(device=...) and load or set "
+            f"its weights before pruning it."
+        )
 
 
 def left_out(layers: Iterable[tuple[str, nn.Module]], patterns: Sequence[str]) -> Iterator[tuple[str, str]]:

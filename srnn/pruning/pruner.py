@@ -385,12 +385,12 @@ class Pruner:
                 f"the pruning state belongs to other settings: {differing(state['settings'], self.method.settings)}."
             )
         self._give_back()
-        self.itr, self.seconds = state["itr"], state["seconds"]
+        self.itr, self.seconds = int(state["itr"]), float(state["seconds"])
         for name, mask in self._masks.items():
             bits = np.unpackbits(packed[name], count=mask.numel())
             mask.copy_(torch.from_numpy(bits).view(mask.shape))
         for group in self.groups:
-            group.epsilon = state["thresholds"][group.name]
+            group.epsilon = float(state["thresholds"][group.name])
         for part in self.parts:
             part.revived.copy_(torch.tensor(state["revived"][part.name]))
         self.method.load_state_dict(state["method"])

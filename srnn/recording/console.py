@@ -16,6 +16,7 @@ from rich.table import Table
 
 from srnn.datasets.base import DataModule
 from srnn.kernels.choosing import DENSE
+from srnn.kernels.remembering import BUSY
 from srnn.pruning.callback import PruningCallback
 from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import GradualSchedule
@@ -242,6 +243,9 @@ def print_report(report: dict[str, Any]) -> None:
         share = 100 * seconds["pruning"] / seconds["training_loop"]
         table.add_row("training loop, of it inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
     table.caption = f"one stream: {plural(latency['threads'], 'thread')}, and dense as fast as it gets here"
+    load = report["machine"]["load"]
+    if load is not None and load > BUSY:
+        table.caption += f"\nThe machine was busy ({load:.1f} threads for each CPU): take no speed from these times."
     console.print(table)
     if report["limits"]:
         used = ", ".join(f"{batches} of {part}" for part, batches in report["limits"].items())

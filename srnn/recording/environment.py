@@ -168,10 +168,12 @@ def _git() -> dict[str, Any]:
         if root := _ask_git(folder, "rev-parse", "--show-toplevel"):
             roots[root] = None
     for root in roots:
-        patch = _ask_git(Path(root), "diff", "HEAD") or ""
+        status = _ask_git(Path(root), "status", "--porcelain")
+        changed = any(not line.startswith("??") for line in (status or "").splitlines())
+        patch = (_ask_git(Path(root), "diff", "HEAD") if changed else None) or ""
         state[root] = {
             "commit": _ask_git(Path(root), "rev-parse", "HEAD"),
-            "status": _ask_git(Path(root), "status", "--porcelain"),
+            "status": status,
             "patch": patch if len(patch) <= LONGEST_PATCH else f"longer than {LONGEST_PATCH} bytes, not kept",
         }
     return state
@@ -179,10 +181,10 @@ def _git() -> dict[str, Any]:
 
 def _ask_git(folder: Path, *question: str) -> str | None:
     """Git's answer; None where there is no git or no repository."""
+    # It takes no lock: killed in the middle, it would leave one that stops the user's next `git commit`.
+    asked = ["git", "--no-optional-locks", "-c", "diff.autoRefreshIndex=false", "-C", str(folder), *question]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *question], capture_output=True, text=True, timeout=20, check=False
-        )
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -29,6 +29,12 @@ class Validation:
     finished: bool
     examples: Sequence[Mapping[str, str]] = ()
 
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Validation:
+        """Out of a checkpoint, which may hold anything: what is no number has to be seen now and not at the end."""
+        scores = {str(name): float(score) for name, score in row["scores"].items()}
+        return cls(int(row["step"]), scores, float(row["sparsity"]), bool(row["dense"]), bool(row["finished"]))
+
 
 class Recorder(pl.Callback):
     """Logs sparsities and thresholds, keeps the validations, measures the loop.
@@ -71,8 +77,8 @@ class Recorder(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume the record of a stopped run."""
-        self.validations = [Validation(**row) for row in state_dict["validations"]]
-        self.loop_seconds = state_dict["loop_seconds"]
+        self.validations = [Validation.of(row) for row in state_dict["validations"]]
+        self.loop_seconds = float(state_dict["loop_seconds"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock and note where everything starts."""

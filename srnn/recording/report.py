@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import srnn
 from srnn.errors import UserError
 from srnn.inference.packing import PackedModel
+from srnn.kernels.remembering import cpu_load
 from srnn.pruning.pruner import Pruner
 from srnn.recording.environment import read_environment
 from srnn.recording.recorder import Recorder, Validation
@@ -94,6 +95,7 @@ def build_report(
             "system": platform.platform(),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "load": cpu_load(),
         },
         "validations": [vars(v) | {"scores": dict(v.scores)} for v in recorder.validations],
     }

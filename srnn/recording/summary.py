@@ -24,6 +24,8 @@ def summary_of(report: Mapping[str, Any]) -> dict[str, Any]:
     summary["latency/sequence_speedup"] = latency["sequence"]["dense"] / latency["sequence"]["sparse"]
     if seconds["training_loop"]:  # a run without training has none
         summary["time/pruning_share"] = seconds["pruning"] / seconds["training_loop"]
+    about = report.get("machine", {})  # where the latencies were taken; earlier versions did not look at the load
+    summary |= {f"machine/{name}": about[name] for name in ("cpus", "threads", "load") if about.get(name) is not None}
     return summary
 
 

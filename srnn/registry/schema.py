@@ -35,9 +35,11 @@ class Range:
     le: float | None = None
 
     def __str__(self) -> str:
+        if self.ge is not None and self.le is not None:
+            return f"from {self.ge:,.12g} to {self.le:,.12g}"
         signs = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
         return " and ".join(
-            f"{word} {bound:.12g}" for key, word in signs.items() if (bound := getattr(self, key)) is not None
+            f"{word} {bound:,.12g}" for key, word in signs.items() if (bound := getattr(self, key)) is not None
         )
 
     def check(self, value: Any) -> Any:

@@ -132,6 +132,7 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
         check_own_teacher(bool(method.layer_types), moments.pruning_start, round(run.length.steps_per_epoch))
     schedule = register.build("schedule", settings.schedule, moments=moments, batches=batches)
     run.objective.schedule = partial(attach, schedule) if schedule is not None else None
+    run.objective.configure_optimizers()  # a first look, too: nothing of it is kept
     run.objective.teacher = teacher_of(settings.distill, run.objective, example)
     return replace(run, averaging=register.build("averaging", settings.averaging, moments=moments))
 

@@ -108,7 +108,7 @@ def cosine(
     *,
     moments: Moments,
 ) -> Schedule:
-    """Falls by half a cosine to the end of the run (Loshchilov and Hutter, *SGDR*, ICLR 2017)."""
+    """Falls by half a cosine to the end of the run (Loshchilov & Hutter 2017)."""
     falls, rises = Falling.resolve(decay_from, restart_at, moments), rising(warmup, moments)
 
     def factor(itr: int) -> float:

@@ -2,6 +2,9 @@
 
 import errno
 import os
+import re
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -200,6 +203,45 @@ def test_a_kernel_that_cannot_run_is_refused_before_training(capsys, tmp_path, m
     assert not (tmp_path / "run/metrics.csv").exists()
 
 
+def test_a_working_folder_that_was_removed(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert main(["list"]) == 2
+    assert "the working folder cannot be used: No such file" in capsys.readouterr().err
+
+
+def test_errors_of_the_system_name_the_file_and_no_number(capsys, monkeypatch):
+    error = OSError(errno.EFBIG, "File too large", "a.bin", None, None)
+    monkeypatch.setattr("srnn.commands.list.main", lambda _: (_ for _ in ()).throw(error))
+    assert main(["list"]) == 2
+    assert capsys.readouterr().err == "srnn: a.bin: File too large.\n"
+
+
+def test_an_interrupt_while_an_object_is_taken_down_is_not_lost(capsys, monkeypatch):
+    class Slow:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def runs(_):
+        Slow()
+        time.sleep(20)
+
+    monkeypatch.setattr("srnn.commands.list.main", runs)
+    before = sys.unraisablehook
+    assert main(["list"]) == 130
+    assert sys.unraisablehook is before
+    assert capsys.readouterr().err == "srnn: interrupted; what was written so far is whole.\n"
+
+
+def test_a_preset_that_is_no_yaml(capsys, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("a: [")
+    assert main(["experiment=mine", "--config-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("srnn: a config file is no YAML: while parsing")
+    assert "mine.yaml" in error
+
+
 def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("SRNN_DEBUG", "1")
     with pytest.raises(UserError):
@@ -257,7 +299,7 @@ def test_list_alone_is_a_menu(capsys):
     for group in GROUPS:
         for name in presets(group):
             assert f"\n  {name} " in shown
-    assert "model=gru is the default" in shown
+    assert re.search(r"model=NAME +gru is the default", shown)
     assert "long short-term memory" in shown
     assert "hidden_size" not in shown
     assert "srnn list GROUP=NAME" in shown
@@ -292,7 +334,7 @@ def test_list_shows_the_options_of_no_component(capsys):
     for section in SECTIONS.values():
         for name in options_of(section):
             assert f" {name} = " in shown
-    for words in ("seed = 0 (int at least 0 and at most 4294967295)", "init_from = null", "resume=FOLDER"):
+    for words in ("seed = 0 (int from 0 to 4,294,967,295)", "init_from = null", "resume=FOLDER"):
         assert words in shown
     assert "On the CPU, also where there is a" in shown
     assert "model.hidden_size = 200" in shown, "what a preset sets"

@@ -4,6 +4,7 @@ import filecmp
 import importlib.metadata
 import json
 import math
+import os
 import shlex
 import subprocess
 
@@ -113,3 +114,20 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, capsys, monkeypatch):
     text.write_text("It was the best of times, it was the age of wisdom.\n" * 200)
     assert main(["resume=run"]) == 2
     assert "its data have changed since it was started (train and valid and test)" in capsys.readouterr().err
+
+
+def test_git_is_asked_without_taking_its_lock(tmp_path, monkeypatch):
+    """Killed in the middle, it would leave the lock behind, and the user's next commit would be refused."""
+    monkeypatch.chdir(tmp_path)
+    file, index = tmp_path / "a", tmp_path / ".git/index"
+    file.write_text("a")
+    for words in (["init", "-q"], ["add", "a"], ["-c", "user.name=a", "-c", "user.email=a", "commit", "-qm", "a"]):
+        subprocess.run(["git", *words], check=True)
+    os.utime(file, (0, 0))  # git then writes its index anew, unless it must not
+    before = index.read_bytes()
+    of_git = environment(["srnn"], {"srnn": {"plugins": "off"}})["git"][str(tmp_path)]
+    assert (of_git["status"], of_git["patch"]) == ("", "")
+    (tmp_path / "b").write_text("not of git")
+    file.write_text("b")
+    assert "+b" in environment(["srnn"], {"srnn": {"plugins": "off"}})["git"][str(tmp_path)]["patch"]
+    assert index.read_bytes() == before

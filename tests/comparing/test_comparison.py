@@ -195,6 +195,20 @@ def test_scores_on_other_data_are_said_to_rank_nothing():
     assert "flatters" not in other
 
 
+def test_times_that_were_not_taken_alike_are_said_to_rank_nothing():
+    def notes(*machines):
+        made = [run(2.0, dataset={"name": "text", "batch_size": n}) for n in range(len(machines))]
+        for one, machine in zip(made, machines, strict=True):
+            one.summary.update({f"machine/{name}": value for name, value in machine.items()})
+        return compare(made).notes
+
+    quiet = {"cpus": 2, "threads": 2, "load": 0.4}
+    # A long run's own threads are load, too; and earlier versions did not look at it.
+    assert notes(quiet, quiet | {"load": 1.1}) == notes(quiet, {"cpus": 2, "threads": 2}) == notes({}) == ABOUT_TIMES
+    said = notes(quiet, quiet | {"threads": 1, "load": 2.54})
+    assert "not taken alike (threads 1, 2; load 0.4 to 2.5 for each CPU): they rank no networks." in said
+
+
 def test_a_seed_counts_once():
     comparison = compare([run(2.0, 0), run(3.0, 0), run(4.0, 1)])
     assert [r.summary["test/bits_per_character"] for r in comparison.settings[0].runs] == [2.0, 4.0]

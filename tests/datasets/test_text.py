@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,12 @@ def poem(tmp_path):
     path = tmp_path / "poem.txt"
     path.write_text(POEM)
     return path
+
+
+def test_a_pipe_is_no_text(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is no file: a pipe is read once only"):
+        Text(str(tmp_path / "pipe")).setup()
 
 
 @given(count=st.integers(2, 300), rows=st.integers(1, 8), length=st.integers(1, 20))

@@ -10,18 +10,23 @@ from collections import OrderedDict
 import matplotlib.pyplot as plt
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import srnn
 from srnn.__main__ import main
+from srnn.config.composing import parse_override
+from srnn.config.settings import SECTIONS, options_of
 from srnn.errors import UserError
 from srnn.inference.packed_file import _checksum, write
 from srnn.models import gru
+from srnn.registry import register
 from srnn.run_folder import RunFolder
 from srnn.training.preparing import prepare
 from srnn.training.start_from import load_weights, read_initial
 from tests.conftest import QUIET
-from tests.fuzz.common import Answers, damaged, generators, mutated
+from tests.fuzz.choices import PRESETS, within
+from tests.fuzz.common import JUNK, Answers, damaged, generators, mutated
 from tests.inference.test_files_of_others import header_of
 from tests.inference.test_packed_file import packed_model, sparse_model
 from tests.training.test_resume import interrupt_after
@@ -174,12 +179,9 @@ def saved(value):
     return buffer.getvalue()
 
 
-def odd_file(whole, loaded, rng):
-    """Bytes of a checkpoint: damaged, of another content, or no checkpoint at all."""
-    draw = rng.random()
-    if draw < 0.4:
-        return damaged(whole, rng)
-    if draw < 0.9:
+def odd_file(loaded, rng):
+    """Bytes of a checkpoint of another content, or of no checkpoint at all."""
+    if rng.random() < 0.8:
         return saved(odd_checkpoint(loaded, rng))
     return rng.choice([
         b"", b"x", b"PK\x03\x04", pickle.dumps({"state_dict": 1}), pickle.dumps(print), saved([1]), saved({}),
@@ -198,10 +200,11 @@ def test_checkpoints_through_resume(tmp_path, stopped, nothing_drawn, capsys):
     for rng in generators("resume", 14):
         folder = tmp_path / "run"
         shutil.copytree(run, folder)
-        data = odd_file(good, loaded, rng)
+        hurt = rng.random() < 0.4
+        data = damaged(good, rng) if hurt else odd_file(loaded, rng)
         (folder / "checkpoints/last.ckpt").write_bytes(data)
         code, _ = answers.to(capsys, [f"resume={folder}"], rng.getstate()[1][:2])
-        if code == 0 and len(data) == len(good):
+        if code == 0 and hurt:
             assert (folder / "model.safetensors").read_bytes() == wanted
         assert not [path for path in folder.rglob(".*") if path.is_file()], "nothing half-written is left"
         shutil.rmtree(folder)
@@ -222,7 +225,7 @@ def test_checkpoints_through_init_from(tmp_path, stopped):
             save_file(tensors, path)
             path.write_bytes(damaged(path.read_bytes(), rng) if rng.random() < 0.5 else path.read_bytes())
         else:
-            path.write_bytes(odd_file(good, loaded, rng))
+            path.write_bytes(damaged(good, rng) if rng.random() < 0.4 else odd_file(loaded, rng))
         with answers.measured(rng.getstate()[1][:2]):
             try:
                 load_weights(gru(8, 8, **sizes), read_initial(str(path)), partly=rng.random() < 0.5)
@@ -266,6 +269,25 @@ def odd_text(text, rng):
     return "".join(lines)
 
 
+def odd_choices(text, rng):
+    """A config of other choices: another preset, options of their types and within bounds, and now and then one not."""
+    config = yaml.safe_load(text)
+    for _ in range(rng.choice([1, 2, 3, 6])):
+        part = rng.choice([key for key, value in config.items() if isinstance(value, dict)])
+        if part in PRESETS and rng.random() < 0.3:
+            config[part] = register.get(part, rng.choice(PRESETS[part])).defaults()
+            continue
+        options = options_of(SECTIONS[part]) if part in SECTIONS else register.get(part, config[part]["name"]).options
+        if options and (value := within(option := rng.choice(list(options.values())), rng)) is not None:
+            config[part][option.name] = parse_override(f"x={value}").value()
+    if rng.random() < 0.1:
+        config[rng.choice(list(config))] = rng.choice(JUNK)
+    for name, size in (("hidden_size", 8), ("embedding_size", 8)):  # a preset's own would take long
+        if isinstance(config["model"], dict):
+            config["model"][name] = min(config["model"].get(name, size), size)
+    return yaml.safe_dump(config)
+
+
 def odd_json(text, rng):
     if rng.random() < 0.7:
         return json.dumps(mutated(json.loads(text), rng)).encode()
@@ -297,8 +319,8 @@ def test_config_yaml(tmp_path, stopped, prepared_only, capsys, monkeypatch):
     answers, text = Answers(), (stopped[1] / "config.yaml").read_text()
     shutil.copytree(stopped[1], tmp_path / "run")
     for rng in generators("config.yaml", 60):
-        changed = odd_text(text, rng).encode(errors="replace")
-        (tmp_path / "run/config.yaml").write_bytes(damaged(changed, rng) if rng.random() < 0.2 else changed)
+        changed = (odd_choices(text, rng) if rng.random() < 0.7 else odd_text(text, rng)).encode(errors="replace")
+        (tmp_path / "run/config.yaml").write_bytes(damaged(changed, rng) if rng.random() < 0.1 else changed)
         report = tmp_path / "run/report.json"
         identity_of(tmp_path / "run/config.yaml")
         if rng.random() < 0.5:

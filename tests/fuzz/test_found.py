@@ -186,6 +186,14 @@ def test_a_single_bit_of_a_checkpoint(stopped, capsys):
         (lambda saved: saved.pop("loops"), "last.ckpt is damaged: it has no loops"),
         (lambda saved: saved["callbacks"].popitem(), "last.ckpt is damaged: it has no BestWhile-best"),
         (lambda saved: saved["optimizer_states"].clear(), "last.ckpt is damaged: it has no optimizer_states"),
+        (
+            lambda saved: saved["callbacks"]["Recorder"].update(loop_seconds=torch.zeros(2)),
+            "cannot go on from it: ValueErr",
+        ),
+        (
+            lambda saved: saved["callbacks"]["Recorder"]["validations"][0].update(step={}),
+            "cannot go on from it: TypeErr",
+        ),
         (lambda saved: saved.update(random=[None]), "the run cannot go on from it: TypeError"),
         (lambda saved: saved.update(vocabulary=[]), "last.ckpt is damaged: a vocabulary must be a mapping"),
         (lambda saved: saved["state_dict"].popitem(), "does not fit the network of its run"),

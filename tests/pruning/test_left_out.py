@@ -104,6 +104,14 @@ def test_lazy_layers_have_to_be_built_first():
     assert set(Pruner(model, "cubic", 20).masks()) == {"0.weight", "1.weight"}
 
 
+def test_weights_on_the_meta_device_have_to_get_values_first():
+    with torch.device("meta"):
+        model = nn.GRU(4, 8)
+    with pytest.raises(UserError, match=r"weight_ih_l0 has no values yet.* model\.to_empty"):
+        Pruner(model, "cubic", 20)
+    assert Pruner(model.to_empty(device="cpu"), "cubic", 20).masks()
+
+
 def test_a_weight_of_integers_or_no_parameter_at_all_is_named():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
     model[0].weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)

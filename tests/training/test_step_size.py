@@ -117,6 +117,7 @@ def test_two_schedules_are_refused(tmp_path, capsys):
     run = [*QUIET, "schedule=cosine", "optimizer.lr_decay=0.5", f"hydra.run.dir={tmp_path}/run"]
     assert main(run) == 2
     assert "leave schedule=constant" in capsys.readouterr().err
+    assert not (tmp_path / "run/metrics.csv").exists(), "before anything else is done"
 
 
 def test_a_config_of_before_means_a_constant_step_size():
