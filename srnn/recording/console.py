@@ -231,13 +231,7 @@ def print_report(report: dict[str, Any]) -> None:
     for why, count in report.get("left_out", {}).items():  # reports of older versions lack it
         table.add_row(f"{report['unit']} left out: {why}", f"{count:,}")
     latency = report["latency"]
-    for kind, steps in (("sequence", plural(latency["steps"], "step")), ("step", "1 step")):
-        if kind in latency:
-            dense, sparse = latency[kind]["dense"], latency[kind]["sparse"]
-            table.add_row(
-                f"one stream, {steps}: dense, packed",
-                f"{1e6 * dense:,.0f} us, {1e6 * sparse:,.0f} us ({dense / sparse:.2f}x)",
-            )
+    _add_latency(table, latency)
     seconds = report["seconds"]
     if seconds["training_loop"]:
         share = 100 * seconds["pruning"] / seconds["training_loop"]
@@ -259,6 +253,17 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(
             f"The sparsity is {100 * sparsity['reached']:.2f} %, not {100 * sparsity['wanted']:.4g} %{reason}.",
         )
+
+
+def _add_latency(table: Table, latency: Mapping[str, Any]) -> None:
+    """Rows of the times of one stream."""
+    for kind, steps in (("sequence", plural(latency["steps"], "step")), ("step", "1 step")):
+        if kind in latency:
+            dense, sparse = latency[kind]["dense"], latency[kind]["sparse"]
+            table.add_row(
+                f"one stream, {steps}: dense, packed",
+                f"{1e6 * dense:,.0f} us, {1e6 * sparse:,.0f} us ({dense / sparse:.2f}x)",
+            )
 
 
 def _add_beside(
