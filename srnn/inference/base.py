@@ -276,6 +276,31 @@ class SparseModule(nn.Module):
         return self.compute(inputs)
 
 
+def marks_of(network: nn.Module) -> list[Any] | None:
+    """What tells whether a recording of a network's calls still holds: other after weights have moved, or were loaded.
+
+    None where a call must not be recorded: in training, with hooks on a module, and where gradients are asked for.
+    """
+    marks: list[Any] = []
+    asked = torch.is_grad_enabled()
+    waiting = [network]  # ``modules()`` would take more time than all else, and look into sparse modules
+    for module in waiting:
+        if module.training or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        if isinstance(module, SparseModule):
+            if module.recorder is not None or module.watcher is not None:
+                return None
+            marks.append(module._ready.setdefault("mark", object()))
+        else:
+            waiting += [child for child in module._modules.values() if child is not None]
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    if asked and tensor.requires_grad:
+                        return None
+                    marks.append((tensor.data_ptr(), tensor.dtype))
+    return marks
+
+
 def refuse_tracing() -> None:
     """Raises UserError inside ``torch.jit.trace``, before anything of the trace is kept in the module."""
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():

@@ -84,7 +84,7 @@ class SparseLinear(SparseModule):
 
 
 class SparseEmbedding(SparseModule):
-    """``nn.Embedding`` that keeps its non-zeros only; a small one unpacks them at its first call."""
+    """``nn.Embedding`` that keeps its non-zeros only; a small one, or one on a GPU, unpacks them at its first call."""
 
     def __init__(self, original: nn.Embedding, weights: Weights, kernel: Kernel) -> None:
         super().__init__(kernel, weights)
@@ -100,7 +100,7 @@ class SparseEmbedding(SparseModule):
     def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """The same as ``forward``."""
         (input,) = inputs
-        if self.num_embeddings * self.embedding_dim <= SMALL_TABLE:
+        if input.is_cuda or self.num_embeddings * self.embedding_dim <= SMALL_TABLE:  # rows of a size not known ahead
             if "table" not in self._ready:
                 self._ready["table"] = self._matrix("weight").to_dense()
             return (nn.functional.embedding(input, self._ready["table"]),)

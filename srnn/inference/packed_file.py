@@ -102,7 +102,9 @@ def read(path: Path) -> PackedModel:
         ) from None
 
 
-def load(path: str | Path, kernel: str | Kernel = "auto", into: nn.Module | None = None) -> nn.Module:
+def load(
+    path: str | Path, kernel: str | Kernel = "auto", into: nn.Module | None = None, device: str | torch.device = "cpu"
+) -> nn.Module:
     """The network of a packed file, on sparse kernels.
 
     A language model is called as ``logits_BTV, state = model(tokens_BT, state)`` for sequences and as
@@ -116,13 +118,15 @@ def load(path: str | Path, kernel: str | Kernel = "auto", into: nn.Module | None
             keeps what it found in the cache folder.
         into: a network with the names and shapes of the file's weights, for a file of ``srnn.save``, which holds no
             config. It is left as it is.
+        device: where it runs, such as ``cuda``: ``auto`` measures there, and a language model's step is replayed from a
+            CUDA graph.
 
     Returns:
         The network, or a copy of ``into`` with the file's weights, in eval mode; backward through its outputs raises.
 
     Raises:
-        UserError: no such file, not a packed file, truncated or damaged, the kernel cannot run here, or ``into`` has
-            other names or shapes.
+        UserError: no such file, not a packed file, truncated or damaged, no such device, the kernel cannot run there,
+            or ``into`` has other names or shapes.
 
     Example:
         >>> import tempfile, torch, srnn
@@ -139,13 +143,22 @@ def load(path: str | Path, kernel: str | Kernel = "auto", into: nn.Module | None
     """
     packed = read(Path(path))
     chosen = register.rebuild("kernel", {"name": kernel}) if isinstance(kernel, str) else kernel
-    model = unpack(packed, chosen, into)
+    model = unpack(packed, chosen, into, _usable(device))
     if into is not None and packed.vocabulary is None:
         return model
     model.vocabulary = packed.vocabulary  # type: ignore[assignment]
     if hasattr(model, "transcriber"):
         model.audio = Features.of(packed.about.get("dataset"))  # type: ignore[assignment]
     return model
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        raise UserError(f"srnn.load: device={str(device)!r} cannot be used: {str(error).splitlines()[0]}.") from None
+    return where
 
 
 def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> PackedModel:

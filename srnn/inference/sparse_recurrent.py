@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from srnn.cells import Cell, cell_of
-from srnn.inference.base import TORCH, SparseModule, Weights, no_grad, refuse_tracing, without_gradient
+from srnn.inference.base import TORCH, SparseModule, Weights, marks_of, no_grad, refuse_tracing, without_gradient
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, State, equal_lengths
 from srnn.kernels.replay import Recordable, ReplayedLayer, Replays
 
@@ -119,7 +119,23 @@ class SparseRecurrent(SparseModule):
         y_BP, state = self._run(x_BI, equal_lengths(1, x_BI.shape[0]), self._state(hx, x_BI.shape[0], x_BI))
         return y_BP, self._as_torch(state)
 
-    def _replayed(self, kind: str, input: Any, hx: Any, plain: Callable[[Any, Any], Any]) -> tuple[Tensor, Any] | None:
+    def step_of(self, network: nn.Module, plain: Callable[[Tensor, Any], Any], x: Tensor, hx: Any) -> Any:
+        """One step of a network that this is part of: on a GPU all of it is one replay, from the second call on.
+
+        Args:
+            network: all of whose modules the step may call.
+            plain: the step as it is, of its input and the state of this module.
+            x: its input, of B streams.
+            hx: the state; None starts from zero.
+
+        Returns:
+            What ``plain`` does, in memory of its own: outputs and the next state.
+        """
+        parts = marks_of(network)
+        replayed = None if parts is None else self._replayed(("network", *parts), x, hx, plain)
+        return plain(x, hx) if replayed is None else replayed
+
+    def _replayed(self, kind: Any, input: Any, hx: Any, plain: Callable[[Any, Any], Any]) -> tuple[Tensor, Any] | None:
         """A call of all layers replayed as a CUDA graph; None where it has to run as it is."""
         if torch.compiler.is_compiling() or type(input) is not Tensor or not input.is_cuda or self.recorder is not None:
             return None
@@ -139,20 +155,24 @@ class SparseRecurrent(SparseModule):
         done = replays(kind, given, run, lambda: self._recordable(kind, input))
         return None if done is None else (done[0], tuple(done[1:]) if lstm else done[1])
 
-    def _recordable(self, kind: str, input: Tensor) -> Recordable | None:
+    def _recordable(self, kind: Any, input: Tensor) -> Recordable | None:
         """What there is to know of a call that has run before; None if its layers are not known to launch alike."""
-        if kind == "step":
+        if kind != "sequence":
             steps, streams = 1, input.shape[0]
         elif input.dim() == 2:
             steps, streams = input.shape[0], 1
         else:
             steps, streams = (input.shape[1], input.shape[0]) if self.batch_first else (input.shape[0], input.shape[1])
-        if self._decision(input, streams, steps) == TORCH:
+        name = self._decision(input, streams, steps)
+        if name == TORCH:
             return None
+        # A network's input may be numbers of tokens, whose type is not that of the layers' inputs.
         of_this = [
             ready
             for key, ready in list(self._ready.items())
-            if isinstance(ready, Layer) and key[1:] == (input.device, input.dtype)
+            if isinstance(ready, Layer)
+            and (key[0], key[2]) == (name, input.device)
+            and (key[3] == input.dtype or not input.is_floating_point())
         ]
         chosen = [ready.chosen(steps, streams) for ready in of_this]
         layers = [layer for layer in chosen if isinstance(layer, ReplayedLayer)]

@@ -27,7 +27,12 @@ from srnn.sparse import SparseMatrix
 _log = logging.getLogger("srnn.kernels")
 
 
-def unpack(packed: PackedModel, kernel: Kernel | None = None, into: nn.Module | None = None) -> nn.Module:
+CPU = torch.device("cpu")
+
+
+def unpack(
+    packed: PackedModel, kernel: Kernel | None = None, into: nn.Module | None = None, device: torch.device = CPU
+) -> nn.Module:
     """The network with the packed weights, in eval mode.
 
     Args:
@@ -35,6 +40,7 @@ def unpack(packed: PackedModel, kernel: Kernel | None = None, into: nn.Module | 
         kernel: the backend that runs it; nothing is unpacked that it does not need dense. None gives torch's own dense
             modules, trainable.
         into: the network to copy, instead of one built of the config.
+        device: where it runs on the backend; torch's own modules are left on the CPU.
 
     Raises:
         UserError: weights and config do not belong together, or the kernel cannot run here.
@@ -46,11 +52,12 @@ def unpack(packed: PackedModel, kernel: Kernel | None = None, into: nn.Module | 
         skeleton = _skeleton(packed)
     if kernel is None:
         return _dense(packed, skeleton)
-    reason = kernel.supports(None, torch.device("cpu"))
+    reason = kernel.supports(None, device)
     if reason is not None:
-        raise UserError(f"the kernel cannot run on this CPU: {reason}.")
-    sparse = _sparse(_untied(packed), kernel, skeleton)
-    _choose(sparse, example_input(packed.supplied))
+        raise UserError(f"the kernel cannot run on this {'CPU' if device.type == 'cpu' else device}: {reason}.")
+    sparse = _sparse(_untied(packed), kernel, skeleton).to(device)
+    example = example_input(packed.supplied)
+    _choose(sparse, None if example is None else example.to(device))
     return sparse
 
 

@@ -38,6 +38,16 @@ def _step(rnn: Any, x_BI: Tensor, state: TorchState | None) -> tuple[Tensor, Tor
     return y_BTH[:, 0], state
 
 
+def _step_of(
+    network: Any, plain: Callable[[Tensor, TorchState | None], Any], x: Tensor, state: TorchState | None
+) -> tuple[Tensor, TorchState]:
+    """A step of a whole network: sparse layers on a GPU replay it, with all that stands around them."""
+    if isinstance(network.rnn, nn.RNNBase) or not x.is_cuda:
+        stepped: tuple[Tensor, TorchState] = plain(x, state)
+        return stepped
+    return network.rnn.step_of(network, plain, x, state)
+
+
 class LanguageModel(nn.Module):
     """Embedding, recurrent layers, linear decoder: the distribution of the next token.
 
@@ -121,6 +131,9 @@ class LanguageModel(nn.Module):
         Returns:
             logits_BV for the token after it, and the state to continue from.
         """
+        return _step_of(self, self._plain_step, tokens_B, state)
+
+    def _plain_step(self, tokens_B: Tensor, state: TorchState | None) -> tuple[Tensor, TorchState]:
         x_BE = self.embedding(tokens_B)
         x_BE = self.embedding_dropout(x_BE) if self.training else x_BE  # a call that does nothing costs 4 us
         y_BH, state = _step(self.rnn, x_BE, state)
@@ -199,6 +212,9 @@ class SequenceModel(nn.Module):
         """
         if self.directions > 1:
             raise RuntimeError("bidirectional layers cannot step: they read a sequence from its end too")
+        return _step_of(self, self._plain_step, x_BI, state)
+
+    def _plain_step(self, x_BI: Tensor, state: TorchState | None) -> tuple[Tensor, TorchState]:
         y_BH, state = _step(self.rnn, x_BI, state)
         return self.decoder(self.dropout(y_BH) if self.training else y_BH), state
 

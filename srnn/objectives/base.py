@@ -76,7 +76,7 @@ class Objective(pl.LightningModule):
 
     def taught(self, loss: Tensor, inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss to minimise: that of the targets, and the teacher's part where there is one."""
-        if self.teacher is None:
+        if self.teacher is None or not self.teacher.ready:
             return loss
         part = self.imitation(outputs, self.teacher(inputs), targets, self.teacher.temperature)
         return (1 - self.teacher.weight) * loss + self.teacher.weight * part

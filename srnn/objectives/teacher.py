@@ -20,23 +20,37 @@ class Teacher:
         carried: what of a batch's final state the next batch starts from, as the objective says.
         temperature: what logits are divided by before they are compared.
         weight: of its part in the loss; the targets' part has the rest.
+        call: how to call the model where it isn't called plainly, say from a CUDA graph.
 
     Attributes:
         state: what the next batch starts from.
+        ready: whether it teaches; a network that is yet to become its own teacher does not.
     """
 
-    def __init__(self, model: nn.Module, carried: Callable[[Any], Any], temperature: float, weight: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        carried: Callable[[Any], Any],
+        temperature: float,
+        weight: float,
+        call: Callable[..., Any] | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.call = call or self.model
         self.carried = carried
         self.temperature = temperature
         self.weight = weight
         self.state: Any = None
+        self.ready = True
+        self._device: torch.device | None = None
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
         """Its outputs, without gradients; the state goes on to the next batch."""
-        self.model.to(inputs.device)  # which is where it is, but for the first batch
-        outputs, state = self.model(inputs, self.state)
+        if inputs.device != self._device:  # at the first batch; moving lays out a recurrent layer's weights anew
+            self._device = inputs.device
+            self.model.to(inputs.device)
+        outputs, state = self.call(inputs, self.state)
         self.state = self.carried(state)
         return outputs
 

@@ -7,28 +7,38 @@ the weights that live, so that clipping by it shortens every step. Masking in th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from srnn.pruning.masking import Masked
+
 
 class GradientMasks:
-    """Hooks on parameters that pass each gradient to its owner as soon as it is there, in anyone's loop.
+    """Hooks on parameters that call their owner when there are gradients, in anyone's loop.
+
+    On a CPU with each as soon as it is there, while it is in the cache. On a GPU once at the end of the backward pass,
+    because launches take longer than what they do: before anything after ``backward()`` sees a gradient. Where several
+    processes train, also with each, because data parallelism adds them up before the backward pass ends.
 
     The owner is held weakly: hooks that outlive it do nothing. torch neither copies nor pickles hooks.
 
     Args:
-        owner: whose method is called.
-        mask: the method: called with the parameter's name, and its gradient to mask in place.
+        owner: whose methods are called.
+        mask: called with the owner, a parameter's name, and its gradient to mask in place.
+        mask_all: called with the owner, to mask those of all parameters on a GPU.
     """
 
-    def __init__(self, owner: object, mask: Callable[[Any, str, Tensor], None]) -> None:
+    def __init__(
+        self, owner: object, mask: Callable[[Any, str, Tensor], None], mask_all: Callable[[Any], None]
+    ) -> None:
         self._owner = weakref.ref(owner)
-        self._mask = mask
+        self._mask, self._mask_all = mask, mask_all
         self._handles: dict[str, RemovableHandle] = {}
+        self._backward = -1  # torch's number of the backward pass whose end is waited for
 
     def attach(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Put hooks on those that are trained and have none yet; torch allows none on frozen ones."""
@@ -37,21 +47,37 @@ class GradientMasks:
                 self._handles[name] = parameter.register_post_accumulate_grad_hook(self._hook(name))
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
-        owner, mask = self._owner, self._mask
-
         @torch.no_grad()
-        def hook(parameter: Tensor) -> None:
-            pruner = owner()
+        def at_once(parameter: Tensor) -> None:
+            pruner = self._owner()
             if pruner is not None and parameter.grad is not None:
-                mask(pruner, name, parameter.grad)
+                self._mask(pruner, name, parameter.grad)
+
+        def hook(parameter: Tensor) -> None:
+            backward = torch._C._current_graph_task_id() if parameter.is_cuda else -1  # which is outside of any
+            if backward == -1 or _several_processes():
+                at_once(parameter)
+            elif backward != self._backward:
+                self._backward = backward
+                # What data parallelism in torch waits for the end by; it has no public name.
+                torch.autograd.Variable._execution_engine.queue_callback(self._at_the_end)
 
         return hook
+
+    @torch.no_grad()
+    def _at_the_end(self) -> None:
+        if (pruner := self._owner()) is not None:
+            self._mask_all(pruner)
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
+
+
+def _several_processes() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def mask_gradient(gradient: Tensor, mask: Tensor, bits: Tensor | None) -> None:
@@ -68,3 +94,20 @@ def mask_gradient(gradient: Tensor, mask: Tensor, bits: Tensor | None) -> None:
         gradient.masked_fill_(~mask, 0)
     else:
         gradient.view(bits.dtype).bitwise_and_(bits)
+
+
+def mask_on_gpu(
+    parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], masking: Callable[[Sequence[Masked]], None]
+) -> None:
+    """Zero the gradients of what is pruned, of all parameters on a GPU in one launch."""
+    masked: list[Masked] = []
+    for name, parameter in parameters.items():
+        gradient, mask = parameter.grad, masks[name]
+        if gradient is None or not gradient.is_cuda or gradient.device != mask.device:  # the last ``step`` refuses
+            continue
+        if gradient.is_sparse:
+            mask_gradient(gradient, mask, None)
+        else:
+            masked.append((mask, (gradient,)))
+    if masked:
+        masking(masked)

@@ -15,6 +15,7 @@ from torch import Tensor
 Masked = tuple[Tensor, Sequence[Tensor]]  # a mask, and tensors of its shape
 _SIZES = (2, 4, 8)  # bytes of an element
 _KEPT = 8  # sets of tensors
+_TIMES = 3  # that a set of tensors comes before its launches are recorded
 
 
 @functools.cache
@@ -25,8 +26,9 @@ def _has_triton() -> bool:
 class GpuMasking:
     """Zeroes tensors where their masks are zero, whatever was there: one launch for all of them.
 
-    Tables of addresses are kept for the last few sets of tensors. Without Triton, and where elements do not lie as
-    those of their mask, torch's operations do it, two launches a tensor.
+    Tables of addresses are kept for the last few sets of tensors, as an eager loop's gradients take turns in memory. A
+    launch that comes again and again is replayed from a CUDA graph, to spare the host Triton's own launcher. Without
+    Triton, and where elements do not lie as those of their mask, torch's operations do it, two launches a tensor.
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,7 @@ class GpuMasking:
 
 
 class _Launches:
-    """Those for a set of tensors."""
+    """Those for a set of tensors; as a graph from the third time on."""
 
     def __init__(self, masked: Sequence[Masked]) -> None:
         alike = _has_triton()
@@ -63,11 +65,38 @@ class _Launches:
             if not (alike and _lies_alike(mask, tensor))
         ]
         self._launches = list(_launches(masked)) if alike else []
+        self._device = masked[0][0].device
+        self._recordable = self._device.type == "cuda" and all(mask.device == self._device for mask, _ in masked)
+        self._times = 0
+        self._graph: Any = None
 
     def run(self) -> None:
         """Launch them."""
+        self._times += 1
+        if self._graph is not None and not torch.cuda.is_current_stream_capturing():
+            self._graph.replay()
+            return
         for launch in self._launches:
             launch()
+        if self._times == _TIMES and self._recordable and self._launches:
+            self._record()
+
+    def _record(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            return
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(torch.cuda.Stream(self._device)):
+                # Nothing is allocated inside, and other threads may go on with what they do.
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    for launch in self._launches:
+                        launch()
+                finally:
+                    graph.capture_end()
+        except RuntimeError:  # it goes on being launched
+            return
+        self._graph = graph
 
 
 def _lies_alike(mask: Tensor, tensor: Tensor) -> bool:

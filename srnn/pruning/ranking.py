@@ -124,14 +124,22 @@ class Ranking:
         # All above the boundary stay, and as many of its equals as are still missing: a matrix of equal scores, such as
         # zeros, is cut to the exact count too.
         left = count - sum(int((scores > boundary).sum()) for scores in self._scores())
-        for piece, scores in self:
+        kept = self._kept(boundary, left)
+        if self._together is not None and self._held is not None:
+            kept = iter(next(kept).split([len(scores) for scores in self._held]))
+        for piece, keep in zip(self.pieces, kept, strict=True):
+            self._set(piece, keep)
+        return boundary
+
+    def _kept(self, boundary: float, left: int) -> Iterator[Tensor]:
+        """Which scores are above the boundary, or among its first ``left`` equals; in as few tensors as they are."""
+        for scores in self._scores():
             keep = scores > boundary
             if left > 0:
                 equal = (scores == boundary).nonzero().flatten()[:left]
                 keep[equal] = True
                 left -= len(equal)
-            self._set(piece, keep)
-        return boundary
+            yield keep
 
     def _set(self, piece: Piece, keep_U: Tensor) -> None:
         piece.mask.copy_(self.structure.spread(keep_U, piece.shape))

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from srnn.datasets.base import DataModule
 from srnn.kernels.choosing import DENSE
@@ -196,19 +196,21 @@ class RunProgress(ProgressBar):
 
 def print_report(report: dict[str, Any]) -> None:
     """The run in one table."""
-    table = Table(title=f"{report['model']} on {report['dataset']}, pruning={report['pruning']}", show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
+    title = f"{report['model']} on {report['dataset']}, pruning={report['pruning']}"
+    table = Table("", Column("", justify="right"), title=title, show_header=False)
     scores, objective = report["scores"], register.get("objective", report["objective"])
     words: str = objective.factory.words  # type: ignore[attr-defined]
     beside = {
         "sparse": " sparse" if report["layers"] else "",
         "a_token": f" a {report['token']}" if report["token"] in ("word", "byte") else "",
     }
-    for key, title in MILESTONES.items():
+    for key, words_for in MILESTONES.items():
         if scores.get(key):
             told = scores[key] | beside
-            table.add_row(title.format(**told), words.format(**told))
+            table.add_row(words_for.format(**told), words.format(**told))
+    if report.get("beside"):
+        telling: str = objective.factory.telling  # type: ignore[attr-defined]
+        _add_beside(table, report["beside"], scores["test_packed"], words, beside, telling)
     _add_transcripts(table, report)
     table.add_section()
     for layer in report["layers"]:
@@ -260,6 +262,18 @@ def _add_transcripts(table: Table, report: dict[str, Any]) -> None:
     for example in transcripts(report):
         if example["step"] == report["scores"]["best"]["step"]:
             table.add_row(f"said: {escape(example['said'])}", f"heard: {escape(example['heard'])}")
+
+
+def _add_beside(
+    table: Table, other: Mapping[str, Any], own: Mapping[str, float], words: str, beside: Mapping[str, str], score: str
+) -> None:
+    """Rows of what the run that this one learned from scored, and how far this one is from it."""
+    kind = f"{100 * other['sparsity']:.0f} % sparse" if other["sparsity"] else "dense"
+    table.add_row(f"test, of {other['run']} ({kind})", words.format(**{**other["scores"], **beside}))
+    if other["scores"].get(score):
+        table.add_row(
+            f"beside it: {score.replace('_', ' ')}", f"{100 * (own[score] / other['scores'][score] - 1):+.2f} %"
+        )
 
 
 def _print_choices(choices: Sequence[Mapping[str, Any]], threads: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import srnn
+from srnn.errors import UserError
 from srnn.inference.packing import PackedModel
 from srnn.pruning.pruner import Pruner
+from srnn.recording.environment import read_environment
 from srnn.recording.recorder import Recorder, Validation
+from srnn.run_folder import RunFolder
 
 
 def milestones(validations: Sequence[Validation]) -> dict[str, dict[str, float] | None]:
@@ -92,6 +97,31 @@ def build_report(
         },
         "validations": [vars(v) | {"scores": dict(v.scores)} for v in recorder.validations],
     }
+
+
+def run_beside(given: str | None, folder: RunFolder) -> dict[str, Any] | None:
+    """What the run that this one learned from scored on the same test data.
+
+    Args:
+        given: that run's folder, its packed file or one of its checkpoints, as a config names it.
+        folder: of this run.
+
+    Returns:
+        Its name, its sparsity and its test scores; None where there are none: no finished run, or other test data.
+    """
+    path = Path(given).expanduser() if given else None
+    for home in () if path is None else (path, path.parent, path.parent.parent):
+        other = RunFolder(home)
+        if home == folder.path or not other.report.is_file():
+            continue
+        try:
+            report = json.loads(other.report.read_text())
+            data = [read_environment(each)["data"]["test"] for each in (other, folder)]
+            found = {"sparsity": report["sparsity"]["reached"], "scores": report["scores"]["test_packed"]}
+        except (UserError, ValueError, KeyError, TypeError, OSError):  # a report may be anyone's
+            return None
+        return {"run": home.resolve().name} | found if data[0] == data[1] else None
+    return None
 
 
 def _layers(pruner: Pruner, weights: dict[str, Tensor]) -> list[dict[str, Any]]:

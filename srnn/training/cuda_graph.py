@@ -32,9 +32,10 @@ class Graphed:
         """As the network; a state of None starts from zero."""
         if self._graph is None:
             example = self.example.to(inputs.device)
-            self._zero = self._zero_state(example)
-            # Without the cache, as casts of weights have to happen in the graph.
+            # Without the cache: casts of weights have to happen in the graph, and one that was kept from before belongs
+            # to another stream, which the recorded backward pass would wait for.
             with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False):
+                self._zero = self._zero_state(example)
                 samples = (example, _map(torch.clone, self._zero))  # which states are copied into
                 self._graph = torch.cuda.make_graphed_callables(_Call(self.model), samples)
         if inputs.shape != self.example.shape:

@@ -23,6 +23,7 @@ from srnn.run_folder import RunFolder
 from srnn.training.checkpoints import AtomicCheckpoints, LastCheckpoint, stop_requests
 from srnn.training.preparing import Run
 from srnn.training.processes import OwnRandomNumbers, Place, all_ranks
+from srnn.training.teaching import OwnTeacher
 
 LOGGED_POINTS = 300  # about so many points of the training loss over a run
 
@@ -77,9 +78,11 @@ def fit(run: Run, folder: RunFolder, wandb: Any = None) -> Recorder:
 
 def _callbacks(run: Run, folder: RunFolder, recorder: Recorder, last: LastCheckpoint) -> list[pl.Callback]:
     """In the order in which they act: weights and their average are masked before anything is recorded or saved."""
+    teacher = run.objective.teacher
     return [
         *([run.averaging] if run.averaging is not None else []),
         recorder.pruning,
+        *([] if teacher is None or teacher.ready else [OwnTeacher(teacher, recorder.is_dense, folder.best_dense)]),
         recorder,
         *([RunProgress(recorder.pruning)] if run.place.rank == 0 else []),
         BestWhile(recorder.is_dense, folder.best_dense),

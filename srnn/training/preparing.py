@@ -31,7 +31,7 @@ from srnn.training.moments import Moments
 from srnn.training.processes import Place
 from srnn.training.start_from import Initial, load_weights, read_initial
 from srnn.training.step_size import attach
-from srnn.training.teaching import teacher_of
+from srnn.training.teaching import SELF, check_own_teacher, teacher_of
 from srnn.vocabulary import ORDER, UNKNOWN, Vocabulary
 
 
@@ -107,7 +107,8 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
     match = _start_from(model, initial, settings, rows, data) if initial else None
     if checkpoint is not None:  # for methods that look at the weights
         _go_on_from(model, checkpoint)
-    call = Graphed(model, data.batches("train").fetch(0, 0)[0]) if settings.trainer.cuda_graph else None
+    example = data.batches("train").fetch(0, 0)[0] if settings.trainer.cuda_graph else None
+    call = Graphed(model, example) if example is not None else None
     objective: Any = register.get("objective", data.objective).factory
     run = Run(
         config=settings.as_dict(),
@@ -127,9 +128,11 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
     )
     run.pruner()  # a first look: from now on the method knows its steps; the callback makes the pruner that counts
     moments, batches = Moments.of(method, run.length), len(data.train_dataloader())
+    if settings.distill.teacher == SELF:
+        check_own_teacher(bool(method.layer_types), moments.pruning_start, round(run.length.steps_per_epoch))
     schedule = register.build("schedule", settings.schedule, moments=moments, batches=batches)
     run.objective.schedule = partial(attach, schedule) if schedule is not None else None
-    run.objective.teacher = teacher_of(settings.distill, run.objective)
+    run.objective.teacher = teacher_of(settings.distill, run.objective, example)
     return replace(run, averaging=register.build("averaging", settings.averaging, moments=moments))
 
 

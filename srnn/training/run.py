@@ -24,7 +24,7 @@ from srnn.recording import environment
 from srnn.recording.console import print_folder, print_report, print_way_back, print_ways_on
 from srnn.recording.plots import plot_run
 from srnn.recording.recorder import Recorder
-from srnn.recording.report import build_report, milestones, recurrent_matrix, transcripts
+from srnn.recording.report import build_report, milestones, recurrent_matrix, run_beside, transcripts
 from srnn.recording.summary import summary_of
 from srnn.recording.wandb import carefully, define_scores, log_results, wandb_run
 from srnn.registry import register
@@ -34,6 +34,7 @@ from srnn.training.fitting import check_devices, fit, quiet
 from srnn.training.preparing import Run, prepare
 from srnn.training.processes import Place
 from srnn.training.prune_only import prune_only
+from srnn.training.teaching import SELF
 from srnn.training.verifying import pack_and_verify, rehearse, score
 
 
@@ -54,7 +55,7 @@ def train(
     """
     tracking = replace(settings.tracking, group=settings.tracking.group or group)
     settings = replace(settings, tracking=tracking)
-    if settings.distill.teacher is not None:  # a resumed run may be started from another folder
+    if settings.distill.teacher not in (None, SELF):  # a resumed run may be started from another folder
         teacher = str(Path(settings.distill.teacher).expanduser().resolve())
         settings = replace(settings, distill=replace(settings.distill, teacher=teacher))
     home = RunFolder(folder)
@@ -160,6 +161,7 @@ def _finish(run: Run, folder: RunFolder, recorder: Recorder) -> dict[str, Any]:
         | {
             "unit": run.data.unit,
             "left_out": run.data.left_out,
+            "beside": run_beside(run.config["distill"]["teacher"] or run.config["init_from"], folder),
         }
     )
 

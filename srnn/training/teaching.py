@@ -1,13 +1,15 @@
-"""The teacher of a run: read from another run's folder, one of its checkpoints, or a packed file."""
+"""The teacher of a run: read from another run's folder, one of its checkpoints, a packed file; or the run itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from srnn.audio import Features
 from srnn.config.composing import read_settings
@@ -21,11 +23,20 @@ from srnn.objectives import Objective
 from srnn.objectives.teacher import Teacher
 from srnn.registry import register
 from srnn.run_folder import RunFolder
+from srnn.training.cuda_graph import Graphed
 from srnn.vocabulary import Vocabulary
 
+SELF = "self"  # as distill.teacher: the network's own best dense moment
 
-def teacher_of(chosen: DistillConfig, objective: Objective) -> Teacher | None:
+
+def teacher_of(chosen: DistillConfig, objective: Objective, example: Tensor | None = None) -> Teacher | None:
     """The teacher that a config names; None if it names none.
+
+    Args:
+        chosen: the config.
+        objective: of the run that is taught.
+        example: inputs of the shape that most batches have, to replay the teacher from a CUDA graph; None calls it
+            plainly.
 
     Raises:
         UserError: there is no network, or it is of other data, or the objective cannot learn from one.
@@ -37,9 +48,56 @@ def teacher_of(chosen: DistillConfig, objective: Objective) -> Teacher | None:
             f"distill.teacher={chosen.teacher}: the objective {objective.data.objective} has no `imitation`, so it "
             f"cannot learn from a teacher."
         )
-    model = _read_network(chosen.teacher, objective.data)
+    own = chosen.teacher == SELF
+    model = copy.deepcopy(objective.model) if own else _read_network(chosen.teacher, objective.data)
     _check_steps(chosen.teacher, model, objective.model)
-    return Teacher(model, objective.carried, chosen.temperature, chosen.weight)
+    call = Graphed(model, example) if example is not None else None
+    teacher = Teacher(model, objective.carried, chosen.temperature, chosen.weight, call)
+    teacher.ready = not own
+    return teacher
+
+
+class OwnTeacher(pl.Callback):
+    """Makes the best network before pruning the teacher of what is pruned from then on (``distill.teacher=self``).
+
+    Args:
+        teacher: waits for the weights it teaches with.
+        is_dense: whether no weight has been masked yet.
+        path: the best checkpoint taken until then.
+    """
+
+    def __init__(self, teacher: Teacher, is_dense: Callable[[], bool], path: Path) -> None:
+        self.teacher = teacher
+        self.is_dense = is_dense
+        self.path = path
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Start to teach with the first batch after the last dense step; in a resumed run at once."""
+        if self.teacher.ready or self.is_dense():
+            return
+        self.teacher.model.load_state_dict(weights_of(read_checkpoint(self.path), self.path))
+        self.teacher.ready = True
+
+
+def check_own_teacher(prunes: bool, pruning_start: int, first_validation: int) -> None:
+    """Raise UserError unless a network is validated before it is pruned, so that it can teach itself.
+
+    Args:
+        prunes: whether anything is pruned.
+        pruning_start: the step up to which no weight is masked; 0 where none is ever dense.
+        first_validation: the step after which it is validated for the first time.
+    """
+    if not prunes:
+        raise UserError(
+            "distill.teacher=self: the dense network teaches the one that is pruned from it, and this run prunes "
+            "nothing: choose a pruning method, or name another teacher."
+        )
+    if pruning_start < first_validation:
+        raise UserError(
+            f"distill.teacher=self: nothing is validated before pruning, which starts after step {pruning_start}; the "
+            f"first validation is after step {first_validation}. Start later (pruning.start_itr) with a method that "
+            f"prunes while training, or name another teacher."
+        )
 
 
 def _read_network(given: str, data: DataModule) -> nn.Module:

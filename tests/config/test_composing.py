@@ -47,6 +47,19 @@ def test_what_is_named_wins_over_an_experiment():
     assert settings.seed == 3
 
 
+def test_a_preset_of_a_preset():
+    settings = compose_settings(["experiment=ptb_medium_sparse", "pruning.sparsity=0.95"])
+    medium = compose_settings(["experiment=ptb_medium"])
+    assert settings.model == medium.model | {"dropout": 0.35, "embedding_dropout": 0.35}
+    assert (settings.optimizer, settings.dataset, settings.trainer) == (
+        medium.optimizer,
+        medium.dataset,
+        medium.trainer,
+    )
+    assert settings.pruning == medium.pruning | {"sparsity": 0.95}
+    assert (settings.distill.teacher, settings.distill.weight) == ("outputs/ptb_medium", 0.6)
+
+
 def test_experiments_open_with_what_they_show():
     for path in (conf_folder() / "experiment").glob("*.yaml"):
         head = path.read_text().partition("defaults:")[0]

@@ -162,13 +162,13 @@ def test_a_hundred_thousand_launches(structure, streams, hidden):
 def test_a_graphed_layer_serves_several_streams_and_shapes():
     from srnn.kernels.contract import equal_lengths
     from srnn.kernels.dense import Torch
-    from srnn.kernels.replay import MOST_GRAPHS, Replayed
+    from srnn.kernels.replay import MOST_SHAPES, Replayed
 
     torch.manual_seed(0)
     device = torch.device("cuda")
     weights = sparsify(prune(nn.GRU(16, 32), 0.2).cuda(), kernel="dense").layer_weights(0)
     plain, graphed = (kernel.layer(weights, device, torch.float32) for kernel in (Torch(), Replayed(Torch())))
-    inputs = [torch.randn(20 * streams, 16, device=device) for streams in range(1, MOST_GRAPHS + 3)]
+    inputs = [torch.randn(20 * streams, 16, device=device) for streams in range(1, MOST_SHAPES + 3)]
     wanted = [plain.run(x, equal_lengths(20, len(x) // 20), (x.new_zeros(len(x) // 20, 32),))[0] for x in inputs]
     torch.cuda.synchronize()
     queues = [torch.cuda.Stream(), torch.cuda.Stream()]

@@ -1,5 +1,6 @@
 """Which calls are recorded and replayed; on a GPU, that replays are the calls. On a CPU a recording is a stand-in."""
 
+import copy
 import gc
 import threading
 
@@ -187,20 +188,22 @@ def test_a_module_knows_which_calls_may_be_recorded(batch_first):
     """Those of which all layers are replayed; the memory is that of the layer that takes most."""
     network = sparsify(prune(nn.GRU(8, 32, 2, batch_first=batch_first), 0.1), kernel="dense")
     checks = [lambda: None, lambda: None]
-    cpu = torch.device("cpu")
 
     class Other(Counted):
         def chosen(self, steps, streams):
             raise AssertionError("not of this call")
 
-    layers = [replayed(Counted(), 1000 * (index + 1), check) for index, check in enumerate(checks)]
-    ready = {(index, cpu, torch.float32): one for index, one in enumerate(layers)}
-    network._ready = {**ready, (0, cpu, torch.float16): Other(), "replays": replay.Replays()}
+    network(torch.zeros(5, 3, 8))  # which makes its layers ready, under keys of its own
+    own = [key for key, ready in network._ready.items() if isinstance(ready, Layer)]
+    assert len(own) == 2
+    for index, (key, check) in enumerate(zip(own, checks, strict=True)):
+        network._ready[key] = replayed(Counted(), 1000 * (index + 1), check)
+        network._ready[*key[:-1], torch.float16] = Other()
     for kind, shape, rows in (("sequence", (5, 3, 8), 15), ("sequence", (5, 8), 5), ("step", (3, 8), 3)):
         about = network._recordable(kind, torch.zeros(shape))
         assert about.memory == 2000 * rows
         assert about.checks == tuple(checks)
-    network._ready[1, cpu, torch.float32] = Counted()
+    network._ready[own[1]] = Counted()
     assert network._recordable("step", torch.zeros(3, 8)) is None
 
 
@@ -303,6 +306,7 @@ def test_threads_streams_and_two_layers():
 @pytest.mark.gpu
 @on_gpu
 def test_memory_does_not_grow_and_comes_back():
+    torch._C._cuda_clearCublasWorkspaces()  # 32 MB that any product takes for good
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     ready = on_a_gpu(hidden=1024)
@@ -318,15 +322,21 @@ def test_memory_does_not_grow_and_comes_back():
     assert taken[-1] <= taken[0] + (8 << 20)
     del ready, given
     torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before + (4 << 20)
 
 
 @pytest.mark.gpu
 @on_gpu
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # of torch.compile's own imports
 def test_changed_weights_and_a_compiled_network(tmp_path, monkeypatch):
     monkeypatch.setenv("SRNN_CACHE", str(tmp_path))
-    first, second = (sparsify(prune(nn.GRU(40, 160), 0.1).cuda(), kernel="triton") for _ in range(2))
+    first = sparsify(prune(nn.GRU(40, 160), 0.1).cuda(), kernel="triton")
+    second = copy.deepcopy(first)
+    for buffer in second.buffers():
+        if buffer.is_floating_point():
+            buffer.mul_(0.5)
     x = torch.randn(12, 1, 40, device="cuda")
     wanted = [network(x)[0] for network in (first, second)]
     for _ in range(3):
@@ -376,3 +386,56 @@ def test_a_modules_calls_are_replayed(cell, options, kernel, tmp_path, monkeypat
         network(asking)[0].sum().backward()
     moved = network.cpu().cuda()
     torch.testing.assert_close(moved(given[0])[0], wanted[0][0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("structure", ["element", "16x1"])
+def test_a_loaded_networks_step_is_one_replay(cell, structure, tmp_path):
+    """From zero and from a state; what earlier steps gave stays; it runs anew after weights change, and with hooks."""
+    from srnn import models
+    from srnn.inference.packed_file import load, write
+    from srnn.inference.packing import pack
+
+    config, sizes = {"name": cell, "hidden_size": 160, "embedding_size": 48, "num_layers": 3}, {"vocabulary_size": 50}
+    torch.manual_seed(0)
+    trained = getattr(models, cell)(160, 48, num_layers=3, **sizes)
+    prune(trained, 0.2, 1 if structure == "element" else 16)
+    write(tmp_path / "model.safetensors", pack(trained, config, sizes, structure=structure))
+    network = load(tmp_path / "model.safetensors", "triton", device="cuda")
+    tokens = torch.randint(50, (40, 2), device="cuda")
+
+    def stream():
+        got, state = [], None
+        for tokens_B in tokens:
+            logits, state = network.step(tokens_B, state)
+            got.append((logits, *(state if isinstance(state, tuple) else [state])))
+        return got
+
+    with nothing_recorded():
+        wanted = stream()
+    got = stream()
+    recorded = network.rnn._ready["replays"].recorded
+    assert {key[0][0] for key in recorded} == {"network"}, "nothing else is replayed"
+    stream()
+    assert len(recorded) == 2
+    for one, truth in zip(got, wanted, strict=True):
+        for a, b in zip(one, truth, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    state = {
+        name: tensor.mul(0.5) if tensor.is_floating_point() else tensor for name, tensor in network.state_dict().items()
+    }
+    network.decoder.load_state_dict(
+        {n.removeprefix("decoder."): t for n, t in state.items() if n.startswith("decoder.")}
+    )
+    with nothing_recorded():
+        wanted = stream()
+    for _ in range(3):
+        again = stream()
+    torch.testing.assert_close(again[-1][0], wanted[-1][0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(again[-1][0], got[-1][0])
+    seen = []
+    network.decoder.register_forward_hook(lambda *_: seen.append(1))
+    stream()
+    assert len(seen) == len(tokens)

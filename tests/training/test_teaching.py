@@ -1,5 +1,6 @@
 """Distillation: the formula, the teacher's state, and who may teach."""
 
+import json
 import shutil
 
 import pytest
@@ -13,9 +14,14 @@ from srnn.datasets.text import IGNORED
 from srnn.errors import UserError
 from srnn.inference.weights import read_weights
 from srnn.models import gru, lstm
+from srnn.models.recurrent import detach
 from srnn.objectives import Objective
 from srnn.objectives.teacher import Teacher, softened_cross_entropy
+from srnn.recording.report import run_beside
+from srnn.run_folder import RunFolder
+from srnn.training.cuda_graph import Graphed
 from srnn.training.preparing import prepare
+from srnn.training.teaching import OwnTeacher
 from tests.conftest import QUIET
 from tests.training.test_resume import RUN, check_same_run, interrupt_after
 
@@ -56,6 +62,30 @@ def test_next_tokens_by_hand_over_two_batches():
         torch.testing.assert_close(loss.detach(), 0.7 * hard + 0.3 * soft)
     objective.on_train_epoch_start()
     assert objective.teacher.state is None, "a pass starts from the beginning of the text"
+
+
+def test_a_teacher_is_moved_once(monkeypatch):
+    """Moving a module that is there already lays out its recurrent weights anew, at each step."""
+    teacher = Teacher(gru(7, 5, vocabulary_size=9), lambda state: state, temperature=2.0, weight=0.3)
+    moved = []
+    monkeypatch.setattr(teacher.model, "to", moved.append)
+    for _ in range(3):
+        teacher(torch.randint(0, 9, (2, 4)))
+    assert moved == [torch.device("cpu")]
+
+
+@pytest.mark.gpu
+def test_a_teacher_replayed_from_a_graph_says_the_same():
+    model = lstm(24, 8, num_layers=2, vocabulary_size=30).cuda()
+    batches = [torch.randint(0, 30, (5, steps), device="cuda") for steps in (12, 12, 7, 12, 12)]
+    found = []
+    for call in (None, Graphed(model, batches[0].cpu())):
+        teacher = Teacher(model, detach, 2.0, 0.3, call)
+        found.append([teacher(batch).clone() for batch in batches])
+        teacher.state = None
+        found.append([teacher(batches[3]).clone()])
+    for plain, graphed in zip(found[0] + found[1], found[2] + found[3], strict=True):
+        torch.testing.assert_close(graphed, plain)
 
 
 @pytest.mark.parametrize("dataset", ["digits", "adding"])
@@ -112,13 +142,71 @@ def test_who_cannot_teach(tmp_path, text_run, monkeypatch):
         prepare(settings)
 
 
+def test_the_best_dense_moment_teaches_what_comes_after(tmp_path, monkeypatch):
+    """Stopped after it started to teach, and resumed, it is the uninterrupted run."""
+    chosen = [*RUN, "distill.teacher=self", "distill.weight=0.8"]
+    assert main([*chosen, f"hydra.run.dir={tmp_path}/one"]) == 0
+    assert main([*RUN, f"hydra.run.dir={tmp_path}/alone"]) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 20)
+        assert main([*chosen, f"hydra.run.dir={tmp_path}/two"]) == 130
+    assert main([f"resume={tmp_path}/two"]) == 0
+    check_same_run(tmp_path / "one", tmp_path / "two")
+    dense, taught = ([read_weights(tmp_path / name / f"checkpoints/{kind}.ckpt") for name in ("one", "alone")]
+                     for kind in ("best-dense", "best"))  # fmt: skip
+    assert all(torch.equal(dense[0][name], weight) for name, weight in dense[1].items()), "until then it is alone"
+    assert not all(torch.equal(taught[0][name], weight) for name, weight in taught[1].items())
+
+
+def test_who_cannot_teach_itself():
+    for options, words in (
+        (["pruning=none"], "this run prunes nothing"),
+        (["pruning=rigl"], "nothing is validated before pruning, which starts after step 0"),
+        (["pruning.start_itr=1"], "starts after step 1; the first validation is after step"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prepare(compose_settings([*QUIET, "distill.teacher=self", *options]))
+
+
+def test_its_teacher_is_the_network_of_the_best_dense_checkpoint(tmp_path):
+    run = prepare(compose_settings([*QUIET, "distill.teacher=self"]))
+    teacher, dense = run.objective.teacher, [True]
+    weights = {name: torch.randn_like(weight) for name, weight in run.model.state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "best.ckpt")
+    callback = OwnTeacher(teacher, lambda: dense[0], tmp_path / "best.ckpt")
+    for _ in range(2):
+        callback.on_train_batch_start(None, None)
+        assert not teacher.ready
+        assert run.objective.taught(torch.tensor(2.0), None, None, None) == 2
+    dense[0] = False
+    callback.on_train_batch_start(None, None)
+    assert teacher.ready
+    assert all(torch.equal(teacher.model.state_dict()[name], weight) for name, weight in weights.items())
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+def test_the_run_beside_has_the_same_test_data(tmp_path, text_run):
+    own = RunFolder(tmp_path / "own")
+    shutil.copytree(text_run, tmp_path / "own", ignore=shutil.ignore_patterns("report.json", "checkpoints"))
+    for given in (text_run, text_run / "model.safetensors", text_run / "checkpoints/best.ckpt"):
+        assert run_beside(str(given), own)["run"] == text_run.name
+    assert run_beside(None, own) is run_beside("self", own) is run_beside(str(tmp_path), own) is None
+    made_in = json.loads(own.environment.read_text())
+    made_in["data"]["test"] = "another"
+    own.environment.write_text(json.dumps(made_in))
+    assert run_beside(str(text_run), own) is None
+    shutil.copytree(text_run, tmp_path / "damaged")
+    (tmp_path / "damaged/report.json").write_text('{"scores": 3')
+    assert run_beside(str(tmp_path / "damaged"), own) is None
+
+
 def test_a_config_of_before_has_no_teacher():
     config = compose_settings(QUIET).as_dict()
     del config["distill"]
     assert prepare(Settings.check(config)).objective.teacher is None
 
 
-def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, text_run):
+def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, text_run, capsys):
     chosen = [*RUN, f"distill.teacher={text_run}", "distill.weight=0.8", "averaging=ema", "schedule=cosine"]
     before = read_weights(text_run / "checkpoints/best.ckpt")
     assert main([*chosen, f"hydra.run.dir={tmp_path}/one"]) == 0
@@ -127,6 +215,13 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, tex
         assert main([*chosen, f"hydra.run.dir={tmp_path}/two"]) == 130
     assert main([f"resume={tmp_path}/two"]) == 0
     check_same_run(tmp_path / "one", tmp_path / "two")
+    told = " ".join(capsys.readouterr().out.split())
+    report, other = (json.loads((run / "report.json").read_text()) for run in (tmp_path / "two", text_run))
+    assert report["beside"]["scores"] == other["scores"]["test_packed"]
+    name = "bits_per_character"
+    share = 100 * (report["scores"]["test_packed"][name] / other["scores"]["test_packed"][name] - 1)
+    assert f"beside it: bits per character │ {share:+.2f} %" in told
+    assert f"test, of {text_run.name} (90 % sparse)" in told
     after = read_weights(text_run / "checkpoints/best.ckpt")
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
