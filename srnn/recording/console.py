@@ -204,10 +204,10 @@ def print_report(report: dict[str, Any]) -> None:
         "sparse": " sparse" if report["layers"] else "",
         "a_token": f" a {report['token']}" if report["token"] in ("word", "byte") else "",
     }
-    for key, words_for in MILESTONES.items():
+    for key, row_title in MILESTONES.items():
         if scores.get(key):
             told = scores[key] | beside
-            table.add_row(words_for.format(**told), words.format(**told))
+            table.add_row(row_title.format(**told), words.format(**told))
     if report.get("beside"):
         telling: str = objective.factory.telling  # type: ignore[attr-defined]
         _add_beside(table, report["beside"], scores["test_packed"], words, beside, telling)
