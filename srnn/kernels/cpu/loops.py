@@ -7,6 +7,8 @@ up to the product's tile. What a thread has to do is fixed beforehand, so that a
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit, prange
 
@@ -28,7 +30,7 @@ Q3, Q4, Q5 = np.float32(0.0005010237800888717), np.float32(2.6062236884172307e-0
 
 
 # Multiplications and additions become one instruction where the processor has that; nothing else is reordered.
-_FUSED = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
+_FUSED: Any = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
 @njit(inline="always")
