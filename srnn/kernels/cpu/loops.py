@@ -30,7 +30,7 @@ Q3, Q4, Q5 = np.float32(0.0005010237800888717), np.float32(2.6062236884172307e-0
 
 
 # Multiplications and additions become one instruction where the processor has that; nothing else is reordered.
-_FUSED: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
+_FUSED: Any = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
 @njit(inline="always")

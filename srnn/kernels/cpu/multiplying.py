@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit, prange
 
 from srnn.kernels.cpu.shapes import ALIGNED, DOT_AT, GROUPS_OF_GATE, LANES_OF_GROUP, ROWS, WIDTH_OF_X, WINDOW
-from srnn.kernels.cpu.vector_code import call_dot
+from srnn.kernels.cpu.vector_code import add_sixteen, call_dot
 
 
 @njit(nogil=True, cache=True)
@@ -52,6 +52,23 @@ def products(matrix, gate, first, count, x, streams, careful, out):
 
 
 @njit(nogil=True, cache=True)
+def _put(base, some, lanes, row, count, streams, bias, out, y):
+    """Outputs as the product writes them, [group, stream, lane], with the bias to their rows of y, from ``base`` on."""
+    whole = some // lanes if lanes % 16 == 0 else 0
+    out_at, bias_at, y_at = out.ctypes.data, bias.ctypes.data, y.ctypes.data
+    for b in range(count):
+        for g in range(whole):
+            at, begin = (g * streams + b) * lanes, base + g * lanes
+            target = (row + b) * y.shape[1] + begin
+            for lane in range(0, lanes, 16):
+                add_sixteen(out_at + 4 * (at + lane), bias_at + 4 * (begin + lane), y_at + 4 * (target + lane))
+        for g in range(whole, (some + lanes - 1) // lanes):
+            at, begin = (g * streams + b) * lanes, base + g * lanes
+            for lane in range(min(lanes, some - g * lanes)):
+                y[row + b, begin + lane] = out[at + lane] + bias[begin + lane]
+
+
+@njit(nogil=True, cache=True)
 def _multiply_chunks(chunk_size, first_chunk, last_chunk, matrix, gates, x, careful, row, count, streams, bias, y):
     """Some chunks of the outputs of all gates, for ``count`` rows of an input from ``row`` on."""
     lanes = matrix[LANES_OF_GROUP]
@@ -62,13 +79,7 @@ def _multiply_chunks(chunk_size, first_chunk, last_chunk, matrix, gates, x, care
         some = min(chunk_size, units - first)
         for gate in range(gates):
             products(matrix, gate, first, some, x, streams, careful, out)
-            base = gate * units + first
-            for b in range(count):
-                for g in range((some + lanes - 1) // lanes):
-                    at = (g * streams + b) * lanes
-                    begin = base + g * lanes
-                    for lane in range(min(lanes, some - g * lanes)):
-                        y[row + b, begin + lane] = out[at + lane] + bias[begin + lane]
+            _put(gate * units + first, some, lanes, row, count, streams, bias, out, y)
 
 
 @njit(nogil=True, cache=True)
@@ -82,8 +93,8 @@ def _rows_as_taken(matrix, x, row, count, tile):
                 x_SI[b, i] = x[row + b, i]
         return x_SI, _is_careful(x_SI), streams
     x_IS = zeros(x.shape[1], streams)
-    for b in range(count):
-        for i in range(x.shape[1]):
+    for i in range(x.shape[1]):
+        for b in range(count):
             x_IS[i, b] = x[row + b, i]
     return x_IS, 0, streams
 
