@@ -32,12 +32,26 @@ def extreme(model):
     return model.eval()
 
 
+def loud(model):
+    """With states of the second layer far above 1."""
+    model.weight_ih_l1.data *= 20
+    return model.eval()
+
+
 NETWORKS = {
     "gru element": (lambda: pruned(LanguageModel(nn.GRU, 50, 16, 100, num_layers=2), 0.2), "element", 0.02),
     "gru 16x1": (lambda: pruned(LanguageModel(nn.GRU, 50, 16, 100), 0.2, 16), "16x1", 0.02),
     "lstm tied": (lambda: pruned(LanguageModel(nn.LSTM, 33, 48, 48, tie_embeddings=True), 0.3), "element", 0.1),
     "lstm reads the last state": (lambda: pruned(SequenceModel(nn.LSTM, 4, 16, 40), 0.3, 16), "16x1", 0.02),
     "tanh, dense, no decoder": (lambda: nn.RNN(4, 30).eval(), "auto", 0.02),
+    "relu, two layers": (lambda: loud(nn.RNN(4, 30, 2, nonlinearity="relu")), "auto", 0.05),
+    "gru, two ways": (lambda: pruned(nn.GRU(4, 20, 2, bidirectional=True), 0.3), "element", 0.02),
+    "lstm, two ways, reads the last state": (
+        lambda: SequenceModel(nn.LSTM, 4, 12, 20, bidirectional=True).eval(),
+        "auto",
+        0.02,
+    ),
+    "relu, tokens": (lambda: pruned(LanguageModel(nn.RNN, 33, 8, 20, nonlinearity="relu"), 0.3), "element", 0.05),
     "gru without biases": (lambda: nn.GRU(4, 13, bias=False).eval(), "auto", 0.02),
     "extreme": (lambda: extreme(nn.LSTM(4, 70, 2)), "auto", 2.0),
 }
@@ -129,10 +143,16 @@ class Between(nn.Module):
         return self.b(self.middle(self.a(x)[0]))[0]
 
 
+def grown(model):
+    """With states that leave their bits too few behind the point."""
+    model.weight_hh_l0.data.zero_()
+    model.bias_hh_l0.data += 3000
+    return model
+
+
 NUMBERS = torch.randn(2, 5, 4)
 REFUSED = [
-    (nn.RNN(4, 4, nonlinearity="relu"), {"example": NUMBERS}, "rnn is relu, whose state has no bounds"),
-    (nn.GRU(4, 4, bidirectional=True), {"example": NUMBERS}, "gru is bidirectional: there are layers of one direction"),
+    (grown(nn.RNN(4, 4, nonlinearity="relu")), {"example": NUMBERS}, "the states of rnn, a ReLU layer, grow to"),
     (nn.LSTM(4, 4, proj_size=2), {"example": NUMBERS}, "lstm is projected"),
     (Between(nn.Linear(4, 4)), {"example": NUMBERS}, "middle is a layer between or before recurrent ones"),
     (Between(nn.ReLU()), {"example": NUMBERS}, "middle is relu: there are an embedding"),

@@ -231,6 +231,11 @@ class Derived(nn.GRU):
     pass
 
 
+def diverged(model):
+    model.weight_ih_l0.data[0, 0] = torch.nan
+    return model
+
+
 REFUSED = [
     (nn.Sequential(nn.LayerNorm(4), nn.GRU(4, 4)), "0 is a LayerNorm, which has no place in a chain of layers"),
     (Skips(), r"Skips computes something else than its layers one after the other \(rnn\): outputs differ by"),
@@ -240,6 +245,7 @@ REFUSED = [
     (nn.Sequential(nn.GRU(4, 4), nn.Embedding(4, 4)), "1 is an embedding behind other layers"),
     (nn.Sequential(nn.GRU(4, 4, batch_first=True), nn.GRU(4, 4)), "0 has batch_first=True and 1 not"),
     (nn.Sequential(nn.GRU(4, 4), nn.Softmax(dim=0)), "1 has dim=0: in a chain softmax is over the last dimension"),
+    (diverged(nn.GRU(4, 4)), "weight_ih_l0 holds values that are not finite: the training has probably diverged"),
     (parametrizations.weight_norm(nn.GRU(4, 4), "weight_hh_l0"), "GRU is parametrised"),
 ]
 

@@ -7,6 +7,7 @@ stands for the network's name.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from srnn.exporting.c.arrays import INT8_TABLE, WIDE, StoredForm, declaration
 
@@ -268,10 +269,16 @@ _USED = {
 }
 
 
-def used_functions(code: str, name: str) -> str:
-    """The small functions that some code calls, each before the one that calls it."""
+def used_functions(code: str, name: str, functions: Mapping[str, str] = _USED) -> str:
+    """The small functions that some code calls, each before the one that calls it.
+
+    Args:
+        code: of the network's layers and products.
+        name: of the network.
+        functions: by the word that calls them, each behind those that call it; those of floats.
+    """
     found: list[str] = []
-    for word, function in _USED.items():
+    for word, function in functions.items():
         if word.replace("NAME", name) in "\n".join([code, *found]):
             found.insert(0, function.replace("NAME", name))
     return "\n".join(found)

@@ -86,8 +86,9 @@ def write_c(
 def _written(program: Program, path: Path, request: ExportRequest, verified: str, error: float | None) -> ExportReport:
     """Write both files."""
     header = path.with_suffix(".h")
-    write_atomically(header, program.header.encode())
+    # The large file first: where a disk is full, no new header lies beside an old source.
     write_atomically(path, program.source.encode())
+    write_atomically(header, program.header.encode())
     nbytes = path.stat().st_size + header.stat().st_size
     notes = (f"{header} declares it.", *(() if request.tell else program.costs))
     return ExportReport(path, nbytes, verified, error, notes)

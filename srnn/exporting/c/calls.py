@@ -104,12 +104,12 @@ class Calls:
 
     @property
     def scratch(self) -> int:
-        """Floats a step of a sequence that NAME_run is lent by its caller: of two layers, or of the only one."""
+        """Numbers of an input's type, a step of a sequence, that NAME_run is lent: of two layers or one."""
         return min(2, len(self.kept)) * self.row
 
     @property
     def row(self) -> int:
-        """Floats that a step takes of one layer in that memory."""
+        """Numbers that a step takes of one layer in that memory."""
         return max((stage.width for stage in self.kept), default=0)
 
     @property
@@ -127,7 +127,7 @@ class Calls:
         """Of NAME_run."""
         given = f"const {self.name}_token *inputs" if self.tokens else f"const {self.in_type} *inputs"
         result = "output" if self.reads_last else "outputs"
-        lent = ", float *scratch" if self.scratch else ""
+        lent = f", {self.in_type} *scratch" if self.scratch else ""
         return f"void {self.name}_run({self.name}_state *state, {given}, size_t steps, {self.out_type} *{result}{lent})"
 
 

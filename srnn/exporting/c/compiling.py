@@ -112,7 +112,9 @@ class Stream:
         """
         steps, shape = len(given), (self.calls.outputs,)
         outputs = np.empty(shape if self.calls.reads_last else (steps, *shape), dtype=NUMPY_TYPES[self.calls.out_type])
-        scratch = [np.empty(steps * self.calls.scratch, dtype=np.float32)] if self.calls.scratch else []
+        scratch = (
+            [np.empty(steps * self.calls.scratch, dtype=NUMPY_TYPES[self.calls.in_type])] if self.calls.scratch else []
+        )
         self._call("run", self._numbers(given), ctypes.c_size_t(steps), outputs, *scratch)
         return outputs
 

@@ -28,7 +28,7 @@ def header_text(calls: Calls, state: Mapping[str, int], types: Mapping[str, str]
         lines += [f"#define {upper}_INPUTS {calls.inputs}"]
     lines += [f"#define {upper}_OUTPUTS {calls.outputs}"]
     if calls.scratch:
-        lines += [f"/* Floats that {name}_run is lent. */"]
+        lines += [f"/* Numbers, {calls.in_type}, that {name}_run is lent. */"]
         lines += [f"#define {upper}_SCRATCH(steps) ((size_t)(steps) * {calls.scratch})"]
     if calls.in_integers:
         if not calls.tokens:
@@ -60,7 +60,7 @@ def _step_comment(calls: Calls) -> list[str]:
 def _run_comment(calls: Calls) -> list[str]:
     upper = calls.name.upper()
     what = f"{calls.outputs} numbers at the end" if calls.reads_last else f"steps * {calls.outputs} numbers"
-    lent = f"; scratch holds {upper}_SCRATCH(steps) floats" if calls.scratch else ""
+    lent = f"; scratch holds {upper}_SCRATCH(steps) numbers" if calls.scratch else ""
     return [f"/* A sequence, or a part of one, step after step -> {what}{lent}. */"]
 
 

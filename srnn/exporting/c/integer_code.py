@@ -10,20 +10,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from srnn.cells import Cell
-from srnn.exporting.c.arithmetic import lookup_of
+from srnn.exporting.c.arithmetic import lookup_of, used_functions
 from srnn.exporting.c.arrays import StoredForm
 from srnn.exporting.c.calls import Calls, Stage
 from srnn.exporting.c.integers import TANH_TABLE, IntegerLayer, IntegerMatrix, IntegerNetwork
 from srnn.exporting.c.layer_code import SUMS, Code, chunk_of, sum_variable
 from srnn.exporting.c.program import Program, finished
 
-_SHARED = """\
+_SCALED = """\
 /* A sum times its row's factor, rounded. */
 static inline int32_t NAME_scaled(int32_t sum, int32_t factor, int shift)
 {
     return (int32_t)(((int64_t)sum * factor + ((int64_t)1 << (shift - 1))) >> shift);
 }
+"""
 
+_TANH = """\
 /* tanh of x / 4096, times 32768: between two entries of the table. */
 static inline int32_t NAME_tanh(int32_t x)
 {
@@ -32,12 +34,16 @@ static inline int32_t NAME_tanh(int32_t x)
     const int32_t low = NAME_table[at], high = NAME_table[at + 1];
     return low + (((high - low) * (place & 255) + 128) >> 8);
 }
+"""
 
+_SIGMOID = """\
 static inline int32_t NAME_sigmoid(int32_t x)
 {
     return (32768 + NAME_tanh(x >> 1)) >> 1;
 }
+"""
 
+_NARROW = """\
 /* 8 of 16 bits, rounded. */
 static inline int8_t NAME_narrow(int32_t x)
 {
@@ -45,6 +51,9 @@ static inline int8_t NAME_narrow(int32_t x)
     return (int8_t)(x > 127 ? 127 : x);
 }
 """
+
+# The functions above by the word that calls them, each behind those that call it.
+_USED = {"NAME_narrow(": _NARROW, "NAME_sigmoid(": _SIGMOID, "NAME_tanh(": _TANH, "NAME_scaled(": _SCALED}
 
 _ELEMENTS = """\
 /* y += W x for the next rows of a matrix that is stored element by element. */
@@ -125,6 +134,11 @@ _GATES: dict[Cell, tuple[str, ...]] = {
         "state->next[unit + i] = (int16_t)((NAME_sigmoid(o[i]) * NAME_tanh(2 * cell) + 16384) >> 15);",
     ),
     "tanh": ("state->next[unit + i] = (int16_t)NAME_tanh(a[i]);",),
+    "relu": (
+        "const int32_t positive = a[i] < 0 ? 0 : MOST;",
+        "const int32_t after = SHIFTED;",
+        "state->next[unit + i] = (int16_t)(after > 32767 ? 32767 : after);",
+    ),
 }
 
 
@@ -136,16 +150,25 @@ def integer_program(network: IntegerNetwork, name: str, stem: str, characters: S
         stages.append(_embedding(code, network.embedding))
     for number, layer in enumerate(network.layers):
         is_final = number == len(network.layers) - 1 and network.decoder is None
-        stages.append(_recurrent(code, number, layer, is_final))
+        parts = [_recurrent(code, f"{number}{end}", one) for end, one in zip(("", "r"), layer, strict=False)]
+        shown = tuple(f"{'h' if is_final else 'q'}{number}{end}" for end in ("", "r")[: len(layer)])
+        inputs, units = layer[0].w_ih.packed.shape[1], layer[0].w_hh.packed.shape[1]
+        stages.append(Stage("recurrent", inputs, units * len(layer), tuple(parts), shown))
     if network.last_only:
-        stages.append(Stage("last", stages[-1].width, stages[-1].width))
+        width = stages[-1].width
+        if len(stages[-1].members) > 1:
+            code.member("last", width, "int16_t" if network.decoder is None else "int8_t")
+        stages.append(Stage("last", width, width))
     if network.decoder is not None:
         stages.append(_linear(code, network.decoder, network.decoder_bias))
-    code.array(f"{name}_table", TANH_TABLE)
     scale = 1.0 if network.embedding is not None else network.input_scale
     calls = Calls(name, tuple(stages), False, "int8_t", "int32_t", scale, 2.0**-network.output_bits)
     products = [_walk_type(form, name) + "\n" + _multiply(form, name) for form in _multiplied(code)]
-    shared = "\n".join([_SHARED.replace("NAME", name), *products])
+    shared = "\n".join(products)
+    used = used_functions("\n".join([shared, *code.functions]), name, _USED)
+    if f"{name}_table[" in used:
+        code.array(f"{name}_table", TANH_TABLE)
+    shared = used + "\n" + shared
     return finished(code, calls, stem, shared, _ARGMAX, characters)
 
 
@@ -154,8 +177,8 @@ def _multiplied(code: Code) -> list[StoredForm]:
     return [form for form in code.forms.values() if f"{code.name}_multiply_{form.name}(" in text]
 
 
-def _recurrent(code: Code, number: int, layer: IntegerLayer, is_final: bool) -> Stage:
-    """Add a step of a recurrent layer, as ``recurrent_code``."""
+def _recurrent(code: Code, number: str, layer: IntegerLayer) -> str:
+    """Add a step of a direction of a recurrent layer, as ``recurrent_code``."""
     units, name = layer.w_hh.packed.shape[1], code.name
     chunk = chunk_of(units, max(layer.w_ih.packed.height, layer.w_hh.packed.height))
     sums, by_input, by_state = SUMS[layer.cell]
@@ -185,7 +208,7 @@ def _recurrent(code: Code, number: int, layer: IntegerLayer, is_final: bool) -> 
         *(f"        {input_multiply}(&input, x, {sum_variable(s)}, n);" for s in by_input),
         *(f"        {state_multiply}(&recurrent, state->q{number}, {sum_variable(s)}, n);" for s in by_state),
         "        for (int i = 0; i < n; i++) {",
-        *(f"            {line.replace('NAME', name).replace('LAYER', str(number))}" for line in _GATES[layer.cell]),
+        *(f"            {line.replace('NAME', name).replace('LAYER', number)}" for line in _gates(layer)),
         "        }",
         "    }",
         f"    for (int i = 0; i < {units}; i++) {{",
@@ -195,8 +218,15 @@ def _recurrent(code: Code, number: int, layer: IntegerLayer, is_final: bool) -> 
         "}",
     ]
     code.functions.append("\n".join(lines) + "\n")
-    shown = f"h{number}" if is_final else f"q{number}"
-    return Stage("recurrent", layer.w_ih.packed.shape[1], units, (f"{name}_layer{number}",), (shown,))
+    return f"{name}_layer{number}"
+
+
+def _gates(layer: IntegerLayer) -> list[str]:
+    """From sums to the next state; a ReLU's sums are shifted to the bits that its states have behind the point."""
+    bits = 3 - layer.doublings
+    most = f"a[i] > {32768 >> bits} ? {32768 >> bits} : a[i]" if bits > 0 else "a[i]"
+    shifted = f"positive * {1 << bits}" if bits >= 0 else f"(positive + {1 << (-bits - 1)}) >> {-bits}"
+    return [line.replace("MOST", most).replace("SHIFTED", shifted) for line in _GATES[layer.cell]]
 
 
 def _linear(code: Code, matrix: IntegerMatrix, bias: np.ndarray) -> Stage:

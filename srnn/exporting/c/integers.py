@@ -2,13 +2,15 @@
 
 ``IntegerNetwork`` is a numpy model of the arithmetic of the C program, which computes the same numbers. A whole number
 stands for itself times a power of 2: sums that go into tanh or sigmoid have 12 bits behind the point, gates and h 15,
-an LSTM's c 11. Products take h in 8 bits, of which 7 are behind the point.
+an LSTM's c 11. Products take h in 8 bits, of which 7 are behind the point. A ReLU's h has no bounds: it has as many
+bits fewer behind the point as twice the largest state of an example needs, and stays at the largest number beyond.
 
 Shapes: T steps, B streams, I inputs, H hidden units, G gates * H, O outputs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,10 +24,13 @@ from srnn.cells import Cell
 from srnn.errors import UserError
 from srnn.exporting.c.program import layer_weights, packed_weight
 from srnn.exporting.chain import ActivationPart, Chain, EmbeddingPart, LinearPart, RecurrentPart
+from srnn.exporting.reading import ChainNetwork, some_inputs
+from srnn.kernels.contract import LayerWeights
 from srnn.sparse import SparseMatrix
 
 _SUM_BITS, _STATE_BITS = 12, 15
-_CELLS: tuple[Cell, ...] = ("gru", "lstm", "tanh")
+_CELLS: tuple[Cell, ...] = ("gru", "lstm", "tanh", "relu")
+_LARGEST_STATE = 1 << 12  # of a ReLU
 _LARGEST_SUM = 1 << 29  # so that three of them fit 32 bits
 _NEEDED = "values=w8a8"
 # tanh at 257 places from -8 to 8, times 2 ** 15.
@@ -87,6 +92,7 @@ class IntegerLayer:
         w_hh: [G, H].
         bias: [G], int32: what each sum begins with; but for ``new_bias``.
         new_bias: [H], int32, what a GRU's reset gate multiplies; zeros for other cells.
+        doublings: h stands for so many times 2 more than a bounded state; 0 but for a ReLU.
     """
 
     cell: Cell
@@ -94,6 +100,7 @@ class IntegerLayer:
     w_hh: IntegerMatrix
     bias: np.ndarray
     new_bias: np.ndarray
+    doublings: int = 0
 
     def step(self, x_BI: np.ndarray, states: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
         """The states after a step: h, and an LSTM's c.
@@ -106,6 +113,8 @@ class IntegerLayer:
         u_BG, v_BG = self.w_ih.product(x_BI) + self.bias, self.w_hh.product(narrow(h))
         if self.cell == "tanh":
             return (_tanh(u_BG + v_BG),)
+        if self.cell == "relu":
+            return (_relu(u_BG + v_BG, self.doublings),)
         if self.cell == "lstm":
             i, f, g, o = np.split(u_BG + v_BG, 4, axis=1)
             added = (_sigmoid(i) * _tanh(g) + 8) >> 4
@@ -121,7 +130,7 @@ class IntegerNetwork:
     """A network in integers.
 
     Attributes:
-        layers: its recurrent layers.
+        layers: its recurrent layers, each with its directions.
         embedding: [V, I], or None.
         decoder: [O, H], or None.
         decoder_bias: [O], int32.
@@ -130,7 +139,7 @@ class IntegerNetwork:
         last_only: the outputs are those of the last step.
     """
 
-    layers: tuple[IntegerLayer, ...]
+    layers: tuple[tuple[IntegerLayer, ...], ...]
     embedding: IntegerMatrix | None
     decoder: IntegerMatrix | None
     decoder_bias: np.ndarray
@@ -143,8 +152,9 @@ class IntegerNetwork:
         """Name and size of each state, in the order of ``run``."""
         found: list[tuple[str, int]] = []
         for number, layer in enumerate(self.layers):
-            size = layer.w_hh.packed.shape[1]
-            found += [(f"{letter}{number}", size) for letter in ("hc" if layer.cell == "lstm" else "h")]
+            for end, one in zip(("", "r"), layer, strict=False):
+                size = one.w_hh.packed.shape[1]
+                found += [(f"{letter}{number}{end}", size) for letter in ("hc" if one.cell == "lstm" else "h")]
         return tuple(found)
 
     def vector(self, given: np.ndarray) -> np.ndarray:
@@ -163,17 +173,25 @@ class IntegerNetwork:
             inputs: tokens [B, T], or int8 numbers [B, T, I].
             states: [B, H] each, as ``members`` says.
         """
-        states, outputs = list(states), []
-        for step in range(inputs.shape[1]):
-            x, at = self.vector(inputs[:, step]), 0
-            for layer in self.layers:
-                count = 2 if layer.cell == "lstm" else 1
-                states[at : at + count] = layer.step(x, states[at : at + count])
-                x, top = narrow(states[at]), states[at]
-                at += count
-            if not self.last_only or step == inputs.shape[1] - 1:
-                outputs.append(top if self.decoder is None else self.decoder.product(x) + self.decoder_bias)
-        return outputs[-1] if self.last_only else np.stack(outputs, axis=1), states
+        steps, after = range(inputs.shape[1]), list[np.ndarray]()
+        x_T, h_T = [self.vector(inputs[:, step]) for step in steps], list[np.ndarray]()
+        for layer in self.layers:
+            seen, ends = [], []
+            for part, one in enumerate(layer):
+                own = tuple(states[len(after) : len(after) + (2 if one.cell == "lstm" else 1)])
+                found = {}
+                for step in reversed(steps) if part else steps:
+                    own = one.step(x_T[step], own)
+                    found[step] = own[0]
+                seen.append([found[step] for step in steps])
+                ends.append(own[0])
+                after += own
+            h_T = [np.concatenate(both, axis=1) for both in zip(*seen, strict=True)]
+            if self.last_only and layer is self.layers[-1]:
+                h_T = [np.concatenate(ends, axis=1)]
+            x_T = [narrow(h) for h in h_T]
+        outputs = h_T if self.decoder is None else [self.decoder.product(x) + self.decoder_bias for x in x_T]
+        return outputs[-1] if self.last_only else np.stack(outputs, axis=1), after
 
 
 class IntegerModule(nn.Module):
@@ -220,28 +238,58 @@ def integer_network(chain: Chain, example: Any = None) -> IntegerNetwork:
         embedding = _matrix(weight, 1 / input_scale)
     elif isinstance(parts[0] if parts else None, RecurrentPart):
         input_scale = _scale_of(chain, example)
-    layers: list[IntegerLayer] = []
+    layers: list[tuple[IntegerLayer, ...]] = []
     for part in parts:
         _check(part)
         assert isinstance(part, RecurrentPart)
-        for (direction,) in part.layers:
-            weights = layer_weights(part.cell, direction)
-            scale = 2.0**-7 if layers else input_scale
-            w_ih, w_hh = _matrix(weights.w_ih, scale * 2**_SUM_BITS), _matrix(weights.w_hh, 2.0 ** (_SUM_BITS - 7))
-            bias, new = weights.input_bias, weights.new_bias
-            rows, units = weights.w_hh.shape[0], weights.hidden_size
-            numbers = _whole(bias, rows, _SUM_BITS), _whole(new, units, _SUM_BITS)
-            layers.append(IntegerLayer(part.cell, w_ih, w_hh, *numbers))
-            if w_ih.largest + w_hh.largest + max(int(np.abs(n).max(initial=0)) for n in numbers) > _LARGEST_SUM:
-                raise UserError(f"{_NEEDED}: the weights of {part.name} are too large for sums in 32 bits.")
-    decoder, bits, bias_O = None, _STATE_BITS, np.zeros(0, np.int64)
+        for number, directions in enumerate(part.layers):
+            doublings = _doublings(chain, part, number, example) if part.cell == "relu" else 0
+            scale = 2.0 ** (layers[-1][0].doublings - 7) if layers else input_scale
+            weights = [layer_weights(part.cell, direction) for direction in directions]
+            layers.append(tuple(_layer(part.name, one, scale, doublings) for one in weights))
+    doublings = layers[-1][0].doublings if layers else 0
+    decoder, bits, bias_O = None, _STATE_BITS - doublings, np.zeros(0, np.int64)
     if isinstance(last, LinearPart):
-        weight, bits = packed_weight(last.weight), 16
-        decoder, bias_O = _matrix(weight, 2.0 ** (bits - 7)), _whole(last.bias, weight.shape[0], bits)
-        while bits > 0 and decoder.largest + int(np.abs(bias_O).max(initial=0)) > _LARGEST_SUM:
-            bits -= 1
-            decoder, bias_O = _matrix(weight, 2.0 ** (bits - 7)), _whole(last.bias, weight.shape[0], bits)
+        decoder, bias_O, bits = _decoder(last, doublings)
     return IntegerNetwork(tuple(layers), embedding, decoder, bias_O, input_scale, bits, chain.last_only)
+
+
+def _layer(name: str, weights: LayerWeights, input_scale: float, doublings: int) -> IntegerLayer:
+    w_ih = _matrix(weights.w_ih, input_scale * 2**_SUM_BITS)
+    w_hh = _matrix(weights.w_hh, 2.0 ** (_SUM_BITS + doublings - 7))
+    rows, units = weights.w_hh.shape[0], weights.hidden_size
+    numbers = _whole(weights.input_bias, rows, _SUM_BITS), _whole(weights.new_bias, units, _SUM_BITS)
+    if w_ih.largest + w_hh.largest + max(int(np.abs(n).max(initial=0)) for n in numbers) > _LARGEST_SUM:
+        raise UserError(f"{_NEEDED}: the weights of {name} are too large for sums in 32 bits.")
+    return IntegerLayer(weights.cell, w_ih, w_hh, *numbers, doublings)
+
+
+def _decoder(part: LinearPart, doublings: int) -> tuple[IntegerMatrix, np.ndarray, int]:
+    """Its matrix, its bias, and the bits behind the point that outputs have: as many as 32 bits allow."""
+    weight = packed_weight(part.weight)
+    for bits in range(16, -1, -1):
+        matrix, bias_O = _matrix(weight, 2.0 ** (bits + doublings - 7)), _whole(part.bias, weight.shape[0], bits)
+        if matrix.largest + int(np.abs(bias_O).max(initial=0)) <= _LARGEST_SUM:
+            break
+    return matrix, bias_O, bits
+
+
+def _doublings(chain: Chain, part: RecurrentPart, number: int, example: Any) -> int:
+    """How many times 2 the states of a ReLU layer need: for twice the largest one of the example, or, of a network that
+    reads tokens and has none, of random tokens.
+    """
+    before = chain.parts[: chain.parts.index(part)]
+    cut = replace(chain, parts=(*before, replace(part, layers=part.layers[: number + 1])), last_only=False)
+    inputs = example[0] if isinstance(example, tuple | list) and example else example
+    if not isinstance(inputs, Tensor) or inputs.is_floating_point() == (chain.vocabulary_size is not None):
+        inputs = some_inputs(cut, 100, 8)
+    with torch.inference_mode():
+        largest = 2 * float(ChainNetwork(cut)(inputs)[0].abs().max())
+    if not largest <= _LARGEST_STATE:
+        raise UserError(
+            f"{_NEEDED}: the states of {part.name}, a ReLU layer, grow to {largest / 2:.3g} on the example."
+        )
+    return max(0, math.ceil(math.log2(largest))) if largest > 0 else 0
 
 
 def narrow(h: np.ndarray) -> np.ndarray:
@@ -255,6 +303,14 @@ def _tanh(sums: np.ndarray) -> np.ndarray:
     at, left = place >> 8, place & 255
     low, high = TANH_TABLE[at].astype(np.int64), TANH_TABLE[at + 1].astype(np.int64)
     return low + (((high - low) * left + 128) >> 8)
+
+
+def _relu(sums: np.ndarray, doublings: int) -> np.ndarray:
+    """Of sums with 12 bits behind the point, with 15 less the doublings."""
+    bits = _STATE_BITS - _SUM_BITS - doublings
+    positive = np.clip(sums, 0, 32768 >> bits if bits > 0 else None)
+    shifted = positive << bits if bits >= 0 else (positive + (1 << (-bits - 1))) >> -bits
+    return np.minimum(shifted, 32767)
 
 
 def _sigmoid(sums: np.ndarray) -> np.ndarray:
@@ -294,8 +350,7 @@ def _check(part: Any) -> None:
         )
     if part.cell not in _CELLS:
         raise UserError(
-            f"{_NEEDED}: {part.name} is {part.cell}, whose state has no bounds: there are GRU, LSTM and tanh."
+            f"{_NEEDED}: {part.name} is {part.cell}, which has no integer form: there are GRU, LSTM, tanh and ReLU."
         )
-    if part.directions > 1 or part.layers[0][0].w_hr is not None:
-        what = "bidirectional" if part.directions > 1 else "projected"
-        raise UserError(f"{_NEEDED}: {part.name} is {what}: there are layers of one direction without projection.")
+    if part.layers[0][0].w_hr is not None:
+        raise UserError(f"{_NEEDED}: {part.name} is projected: there are layers without projection.")

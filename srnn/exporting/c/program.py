@@ -74,7 +74,11 @@ class Program:
     @property
     def costs(self) -> tuple[str, ...]:
         """What it takes, in sentences."""
-        lent = f", and {4 * self.calls.scratch:,} bytes a step of a sequence" if self.calls.scratch else ""
+        lent = (
+            f", and {SIZES[self.calls.in_type] * self.calls.scratch:,} bytes a step of a sequence"
+            if self.calls.scratch
+            else ""
+        )
         return (
             f"flash: {self.flash:,} bytes of constants, and a few thousand of code.",
             f"RAM: {self.ram:,} bytes of state, and about {self.stack:,} of stack{lent}.",

@@ -6,7 +6,7 @@ Shapes: T steps, B pieces, I inputs, L layers times directions.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from srnn.sparse import SparseMatrix
 
 VERIFIED_STEPS = 10_000
 _PIECE = 50  # steps that the network goes on from the program's state
+_NUMBERS = 4_000_000  # of outputs or inputs that are held at a time
 _LARGEST_STATE = 1e4  # beyond, a network without bounds has run away
 
 
@@ -49,10 +50,24 @@ def largest_error(program: Program, chain: Chain, compiler: Sequence[str]) -> fl
 
 def error_of(stream: Stream, chain: Chain) -> float:
     """``largest_error`` of a program that is compiled."""
-    pieces = VERIFIED_STEPS // _PIECE
-    inputs = _random_inputs(chain, pieces)
+    network = ChainNetwork(in_float64(replace(chain, batch_first=True)))
+    random, errors = torch.Generator().manual_seed(0), [0.0]
+    for numbers in _groups(stream):
+        errors += _errors(stream, chain, network, numbers, _random_inputs(chain, len(numbers), random))
+    return max(errors, key=lambda error: float("inf") if error != error else error)
+
+
+def _groups(stream: Stream) -> Iterator[range]:
+    """The numbers of all pieces, so many at a time that outputs and inputs fit into memory."""
+    pieces, widest = VERIFIED_STEPS // _PIECE, max(stream.calls.outputs, stream.calls.inputs)
+    step = max(1, _NUMBERS // (_PIECE * widest))
+    return (range(begin, min(begin + step, pieces)) for begin in range(0, pieces, step))
+
+
+def _errors(stream: Stream, chain: Chain, network: ChainNetwork, numbers: range, inputs: Tensor) -> list[float]:
+    """Of these pieces, the differences of the outputs and of each state."""
     before, got, after = [], [], []
-    for number, piece in enumerate(inputs.numpy()):
+    for number, piece in zip(numbers, inputs.numpy(), strict=True):
         if not all(np.abs(member).max(initial=0) < _LARGEST_STATE for member in stream.members.values()):
             stream.reset()
         before.append(_states(stream, chain))
@@ -62,13 +77,11 @@ def error_of(stream: Stream, chain: Chain) -> float:
             outputs = np.stack([stream.step(one) for one in piece])
             got.append(outputs[-1] if chain.last_only else outputs)
         after.append(_states(stream, chain))
-    network = ChainNetwork(in_float64(replace(chain, batch_first=True)))
     with torch.inference_mode():
         given = inputs if inputs.dtype == torch.int64 else inputs.double()
         wanted, ends = network(given, _side_by_side(before))
     errors = [difference(torch.from_numpy(np.stack(got)).double(), wanted)]
-    errors += [difference(state, ends[name]) for name, state in _side_by_side(after).items()]
-    return max(errors, key=lambda error: float("inf") if error != error else error)
+    return errors + [difference(state, ends[name]) for name, state in _side_by_side(after).items()]
 
 
 def integers_that_differ(program: Program, network: IntegerNetwork, compiler: Sequence[str]) -> int:
@@ -89,12 +102,20 @@ def integers_that_differ(program: Program, network: IntegerNetwork, compiler: Se
 
 def differing_integers(stream: Stream, network: IntegerNetwork) -> int:
     """``integers_that_differ`` of a program that is compiled."""
-    pieces, names = VERIFIED_STEPS // _PIECE, [name for name, _ in network.members]
-    inputs = random_integers(network, pieces, _PIECE)
+    random = np.random.default_rng(0)
+    return sum(
+        _differing(stream, network, numbers, random_integers(network, len(numbers), _PIECE, random))
+        for numbers in _groups(stream)
+    )
+
+
+def _differing(stream: Stream, network: IntegerNetwork, numbers: range, inputs: np.ndarray) -> int:
+    """How many numbers differ in these pieces."""
+    names = [name for name, _ in network.members]
     before, got, after = [], [], []
-    for number, piece in enumerate(inputs):
+    for number, piece in zip(numbers, inputs, strict=True):
         before.append([stream.members[name].copy() for name in names])
-        if number % 2:
+        if number % 2 or not stream.calls.can_step:
             got.append(stream.run(piece))
         else:
             outputs = np.stack([stream.step(one) for one in piece])
@@ -107,17 +128,17 @@ def differing_integers(stream: Stream, network: IntegerNetwork) -> int:
     return sum(int((ours != theirs).sum()) for ours, theirs in pairs)
 
 
-def random_integers(network: IntegerNetwork, streams: int, steps: int) -> np.ndarray:
+def random_integers(network: IntegerNetwork, streams: int, steps: int, random: np.random.Generator) -> np.ndarray:
     """Tokens [streams, steps], or int8 numbers [streams, steps, I]."""
-    random, shape = np.random.default_rng(0), (streams, steps)
+    shape = (streams, steps)
     if network.embedding is not None:
         return random.integers(network.embedding.packed.shape[0], size=shape)
-    return random.integers(-127, 128, size=(*shape, network.layers[0].w_ih.packed.shape[1]))
+    return random.integers(-127, 128, size=(*shape, network.layers[0][0].w_ih.packed.shape[1]))
 
 
 def away_from_floats(network: IntegerNetwork, chain: Chain) -> float:
     """The largest difference of an output, as ``difference``, from the same weights in fp32: 8 streams of 50 steps."""
-    given = torch.from_numpy(random_integers(network, 8, _PIECE))
+    given = torch.from_numpy(random_integers(network, 8, _PIECE, np.random.default_rng(0)))
     inputs = given if network.embedding is not None else given.float() * network.input_scale
     with torch.inference_mode():
         wanted, _ = ChainNetwork(replace(chain, batch_first=True))(inputs)
@@ -125,8 +146,7 @@ def away_from_floats(network: IntegerNetwork, chain: Chain) -> float:
     return difference(got, wanted)
 
 
-def _random_inputs(chain: Chain, pieces: int) -> Tensor:
-    random = torch.Generator().manual_seed(0)
+def _random_inputs(chain: Chain, pieces: int, random: torch.Generator) -> Tensor:
     if chain.vocabulary_size is not None:
         return torch.randint(chain.vocabulary_size, (pieces, _PIECE), generator=random)
     return torch.randn(pieces, _PIECE, chain.input_size, generator=random)
