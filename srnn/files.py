@@ -94,7 +94,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 def csv_bytes(
     rows: Sequence[Any], columns: Iterable[str] | None = None, quoted: Collection[str] = (), line_end: str = "\n"
 ) -> bytes:
-    """Rows as a CSV file in UTF-8, under a line of names.
+    """Rows as a CSV file in UTF-8, under a line of names; a folder's name of other bytes keeps them.
 
     Args:
         rows: mappings, or instances of a dataclass, whose fields are the columns. What a row lacks, and None, is left
@@ -108,7 +108,7 @@ def csv_bytes(
     names = list(dict.fromkeys(name for record in records for name in record) if columns is None else columns)
     lines = [",".join(map(_cell, names))]
     lines += [",".join(_cell(record.get(name), name in quoted) for name in names) for record in records]
-    return "".join(f"{line}{line_end}" for line in lines).encode()
+    return "".join(f"{line}{line_end}" for line in lines).encode(errors="surrogateescape")
 
 
 def _record(row: Any) -> Mapping[str, Any]:
