@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"srnn {__version__}")
         return 0
     show_what_can_be_shown()
-    _pass_over_what_is_no_rank()
+    _pass_over_what_ends_imports()
     try:
         with _no_interrupt_lost():
             return _dispatch(argv)
@@ -108,13 +108,16 @@ def _no_interrupt_lost() -> Iterator[None]:
         sys.unraisablehook = before
 
 
-def _pass_over_what_is_no_rank() -> None:
-    """Lightning reads these as numbers when it is imported, and they may be anybody's: RANK=junior."""
+def _pass_over_what_ends_imports() -> None:
+    """Lightning and torch read these when they are imported, and they may be anybody's: RANK=junior."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
         try:
             int(os.environ.get(name, "0"))
         except ValueError:
             print(f"srnn: {name}={os.environ.pop(name)} is passed over: it is no rank.", file=sys.stderr)
+    name, allowed = "TORCH_DISTRIBUTED_DEBUG", ("OFF", "INFO", "DETAIL")  # torch cannot be imported with any other
+    if os.environ.get(name, "OFF").upper() not in allowed:
+        print(f"srnn: {name}={os.environ.pop(name)} is passed over: torch takes {', '.join(allowed)}.", file=sys.stderr)
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,23 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+@contextmanager
+def named_in_utf8(path: Path) -> Iterator[str]:
+    """A name of a file for libraries that take no other than UTF-8. On Linux it may be of any bytes.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+    """
+    if str(path).encode(errors="replace") == os.fsencode(path):
+        yield str(path)
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{handle}"
+    finally:
+        os.close(handle)
 
 
 def sweep_unfinished(folder: Path) -> None:
@@ -76,7 +94,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 def csv_bytes(
     rows: Sequence[Any], columns: Iterable[str] | None = None, quoted: Collection[str] = (), line_end: str = "\n"
 ) -> bytes:
-    """Rows as a CSV file in UTF-8, under a line of names.
+    """Rows as a CSV file in UTF-8, under a line of names; a folder's name of other bytes keeps them.
 
     Args:
         rows: mappings, or instances of a dataclass, whose fields are the columns. What a row lacks, and None, is left
@@ -90,7 +108,7 @@ def csv_bytes(
     names = list(dict.fromkeys(name for record in records for name in record) if columns is None else columns)
     lines = [",".join(map(_cell, names))]
     lines += [",".join(_cell(record.get(name), name in quoted) for name in names) for record in records]
-    return "".join(f"{line}{line_end}" for line in lines).encode()
+    return "".join(f"{line}{line_end}" for line in lines).encode(errors="surrogateescape")
 
 
 def _record(row: Any) -> Mapping[str, Any]:

@@ -84,7 +84,7 @@ def logged(path: Path, title: str, bar: bool) -> Iterator[None]:
         bar: whether a terminal may show it as a bar; not if several processes write to it.
     """
     beside = _console()
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         _jobs.append(Screen(beside, f"{title}: ", bar and beside.is_terminal))
         console.instead = _console(file)
         try:

@@ -37,6 +37,7 @@ class Point:
 
 
 def test_csv_of_dataclasses_with_quoted_columns():
+    assert csv_bytes([{"run": "b\udcff"}]) == b"run\nb\xff\n", "a folder may be named in any bytes"
     assert csv_bytes([Point(1.0), Point(2.5, 'a "b"')]) == b'x,name\n1.0,\n2.5,"a ""b"""\n'
     assert csv_bytes([Point(1.0, "a"), Point(2.0)], quoted=("name",)) == b'x,name\n1.0,"a"\n2.0,""\n'
     assert csv_bytes([], columns=["x", "name"]) == b"x,name\n"

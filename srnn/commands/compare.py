@@ -56,7 +56,7 @@ def main(
     write_atomically(folder / f"{NAME}.csv", csv_bytes(setting_rows(comparison)))
     plots = plot_comparison(comparison, folder)
     pictures = "".join(f"\n![{path.stem.replace('_', ' ')}]({path.name})\n" for path in plots)
-    write_atomically(folder / f"{NAME}.md", (markdown(comparison) + pictures).encode())
+    write_atomically(folder / f"{NAME}.md", (markdown(comparison) + pictures).encode(errors="surrogateescape"))
     group = Path(runs[0]).resolve().name if len(runs) == 1 else None  # a sweep's own
     tracking = TrackingConfig(mode=mode, project=project, group=group)
     _track(comparison, runs or [str(wandb)], tracking, folder, plots)

@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _open_sweep(folder: Path, argv: Sequence[str]) -> None:
     try:
-        write_atomically(folder / "command.txt", f"{shlex.join(['srnn', *argv])}\n".encode())
+        write_atomically(folder / "command.txt", f"{shlex.join(['srnn', *argv])}\n".encode(errors="surrogateescape"))
     except OSError as error:
         raise cannot_be_written(folder, error, "hydra.sweep.dir") from None
 
@@ -129,5 +129,5 @@ def _sweep_job(settings: Settings, folder: Path, sweep: str) -> dict[str, Any]:
         return report
     except Exception as error:
         print(f"srnn: {folder}: {error}", file=sys.stderr)
-        write_atomically(run.error, traceback.format_exc().encode())
+        write_atomically(run.error, traceback.format_exc().encode(errors="surrogateescape"))
         raise

@@ -187,7 +187,8 @@ def _folder_name(overrides: Sequence[Override]) -> str:
         elif override.is_sweep_override():
             shown.append(f"{key.rpartition('.')[2]}-{slug(value.removeprefix('choice'))}")
     readable = slug("_".join(shown))[:60].strip("-._")
-    return f"sweep_{readable}_{hashlib.sha256(' '.join(text for text, _ in ours).encode()).hexdigest()[:6]}"
+    swept = " ".join(text for text, _ in ours).encode(errors="surrogateescape")
+    return f"sweep_{readable}_{hashlib.sha256(swept).hexdigest()[:6]}"
 
 
 def _check_installed(override: Override) -> None:

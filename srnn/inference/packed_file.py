@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from srnn.audio import Features
 from srnn.errors import UserError
-from srnn.files import write_atomically
+from srnn.files import named_in_utf8, write_atomically
 from srnn.inference.packing import PackedModel, matrix_gates
 from srnn.inference.unpacking import unpack
 from srnn.kernels.contract import Kernel
@@ -76,9 +76,9 @@ def read(path: Path) -> PackedModel:
     if not path.is_file():
         raise UserError(f"{path}: no such packed model file.")
     try:
-        with safe_open(path, framework="pt") as file:
+        with named_in_utf8(path) as name, safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{path} is damaged or no packed model: {error}.") from None
     try:

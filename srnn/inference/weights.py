@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from srnn.errors import UserError
+from srnn.files import named_in_utf8
 from srnn.inference.packed_file import read
 from srnn.vocabulary import Vocabulary
 
@@ -31,9 +32,9 @@ def read_packed_or_plain(path: Path) -> tuple[dict[str, Tensor], Vocabulary | No
     """Weights and vocabulary of a packed file; of any other safetensors file the weights. Raises UserError."""
     weights = None
     try:
-        with safe_open(path, framework="pt") as file:
+        with named_in_utf8(path) as name, safe_open(name, framework="pt") as file:
             if "srnn" not in (file.metadata() or {}):
-                weights = {_plain(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                weights = {_plain(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception:  # of safetensors or torch; `read` says what is wrong
         pass
     if weights is not None:

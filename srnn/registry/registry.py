@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -192,7 +193,7 @@ class Registry:
             if entry.module not in sys.modules and self._isolated(f"plug-in {origin}", origin, entry.load):
                 self._add_conf(sys.modules[entry.module])
         for path in plugin_files(folders):
-            name = f"srnn_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+            name = f"srnn_plugin_{path.stem}_{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]}"
             if name not in sys.modules:
                 self._isolated(f"plug-in {path.name}", str(path), partial(import_file, name, path))
 

@@ -133,9 +133,12 @@ def test_a_prompt_that_is_no_text():
 
 def test_a_rank_that_is_no_number(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "junior")
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "x")
     assert main(["list", "kernel"]) == 0
-    assert "RANK=junior is passed over" in capsys.readouterr().err
-    assert "RANK" not in os.environ
+    said = capsys.readouterr().err
+    assert "RANK=junior is passed over" in said
+    assert "TORCH_DISTRIBUTED_DEBUG=x is passed over: torch takes OFF, INFO, DETAIL." in said
+    assert not {"RANK", "TORCH_DISTRIBUTED_DEBUG"} & os.environ.keys()
 
 
 # ---- a run that was stopped

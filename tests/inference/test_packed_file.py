@@ -12,7 +12,7 @@ from srnn.errors import UserError
 from srnn.inference.packed_file import _checksum, _describe, load, read, write
 from srnn.inference.packing import PackedModel, pack
 from srnn.inference.unpacking import unpack
-from srnn.inference.weights import read_weights
+from srnn.inference.weights import read_packed_or_plain, read_weights
 from srnn.kernels import Dense
 from srnn.models import gru
 from srnn.registry import register
@@ -47,6 +47,13 @@ def packed_model(model, values="fp32", structure="auto"):
 def file(tmp_path):
     write(tmp_path / "model.safetensors", packed_model(sparse_model(), structure="element"))
     return tmp_path / "model.safetensors"
+
+
+def test_a_folder_may_be_named_in_any_bytes(tmp_path, file):
+    folder = tmp_path / "b\udcff"  # as Python spells a byte that is no UTF-8
+    folder.mkdir()
+    moved = file.rename(folder / "model.safetensors")
+    assert read_packed_or_plain(moved)[0].keys() == read(moved).state_dict().keys()
 
 
 def test_there_and_back(tmp_path):
