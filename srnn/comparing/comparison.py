@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -217,6 +219,8 @@ def _short(name: str, names: Sequence[str]) -> str:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, str) and os.path.isabs(value):  # a teacher's folder: its end tells it from others
+        return "/".join(Path(value).parts[-2:])
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

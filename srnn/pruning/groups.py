@@ -86,9 +86,14 @@ class Group:
         return self.size - int(sum(count(part.of(part.mask)) for part in self.parts))  # of a GPU awaited once
 
     @property
+    def largest_unit(self) -> int:
+        """How many weights the largest block has that goes as a whole."""
+        return max(math.prod(self.structure.extent(part.shape)) for part in self.parts)
+
+    @property
     def tolerance(self) -> int:
-        """How many weights a whole block may miss the target by."""
-        return max(math.prod(self.structure.extent(part.shape)) for part in self.parts) // 2
+        """How many weights whole blocks may miss the target by, where some are left to go."""
+        return self.largest_unit // 2
 
     def zeros_for(self, sparsity: float) -> int:
         """How many weights have to be zero for a sparsity, to the nearest; those that must stay are left out."""

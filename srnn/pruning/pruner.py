@@ -22,7 +22,7 @@ from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.parts import Part, count, some_of
 from srnn.pruning.report_rows import ReportRow, nothing_left, report_rows
 from srnn.pruning.schedules import RunLength
-from srnn.pruning.scope import masks_of
+from srnn.pruning.scope import in_a_pattern, masks_of
 from srnn.pruning.state_masks import StateMasks, mask_all, state_beside
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -235,8 +235,8 @@ class Pruner:
         if self.method.updates and (empty := nothing_left(self.parts, self._masks)):
             warnings.warn(
                 f"pruning left no weight of {some_of(empty)}: nothing passes through them any more. "
-                f"Lower pruning.sparsity, or give them a lower one of their own: pruning.scope={{{empty[0]}: "
-                f"{{sparsity: ...}}}}.",
+                f"Lower pruning.sparsity, or give them a lower one of their own: "
+                f"pruning.scope='{{{in_a_pattern(empty[0])}: {{sparsity: ...}}}}'.",
                 stacklevel=2,
             )
 
@@ -346,8 +346,8 @@ class Pruner:
         return [row for group in self.groups for part in group.parts for row in report_rows(group, part)]
 
     def reached(self) -> bool:
-        """Whether pruning is over and every group has the zeros it was asked for, to half a block."""
-        wanted = [(group.pruned + group.tolerance, self.method.wanted(group)) for group in self.groups]
+        """Whether pruning is over and every group has the zeros it was asked for, to a block: the last one may stay."""
+        wanted = [(group.pruned + group.largest_unit, self.method.wanted(group)) for group in self.groups]
         return self.itr >= self.method.done_from and all(want is None or have >= want for have, want in wanted)
 
     def state_dict(self) -> dict[str, Any]:

@@ -262,7 +262,7 @@ def _warn_of_frozen(names: Sequence[str]) -> None:
     if names:
         warnings.warn(
             f"pruning leaves {some_of(names)} dense, also if they are trained later: they are {FROZEN}. "
-            f"To prune them, name them in pruning.scope={{{names[0]}: {{sparsity: ...}}}}.",
+            f"To prune them, name them in pruning.scope='{{{in_a_pattern(names[0])}: {{sparsity: ...}}}}'.",
             stacklevel=2,
         )
 
@@ -365,3 +365,13 @@ def _split(pattern: str) -> tuple[str, str | None]:
 def masks_of(groups: Sequence[Group]) -> dict[str, Tensor]:
     """Parameter name -> mask, in the order of the groups."""
     return {part.parameter_name: part.mask for group in groups for part in group.parts}
+
+
+def in_a_pattern(name: str) -> str:
+    """A part's name as a key of ``pruning.scope`` on the command line, where brackets are escaped.
+
+    Example:
+        >>> in_a_pattern("weight_hh_l0[z]")
+        'weight_hh_l0\\\\[z\\\\]'
+    """
+    return name.replace("[", "\\[").replace("]", "\\]")

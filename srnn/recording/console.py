@@ -236,7 +236,7 @@ def print_report(report: dict[str, Any]) -> None:
     if seconds["training_loop"]:
         share = 100 * seconds["pruning"] / seconds["training_loop"]
         table.add_row("training loop, of it inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
-    table.caption = f"one stream: {plural(latency['threads'], 'thread')}, and dense as fast as it gets here"
+    table.caption = f"one stream: {plural(latency['threads'], 'thread')}, and dense by the faster of torch and oneDNN"
     load = report["machine"]["load"]
     if load is not None and load > BUSY:
         table.caption += f"\nThe machine was busy ({load:.1f} threads for each CPU): take no speed from these times."

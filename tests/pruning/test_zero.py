@@ -260,3 +260,15 @@ def test_on_a_gpu_cudnns_flat_memory_stays(method):
     assert pruner.reached()
     for part in pruner.parts:
         assert (part.parameter[~part.mask] == 0).all()
+
+
+def test_the_last_block_may_stay():
+    """18 rows in blocks of 16: a matrix of one column has blocks of 16 and 2, and one of them stays, however it is."""
+    model = nn.Linear(1, 18, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)[:16] = 2.0
+    pruner = Pruner(model, "block", 20, sparsity=0.9)
+    for _ in range(20):
+        pruner.step()
+    assert int((model.weight == 0).sum()) == 2, "16 would be nearest, and the last block is what there is left"
+    assert pruner.reached()
