@@ -233,7 +233,8 @@ def test_an_interrupt_while_an_object_is_taken_down_is_not_lost(capsys, monkeypa
     assert capsys.readouterr().err == "srnn: interrupted; what was written so far is whole.\n"
 
 
-def test_a_preset_that_is_no_yaml(capsys, tmp_path):
+def test_a_preset_that_is_no_yaml(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(register, "conf_folders", list(register.conf_folders))
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text("a: [")
     assert main(["experiment=mine", "--config-dir", str(tmp_path)]) == 2
