@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -69,6 +70,8 @@ def _replay(graph: torch.cuda.CUDAGraph, reads: Call, result: Any) -> Any:
 def interleaved(calls: Mapping[str, Call], device: torch.device, rounds: int, seconds: float) -> dict[str, list[float]]:
     """Time calls in turns, so that whatever else the machine does meets all of them.
 
+    Each round has another order: what comes right after a call of the same code finds it in the processor's caches.
+
     Args:
         calls: name -> what to time; each is called once before.
         device: whose work to wait for.
@@ -82,10 +85,12 @@ def interleaved(calls: Mapping[str, Call], device: torch.device, rounds: int, se
     with torch.inference_mode():
         for call in calls.values():
             call()
+        order, shuffle = list(calls), random.Random(0).shuffle
         began = time.perf_counter()
         for _ in range(rounds):
-            for name, call in calls.items():
-                times[name].append(timed(call, device))
+            shuffle(order)
+            for name in order:
+                times[name].append(timed(calls[name], device))
             if time.perf_counter() - began > seconds:
                 break
     return times
