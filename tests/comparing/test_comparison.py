@@ -182,6 +182,13 @@ def test_settings_are_told_apart_by_what_differs_but_the_seed():
         compare([*runs, *accurate])
 
 
+def test_folders_are_named_by_their_ends():
+    table = markdown(compare([run(2.0, distill={"teacher": f"/data/all of them/outputs/{name}"}) for name in "ab"]))
+    assert "| outputs/a |" in table
+    assert "| outputs/b |" in table
+    assert "/data" not in table
+
+
 def test_scores_on_other_data_are_said_to_rank_nothing():
     def notes(*data, score="bits_per_character"):
         return compare([run(2.0, dataset={"name": "text", **one}, name=score) for one in data], score).notes

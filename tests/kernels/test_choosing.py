@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from srnn.kernels import Auto, Dense, LayerWeights
 from srnn.kernels.choosing import described_matrix, fastest
 from srnn.kernels.dense import Torch
 from srnn.kernels.remembering import choices_file
+from srnn.kernels.timing import interleaved
 from srnn.sparse import SparseMatrix
 
 CPU = torch.device("cpu")
@@ -27,6 +29,17 @@ def run(kernel, batch=1, steps=4):
 
 torch.manual_seed(0)
 layer_fixed = layer()
+
+
+def test_each_round_has_another_order():
+    """What comes right after a call of the same code finds it in the caches."""
+    called = []
+    calls = {name: partial(called.append, name) for name in "abcd"}
+    times = interleaved(calls, CPU, 30, 60.0)
+    assert [len(each) for each in times.values()] == [30] * 4
+    rounds = [tuple(called[at : at + 4]) for at in range(4, 4 + 30 * 4, 4)]
+    assert all(sorted(each) == [*"abcd"] for each in rounds)
+    assert {each[0] for each in rounds} == {each[-1] for each in rounds} == {*"abcd"}
 
 
 def sleeper(milliseconds):
