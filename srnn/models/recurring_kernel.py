@@ -15,6 +15,13 @@ _CLIP = tl.constexpr(cells.CLIP)  # a kernel sees constexpr globals only
 
 
 @triton.jit
+def _read(array, place, inside):
+    """Values to compute with: those of 16 bits are widened."""
+    value = tl.load(array + place, inside)
+    return value if array.dtype.element_ty == tl.float64 else value.to(tl.float32)
+
+
+@triton.jit
 def _tanh(x):
     return 2 * tl.sigmoid(2 * x) - 1
 
@@ -42,23 +49,23 @@ def step_forward(
     unit = place - row * H
     if CELL == "gru":
         one = row * 3 * H + unit
-        r = tl.sigmoid(tl.load(u + one, inside) + tl.load(v + one, inside))
-        z = tl.sigmoid(tl.load(u + one + H, inside) + tl.load(v + one + H, inside))
-        v_n = tl.load(v + one + 2 * H, inside).to(u.dtype.element_ty)
-        n = _tanh(tl.load(u + one + 2 * H, inside) + r * v_n)
-        y = (1 - z) * n + z * tl.load(h + place, inside)
-        kept = gates + row * 4 * H + unit
-        tl.store(kept, r, inside)
-        tl.store(kept + H, z, inside)
-        tl.store(kept + 2 * H, n, inside)
-        tl.store(kept + 3 * H, v_n, inside)
+        r = tl.sigmoid(_read(u, one, inside) + _read(v, one, inside))
+        z = tl.sigmoid(_read(u, one + H, inside) + _read(v, one + H, inside))
+        v_n = _read(v, one + 2 * H, inside)
+        n = _tanh(_read(u, one + 2 * H, inside) + r * v_n)
+        y = (1 - z) * n + z * _read(h, place, inside)
+        kept = row * 4 * H + unit
+        tl.store(gates + kept, r, inside)
+        tl.store(gates + kept + H, z, inside)
+        tl.store(gates + kept + 2 * H, n, inside)
+        tl.store(gates + kept + 3 * H, v_n, inside)
     elif CELL == "lstm":
         one = row * 4 * H + unit
-        i = tl.sigmoid(tl.load(u + one, inside) + tl.load(v + one, inside))
-        f = tl.sigmoid(tl.load(u + one + H, inside) + tl.load(v + one + H, inside))
-        g = _tanh(tl.load(u + one + 2 * H, inside) + tl.load(v + one + 2 * H, inside))
-        o = tl.sigmoid(tl.load(u + one + 3 * H, inside) + tl.load(v + one + 3 * H, inside))
-        cell = f * tl.load(c + place, inside) + i * g
+        i = tl.sigmoid(_read(u, one, inside) + _read(v, one, inside))
+        f = tl.sigmoid(_read(u, one + H, inside) + _read(v, one + H, inside))
+        g = _tanh(_read(u, one + 2 * H, inside) + _read(v, one + 2 * H, inside))
+        o = tl.sigmoid(_read(u, one + 3 * H, inside) + _read(v, one + 3 * H, inside))
+        cell = f * _read(c, place, inside) + i * g
         y = o * _tanh(cell)
         tl.store(c_next + place, cell, inside)
         tl.store(gates + one, i, inside)
@@ -66,7 +73,7 @@ def step_forward(
         tl.store(gates + one + 2 * H, g, inside)
         tl.store(gates + one + 3 * H, o, inside)
     else:
-        y = tl.load(u + place, inside) + tl.load(v + place, inside)
+        y = _read(u, place, inside) + _read(v, place, inside)
         if CELL == "tanh":
             y = _tanh(y)
         else:  # written so that NaN stays NaN
@@ -100,16 +107,16 @@ def step_backward(
     inside = place < size
     row = place // H
     unit = place - row * H
-    d = tl.load(dy + place, inside) + tl.load(dh + place, inside)
+    d = _read(dy, place, inside) + _read(dh, place, inside)
     if CELL == "gru":
-        kept = gates + row * 4 * H + unit
-        r = tl.load(kept, inside)
-        z = tl.load(kept + H, inside)
-        n = tl.load(kept + 2 * H, inside)
-        v_n = tl.load(kept + 3 * H, inside)
-        d += tl.load(carry + place, inside)
+        kept = row * 4 * H + unit
+        r = _read(gates, kept, inside)
+        z = _read(gates, kept + H, inside)
+        n = _read(gates, kept + 2 * H, inside)
+        v_n = _read(gates, kept + 3 * H, inside)
+        d += _read(carry, place, inside)
         d_n = d * (1 - z) * (1 - n * n)
-        d_z = d * (tl.load(y + place, inside) - n) * z * (1 - z)
+        d_z = d * (_read(y, place, inside) - n) * z * (1 - z)
         d_r = d_n * v_n * r * (1 - r)
         tl.store(carry + place, d * z, inside)
         one = row * 3 * H + unit
@@ -121,15 +128,15 @@ def step_backward(
         tl.store(dv + one + 2 * H, d_n * r, inside)
     elif CELL == "lstm":
         one = row * 4 * H + unit
-        i = tl.load(gates + one, inside)
-        f = tl.load(gates + one + H, inside)
-        g = tl.load(gates + one + 2 * H, inside)
-        o = tl.load(gates + one + 3 * H, inside)
-        t = _tanh(tl.load(c_next + place, inside))
-        d_c = tl.load(carry + place, inside) + d * o * (1 - t * t)
+        i = _read(gates, one, inside)
+        f = _read(gates, one + H, inside)
+        g = _read(gates, one + 2 * H, inside)
+        o = _read(gates, one + 3 * H, inside)
+        t = _tanh(_read(c_next, place, inside))
+        d_c = _read(carry, place, inside) + d * o * (1 - t * t)
         tl.store(carry + place, d_c * f, inside)
         d_i = d_c * g * i * (1 - i)
-        d_f = d_c * tl.load(c + place, inside) * f * (1 - f)
+        d_f = d_c * _read(c, place, inside) * f * (1 - f)
         d_g = d_c * i * (1 - g * g)
         d_o = d * t * o * (1 - o)
         tl.store(du + one, d_i, inside)
@@ -143,7 +150,7 @@ def step_backward(
             tl.store(dv + one + 3 * H, d_o, inside)
     else:
         # From the output alone: at the two corners themselves the slope is taken as 0.
-        out = tl.load(y + place, inside)
+        out = _read(y, place, inside)
         if CELL == "tanh":
             d = d * (1 - out * out)
         elif CELL == "relu":

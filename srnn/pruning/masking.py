@@ -29,13 +29,17 @@ class GpuMasking:
     Tables of addresses are kept for the last few sets of tensors, as an eager loop's gradients take turns in memory. A
     launch that comes again and again is replayed from a CUDA graph, to spare the host Triton's own launcher. Without
     Triton, and where elements do not lie as those of their mask, torch's operations do it, two launches a tensor.
+
+    Args:
+        mostly_zero: whether most of what is masked is zero already, as weights are between two updates; only faster.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mostly_zero: bool = False) -> None:
+        self.mostly_zero = mostly_zero
         self._known: OrderedDict[tuple[Any, ...], _Launches] = OrderedDict()
 
-    def __reduce__(self) -> tuple[type[GpuMasking], tuple[()]]:
-        return GpuMasking, ()  # addresses are no good elsewhere
+    def __reduce__(self) -> tuple[type[GpuMasking], tuple[bool]]:
+        return GpuMasking, (self.mostly_zero,)  # addresses are no good elsewhere
 
     def __call__(self, masked: Sequence[Masked]) -> None:
         """Zero them."""
@@ -43,7 +47,7 @@ class GpuMasking:
         key = tuple([(tensor.data_ptr(), tensor.itemsize, tensor.is_contiguous()) for tensor in several])
         launches = self._known.get(key)
         if launches is None:
-            launches = self._known[key] = _Launches(masked)
+            launches = self._known[key] = _Launches(masked, self.mostly_zero)
             if len(self._known) > _KEPT:
                 self._known.popitem(last=False)
         launches.run()
@@ -55,7 +59,7 @@ class GpuMasking:
 class _Launches:
     """Those for a set of tensors; as a graph from the third time on."""
 
-    def __init__(self, masked: Sequence[Masked]) -> None:
+    def __init__(self, masked: Sequence[Masked], look: bool) -> None:
         alike = _has_triton()
         # Places, not tensors: gradients are not to be kept.
         self.apart = [
@@ -64,7 +68,7 @@ class _Launches:
             for place, tensor in enumerate(tensors)
             if not (alike and _lies_alike(mask, tensor))
         ]
-        self._launches = list(_launches(masked)) if alike else []
+        self._launches = list(_launches(masked, look)) if alike else []
         self._device = masked[0][0].device
         self._recordable = self._device.type == "cuda" and all(mask.device == self._device for mask, _ in masked)
         self._times = 0
@@ -103,7 +107,7 @@ def _lies_alike(mask: Tensor, tensor: Tensor) -> bool:
     return mask.is_contiguous() and tensor.is_contiguous() and tensor.itemsize in _SIZES
 
 
-def _launches(masked: Sequence[Masked]) -> Iterator[Callable[[], None]]:
+def _launches(masked: Sequence[Masked], look: bool) -> Iterator[Callable[[], None]]:
     """One for each device and size of elements."""
     from srnn.pruning.masking_kernel import BLOCK, launch  # here, because Triton may be missing
 
@@ -120,4 +124,4 @@ def _launches(masked: Sequence[Masked]) -> Iterator[Callable[[], None]]:
             tables = [torch.tensor(table), owners.int(), (programs.cumsum(0) - programs).int()]
             # From pinned memory, so that the host does not wait for what the device does.
             pinned = [one.pin_memory() if device.type == "cuda" else one for one in tables]
-            yield partial(launch, size, most, *(one.to(device, non_blocking=True) for one in pinned))
+            yield partial(launch, size, most, look, *(one.to(device, non_blocking=True) for one in pinned))

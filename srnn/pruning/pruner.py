@@ -114,7 +114,8 @@ class Pruner:
         check_optimizers(self.optimizers, self._parameters)
         self._averaged = averaged(average, self._parameters)
         self._held_bits: dict[tuple[str, int], Tensor] = {}
-        self._gpu_masking, self._gpu_gradient_masking, self._state_masks = GpuMasking(), GpuMasking(), StateMasks()
+        self._gpu_masking, self._gpu_gradient_masking = GpuMasking(mostly_zero=True), GpuMasking()
+        self._state_masks = StateMasks()
         self._before: dict[str, Tensor] = {}
         self._checked = False  # whether parameters have been checked since this was built or loaded
         self._gradient_masks = GradientMasks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu)

@@ -126,3 +126,22 @@ def test_products_of_a_gate_read_shared_memory(cell, hidden, height, monkeypatch
         assert not re.search(rf"{value} = ttg\.local_(load|alloc)", loop), "values are loaded anew at each step"
     shares = re.findall(r"nvidia_mma<.*warpsPerCTA = \[(\d), (\d)\]", made.asm["ttgir"])
     assert set(shares) == {("4", str(given["num_warps"] // 4))}, "warps repeat what others do"
+
+
+@pytest.mark.parametrize("cell", list(GATES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_of_training_compiles(cell, dtype, products):
+    """The interpreter takes operations on 16-bit values that the compiler refuses."""
+    from srnn.models import recurring_gpu, recurring_kernel
+
+    u = torch.zeros(2, 1, 3, GATES[cell] * 20, dtype=dtype)
+    arrays = recurring_gpu._Arrays.empty(cell, torch.zeros(1, GATES[cell] * 20, 20, dtype=products), u, backward=True)
+    shared = {"size": 60, "H": 20, "CELL": cell, "BLOCK": 256, "num_warps": 4, "launch_cooperative_grid": False}
+    shared |= {"c": arrays.c, "gates": arrays.gates}
+    v = torch.zeros(60, dtype=products)
+    forward = {"u": u, "v": v, "h": arrays.h, "h_next": arrays.h, "c_next": arrays.c, "h_low": arrays.low}
+    compiled(recurring_kernel.step_forward, shared | forward | {"LOW": arrays.low is not arrays.h})
+    backward = {"dy": arrays.dy, "dh": arrays.dh, "carry": arrays.carry, "y": arrays.h, "c_next": arrays.c}
+    backward |= {"du": arrays.u, "dv": arrays.dv, "APART": arrays.dv is not arrays.u}
+    compiled(recurring_kernel.step_backward, shared | backward)

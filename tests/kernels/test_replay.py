@@ -330,6 +330,7 @@ def test_memory_does_not_grow_and_comes_back():
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # of torch.compile's own imports
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # and of a graph of its own
 def test_changed_weights_and_a_compiled_network(tmp_path, monkeypatch):
     monkeypatch.setenv("SRNN_CACHE", str(tmp_path))
     first = sparsify(prune(nn.GRU(40, 160), 0.1).cuda(), kernel="triton")

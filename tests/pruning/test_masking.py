@@ -8,13 +8,14 @@ from tests.kernels.triton_cases import DEVICE, here
 
 @pytest.mark.gpu
 @here
-def test_all_are_masked_at_once_to_the_bit():
+@pytest.mark.parametrize("mostly_zero", [False, True])
+def test_all_are_masked_at_once_to_the_bit(mostly_zero):
     """Of several sizes, with what is not finite, at odd places, and not contiguous; also after an address changed."""
     from srnn.pruning.masking import GpuMasking
 
     generator = torch.Generator().manual_seed(0)
     floats = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
-    masking = GpuMasking()
+    masking = GpuMasking(mostly_zero)
     rows = []
     for shape in ((70, 100), (5,), (4097,), (3, 8, 5, 5)):
         mask = torch.rand(shape, generator=generator) < 0.5
