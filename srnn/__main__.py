@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import _thread
 import importlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -97,7 +97,9 @@ def _no_interrupt_lost() -> Iterator[None]:
 
     def again(dropped: Any) -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):
-            threading.Timer(0.05, _thread.interrupt_main).start()  # not at once, which would be dropped like the first
+            # Not at once, which would be dropped like the first. A signal: it also ends what waits.
+            main_thread = threading.main_thread().ident or 0
+            threading.Timer(0.05, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
         else:
             before(dropped)
 

@@ -227,8 +227,9 @@ def test_an_interrupt_while_an_object_is_taken_down_is_not_lost(capsys, monkeypa
         time.sleep(20)
 
     monkeypatch.setattr("srnn.commands.list.main", runs)
-    before = sys.unraisablehook
+    before, began = sys.unraisablehook, time.monotonic()
     assert main(["list"]) == 130
+    assert time.monotonic() - began < 15
     assert sys.unraisablehook is before
     assert capsys.readouterr().err == "srnn: interrupted; what was written so far is whole.\n"
 
