@@ -127,8 +127,8 @@ def test_every_preset_runs_fast(name, folder, tmp_path):
     fewer = ["dataset.batch_size=8", "pruning.sparsity=0.9", "seed=0"]  # jobs of a sweep
     data = [f"dataset.folder={folder}/ptb"] if name.startswith("ptb") else fewer
     chosen = [f"experiment={name}", "trainer=fast", *data, *small]
-    if name.endswith("_sparse"):  # it learns from the dense one
-        dense = [chosen[0].removesuffix("_sparse"), *chosen[1:], "pruning=none"]
+    if name.endswith(("_sparse", "_blocks")):  # it learns from a dense one
+        dense = [*chosen, "pruning=none", "distill.teacher=null"]
         assert main([*dense, f"hydra.run.dir={tmp_path}/dense"]) == 0
         chosen.append(f"distill.teacher={tmp_path}/dense")
     assert main([*chosen, f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}"]) == 0
