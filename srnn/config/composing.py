@@ -7,7 +7,7 @@ import functools
 import os
 import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,23 @@ def with_options(overrides: Sequence[str], compose: Compose) -> DictConfig:
         apply_overrides([o for o in options if not o.is_hydra_override()], config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_first_line(error)) from None
+    _check_options_of_experiment(config, {override.key_or_group: str(override.value()) for override in chosen})
     return config
+
+
+def _check_options_of_experiment(config: DictConfig, chosen: Mapping[str, str]) -> None:
+    """Refuse what an experiment sets of a component, where another one is chosen beside it that has no such option."""
+    for group in COMPONENTS:
+        if "experiment" not in chosen or group not in chosen:
+            continue
+        node = config[group]
+        options = register.get(group, node["name"]).options
+        if strange := [str(key) for key in node if key != "name" and key not in options]:
+            drop = " ".join(f"'~{group}.{key}'" for key in strange)
+            raise UserError(
+                f"experiment={chosen['experiment']} sets {group}.{strange[0]}, an option that {group}={chosen[group]} "
+                f"does not have. Drop what it lacks by adding {drop}; the others the experiment sets there stay."
+            )
 
 
 def _split(overrides: Sequence[str]) -> tuple[list[Override], list[Override]]:

@@ -60,6 +60,19 @@ def test_a_preset_of_a_preset():
     assert (settings.distill.teacher, settings.distill.weight) == ("outputs/ptb_medium", 0.6)
 
 
+def test_options_of_a_preset_that_another_component_lacks():
+    with pytest.raises(UserError) as error:
+        compose_settings(["experiment=ptb_medium", "optimizer=adam"])
+    assert str(error.value) == (
+        "experiment=ptb_medium sets optimizer.momentum, an option that optimizer=adam does not have. Drop what it "
+        "lacks by adding '~optimizer.momentum' '~optimizer.nesterov'; the others the experiment sets there stay."
+    )
+    dropped = ["~optimizer.momentum", "~optimizer.nesterov", "optimizer.lr=0.002"]
+    assert compose_settings(["experiment=ptb_medium", "optimizer=adam", *dropped]).optimizer["lr_decay_after"] == 6
+    with pytest.raises(UserError, match=r"sets pruning\.structure, an option that pruning=none does not"):
+        compose_settings(["experiment=ptb_large_blocks", "pruning=none"])
+
+
 def test_experiments_open_with_what_they_show():
     for path in (conf_folder() / "experiment").glob("*.yaml"):
         head = path.read_text().partition("defaults:")[0]
