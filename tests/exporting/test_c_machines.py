@@ -17,10 +17,11 @@ from srnn.exporting.c.integer_code import integer_program
 from srnn.exporting.c.integers import integer_network
 from srnn.exporting.c.program import c_program
 from srnn.exporting.reading import read_chain
-from srnn.models import LanguageModel
+from srnn.models import LanguageModel, SequenceModel
 from tests.conftest import ROOT
 from tests.exporting.machines import ARM, CORTEX_M4, CORTEX_M4_SOFT, HERE, RISC_V
 from tests.exporting.test_c import pruned
+from tests.exporting.test_c_integers import loud
 
 pytestmark = pytest.mark.tools
 
@@ -28,6 +29,12 @@ STEPS = 200
 NETWORKS = {
     "gru element": (lambda: pruned(LanguageModel(nn.GRU, 50, 16, 96), 0.2), "element"),
     "lstm 16x1": (lambda: pruned(LanguageModel(nn.LSTM, 48, 16, 80), 0.2, 16), "16x1"),
+    "relu element": (lambda: pruned(loud(nn.RNN(5, 40, 2, nonlinearity="relu")), 0.3), "element"),
+    "gru both ways": (lambda: pruned(nn.GRU(5, 24, 2, bidirectional=True), 0.3), "element"),
+    "lstm both ways, reads the last state": (
+        lambda: pruned(SequenceModel(nn.LSTM, 5, 7, 48, num_layers=2, bidirectional=True), 0.3, 16),
+        "auto",
+    ),
 }
 SAY = """\
 #include <stdint.h>
@@ -47,13 +54,13 @@ static uint32_t folded(uint32_t so_far, const void *numbers, int count)
 int main(void)
 {
     static net_state state;
-    static TYPE output[NET_OUTPUTS];
-    uint32_t fold = 2166136261u;
+    static GIVEN inputs[COUNT];
+    static TYPE outputs[OUTPUTS];
+    for (int i = 0; i < COUNT; i++)
+        inputs[i] = (GIVEN)(i * 37 % RANGE - FIRST) / UNIT;
     net_reset(&state);
-    for (uint32_t t = 0; t < STEPS; t++) {
-        net_step(&state, (net_token)(t * 7 % NET_TOKENS), output);
-        fold = folded(fold, output, NET_OUTPUTS);
-    }
+    CALL
+    const uint32_t fold = folded(2166136261u, outputs, OUTPUTS);
     char text[9] = {0};
     for (int i = 0; i < 8; i++)
         text[i] = "0123456789abcdef"[fold >> (28 - 4 * i) & 15];
@@ -81,25 +88,42 @@ def chain_of(kind, values):
     return packed_chain(read_chain(build()), values, structure)
 
 
-def written(folder, program, number):
+def inputs_of(program):
+    """What ``SAY`` gives a program: all its tokens in turns, or numbers of either sign."""
+    calls, steps = program.calls, np.arange(STEPS * max(1, program.calls.inputs))
+    if calls.tokens:
+        return steps * 37 % calls.tokens
+    numbers = (steps * 37 % 255 - 127).reshape(STEPS, calls.inputs)
+    return numbers if calls.in_integers else numbers.astype(np.float32) / 64
+
+
+def written(folder, program):
+    calls = program.calls
     (folder / "net.c").write_text(program.source)
     (folder / "net.h").write_text(program.header)
-    (folder / "main.c").write_text(SAY.replace("TYPE", number).replace("STEPS", str(STEPS)))
-
-
-def tokens(program):
-    return np.arange(STEPS) * 7 % program.calls.tokens
+    lent = f", ({calls.in_type}[{STEPS * calls.scratch}]){{0}}" if calls.scratch else ""
+    words = {
+        "GIVEN": "net_token" if calls.tokens else calls.in_type,
+        "TYPE": calls.out_type,
+        "COUNT": STEPS * max(1, calls.inputs),
+        "OUTPUTS": calls.outputs if calls.reads_last else STEPS * calls.outputs,
+        "RANGE": calls.tokens or 255,
+        "FIRST": 0 if calls.tokens else 127,
+        "UNIT": 1 if calls.tokens or calls.in_integers else 64,
+        "CALL": f"net_run(&state, inputs, {STEPS}, outputs{lent});",
+    }
+    (folder / "main.c").write_text(re.sub(r"\b(" + "|".join(words) + r")\b", lambda word: str(words[word[0]]), SAY))
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("machine", [HERE, ARM, RISC_V, CORTEX_M4_SOFT], ids=lambda machine: machine.name)
 def test_integers_are_the_models_on_every_machine(machine, kind, tmp_path):
     needs(machine)
-    network = integer_network(chain_of(kind, "int8"))
+    network = integer_network(chain_of(kind, "int8"), torch.ones(1, 1, 5))
     program = integer_program(network, "net", "net")
-    written(tmp_path, program, "int32_t")
+    written(tmp_path, program)
     zeros = [np.zeros((1, size), np.int64) for _, size in network.members]
-    wanted, _ = network.run(tokens(program)[None], zeros)
+    wanted, _ = network.run(inputs_of(program)[None], zeros)
     assert machine.run(tmp_path, ["main.c", "net.c"]) == [folded(wanted[0].astype(np.int32))]
 
 
@@ -111,8 +135,8 @@ def test_floats_are_those_of_this_machine(machine, kind, tmp_path):
     needs(HERE)
     program = c_program(chain_of(kind, "fp32"), "net", "net")
     stream = Stream(program, compiled(program, HERE.compiler, tmp_path, ("-O2", "-ffp-contract=off")))
-    written(tmp_path, program, "float")
-    wanted = folded(stream.run(tokens(program)))
+    written(tmp_path, program)
+    wanted = folded(stream.run(inputs_of(program)))
     assert machine.run(tmp_path, ["main.c", "net.c"], ("-O2", "-ffp-contract=off")) == [wanted]
 
 
