@@ -1,7 +1,8 @@
 """C programs on other machines, emulated by qemu: every bit is that of this machine, or of the numpy model."""
 
 import re
-import subprocess
+import runpy
+import shutil
 import sys
 
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-import srnn
 from srnn.__main__ import main
 from srnn.exporting.c.c_format import packed_chain
 from srnn.exporting.c.compiling import Stream, compiled
@@ -17,10 +17,11 @@ from srnn.exporting.c.integer_code import integer_program
 from srnn.exporting.c.integers import integer_network
 from srnn.exporting.c.program import c_program
 from srnn.exporting.reading import read_chain
+from srnn.files import csv_bytes
 from srnn.models import LanguageModel, SequenceModel
 from tests.conftest import ROOT
 from tests.exporting.machines import ARM, CORTEX_M4, CORTEX_M4_SOFT, HERE, RISC_V
-from tests.exporting.test_c import pruned
+from tests.exporting.test_c import STRICT, pruned
 from tests.exporting.test_c_integers import loud
 
 pytestmark = pytest.mark.tools
@@ -152,70 +153,31 @@ def test_the_documents_program_runs_on_a_board(text_run, tmp_path):
     assert native == [written]
 
 
-COUNT = """\
-#include <stdint.h>
-#include "board.h"
-INCLUDE
-int main(void)
-{
-    DECLARE
-    unsigned before = 0, taken = 0;
-    for (int t = 0; t < 3; t++) {
-        before = instructions();
-        CALL
-        taken = instructions() - before;
-    }
-    char text[12];
-    int at = 11;
-    for (text[at] = 0; taken || at == 11; taken /= 10)
-        text[--at] = (char)('0' + taken % 10);
-    say(text + at);
-    return 0;
-}
-"""
+STRICT_COMPILERS = {"gcc": ["gcc"], "clang": ["clang"], "zig": [sys.executable, "-m", "ziglang", "cc"]}
 
 
-def counted(folder, machine, source, include, declare, call):
-    """Instructions of a step."""
-    code = COUNT.replace("INCLUDE", include).replace("DECLARE", declare).replace("CALL", call)
-    (folder / "main.c").write_text(code)
-    return int(machine.run(folder, ["main.c", source], ("-O3",))[0])
+@pytest.mark.parametrize("compiler", STRICT_COMPILERS)
+def test_compilers_have_nothing_to_warn_of(compiler, tmp_path):
+    if compiler == "zig":
+        pytest.importorskip("ziglang", reason="zig is not here: pip install ziglang")
+    elif shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not here")
+    command, flags = STRICT_COMPILERS[compiler], (*STRICT, "-O1")
+    for kind in NETWORKS:
+        for values in ("fp32", "fp16", "bf16", "int8"):
+            compiled(c_program(chain_of(kind, values), "net", "net"), command, tmp_path, flags)
+        network = integer_network(chain_of(kind, "int8"), torch.ones(1, 1, 5))
+        compiled(integer_program(network, "net", "net"), command, tmp_path, flags)
 
 
-def masked(height):
-    torch.manual_seed(0)
-    return pruned(nn.GRU(64, 256), 0.1, height)
-
-
-def dense(folder, machine):
-    """Of the dense C that emx-onnx-cgen makes of our ONNX."""
+def test_a_step_takes_a_fourth_of_the_dense_instructions_at_most():
+    """GRU 64 -> 256 at 90 %, against dense C, both at -O3; with the tools of the published table, that table."""
+    needs(CORTEX_M4)
     pytest.importorskip("emx_onnx_cgen", reason="emx-onnx-cgen is not installed: pip install emx-onnx-cgen")
-    srnn.export(masked(1), folder / "gru.onnx")
-    sizes = ["--input-dim", "time=1", "--input-dim", "batch=1", "--restrict-arrays"]
-    inline = ["--large-weight-threshold", "0", "--large-temp-threshold", "0"]
-    tool = [sys.executable, "-m", "emx_onnx_cgen", "compile", *sizes, *inline, "gru.onnx", "dense.c"]
-    subprocess.run(tool, cwd=folder, check=True, capture_output=True)
-    include = "void model(const float *x, const float *h, float *y, float *next);"
-    declare = "static float x[64], h[256], y[256], next[256];"
-    return counted(folder, machine, "dense.c", include, declare, "model(x, h, y, next);")
-
-
-def sparse(folder, machine, structure, values):
-    options = {"values": values, "structure": structure, "verify": False, "example": torch.ones(1, 1, 64)}
-    srnn.export(masked(16 if structure == "16x1" else 1), folder / "net.c", "c", **options)
-    kinds = ("int8_t", "int32_t") if values == "w8a8" else ("float", "float")
-    declare = f"static net_state state; static {kinds[0]} x[64]; static {kinds[1]} y[256];"
-    return counted(folder, machine, "net.c", '#include "net.h"', declare, "net_step(&state, x, y);")
-
-
-@pytest.mark.parametrize("machine", [CORTEX_M4, CORTEX_M4_SOFT], ids=lambda machine: machine.name)
-def test_a_step_takes_a_fourth_of_the_dense_instructions_at_most(machine, tmp_path):
-    """GRU 64 -> 256 at 90 %, against dense C, both at -O3: in every format of the documents' table."""
-    needs(machine)
-    of_dense, fewer = dense(tmp_path, machine), {}
-    for structure in ("element", "16x1"):
-        for values in ("fp32", "int8", "w8a8"):
-            taken = sparse(tmp_path, machine, structure, values)
-            fewer[structure, values] = of_dense / taken
-            print(f"{machine.name}: dense {of_dense:,}, {structure} {values} {taken:,}, {of_dense / taken:.1f}x fewer")
-    assert min(fewer.values()) >= 4, fewer
+    rows = runpy.run_path(str(ROOT / "docs/bench_cortex_m4.py"))["measure"]()
+    sparse = [row.fewer_than_dense for row in rows if row.program.startswith("srnn")]
+    assert len(sparse) == 12
+    assert min(sparse) >= 4, rows
+    published = (ROOT / "docs/results/c_cortex_m4.csv").read_text()
+    if rows[0].compiler in published and f",{rows[0].program}," in published:
+        assert csv_bytes(rows).decode() == published
