@@ -86,6 +86,13 @@ def test_commands_compose(command):
     check_command_line(shlex.split(command))
 
 
+def test_a_run_is_named_as_the_commands_help_names_it():
+    """``srnn export RUN``, not the longer ``srnn export run=RUN``, ``srnn export --run RUN`` or ``srnn resume=RUN``."""
+    files = [*(ROOT / file for file in FILES), *ROOT.glob("srnn/**/*.py")]
+    longer = re.compile(r"srnn \w+ (?:run=|--run\b)|(?m:^srnn resume=)")
+    assert not {str(path): found for path in files if (found := longer.findall(path.read_text()))}
+
+
 # Networks are made so small here that nothing may be left of a gate, which srnn warns of.
 few_weights = pytest.mark.filterwarnings("ignore:pruning left no weight of")
 

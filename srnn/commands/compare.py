@@ -38,7 +38,7 @@ def main(
     """
     if bool(runs) == bool(wandb):
         raise UserError(
-            "compare: which runs? Give folders, as outputs/SWEEP or run=outputs/SWEEP; or --wandb ENTITY/PROJECT."
+            "compare: which runs? Give folders, as `srnn compare outputs/SWEEP`; or --wandb ENTITY/PROJECT."
         )
 
     from srnn.comparing.comparison import compare, markdown, rich_table, run_rows, setting_rows

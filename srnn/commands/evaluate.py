@@ -1,4 +1,4 @@
-"""``python -m srnn evaluate run=FOLDER``: score the packed file on its validation and test data."""
+"""``python -m srnn evaluate RUN``: score the packed file on its validation and test data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m srnn export run=FOLDER format=onnx``: write a run's network as another file and say what it costs."""
+"""``python -m srnn export RUN format=onnx``: write a run's network as another file and say what it costs."""
 
 from __future__ import annotations
 

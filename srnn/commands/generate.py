@@ -1,4 +1,4 @@
-"""``python -m srnn generate --run FOLDER --prompt TEXT``: write text with a packed language model."""
+"""``python -m srnn generate RUN --prompt TEXT``: write text with a packed language model."""
 
 from __future__ import annotations
 

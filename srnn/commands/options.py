@@ -189,7 +189,7 @@ class Parser(argparse.ArgumentParser):
         """Bad arguments are the user's mistake like any other."""
         command = self.prog.removeprefix("srnn ")
         if message == "the following arguments are required: RUN":
-            raise UserError(f"{command}: which run? Give its folder, as `{self.prog} outputs/RUN` or run=outputs/RUN.")
+            raise UserError(f"{command}: which run? Give its folder, as `{self.prog} outputs/RUN`.")
         raise UserError(f"{command}: {message}; see `{self.prog} --help`.")
 
 
@@ -218,7 +218,7 @@ def packed_file(run: str) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{run}: no such folder; give that of a finished run, as outputs/RUN or run=outputs/RUN.")
+        raise UserError(f"{run}: no such folder; give that of a finished run, as outputs/RUN.")
     packed = RunFolder(path).packed
     if not packed.is_file():
         raise UserError(f"{run}: this folder holds no model.safetensors, so it is no finished run of srnn.")

@@ -1,4 +1,4 @@
-"""``python -m srnn resume FOLDER``: resume a run that was stopped, as it was configured."""
+"""``python -m srnn resume RUN``: resume a run that was stopped, as it was configured."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def main(argv: Sequence[str]) -> int:
     runs, others = _named(argv)
     if others or len(runs) > 1:
         raise UserError(
-            f"resume=FOLDER resumes a run as it was configured, so {' '.join(others) or 'a second one'} cannot be "
+            f"srnn resume RUN resumes a run as it was configured, so {' '.join(others) or 'a second one'} cannot be "
             f"given with it; to train its network with other options, start a run with init_from=FOLDER."
         )
     if not runs:
-        raise UserError("resume: which run? Give its folder, as `srnn resume outputs/RUN` or run=outputs/RUN.")
+        raise UserError("resume: which run? Give its folder, as `srnn resume outputs/RUN`.")
     from srnn.recording.environment import require_plugins
     from srnn.training.run import resume
 

@@ -36,7 +36,6 @@ Train, prune, pack, measure, report. Everything lands in a folder of its own und
   optimizer=adam|adamw|sgd      the optimiser                   trainer=default|cpu|gpu|ddp|fast  the loop
   experiment=NAME               a preset of all of these        tracking.mode=offline|online|disabled
   seed=0                        fixes all that is random        init_from=FILE   start from an existing network
-  resume=FOLDER                 as `srnn resume FOLDER`: resume a stopped run; takes no other option
 
   -m, --multirun                every combination of options with several values: pruning=none,gradual seed=0,1,2;
                                 the same command again resumes what is not finished

@@ -1,4 +1,4 @@
-"""``python -m srnn transcribe --run FOLDER --audio FILE``: write speech down with a packed network."""
+"""``python -m srnn transcribe RUN --audio FILE``: write speech down with a packed network."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ PASSED_OVER = {
     "WANDB_RUN_GROUP": "tracking.group decides",
     "WANDB_TAGS": "tracking.tags decides",
     "WANDB_RUN_ID": "each run has an id of its own",
-    "WANDB_RESUME": "srnn resume=RUN resumes the W&B run of its folder",
+    "WANDB_RESUME": "srnn resume RUN resumes the W&B run of its folder",
     "WANDB_DIR": "W&B's files are in the run's folder",
     "WANDB_JOB_TYPE": "it is train or compare",
 }

@@ -81,19 +81,20 @@ def resume(folder: Path) -> dict[str, Any]:
     """
     home = RunFolder(folder)
     if not home.config.is_file():
-        raise UserError(f"resume={folder}: no run is there: it has no config.yaml.")
+        raise UserError(f"resume: {folder}: no run is there: it has no config.yaml.")
     if home.finished:
         with suppress(UserError, OSError), home.locked():  # takes away what a kill after the report left
             pass
         raise UserError(
-            f"resume={folder}: this run is finished. To train its network further, start a run with init_from={folder}."
+            f"resume: {folder}: this run is finished. "
+            f"To train its network further, start a run with init_from={folder}."
         )
     home = RunFolder(folder.resolve())
     with home.locked():
         settings = read_settings(home.config)
         if not environment.read_environment(home):
             environment.write_environment(
-                home, environment.environment(["srnn", f"resume={folder}"], settings.as_dict())
+                home, environment.environment(["srnn", "resume", str(folder)], settings.as_dict())
             )
         with environment.started_in(home):
             return _run(settings, home, _last_checkpoint(home))

@@ -146,7 +146,7 @@ class TestRunFolders:
     def test_not_one(self, capsys, tmp_path, command):
         assert "no such folder" in mistake(capsys, command, f"run={tmp_path}/absent")
         assert "no finished run" in mistake(capsys, command, "--run", tmp_path)
-        assert f"`srnn {command} outputs/RUN` or run=outputs/RUN" in mistake(capsys, command)
+        assert f"`srnn {command} outputs/RUN`" in mistake(capsys, command)
 
     def test_truncated(self, capsys, run_folder, command):
         file = run_folder / "model.safetensors"

@@ -192,7 +192,7 @@ def test_a_run_is_named_once():
     for words in (["R", "colour=red"], ["colour=red"]):
         with pytest.raises(UserError, match="unrecognized arguments: colour=red"):
             call(score, words)
-    which = r"which run\? Give its folder, as `srnn test_options outputs/RUN` or run=outputs/RUN"
+    which = r"which run\? Give its folder, as `srnn test_options outputs/RUN`"
     with pytest.raises(UserError, match=which):
         call(score, ["kernel=cpu"])
 

@@ -66,7 +66,7 @@ def test_rerun_tells_what_differs(text_run, tmp_path, capsys):
 
 def test_mistakes(text_run, tmp_path, capsys):
     for arguments, words in (
-        ([], "as `srnn rerun outputs/RUN` or run=outputs/RUN"),
+        ([], "as `srnn rerun outputs/RUN`"),
         ([tmp_path], "no finished run is there"),
         ([text_run, "--output", text_run], "holds a run already"),
         ([text_run, "--tolerance", "much"], "--tolerance"),

@@ -146,7 +146,7 @@ def test_mistakes(sweep, tmp_path, capsys):
     (damaged / "config.yaml").write_text("seed: 0")
     (damaged / "report.json").write_text("{}")
     for arguments, words in (
-        ([], "Give folders, as outputs/SWEEP or run=outputs/SWEEP"),
+        ([], "Give folders, as `srnn compare outputs/SWEEP`"),
         ([sweep, "--wandb", "me/srnn"], "which runs? Give folders"),
         ([tmp_path / "none"], "no run is there"),
         ([tmp_path / "begun"], "none of these runs is finished"),

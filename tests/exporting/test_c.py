@@ -1,5 +1,6 @@
 """Networks as C: compiled with whatever compiler is here, and compared with the network they were made of."""
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import srnn
 from srnn.__main__ import main
 from srnn.errors import UserError
 from srnn.exporting.c import c_format
+from srnn.exporting.c.arithmetic import used_functions
 from srnn.exporting.c.c_format import packed_chain
 from srnn.exporting.c.compiling import Stream, compiled, find_compiler
 from srnn.exporting.c.program import c_program
@@ -100,6 +102,21 @@ def test_rounding_does_not_pile_up_over_10000_steps(tmp_path):
     with torch.inference_mode():
         wanted, _ = ChainNetwork(in_float64(read_chain(model)))(tokens)
     assert np.abs(stream.run(tokens[0].numpy()) - wanted[0].numpy()).max() < 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize(("function", "kind"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_every_16_bit_number_is_widened_exactly(function, kind, tmp_path):
+    loop = f"void all(const int16_t *x, float *y) {{ for (int i = 0; i < 65536; i++) y[i] = n_{function}(x[i]); }}"
+    code = used_functions(f"n_{function}(", "n")
+    (tmp_path / "all.c").write_text(f"#include <stdint.h>\nvoid all(const int16_t *x, float *y);\n{code}{loop}\n")
+    run(tmp_path, *COMPILER, "-std=c99", *STRICT, "-O2", "-shared", "-fPIC", "-o", "all.so", "all.c")
+    bits, found = np.arange(1 << 16).astype(np.uint16).view(np.int16), np.empty(1 << 16, np.float32)
+    ctypes.CDLL(str(tmp_path / "all.so")).all(*(ctypes.c_void_p(array.ctypes.data) for array in (bits, found)))
+    wanted = torch.from_numpy(bits).view(kind).float()
+    finite = wanted.isfinite().numpy()
+    assert finite.sum() > 60_000
+    np.testing.assert_array_equal(found.view(np.uint32)[finite], wanted.numpy().view(np.uint32)[finite])
 
 
 def random_matrix(draw, rows, columns, gates, structure, values, width):

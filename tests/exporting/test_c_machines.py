@@ -1,7 +1,8 @@
 """C programs on other machines, emulated by qemu: every bit is that of this machine, or of the numpy model."""
 
 import re
-import subprocess
+import runpy
+import shutil
 import sys
 
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-import srnn
 from srnn.__main__ import main
 from srnn.exporting.c.c_format import packed_chain
 from srnn.exporting.c.compiling import Stream, compiled
@@ -17,10 +17,12 @@ from srnn.exporting.c.integer_code import integer_program
 from srnn.exporting.c.integers import integer_network
 from srnn.exporting.c.program import c_program
 from srnn.exporting.reading import read_chain
-from srnn.models import LanguageModel
+from srnn.files import csv_bytes
+from srnn.models import LanguageModel, SequenceModel
 from tests.conftest import ROOT
 from tests.exporting.machines import ARM, CORTEX_M4, CORTEX_M4_SOFT, HERE, RISC_V
-from tests.exporting.test_c import pruned
+from tests.exporting.test_c import STRICT, pruned
+from tests.exporting.test_c_integers import loud
 
 pytestmark = pytest.mark.tools
 
@@ -28,6 +30,12 @@ STEPS = 200
 NETWORKS = {
     "gru element": (lambda: pruned(LanguageModel(nn.GRU, 50, 16, 96), 0.2), "element"),
     "lstm 16x1": (lambda: pruned(LanguageModel(nn.LSTM, 48, 16, 80), 0.2, 16), "16x1"),
+    "relu element": (lambda: pruned(loud(nn.RNN(5, 40, 2, nonlinearity="relu")), 0.3), "element"),
+    "gru both ways": (lambda: pruned(nn.GRU(5, 24, 2, bidirectional=True), 0.3), "element"),
+    "lstm both ways, reads the last state": (
+        lambda: pruned(SequenceModel(nn.LSTM, 5, 7, 48, num_layers=2, bidirectional=True), 0.3, 16),
+        "auto",
+    ),
 }
 SAY = """\
 #include <stdint.h>
@@ -47,13 +55,13 @@ static uint32_t folded(uint32_t so_far, const void *numbers, int count)
 int main(void)
 {
     static net_state state;
-    static TYPE output[NET_OUTPUTS];
-    uint32_t fold = 2166136261u;
+    static GIVEN inputs[COUNT];
+    static TYPE outputs[OUTPUTS];
+    for (int i = 0; i < COUNT; i++)
+        inputs[i] = (GIVEN)(i * 37 % RANGE - FIRST) / UNIT;
     net_reset(&state);
-    for (uint32_t t = 0; t < STEPS; t++) {
-        net_step(&state, (net_token)(t * 7 % NET_TOKENS), output);
-        fold = folded(fold, output, NET_OUTPUTS);
-    }
+    CALL
+    const uint32_t fold = folded(2166136261u, outputs, OUTPUTS);
     char text[9] = {0};
     for (int i = 0; i < 8; i++)
         text[i] = "0123456789abcdef"[fold >> (28 - 4 * i) & 15];
@@ -81,25 +89,42 @@ def chain_of(kind, values):
     return packed_chain(read_chain(build()), values, structure)
 
 
-def written(folder, program, number):
+def inputs_of(program):
+    """What ``SAY`` gives a program: all its tokens in turns, or numbers of either sign."""
+    calls, steps = program.calls, np.arange(STEPS * max(1, program.calls.inputs))
+    if calls.tokens:
+        return steps * 37 % calls.tokens
+    numbers = (steps * 37 % 255 - 127).reshape(STEPS, calls.inputs)
+    return numbers if calls.in_integers else numbers.astype(np.float32) / 64
+
+
+def written(folder, program):
+    calls = program.calls
     (folder / "net.c").write_text(program.source)
     (folder / "net.h").write_text(program.header)
-    (folder / "main.c").write_text(SAY.replace("TYPE", number).replace("STEPS", str(STEPS)))
-
-
-def tokens(program):
-    return np.arange(STEPS) * 7 % program.calls.tokens
+    lent = f", ({calls.in_type}[{STEPS * calls.scratch}]){{0}}" if calls.scratch else ""
+    words = {
+        "GIVEN": "net_token" if calls.tokens else calls.in_type,
+        "TYPE": calls.out_type,
+        "COUNT": STEPS * max(1, calls.inputs),
+        "OUTPUTS": calls.outputs if calls.reads_last else STEPS * calls.outputs,
+        "RANGE": calls.tokens or 255,
+        "FIRST": 0 if calls.tokens else 127,
+        "UNIT": 1 if calls.tokens or calls.in_integers else 64,
+        "CALL": f"net_run(&state, inputs, {STEPS}, outputs{lent});",
+    }
+    (folder / "main.c").write_text(re.sub(r"\b(" + "|".join(words) + r")\b", lambda word: str(words[word[0]]), SAY))
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("machine", [HERE, ARM, RISC_V, CORTEX_M4_SOFT], ids=lambda machine: machine.name)
 def test_integers_are_the_models_on_every_machine(machine, kind, tmp_path):
     needs(machine)
-    network = integer_network(chain_of(kind, "int8"))
+    network = integer_network(chain_of(kind, "int8"), torch.ones(1, 1, 5))
     program = integer_program(network, "net", "net")
-    written(tmp_path, program, "int32_t")
+    written(tmp_path, program)
     zeros = [np.zeros((1, size), np.int64) for _, size in network.members]
-    wanted, _ = network.run(tokens(program)[None], zeros)
+    wanted, _ = network.run(inputs_of(program)[None], zeros)
     assert machine.run(tmp_path, ["main.c", "net.c"]) == [folded(wanted[0].astype(np.int32))]
 
 
@@ -111,8 +136,8 @@ def test_floats_are_those_of_this_machine(machine, kind, tmp_path):
     needs(HERE)
     program = c_program(chain_of(kind, "fp32"), "net", "net")
     stream = Stream(program, compiled(program, HERE.compiler, tmp_path, ("-O2", "-ffp-contract=off")))
-    written(tmp_path, program, "float")
-    wanted = folded(stream.run(tokens(program)))
+    written(tmp_path, program)
+    wanted = folded(stream.run(inputs_of(program)))
     assert machine.run(tmp_path, ["main.c", "net.c"], ("-O2", "-ffp-contract=off")) == [wanted]
 
 
@@ -128,70 +153,31 @@ def test_the_documents_program_runs_on_a_board(text_run, tmp_path):
     assert native == [written]
 
 
-COUNT = """\
-#include <stdint.h>
-#include "board.h"
-INCLUDE
-int main(void)
-{
-    DECLARE
-    unsigned before = 0, taken = 0;
-    for (int t = 0; t < 3; t++) {
-        before = instructions();
-        CALL
-        taken = instructions() - before;
-    }
-    char text[12];
-    int at = 11;
-    for (text[at] = 0; taken || at == 11; taken /= 10)
-        text[--at] = (char)('0' + taken % 10);
-    say(text + at);
-    return 0;
-}
-"""
+STRICT_COMPILERS = {"gcc": ["gcc"], "clang": ["clang"], "zig": [sys.executable, "-m", "ziglang", "cc"]}
 
 
-def counted(folder, machine, source, include, declare, call):
-    """Instructions of a step."""
-    code = COUNT.replace("INCLUDE", include).replace("DECLARE", declare).replace("CALL", call)
-    (folder / "main.c").write_text(code)
-    return int(machine.run(folder, ["main.c", source], ("-O3",))[0])
+@pytest.mark.parametrize("compiler", STRICT_COMPILERS)
+def test_compilers_have_nothing_to_warn_of(compiler, tmp_path):
+    if compiler == "zig":
+        pytest.importorskip("ziglang", reason="zig is not here: pip install ziglang")
+    elif shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not here")
+    command, flags = STRICT_COMPILERS[compiler], (*STRICT, "-O1")
+    for kind in NETWORKS:
+        for values in ("fp32", "fp16", "bf16", "int8"):
+            compiled(c_program(chain_of(kind, values), "net", "net"), command, tmp_path, flags)
+        network = integer_network(chain_of(kind, "int8"), torch.ones(1, 1, 5))
+        compiled(integer_program(network, "net", "net"), command, tmp_path, flags)
 
 
-def masked(height):
-    torch.manual_seed(0)
-    return pruned(nn.GRU(64, 256), 0.1, height)
-
-
-def dense(folder, machine):
-    """Of the dense C that emx-onnx-cgen makes of our ONNX."""
+def test_a_step_takes_a_fourth_of_the_dense_instructions_at_most():
+    """GRU 64 -> 256 at 90 %, against dense C, both at -O3; with the tools of the published table, that table."""
+    needs(CORTEX_M4)
     pytest.importorskip("emx_onnx_cgen", reason="emx-onnx-cgen is not installed: pip install emx-onnx-cgen")
-    srnn.export(masked(1), folder / "gru.onnx")
-    sizes = ["--input-dim", "time=1", "--input-dim", "batch=1", "--restrict-arrays"]
-    inline = ["--large-weight-threshold", "0", "--large-temp-threshold", "0"]
-    tool = [sys.executable, "-m", "emx_onnx_cgen", "compile", *sizes, *inline, "gru.onnx", "dense.c"]
-    subprocess.run(tool, cwd=folder, check=True, capture_output=True)
-    include = "void model(const float *x, const float *h, float *y, float *next);"
-    declare = "static float x[64], h[256], y[256], next[256];"
-    return counted(folder, machine, "dense.c", include, declare, "model(x, h, y, next);")
-
-
-def sparse(folder, machine, structure, values):
-    options = {"values": values, "structure": structure, "verify": False, "example": torch.ones(1, 1, 64)}
-    srnn.export(masked(16 if structure == "16x1" else 1), folder / "net.c", "c", **options)
-    kinds = ("int8_t", "int32_t") if values == "w8a8" else ("float", "float")
-    declare = f"static net_state state; static {kinds[0]} x[64]; static {kinds[1]} y[256];"
-    return counted(folder, machine, "net.c", '#include "net.h"', declare, "net_step(&state, x, y);")
-
-
-@pytest.mark.parametrize("machine", [CORTEX_M4, CORTEX_M4_SOFT], ids=lambda machine: machine.name)
-def test_a_step_takes_a_fourth_of_the_dense_instructions_at_most(machine, tmp_path):
-    """GRU 64 -> 256 at 90 %, against dense C, both at -O3: in every format of the documents' table."""
-    needs(machine)
-    of_dense, fewer = dense(tmp_path, machine), {}
-    for structure in ("element", "16x1"):
-        for values in ("fp32", "int8", "w8a8"):
-            taken = sparse(tmp_path, machine, structure, values)
-            fewer[structure, values] = of_dense / taken
-            print(f"{machine.name}: dense {of_dense:,}, {structure} {values} {taken:,}, {of_dense / taken:.1f}x fewer")
-    assert min(fewer.values()) >= 4, fewer
+    rows = runpy.run_path(str(ROOT / "docs/bench_cortex_m4.py"))["measure"]()
+    sparse = [row.fewer_than_dense for row in rows if row.program.startswith("srnn")]
+    assert len(sparse) == 12
+    assert min(sparse) >= 4, rows
+    published = (ROOT / "docs/results/c_cortex_m4.csv").read_text()
+    if rows[0].compiler in published and f",{rows[0].program}," in published:
+        assert csv_bytes(rows).decode() == published

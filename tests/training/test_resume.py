@@ -141,7 +141,7 @@ def test_what_cannot_be_resumed(tmp_path, capsys, monkeypatch, whole):
         (["-m", f"resume={run}"], "-m cannot be given with it"),
         ([f"resume={run}", f"resume={run}"], "a second one cannot be given"),
         ([f"resume={tmp_path}/it's'"], "it's': no run is there"),
-        (["resume"], "which run? Give its folder, as `srnn resume outputs/RUN` or run=outputs/RUN"),
+        (["resume"], "which run? Give its folder, as `srnn resume outputs/RUN`."),
         (["resume", tmp_path / "none"], "no run is there"),
         (["resume", f"run={tmp_path}/none"], "no run is there"),
         (["resume", "--run", tmp_path / "none"], "no run is there"),

@@ -39,20 +39,19 @@ static inline float NAME_sigmoid(float x)
 """
 
 _FP16 = """\
-/* A half-precision number of these bits. Its exponent starts 112 lower, which the product makes good, exactly; so it
-   does for the smallest numbers, whose exponent is 0. There are no infinities. */
-static inline float NAME_fp16(uint16_t bits)
+/* A half-precision number of these bits. Its sign spreads to the left, and of its copies the first stays. Its exponent
+   starts 112 lower, which the product makes good, exactly; so it does for the smallest numbers, whose exponent is 0.
+   There are no infinities. */
+static inline float NAME_fp16(int16_t bits)
 {
     union { uint32_t bits; float value; } wide;
-    wide.bits = (uint32_t)(bits & 0x7fffu) << 13;
-    wide.value *= 5.192296858534828e33f;
-    wide.bits |= (uint32_t)(bits & 0x8000u) << 16;
-    return wide.value;
+    wide.bits = ((uint32_t)bits << 13) & 0x8fffffffu;
+    return wide.value * 5.192296858534828e33f;
 }
 """
 
 _BF16 = """\
-static inline float NAME_bf16(uint16_t bits)
+static inline float NAME_bf16(int16_t bits)
 {
     union { uint32_t bits; float value; } wide;
     wide.bits = (uint32_t)bits << 16;

@@ -16,7 +16,7 @@ from srnn.formats import Values
 from srnn.sparse import SparseMatrix
 
 WIDEST_GAP = 255  # a column further on is reached by way of blocks of zeros
-_C_TYPES = {"fp32": "float", "fp16": "uint16_t", "bf16": "uint16_t", "int8": "int8_t"}
+_C_TYPES = {"fp32": "float", "fp16": "int16_t", "bf16": "int16_t", "int8": "int8_t"}
 _NUMPY_TYPES: dict[str, str] = {
     "uint8": "uint8_t",
     "uint16": "uint16_t",
@@ -179,7 +179,7 @@ def _order(matrix: SparseMatrix, chunk: int) -> np.ndarray:
 def _bits(values: Tensor) -> np.ndarray:
     """Values as numpy holds them; the 16-bit floats, which C99 has no type for, as their bits."""
     if values.dtype in (torch.float16, torch.bfloat16):
-        return values.view(torch.int16).numpy().view(np.uint16)
+        return values.view(torch.int16).numpy()
     return values.numpy()
 
 
