@@ -34,7 +34,8 @@ def pruned(network, height):
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("make", LAYERS)
 def test_sequences_and_steps_are_those_of_torch_in_float64(make, layers, height, values, monkeypatch):
-    network = pruned(make(13, 37 if height == 1 else 51, layers), height)
+    units = {1: 51, 3: 48}[layers]  # whose last group of rows is cut, or whole
+    network = pruned(make(13, 37 if height == 1 else units, layers), height)
     sparse = srnn.sparsify(network, "element" if height == 1 else "16x1", values, "cpu")
     exact = srnn.desparsify(sparse).double()
     monkeypatch.setattr(backend._Stack, "_one_after_the_other", None)

@@ -292,6 +292,8 @@ class _NetworkStep:
         plans = [stack.plan(1)[1]] + ([] if decoder is None else [decoder.plan(1)[1]])
         self.plan, self.of_stack = np.concatenate(plans), len(plans[0])
         self.run = _compiled_code("stacks").run_step
+        with _announced("network step"):
+            self.run(np.zeros_like(self.plan), len(self.plan), *[0] * 8)  # compiles it: no layers touch no memory
 
     def __call__(self, x: Tensor, state: State) -> tuple[Tensor, State] | None:
         """None of what is no plain memory of the right size, and where several threads pay."""
@@ -303,10 +305,9 @@ class _NetworkStep:
                 return None
         y, h = torch.empty(1, self.outputs), torch.empty_like(h0)
         c = torch.empty_like(c0) if self.lstm else h
-        with _announced("network step"):
-            addresses = (h0.data_ptr(), c0.data_ptr(), y.data_ptr(), h.data_ptr(), c.data_ptr())
-            found = self.run(self.plan, self.of_stack, self.at, self.vocabulary, x.data_ptr(), *addresses)
-        if not found:
+        addresses = (x.data_ptr(), h0.data_ptr(), c0.data_ptr(), y.data_ptr(), h.data_ptr(), c.data_ptr())
+        known = self.run(self.plan, self.of_stack, self.at, self.vocabulary, *addresses)
+        if not known:
             raise IndexError(f"a token must lie between 0 and {self.vocabulary - 1}, not be {int(x)}")
         return y, (h, c) if self.lstm else (h,)
 
@@ -325,10 +326,10 @@ def _array(x: Tensor) -> Array:
 
 def _threads(work: int) -> int:
     """As many as torch uses, for work that is worth starting them; numba cannot have more than at its start."""
-    threads = torch.get_num_threads()
-    if threads == 1 or work < WORTH_THREADS:
+    if work < WORTH_THREADS:
         return 1
-    threads = min(threads, _most_threads())
+    threads = torch.get_num_threads()
+    threads = 1 if threads == 1 else min(threads, _most_threads())
     if threads > 1:
         import numba
 

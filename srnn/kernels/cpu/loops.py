@@ -7,159 +7,76 @@ up to the product's tile. What a thread has to do is fixed beforehand, so that a
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit, prange
 
-from srnn.cells import CELLS, CLIP
-from srnn.kernels.cpu.multiplying import as_taken, multiply, products, zeros
-from srnn.kernels.cpu.shapes import LANES_OF_GROUP
-
-TANH, RELU, CLIPPED, GRU, LSTM = (CELLS.index(cell) for cell in ("tanh", "relu", "clipped_relu", "gru", "lstm"))
-
-ZERO, HALF, ONE, CEILING = np.float32(0), np.float32(0.5), np.float32(1), np.float32(CLIP)
-INFINITY = np.float32(np.inf)
-# tanh(x) = x P(x^2) / Q(x^2) up to 9, where it is 1 in fp32; our own weighted least-squares fit, 4e-11 off before
-# rounding, 3.2e-7 in fp32. A rational function keeps the loops below vectorised, which a call of tanh would not.
-LARGEST = np.float32(9)
-P0, P1, P2 = np.float32(1.0), np.float32(0.14099948108196259), np.float32(0.004426933825016022)
-P3, P4, P5 = np.float32(4.2299179767724127e-05), np.float32(1.1132286914516953e-07), np.float32(3.683663790665648e-11)
-Q0, Q1, Q2 = np.float32(1.0), np.float32(0.4743328094482422), np.float32(0.029204538092017174)
-Q3, Q4, Q5 = np.float32(0.0005010237800888717), np.float32(2.6062236884172307e-06), np.float32(2.956636269146884e-09)
-
-
-# Multiplications and additions become one instruction where the processor has that; nothing else is reordered.
-_FUSED: Any = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
-
-
-@njit(inline="always")
-def tanh(x):
-    """Comparisons this way round let NaN through."""
-    x = LARGEST if x > LARGEST else x
-    x = -LARGEST if x < -LARGEST else x
-    s = x * x
-    return (
-        x
-        * (P0 + s * (P1 + s * (P2 + s * (P3 + s * (P4 + s * P5)))))
-        / (Q0 + s * (Q1 + s * (Q2 + s * (Q3 + s * (Q4 + s * Q5)))))
-    )
-
-
-@njit(inline="always")
-def sigmoid(x):
-    """From tanh."""
-    return HALF + HALF * tanh(HALF * x)
-
-
-# Loops over a few rows each: where there are more, the compiler gives up proving that they do not overlap, and does
-# not vectorise. numpy's error model, because a check for division by zero has the same effect.
-@njit(**_FUSED)
-def _sigmoid_of_sum(n, v, u):
-    for k in range(n):
-        v[k] = sigmoid(u[k] + v[k])
-
-
-@njit(**_FUSED)
-def _tanh_of_sum(n, v, u):
-    for k in range(n):
-        v[k] = tanh(u[k] + v[k])
-
-
-@njit(**_FUSED)
-def _reset(n, new, r, bias):
-    for k in range(n):
-        new[k] = r[k] * (new[k] + bias[k])
-
-
-@njit(**_FUSED)
-def _keep_and_add(n, c, f, i, g):
-    for k in range(n):
-        i[k] *= g[k]
-    for k in range(n):
-        c[k] = f[k] * c[k] + i[k]
-
-
-@njit(**_FUSED)
-def _mix(n, h, z, new):
-    for k in range(n):
-        h[k] = (ONE - z[k]) * new[k] + z[k] * h[k]
-
-
-@njit(**_FUSED)
-def _times_tanh(n, h, o, c):
-    for k in range(n):
-        h[k] = o[k] * tanh(c[k])
-
-
-@njit(nogil=True, cache=True)
-def _copy(n, target, source):
-    """A loop, because numba's own assignment of a slice is ten times slower: it looks for overlaps."""
-    for k in range(n):
-        target[k] = source[k]
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _gates(cell, n, v, u0, u1, u2, u3, h, c, new_bias):
-    """New h (and c) in place, ``n`` numbers side by side; v[gate] the product with h, overwritten, u that with x."""
-    if cell == GRU:
-        r, z, new = v[0], v[1], v[2]
-        _sigmoid_of_sum(n, r, u0)
-        _sigmoid_of_sum(n, z, u1)
-        _reset(n, new, r, new_bias)
-        _tanh_of_sum(n, new, u2)
-        _mix(n, h, z, new)
-    elif cell == LSTM:
-        i, f, g, o = v[0], v[1], v[2], v[3]
-        _sigmoid_of_sum(n, i, u0)
-        _sigmoid_of_sum(n, f, u1)
-        _tanh_of_sum(n, g, u2)
-        _sigmoid_of_sum(n, o, u3)
-        _keep_and_add(n, c, f, i, g)
-        _times_tanh(n, h, o, c)
-    elif cell == TANH:
-        _copy(n, h, v[0])
-        _tanh_of_sum(n, h, u0)
-    else:
-        ceiling = CEILING if cell == CLIPPED else INFINITY
-        for k in range(n):
-            a = u0[k] + v[0, k]
-            a = ZERO if a < ZERO else a
-            h[k] = ceiling if a > ceiling else a
+from srnn.kernels.cpu.gate_loops import GRU, LSTM, gate_arithmetic
+from srnn.kernels.cpu.multiplying import as_taken, copy, is_careful, multiply, products, zeros
+from srnn.kernels.cpu.shapes import LANES_OF_GROUP, WIDTH_OF_X
+from srnn.kernels.cpu.vector_code import floats, keep
 
 
 @njit(nogil=True, cache=True)
 def _chunks(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, size, new_bias, h, h_new, c, y):
     """One step of the hidden units of some chunks. With a projection, ``y`` has no columns."""
     units = h_new.shape[0]
-    v = np.empty((u.shape[1] // units, (chunk_size + matrix[LANES_OF_GROUP]) * h.shape[1]), np.float32)
+    gates = u.shape[1] // units
+    v = np.empty((gates, (chunk_size + matrix[LANES_OF_GROUP]) * h.shape[1]), np.float32)
     if h.shape[1] == 1:
-        step_of_one(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, new_bias, h, h_new, c, y, v)
+        u_at, y_at = u.ctypes.data + 4 * offset * u.shape[1], y.ctypes.data + 4 * offset * y.shape[1]
+        y_at = y_at if y.shape[1] else 0
+        step_of_one(
+            cell,
+            gates,
+            units,
+            (chunk_size, first_chunk, last_chunk),
+            matrix,
+            u_at,
+            new_bias.ctypes.data,
+            h.ctypes.data,
+            h.shape[0],
+            h_new.ctypes.data,
+            c.ctypes.data,
+            y_at,
+            v.ctypes.data,
+        )
+        keep(v)
     else:
         _chunks_of_many(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, size, new_bias, h, h_new, c, y, v)
 
 
 @njit(nogil=True, cache=True)
-def step_of_one(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, new_bias, h, h_new, c, y, v):
-    """One stream: all rows lie as the arithmetic takes them."""
-    units = h_new.shape[0]
-    gates = u.shape[1] // units
-    row, old, new, cells = u[offset], h.reshape(-1), h_new.reshape(-1), c.reshape(-1)
-    x, careful = as_taken(matrix, h)
-    for chunk in range(first_chunk, last_chunk):
-        first = chunk * chunk_size
-        last = min(first + chunk_size, units)
+def step_of_one(cell, gates, units, chunks, matrix, u_at, bias_at, old_at, inputs, new_at, c_at, y_at, v_at):
+    """A step of one stream, whose rows lie as the arithmetic takes them; all by addresses.
+
+    Args:
+        cell: index in ``CELLS``.
+        gates: of the cell.
+        units: H.
+        chunks: units of a chunk, the first chunk, and the one past the last.
+        matrix: the numbers of W_hh.
+        u_at: of u [G], the products with x, biases added.
+        bias_at: of a GRU's new_bias [H].
+        old_at: of h [P], as ``zeros`` makes it.
+        inputs: P.
+        new_at: of the new h [H], filled.
+        c_at: of an LSTM's cell state [H], changed in place.
+        y_at: of the outputs [H], filled; 0 if there are none.
+        v_at: of scratch memory, [gates, units of a chunk and lanes].
+    """
+    size, lanes = chunks[0], matrix[LANES_OF_GROUP]
+    careful = is_careful(floats(old_at, inputs)) if matrix[WIDTH_OF_X] else 0
+    v_step = 4 * (size + lanes)
+    for chunk in range(chunks[1], chunks[2]):
+        first = chunk * size
+        n, at = min(size, units - first), 4 * first
         for gate in range(gates):
-            products(matrix, gate, first, last - first, x, 1, careful, v[gate])
+            products(matrix, gate, first, n, old_at, 1, careful, v_at + gate * v_step)
         if cell == GRU:
-            _copy(last - first, new[first:last], old[first:last])
-        u0 = row[first:last]
-        u1 = row[units + first : units + last] if gates > 1 else u0
-        u2 = row[2 * units + first : 2 * units + last] if gates > 1 else u0
-        u3 = row[3 * units + first : 3 * units + last] if gates > 3 else u0
-        _gates(cell, last - first, v, u0, u1, u2, u3, new[first:last], cells[first:last], new_bias[first:last])
-        if y.shape[1]:
-            _copy(last - first, y[offset, first:last], new[first:last])
+            copy(n, new_at + at, old_at + at)
+        gate_arithmetic(cell, n, v_at, v_step, u_at + at, 4 * units, new_at + at, c_at + at, bias_at + at)
+        if y_at:
+            copy(n, y_at + at, new_at + at)
 
 
 @njit(nogil=True, cache=True)
@@ -179,7 +96,9 @@ def _chunks_of_many(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset
         count = min(chunk_size, units - first)
         groups = (count + lanes - 1) // lanes
         for gate in range(gates):
-            products(matrix, gate, first, count, taken, streams, careful, v[gate])
+            products(
+                matrix, gate, first, count, taken.ctypes.data, streams, careful, v.ctypes.data + 4 * gate * v.shape[1]
+            )
         for g in range(groups):
             begin = first + g * lanes
             some = min(lanes, units - begin)
@@ -195,7 +114,17 @@ def _chunks_of_many(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset
                 if cell == LSTM:
                     for lane in range(some):
                         cells[at + lane] = c[begin + lane, b]
-        _gates(cell, groups * streams * lanes, v, x[0], x[1], x[2], x[3], new, cells, bias)
+        gate_arithmetic(
+            cell,
+            groups * streams * lanes,
+            v.ctypes.data,
+            4 * v.shape[1],
+            x.ctypes.data,
+            4 * v.shape[1],
+            new.ctypes.data,
+            cells.ctypes.data,
+            bias.ctypes.data,
+        )
         for g in range(groups):
             begin = first + g * lanes
             some = min(lanes, units - begin)
@@ -224,7 +153,7 @@ def _projected_chunks(chunk_size, first_chunk, last_chunk, matrix, offset, size,
     for chunk in range(first_chunk, last_chunk):
         first = chunk * chunk_size
         count = min(chunk_size, units - first)
-        products(matrix, 0, first, count, x, streams, careful, out)
+        products(matrix, 0, first, count, x.ctypes.data, streams, careful, out.ctypes.data)
         for unit in range(first, first + count):
             group, lane = divmod(unit - first, lanes)
             for b in range(streams):

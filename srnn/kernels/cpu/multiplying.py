@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit, prange
 
 from srnn.kernels.cpu.shapes import ALIGNED, DOT_AT, GROUPS_OF_GATE, LANES_OF_GROUP, ROWS, WIDTH_OF_X, WINDOW
-from srnn.kernels.cpu.vector_code import add_sixteen, call_dot
+from srnn.kernels.cpu.vector_code import add_sixteen, call_dot, floats, keep
 
 
 @njit(nogil=True, cache=True)
@@ -19,7 +19,7 @@ def zeros(rows, streams):
 
 
 @njit(nogil=True, cache=True)
-def _is_careful(x):
+def is_careful(x):
     """1 if a number is infinite or NaN: what has no weight must not be multiplied with it."""
     bits, largest = x.reshape(-1).view(np.int32), np.int32(0)
     for k in range(len(bits)):  # integers, because the compiler may not reorder sums or maxima of floats
@@ -32,7 +32,7 @@ def as_taken(matrix, h):
     """h [columns, streams] as a matrix's product takes it, and whether that has to be careful."""
     if matrix[WIDTH_OF_X] == 0:
         return h, 0
-    careful = _is_careful(h)
+    careful = is_careful(h)
     if h.shape[1] == 1:
         return h, careful
     x = zeros(h.shape[1], matrix[WIDTH_OF_X])
@@ -43,12 +43,12 @@ def as_taken(matrix, h):
 
 
 @njit(nogil=True, cache=True)
-def products(matrix, gate, first, count, x, streams, careful, out):
+def products(matrix, gate, first, count, x_at, streams, careful, out_at):
     """Row groups of the units ``first`` to ``first + count`` of a gate, times x: out[group, stream, lane]."""
     lanes, per_gate = matrix[LANES_OF_GROUP], matrix[GROUPS_OF_GATE]
     begin = gate * per_gate + first // lanes
     end = gate * per_gate + (first + count + lanes - 1) // lanes
-    call_dot(matrix[DOT_AT], matrix.ctypes.data, begin, end, x.ctypes.data, streams, careful, out.ctypes.data)
+    call_dot(matrix[DOT_AT], matrix.ctypes.data, begin, end, x_at, streams, careful, out_at)
 
 
 @njit(nogil=True, cache=True)
@@ -78,7 +78,7 @@ def _multiply_chunks(chunk_size, first_chunk, last_chunk, matrix, gates, x, care
         first = chunk * chunk_size
         some = min(chunk_size, units - first)
         for gate in range(gates):
-            products(matrix, gate, first, some, x, streams, careful, out)
+            products(matrix, gate, first, some, x.ctypes.data, streams, careful, out.ctypes.data)
             _put(gate * units + first, some, lanes, row, count, streams, bias, out, y)
 
 
@@ -91,7 +91,7 @@ def _rows_as_taken(matrix, x, row, count, tile):
         for b in range(count):
             for i in range(x.shape[1]):
                 x_SI[b, i] = x[row + b, i]
-        return x_SI, _is_careful(x_SI), streams
+        return x_SI, is_careful(x_SI), streams
     x_IS = zeros(x.shape[1], streams)
     for i in range(x.shape[1]):
         for b in range(count):
@@ -100,8 +100,55 @@ def _rows_as_taken(matrix, x, row, count, tile):
 
 
 @njit(nogil=True, cache=True)
+def copy(n, target_at, source_at):
+    """A loop, because numba's own assignment of a slice is ten times slower: it looks for overlaps."""
+    target, source = floats(target_at, n), floats(source_at, n)
+    for k in range(n):
+        target[k] = source[k]
+
+
+@njit(nogil=True, cache=True)
+def _sum(n, y_at, out_at, bias_at):
+    y, out, bias = floats(y_at, n), floats(out_at, n), floats(bias_at, n)
+    for k in range(n):
+        y[k] = out[k] + bias[k]
+
+
+@njit(nogil=True, cache=True)
+def _multiply_row(matrix, gates, units, x_at, careful, bias_at, y_at):
+    lanes, per_gate = matrix[LANES_OF_GROUP], matrix[GROUPS_OF_GATE]
+    if units == per_gate * lanes:  # the product writes outputs where they belong
+        call_dot(matrix[DOT_AT], matrix.ctypes.data, 0, gates * per_gate, x_at, 1, careful, y_at)
+        _sum(gates * units, y_at, y_at, bias_at)
+        return
+    out = np.empty(per_gate * lanes, np.float32)
+    for gate in range(gates):
+        at = 4 * gate * units
+        products(matrix, gate, 0, units, x_at, 1, careful, out.ctypes.data)
+        _sum(units, y_at + at, out.ctypes.data, bias_at + at)
+    keep(out)
+
+
+@njit(nogil=True, cache=True)
+def multiply_one(matrix, gates, inputs, outputs, x_at, bias_at, y_at):
+    """y[O] = x[I] W' + bias of one row, by addresses: a step of a stream does little else."""
+    width = matrix[WIDTH_OF_X]
+    if width == 0:
+        _multiply_row(matrix, gates, outputs // gates, x_at, 0, bias_at, y_at)
+        return
+    x = zeros(1, width)
+    copy(inputs, x.ctypes.data, x_at)
+    careful = is_careful(x)
+    _multiply_row(matrix, gates, outputs // gates, x.ctypes.data, careful, bias_at, y_at)
+    keep(x)
+
+
+@njit(nogil=True, cache=True)
 def multiply(chunk_size, matrix, gates, x, tile, bias, bounds, y):
     """y[N, O] = x[N, I] W' + bias on one thread; the rest as in ``recur_serial``."""
+    if tile == 1 and x.shape[0] == 1:
+        multiply_one(matrix, gates, x.shape[1], y.shape[1], x.ctypes.data, bias.ctypes.data, y.ctypes.data)
+        return
     last = bounds[-1]
     for row in range(0, x.shape[0], ROWS):
         count = min(ROWS, x.shape[0] - row)

@@ -5,40 +5,22 @@ A call from Python takes addresses, because an array costs it ten times what a n
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import njit
 
-from srnn.cells import CELLS
+from srnn.kernels.cpu.gate_loops import LSTM
 from srnn.kernels.cpu.loops import step_of_one
-from srnn.kernels.cpu.multiplying import multiply, zeros
+from srnn.kernels.cpu.multiplying import copy, multiply, multiply_one, zeros
 from srnn.kernels.cpu.shapes import (
+    ALIGNED,
     LANES_OF_GROUP,
     NUMBERS_OF_LAYER,
     NUMBERS_OF_MATRIX,
     NUMBERS_OF_PRODUCT,
     NUMBERS_OF_STACK,
+    WINDOW,
 )
-
-_LSTM = CELLS.index("lstm")
-
-
-def _pointer_to(kind: Any) -> Any:
-    """A function of compiled code: an address as a pointer."""
-    result = types.CPointer(kind)
-
-    def pointer(typing, address):
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], context.get_value_type(result))
-
-        return result(types.int64), codegen
-
-    return intrinsic(pointer)
-
-
-_floats, _integers = _pointer_to(types.float32), _pointer_to(types.int64)
+from srnn.kernels.cpu.vector_code import floats, integers, keep
 
 
 @njit(nogil=True, cache=True)
@@ -51,9 +33,13 @@ def run_product(plan, rows, x_at, y_at):
         x_at: address of x.
         y_at: address of y, filled.
     """
-    gates, outputs, inputs, matrix = plan[3], plan[4], plan[5], plan[NUMBERS_OF_PRODUCT:]
-    x, y = carray(_floats(x_at), (rows, inputs)), carray(_floats(y_at), (rows, outputs))
-    multiply(plan[0], matrix, gates, x, plan[2], carray(_floats(plan[6]), (outputs,)), plan[1:2], y)
+    gates, outputs, inputs, bias_at = plan[3], plan[4], plan[5], plan[6]
+    matrix = integers(plan.ctypes.data + 8 * NUMBERS_OF_PRODUCT, NUMBERS_OF_MATRIX)
+    if rows == 1:
+        multiply_one(matrix, gates, inputs, outputs, x_at, bias_at, y_at)
+        return
+    x, y = floats(x_at, rows * inputs).reshape(rows, inputs), floats(y_at, rows * outputs).reshape(rows, outputs)
+    multiply(plan[0], matrix, gates, x, plan[2], floats(bias_at, outputs), plan[1:2], y)
 
 
 @njit(nogil=True, cache=True)
@@ -71,29 +57,57 @@ def run_stack(plan, steps, x_at, h0_at, c0_at, y_at, h_at, c_at):
         c_at: of [L, H], filled for an LSTM.
     """
     cell, layers, units, gates, inputs = plan[0], plan[1], plan[2], plan[3], plan[4]
-    y, h0 = carray(_floats(y_at), (steps, units)), carray(_floats(h0_at), (layers, units))
-    h = carray(_floats(h_at), (layers, units))
-    u = np.empty((steps, gates * units), np.float32)
-    old, new, cells = zeros(units, 1), zeros(units, 1), np.zeros((units, 1), np.float32)
-    source = carray(_floats(x_at), (steps, inputs))
+    u, outputs = np.empty((steps, gates * units), np.float32), gates * units
+    width = max(WINDOW, (units + ALIGNED - 1) // ALIGNED * ALIGNED)
+    states, v = zeros(2, width), np.empty(gates * _widest(plan), np.float32)
+    old_at, new_at, source_at = states.ctypes.data, states.ctypes.data + 4 * width, x_at
     for layer in range(layers):
-        begin = NUMBERS_OF_STACK + layer * NUMBERS_OF_LAYER
-        of_layer = plan[begin : begin + NUMBERS_OF_LAYER]
-        w_ih, w_hh = of_layer[7 : 7 + NUMBERS_OF_MATRIX], of_layer[7 + NUMBERS_OF_MATRIX :]
-        input_bias = carray(_floats(of_layer[5]), (gates * units,))
-        new_bias = carray(_floats(of_layer[6]), (units,))
-        multiply(of_layer[0], w_ih, gates, source, of_layer[4], input_bias, of_layer[1:2], u)
-        old[:, 0] = h0[layer]
-        if cell == _LSTM:
-            cells[:, 0] = carray(_floats(c0_at), (layers, units))[layer]
-        v = np.empty((gates, of_layer[2] + w_hh[LANES_OF_GROUP]), np.float32)
+        at = plan.ctypes.data + 8 * (NUMBERS_OF_STACK + layer * NUMBERS_OF_LAYER)
+        of_layer, w_ih = integers(at, 7), integers(at + 8 * 7, NUMBERS_OF_MATRIX)
+        w_hh = integers(at + 8 * (7 + NUMBERS_OF_MATRIX), NUMBERS_OF_MATRIX)
+        if steps == 1:
+            multiply_one(w_ih, gates, inputs, outputs, source_at, of_layer[5], u.ctypes.data)
+        else:
+            source = floats(source_at, steps * inputs).reshape(steps, inputs)
+            multiply(of_layer[0], w_ih, gates, source, of_layer[4], floats(of_layer[5], outputs), of_layer[1:2], u)
+        here = 4 * layer * units
+        copy(units, old_at, h0_at + here)
+        if cell == LSTM:
+            copy(units, c_at + here, c0_at + here)
+        chunks, bias_at = (of_layer[2], 0, of_layer[3]), of_layer[6]
         for t in range(steps):
-            step_of_one(cell, of_layer[2], 0, of_layer[3], w_hh, u, t, new_bias, old, new, cells, y, v)
-            old, new = new, old
-        h[layer] = old[:, 0]
-        if cell == _LSTM:
-            carray(_floats(c_at), (layers, units))[layer] = cells[:, 0]
-        source = y
+            y_t, u_t = y_at + 4 * t * units, u.ctypes.data + 4 * t * outputs
+            step_of_one(
+                cell,
+                gates,
+                units,
+                chunks,
+                w_hh,
+                u_t,
+                bias_at,
+                old_at,
+                units,
+                new_at,
+                c_at + here,
+                y_t,
+                v.ctypes.data,
+            )
+            old_at, new_at = new_at, old_at
+        copy(units, h_at + here, old_at)
+        source_at, inputs = y_at, units
+    keep(u)
+    keep(states)
+    keep(v)
+
+
+@njit(nogil=True, cache=True)
+def _widest(plan):
+    """Numbers of scratch memory that a gate takes; of the layer that takes most."""
+    widest = 0
+    for layer in range(plan[1]):
+        at = NUMBERS_OF_STACK + layer * NUMBERS_OF_LAYER
+        widest = max(widest, plan[at + 2] + plan[at + 7 + NUMBERS_OF_MATRIX + LANES_OF_GROUP])
+    return widest
 
 
 @njit(nogil=True, cache=True)
@@ -117,14 +131,15 @@ def run_step(plan, of_stack, table_at, vocabulary, x_at, h0_at, c0_at, y_at, h_a
     """
     units, inputs = plan[2], plan[4]
     if vocabulary:
-        token = carray(_integers(x_at), (1,))[0]
+        token = integers(x_at, 1)[0]
         if token < 0 or token >= vocabulary:
             return False
         x_at = table_at + 4 * inputs * token
     if of_stack == len(plan):
         run_stack(plan, 1, x_at, h0_at, c0_at, y_at, h_at, c_at)
         return True
-    y = zeros(1, units)
+    y = np.empty(units, np.float32)
     run_stack(plan[:of_stack], 1, x_at, h0_at, c0_at, y.ctypes.data, h_at, c_at)
     run_product(plan[of_stack:], 1, y.ctypes.data, y_at)
+    keep(y)
     return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -107,3 +107,37 @@ def add_sixteen(typing, a, b, total):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
+
+
+def _pointer_to(kind: Any) -> Any:
+    """A function of compiled code: an address as a pointer."""
+    result = types.CPointer(kind)
+
+    def pointer(typing, address):
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(result))
+
+        return result(types.int64), codegen
+
+    return intrinsic(pointer)
+
+
+_floats, _integers = _pointer_to(types.float32), _pointer_to(types.int64)
+
+
+# Arrays at an address are free; views of an array are not: each counts who holds its memory, twice, by atomic adds.
+@njit(inline="always")
+def floats(at, count):
+    """The fp32 numbers at an address, as an array."""
+    return carray(_floats(at), (count,))
+
+
+@njit(inline="always")
+def integers(at, count):
+    """The int64 numbers at an address, as an array."""
+    return carray(_integers(at), (count,))
+
+
+@njit(nogil=True, cache=True)
+def keep(array):
+    """Uses an array: its memory is freed after its last use, which taking its address would be."""
