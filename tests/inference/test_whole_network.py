@@ -183,7 +183,8 @@ def test_torchs_own_module_in_place_of_sparse_ones(cell, steps):
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_torchs_functions_of_every_kind():
-    kinds = [nn.RNN(7, 9, nonlinearity="relu"), nn.LSTM(7, 9, proj_size=4), nn.GRU(7, 9, bias=False, bidirectional=True)]
+    both_ways = nn.GRU(7, 9, bias=False, bidirectional=True)
+    kinds = [nn.RNN(7, 9, nonlinearity="relu"), nn.LSTM(7, 9, proj_size=4), both_ways]
     for network in map(pruned, kinds):
         sparse = srnn.sparsify(network)
         sparse.decided = {("cpu", 4, 1, torch.get_num_threads()): TORCH}
