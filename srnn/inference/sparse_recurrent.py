@@ -336,5 +336,5 @@ class SparseRecurrent(SparseModule):
         return self.kind, options | ({"proj_size": self.proj_size} if self.proj_size else {})
 
     def extra_repr(self) -> str:
-        """The cell."""
-        return f"{self.cell}, {self.input_size}, {self.hidden_size}"
+        """The cell, and what was chosen for it."""
+        return "\n".join(filter(None, (f"{self.cell}, {self.input_size}, {self.hidden_size}", super().extra_repr())))

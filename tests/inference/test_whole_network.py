@@ -13,7 +13,7 @@ from srnn.inference.base import TORCH
 from srnn.inference.example_calls import ExampleCalls, example_input
 from srnn.inference.packing import pack
 from srnn.inference.unpacking import unpack
-from srnn.kernels import Auto
+from srnn.kernels import Auto, Dense
 from srnn.models import LanguageModel, SequenceModel, gru
 
 
@@ -152,6 +152,25 @@ def test_the_same_network_is_not_measured_again(monkeypatch):
 def test_without_an_example_the_report_says_how_kernels_are_chosen():
     assert "layer by layer" in repr(srnn.sparsify(pruned(Tagger())))
     assert "kernels" not in repr(srnn.sparsify(pruned(Tagger()), kernel="cpu"))
+
+
+def test_layers_name_what_was_chosen_for_them_when_they_first_ran():
+    network = nn.ModuleDict({"rnn": nn.LSTM(6, 9, 2), "cell": nn.GRUCell(6, 7), "linear": nn.Linear(6, 5)})
+    sparse = srnn.sparsify(pruned(network), kernel=Dense())
+    assert "row" not in repr(sparse)
+    assert "stream" not in repr(sparse)
+    for part in sparse.values():
+        part(torch.randn(1, 6))
+    alone = srnn.sparsify(pruned(nn.GRU(6, 9)))
+    assert "kernels" in repr(alone)
+    alone(torch.randn(20, 2, 6))
+    for wanted, said in [
+        (["lstm 6 to 9, 1 stream, 1 step: ", "lstm 9 to 9, 1 stream, 1 step: "], repr(sparse["rnn"])),
+        (["gru 6 to 7, 1 stream, 1 step: "], repr(sparse["cell"])),
+        (["linear 6 to 5, 1 row: "], repr(sparse["linear"])),
+        (["gru, 6, 9", "sparse: GRU", "gru 6 to 9, 2 streams, 16 steps: "], repr(alone)),
+    ]:
+        assert all(f"\n  {line}" in said for line in wanted), said
 
 
 @pytest.mark.parametrize("steps", [1, 2, 32, 33, 70])
