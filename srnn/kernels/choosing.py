@@ -293,7 +293,7 @@ class _ChosenLayer(Layer):
         return self.pick(streams, steps)
 
 
-def choices_of(made: object) -> list[Choice]:
+def choices_made(made: object) -> list[Choice]:
     """What was chosen so far for a layer, recurrence or product that ``auto`` or ``dense`` made; of others nothing."""
     return list(made.pick.made) if isinstance(made, _ChosenProduct | _ChosenRecurrence | _ChosenLayer) else []
 
