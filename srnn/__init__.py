@@ -10,6 +10,8 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from srnn.importing import nothing_collected
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -57,7 +59,8 @@ if "torch" in sys.modules:
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+        with nothing_collected():
+            return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'srnn' has no attribute '{name}'")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from srnn.errors import UserError
 from srnn.inference.operator import call_operator, described, refuse_onnx
-from srnn.kernels.choosing import Auto, about, length_class
+from srnn.kernels.choosing import Auto, about, choices_made, length_class
 from srnn.kernels.contract import Kernel, LayerWeights
 from srnn.meta_device import without_memory
 from srnn.registry import register
@@ -163,6 +163,12 @@ class SparseModule(nn.Module):
     def candidates(self) -> Mapping[str, Kernel]:
         """What its kernel chooses among; nothing where it has no choice."""
         return self.kernel.candidates() if isinstance(self.kernel, Auto) and self.weights_to_run() else {}
+
+    def extra_repr(self) -> str:
+        """What ``sparsify`` reports of it, and what was chosen for it when it was first run."""
+        several = [made if isinstance(made, list) else [made] for made in list(self._ready.values())]
+        chosen = [f"{c.layer}, {c.in_short}" for some in several for made in some for c in choices_made(made)]
+        return "\n".join(filter(None, (vars(self).get("sparsify_report"), *chosen)))
 
     def forget(self) -> None:
         """Drop what was made ready for calls; the next ones make it anew."""

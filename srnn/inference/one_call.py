@@ -138,7 +138,7 @@ class _TorchsStep:
 
     def __init__(self, table: Tensor | None, layers: Any, after: Any) -> None:
         self.table, self.time = table, 1 if layers.batch_first else 0
-        self.layers, self.lstm = layers.as_torchs(), layers.cell == "lstm"
+        self.layers, self.lstm = layers, layers.cell == "lstm"
         self.weight = None if after is None else after.weight.detach()
         self.bias = None if after is None else after.bias
 
@@ -149,7 +149,7 @@ class _TorchsStep:
                 x = torch.embedding(self.table, x)
             elif x.dtype != torch.float32:
                 return None
-            y, after = self.layers.forward(x.unsqueeze(self.time), state if self.lstm else state[0])
+            y, after = self.layers.by_torch(x.unsqueeze(self.time), state if self.lstm else state[0])
             y = y.squeeze(self.time)
             y = y if self.weight is None else nn.functional.linear(y, self.weight, self.bias)
         return y, after if self.lstm else (after,)

@@ -105,8 +105,8 @@ class SparseCell(SparseModule):
         return self.kind, options | ({"nonlinearity": self.cell} if self.kind is nn.RNNCell else {})
 
     def extra_repr(self) -> str:
-        """The cell."""
-        return f"{self.cell}, {self.input_size}, {self.hidden_size}"
+        """The cell, and what was chosen for it."""
+        return "\n".join(filter(None, (f"{self.cell}, {self.input_size}, {self.hidden_size}", super().extra_repr())))
 
 
 class _TorchCell(Layer):

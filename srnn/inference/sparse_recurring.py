@@ -105,5 +105,5 @@ class SparseRecurring(SparseModule):
         return Recurring, {name: getattr(self, name) for name in ("cell", "hidden_size", "bidirectional")}
 
     def extra_repr(self) -> str:
-        """The cell."""
-        return f"{self.cell}, {self.hidden_size}"
+        """The cell, and what was chosen for it."""
+        return "\n".join(filter(None, (f"{self.cell}, {self.hidden_size}", super().extra_repr())))

@@ -44,7 +44,8 @@ def sparsify(
             bytes.
         values: what non-zeros are stored as: ``fp32``, ``fp16``, ``bf16``, or ``int8`` with a scale a row group.
         kernel: a backend's name or the backend; ``auto`` measures them: on the whole network where there is an
-            example, else layer by layer when it is first run. What is dense and faster stays dense.
+            example, else layer by layer when it is first run, named in the layer's ``repr`` from then on. What is
+            dense and faster stays dense.
         energies: parameter name -> mean square of what each column multiplies, from ``record_inputs``; for int8.
         example: an input of the network, or a tuple of all its inputs, for ``auto``: of as many streams as it is to be
             run with. It is cut and repeated along the time axis of the first input, to 1, 16, 100 and 400 steps. It
@@ -106,15 +107,18 @@ def report_kernels(network: nn.Module, choices: Sequence[Choice]) -> None:
     if not any(isinstance(module, SparseModule) and module.candidates() for module in network.modules()):
         return
     told = "; ".join(choice.in_short for choice in choices) or (
-        "chosen layer by layer when it is first run; sparsify(example=input) chooses on the whole network"
+        "chosen layer by layer when it is first run, and then named at each; "
+        "sparsify(example=input) chooses on the whole network"
     )
     _report(network, "\n".join(filter(None, (getattr(network, "sparsify_report", ""), f"kernels: {told}"))))
 
 
 def _report(network: nn.Module, report: str) -> None:
-    own = type(network).extra_repr(network)
     network.sparsify_report = report  # type: ignore[assignment]
+    if isinstance(network, SparseModule):  # whose own ``extra_repr`` tells it
+        return
     # What ``repr`` asks for. No function of ours: this can be copied and pickled.
+    own = type(network).extra_repr(network)
     network.extra_repr = partial(str, "\n".join(filter(None, (own, report))))  # type: ignore[method-assign]
 
 

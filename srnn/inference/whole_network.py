@@ -161,7 +161,7 @@ class _Network:
                 _log.warning("%s cannot be used: %s", name, self.left_out[name])
                 continue
             hopeless = name in DENSE and took > max(_SLOW, 10 * min(seconds.values(), default=took))
-            seconds[name] = took if hopeless else timed(call, self.device)
+            seconds[name] = took if hopeless else _burst(call, self.device)
         fastest = min(seconds.values())
         self.lost = self.lost | {name for name in seconds if seconds[name] > _LOST * fastest}
         # In the order of the candidates, of which the first wins where several are as fast.

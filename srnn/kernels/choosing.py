@@ -112,7 +112,7 @@ class _Chooser(Kernel):
         layer = f"linear {matrix.shape[1]} to {matrix.shape[0]}"
         what = f"product {described_matrix(matrix)}"
         pick = _Pick[Product](self, what, layer, matrix, device, dtype, prepare, call)
-        return lambda x_NI: pick(x_NI.shape[0], 1)(x_NI)
+        return _ChosenProduct(pick)
 
     def recurrence(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Recurrence:
         """Measured at the first call with so many streams."""
@@ -219,6 +219,7 @@ class _Pick(Generic[P]):
     call: Callable[[P, int, int], Call]
 
     def __post_init__(self) -> None:
+        self.made: list[Choice] = []
         self._chosen: dict[tuple[int, int, int], str] = {}
         self._ready: dict[str, P] = {}
 
@@ -257,10 +258,19 @@ class _Pick(Generic[P]):
         of_layer = f"{batch:,} stream{plural}, {steps} step{'s' * (length > 0)}"
         use = f"{batch:,} row{plural}" if isinstance(self.weights, SparseMatrix) else of_layer
         calls = {name: partial(self._call, name, batch, steps) for name in able}
-        return self.chooser.choose(what, (self.device, self.dtype), calls, left_out, (self.layer, use)).winner
+        self.made.append(self.chooser.choose(what, (self.device, self.dtype), calls, left_out, (self.layer, use)))
+        return self.made[-1].winner
 
     def _call(self, name: str, batch: int, steps: int) -> Call:
         return self.call(self._prepared(name), batch, steps)
+
+
+@dataclass(frozen=True)
+class _ChosenProduct:
+    pick: _Pick[Product]
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        return self.pick(x_NI.shape[0], 1)(x_NI)
 
 
 @dataclass(frozen=True)
@@ -281,6 +291,11 @@ class _ChosenLayer(Layer):
     def chosen(self, steps: int, streams: int) -> Layer:
         """The fastest."""
         return self.pick(streams, steps)
+
+
+def choices_made(made: object) -> list[Choice]:
+    """What was chosen so far for a layer, recurrence or product that ``auto`` or ``dense`` made; of others nothing."""
+    return list(made.pick.made) if isinstance(made, _ChosenProduct | _ChosenRecurrence | _ChosenLayer) else []
 
 
 @register.kernel("dense")

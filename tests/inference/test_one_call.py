@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 import srnn
 from srnn.inference.base import TORCH, SparseModule
 from srnn.inference.one_call import OneCall
-from srnn.kernels.cpu import backend
+from srnn.kernels.cpu import backend, operands
+from srnn.kernels.cpu.operands import Operand, able_forms
 from srnn.models import LanguageModel, SequenceModel
+from tests.kernels.common import Guarded
 
 CELLS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
 
@@ -87,6 +90,59 @@ def test_the_same_bits_as_part_by_part_and_right_in_float64(cell, layers, values
             torch.testing.assert_close((y, state), (alike, after), rtol=0, atol=0)
             torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
     assert ran == [True] * 6
+
+
+def guard(monkeypatch):
+    """Put guard pages around every array of the one call: weights, biases, tables, plans, inputs, states, outputs."""
+    around = Guarded()
+    form, plan = Operand._made, backend._NetworkStep.__init__
+
+    def made(self, *arguments):
+        found = form(self, *arguments)
+        return replace(found, parts=tuple(map(around, found.parts)))
+
+    def begin(self, *arguments):
+        plan(self, *arguments)
+        self.plan = around(torch.from_numpy(self.plan)).numpy()
+
+    def guarded(owner, name):
+        make = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments, **options: around(make(*arguments, **options)))
+
+    monkeypatch.setattr(Operand, "_made", made)
+    monkeypatch.setattr(backend._NetworkStep, "__init__", begin)
+    vector = backend._vector
+    monkeypatch.setattr(backend, "_vector", lambda *arguments: around(torch.from_numpy(vector(*arguments))).numpy())
+    for owner, name in ((OneCall, "_table"), (backend, "_plain"), (torch, "empty"), (torch, "empty_like")):
+        guarded(owner, name)
+    return around
+
+
+@pytest.mark.parametrize("form", [*able_forms(), "blocks"])
+def test_nothing_is_touched_outside_the_arrays_of_the_one_call(form, ran, monkeypatch):
+    """Of steps, and of sequences, in which all layers are one call."""
+    monkeypatch.setattr(operands, "_fastest", {})
+    monkeypatch.setattr(operands, "recall", lambda *_: None)
+    monkeypatch.setattr(operands, "remember", lambda *_: None)
+    monkeypatch.setattr(operands, "_timed", lambda forms, *_: {one: float(one[0] != form) for one in forms})
+    for cell, values in (("gru", "fp32"), ("lstm", "fp16"), ("rnn", "int8")):
+        for network, inputs in networks(CELLS[cell]):
+            for weight in network.parameters():
+                if form == "blocks" and weight.ndim == 2:
+                    weight.data = torch.randn_like(weight) * (torch.arange(weight.shape[1]) % 3 == 0)
+            sparse = srnn.sparsify(network, "auto" if form == "blocks" else "element", values, "cpu")
+            exact = srnn.desparsify(sparse)
+            state = start(sparse, exact(inputs.transpose(0, 1))[1])
+            wanted = exact.step(inputs[0], state), exact(inputs.transpose(0, 1), state)
+            with torch.inference_mode(), monkeypatch.context() as patch:
+                around = guard(patch)
+                hx = tuple(map(around, state)) if cell == "lstm" else around(state)
+                got = sparse.step(around(inputs[0]), hx), sparse(inputs.transpose(0, 1), hx)
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+            heights = {matrix.height for part in (sparse.rnn, sparse.decoder) for matrix in part.matrices().values()}
+            assert form != "blocks" or max(heights) > 1
+    assert ran == [True] * 6
+    assert form == "blocks" or len(able_forms()) == 1 or form in operands._fastest.values()
 
 
 def test_layers_alone_give_what_a_sequence_of_one_step_gives(ran):

@@ -1,7 +1,5 @@
 """Single elements in every form this processor has, against float64."""
 
-import ctypes
-import mmap
 from dataclasses import replace
 
 import numba
@@ -14,7 +12,7 @@ from srnn.cells import GATES
 from srnn.kernels.cpu import operands
 from srnn.kernels.cpu.operands import Operand, able_forms, product_call
 from srnn.sparse import DTYPES, SparseMatrix
-from tests.kernels.common import relative_error
+from tests.kernels.common import Guarded, relative_error
 from tests.kernels.test_kernels import check_against_truth, random_layer, random_state
 
 FORMS = able_forms()
@@ -96,28 +94,6 @@ def test_layers_run_on_every_form(cell, form, monkeypatch):
         one = torch.tensor([1])
         check_against_truth(weights, torch.randn(1, 9), one, random_state(weights, 1))
     assert form in operands._fastest.values()
-
-
-class Guarded:
-    """Tensors that end where memory ends: a page before and one behind must not be touched."""
-
-    def __init__(self):
-        self.kept = []
-
-    def __call__(self, tensor):
-        if tensor is None or not tensor.numel():
-            return tensor
-        page, size = mmap.PAGESIZE, tensor.numel() * tensor.element_size()
-        pages = -(-size // page)
-        memory = mmap.mmap(-1, (pages + 2) * page)
-        copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=(1 + pages) * page - size)
-        copy.copy_(tensor.flatten())
-        first = copy.data_ptr() + size - (1 + pages) * page
-        protect = ctypes.CDLL(None, use_errno=True).mprotect
-        for guard in (first, first + (1 + pages) * page):
-            assert protect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
-        self.kept.append((memory, guard))
-        return copy
 
 
 @pytest.mark.parametrize("values", ["fp32", "fp16", "int8"])

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Callable
 from typing import TypeVar
 
+from srnn.importing import nothing_collected
+
 T = TypeVar("T")
 
 
@@ -18,7 +20,8 @@ def where_it_can_be_kept(make: Callable[[], T]) -> T:
     anew in each process, and kept in a folder that goes with it.
     """
     try:
-        return make()
+        with nothing_collected():
+            return make()
     except RuntimeError as error:
         if "cannot cache" not in str(error):
             raise

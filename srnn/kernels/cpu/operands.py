@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from srnn.importing import nothing_collected
 from srnn.kernels.cpu.keeping import where_it_can_be_kept
 from srnn.kernels.cpu.shapes import ROWS, TILES, Array, padded_width
 from srnn.kernels.remembering import busy, recall, remember
@@ -161,8 +162,9 @@ def able_forms() -> tuple[str, ...]:
 
     ``NUMBA_CPU_FEATURES=-avx512f`` forbids what needs AVX-512, ``-avx512f,-avx2`` also gathers.
     """
-    import numba
-    from llvmlite import binding
+    with nothing_collected():
+        import numba
+        from llvmlite import binding
 
     features = dict(binding.get_host_cpu_features())
     if numba.config.CPU_NAME not in (None, binding.get_host_cpu_name()):  # type: ignore[attr-defined]
