@@ -1,6 +1,6 @@
 """Speaks sentences with eSpeak NG into WAV files: a process of its own, which imports nothing of srnn.
 
-How an utterance sounds depends a little on those before it. In a new process they come out the same each time.
+How an utterance sounds depends a little on those before it. In a new process, in one order, all are the same each time.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def say(library: str, data: str, jobs: list[tuple[str, str, str, int]]) -> None:
         ctypes.c_void_p, ctypes.c_void_p,
     ]  # fmt: skip
     for path, text, voice, speed in jobs:
+        espeak.espeak_ng_SetRandSeed(ctypes.c_long(1))  # of the breath in some voices, else the time's
         if espeak.espeak_SetVoiceByName(voice.encode()):
             raise RuntimeError(f"eSpeak NG has no voice {voice}")
         espeak.espeak_SetParameter(_SPEED, speed, 0)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from filelock import FileLock
 
@@ -64,12 +64,25 @@ class Espeak:
             raise UserError(f"dataset=synthetic_speech: eSpeak NG failed: {why}.")
 
 
+class _Job(NamedTuple):
+    """An utterance to be."""
+
+    split: Split
+    text: str
+    voice: str
+    speed: int
+
+    @property
+    def spoken(self) -> tuple[str, str, int]:
+        return self.text, self.voice, self.speed
+
+
 class _Spoken(AudioFile):
     """Named by what it is, not by where it lies."""
 
-    def __init__(self, path: Path, text: str, voice: str, speed: int) -> None:
-        super().__init__(path, text)
-        self.name = f"{text!r} by {voice} at {speed} words a minute"
+    def __init__(self, path: Path, job: _Job) -> None:
+        super().__init__(path, job.text)
+        self.name = f"{job.text!r} by {job.voice} at {job.speed} words a minute"
 
 
 @register.dataset("synthetic_speech")
@@ -100,17 +113,20 @@ class SyntheticSpeech(SpeechData):
         _check_names(voices, *espeak.names())
         texts = self._texts()
         jobs = [
-            (split, text, voice, speed)
-            for split in SPLITS for voice in voices[split] for speed in self.speeds for text in texts
-        ]  # fmt: skip
+            _Job(split, text, voice, speed)
+            for split in SPLITS
+            for voice in voices[split]
+            for speed in self.speeds
+            for text in texts
+        ]
         key = hashlib.sha256(json.dumps([espeak.version, jobs]).encode()).hexdigest()[:32]
         folder = cache_folder() / "synthetic_speech" / key
         paths = [folder / f"{number}.wav" for number in range(len(jobs))]
         if not folder.is_dir():
-            self._speak(espeak, folder, [(path.name, *job[1:]) for path, job in zip(paths, jobs, strict=True)])
+            _speak(espeak, folder, [(path.name, *job.spoken) for path, job in zip(paths, jobs, strict=True)])
         found: dict[Split, list[Utterance]] = {split: [] for split in SPLITS}
-        for path, (split, *spoken) in zip(paths, jobs, strict=True):
-            found[split].append(_Spoken(path, *spoken))
+        for path, job in zip(paths, jobs, strict=True):
+            found[job.split].append(_Spoken(path, job))
         return found
 
     def _checked(self) -> dict[Split, list[str]]:
@@ -146,30 +162,30 @@ class SyntheticSpeech(SpeechData):
             raise UserError(f"dataset.sentences={self.sentences} has no sentences.")
         return texts
 
-    @staticmethod
-    def _speak(espeak: Espeak, folder: Path, jobs: list[tuple[str, str, str, int]]) -> None:
-        """All of them into a folder, or nothing. Raises UserError."""
-        part = folder.with_name(f"{folder.name}.speaking")
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock"):
-                if folder.is_dir():  # another process was first
-                    return
-                console.print(f"eSpeak NG speaks {len(jobs)} utterances into {folder}.", soft_wrap=True, markup=False)
-                shutil.rmtree(part, ignore_errors=True)  # of a try that was stopped
-                part.mkdir()
-                espeak.speak([(str(part / name), *spoken) for name, *spoken in jobs])
-                rows = [dict(zip(("path", "text", "voice", "speed"), job, strict=True)) for job in jobs]
-                (part / "list.csv").write_bytes(csv_bytes(rows))  # as dataset=manifest reads it
-                os.replace(part, folder)
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written: {error.strerror or error}; set SRNN_CACHE to a folder with room."
-            ) from None
-
     def located(self, config: dict[str, Any]) -> dict[str, Any]:
         """With the absolute path of a file of sentences."""
         return config | {"sentences": self.sentences}
+
+
+def _speak(espeak: Espeak, folder: Path, jobs: list[tuple[str, str, str, int]]) -> None:
+    """All of them into a folder, or nothing. Raises UserError."""
+    part = folder.with_name(f"{folder.name}.speaking")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if folder.is_dir():  # another process was first
+                return
+            console.print(f"eSpeak NG speaks {len(jobs)} utterances into {folder}.", soft_wrap=True, markup=False)
+            shutil.rmtree(part, ignore_errors=True)  # of a try that was stopped
+            part.mkdir()
+            espeak.speak([(str(part / name), text, voice, speed) for name, text, voice, speed in jobs])
+            rows = [dict(zip(("path", "text", "voice", "speed"), job, strict=True)) for job in jobs]
+            (part / "list.csv").write_bytes(csv_bytes(rows))  # as dataset=manifest reads it
+            os.replace(part, folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written: {error.strerror or error}; set SRNN_CACHE to a folder with room."
+        ) from None
 
 
 def _check_names(voices: dict[Split, list[str]], languages: set[str], variants: set[str]) -> None:
