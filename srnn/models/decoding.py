@@ -30,7 +30,7 @@ def greedy(logits_BTV: Tensor, lengths_B: Tensor) -> list[list[int]]:
 _Followers = dict[int, "_Followers"]
 
 
-class Words:
+class WordSequences:
     """Words any of which may follow another, with a space between them: what a text is to consist of.
 
     Args:
@@ -43,7 +43,7 @@ class Words:
     Example:
         >>> import torch
         >>> logits_TV = torch.tensor([[0.1, 0.1, 0.8], [0.8, 0.1, 0.1], [0.1, 0.3, 0.6]]).log()
-        >>> beam_search(logits_TV, 10), beam_search(logits_TV, 10, Words([[2, 1], [1]], space=None))
+        >>> beam_search(logits_TV, 10), beam_search(logits_TV, 10, WordSequences([[2, 1], [1]], space=None))
         ([2, 2], [2, 1])
     """
 
@@ -70,7 +70,7 @@ class Words:
         return text[:end]
 
 
-def beam_search(logits_TV: Tensor, width: int, words: Words | None = None) -> list[int]:
+def beam_search(logits_TV: Tensor, width: int, words: WordSequences | None = None) -> list[int]:
     """The likeliest text, all its alignments added up, among the ``width`` likeliest beginnings of each step.
 
     A text has many alignments, and the one alignment that ``greedy`` finds need not be of the likeliest text. With a

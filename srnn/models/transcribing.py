@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from srnn.audio import HOP_SAMPLES, Features, Running, frames_of, read_audio
 from srnn.cells import CLIP
 from srnn.errors import UserError
-from srnn.models.decoding import Phrases, Words, beam_search, greedy
+from srnn.models.decoding import Phrases, WordSequences, beam_search, greedy
 from srnn.vocabulary import Vocabulary
 
 WORDS_BEAM = 20  # width of the beam search for words, where none is given
@@ -42,7 +42,7 @@ class Transcriber:
         source: str | Path | Tensor,
         beam: int = 1,
         phrases: Phrases | None = None,
-        words: Words | None = None,
+        words: WordSequences | None = None,
     ) -> str:
         """The text of a recording.
 
@@ -77,7 +77,7 @@ class Transcriber:
             raise UserError("a list of phrases must have some, and no empty ones.")
         return Phrases(self._tokens(several))
 
-    def words(self, texts: Iterable[str]) -> Words:
+    def words(self, texts: Iterable[str]) -> WordSequences:
         """All the words of some texts; any of them may follow another.
 
         Raises:
@@ -87,7 +87,7 @@ class Transcriber:
         if not several:
             raise UserError("a list of words must have some.")
         space = None if self.vocabulary.unknown(" ") else int(self.vocabulary.encode(" ")[0])
-        return Words(self._tokens(several), space)
+        return WordSequences(self._tokens(several), space)
 
     def _tokens(self, texts: Iterable[str]) -> list[list[int]]:
         for text in texts:

@@ -9,7 +9,7 @@ import torch
 from srnn.audio import Features
 from srnn.errors import UserError
 from srnn.models import Transcriber, deepspeech2
-from srnn.models.decoding import Phrases, Words, beam_search, greedy
+from srnn.models.decoding import Phrases, WordSequences, beam_search, greedy
 from srnn.vocabulary import Characters
 from tests.speech_files import spoken
 
@@ -65,19 +65,19 @@ def test_the_likeliest_sequence_of_words(seed):
     assert {(), (2,), (2, 1, 2), (2, 3, 1, 2), (3, 2, 2)} <= truth.keys()
     assert not {(1,), (3,), (2, 1), (2, 2), (2, 1, 3)} & truth.keys()
     best = max(truth, key=truth.get)
-    assert tuple(beam_search(logits_TV, 1000, Words(words, space=1))) == best
+    assert tuple(beam_search(logits_TV, 1000, WordSequences(words, space=1))) == best
     for width in (1, 2, 3):
-        assert allowed(tuple(beam_search(logits_TV, width, Words(words, space=1))))
+        assert allowed(tuple(beam_search(logits_TV, width, WordSequences(words, space=1))))
     single = {text: p for text, p in truth.items() if 1 not in text}
-    assert tuple(beam_search(logits_TV, 1000, Words(words, space=None))) == max(single, key=single.get)
+    assert tuple(beam_search(logits_TV, 1000, WordSequences(words, space=None))) == max(single, key=single.get)
 
 
 def test_a_word_that_is_not_finished_is_left_out():
     logits_TV = torch.arange(4) == torch.tensor([[2, 3, 1, 2]]).T  # "ab a" where "a" alone is no word
-    assert beam_search(9.0 * logits_TV, 1, Words([(2, 3)], space=1)) == [2, 3]
+    assert beam_search(9.0 * logits_TV, 1, WordSequences([(2, 3)], space=1)) == [2, 3]
     assert beam_search(9.0 * logits_TV, 1) == [2, 3, 1, 2]
     with pytest.raises(ValueError, match="none of them empty"):
-        Words([(1,), ()], space=None)
+        WordSequences([(1,), ()], space=None)
 
 
 def test_words_of_texts(listening):
