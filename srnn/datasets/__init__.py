@@ -6,6 +6,7 @@ from srnn.datasets.python_source import PythonSource
 from srnn.datasets.sequences import Adding, Digits
 from srnn.datasets.speech import SpeechData
 from srnn.datasets.speech_corpora import LibriSpeech, Manifest, SpokenDigits
+from srnn.datasets.synthetic_speech import SyntheticSpeech
 from srnn.datasets.text import Text, Texts, TextStreams
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Shakespeare",
     "SpeechData",
     "SpokenDigits",
+    "SyntheticSpeech",
     "Text",
     "TextStreams",
     "Texts",

@@ -26,7 +26,51 @@ def greedy(logits_BTV: Tensor, lengths_B: Tensor) -> list[list[int]]:
     return [[token for token in best_T[:steps].unique_consecutive().tolist() if token] for best_T, steps in rows]
 
 
-def beam_search(logits_TV: Tensor, width: int) -> list[int]:
+# What may come after a beginning, and what after that; 0 among them says that a text may end here.
+_Followers = dict[int, "_Followers"]
+
+
+class WordSequences:
+    """Words any of which may follow another, with a space between them: what a text is to consist of.
+
+    Args:
+        words: tokens of each; none of them empty.
+        space: the token between two words; None for a network that writes none, whose texts are single words.
+
+    Raises:
+        ValueError: there are none, or an empty one.
+
+    Example:
+        >>> import torch
+        >>> logits_TV = torch.tensor([[0.1, 0.1, 0.8], [0.8, 0.1, 0.1], [0.1, 0.3, 0.6]]).log()
+        >>> beam_search(logits_TV, 10), beam_search(logits_TV, 10, WordSequences([[2, 1], [1]], space=None))
+        ([2, 2], [2, 1])
+    """
+
+    def __init__(self, words: Iterable[Sequence[int]], space: int | None) -> None:
+        several = [tuple(word) for word in words]
+        if not all(several) or not several:
+            raise ValueError("words must be there, and none of them empty")
+        first: _Followers = {}
+        for word in several:
+            here = first
+            for token in word:
+                here = here.setdefault(token, {})
+            here[0] = {}
+            if space is not None:
+                here[space] = first
+        self.followers: _Followers = first | {0: {}}  # no word at all is a text, too
+
+    def whole(self, text: tuple[int, ...]) -> tuple[int, ...]:
+        """A beginning without the word that it does not finish."""
+        here, end = self.followers, 0
+        for place, token in enumerate(text, start=1):
+            here = here[token]
+            end = place if 0 in here else end
+        return text[:end]
+
+
+def beam_search(logits_TV: Tensor, width: int, words: WordSequences | None = None) -> list[int]:
     """The likeliest text, all its alignments added up, among the ``width`` likeliest beginnings of each step.
 
     A text has many alignments, and the one alignment that ``greedy`` finds need not be of the likeliest text. With a
@@ -35,6 +79,8 @@ def beam_search(logits_TV: Tensor, width: int) -> list[int]:
     Args:
         logits_TV: of one utterance.
         width: beginnings kept.
+        words: what the text is to consist of; None allows all. Where none of the beginnings kept ends with a word, the
+            likeliest loses its unfinished one.
 
     Example:
         >>> import torch
@@ -42,6 +88,9 @@ def beam_search(logits_TV: Tensor, width: int) -> list[int]:
         >>> greedy(logits_TV[None], torch.tensor([2])), beam_search(logits_TV, 10)
         ([[]], [1])
     """
+    anything: _Followers = {}
+    anything.update(dict.fromkeys(range(logits_TV.shape[1]), anything))
+    followers: dict[tuple[int, ...], _Followers] = {(): words.followers if words else anything}
     # Beginning -> log-probability of its alignments that end with a blank, and of those that end with its last one.
     beams: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -math.inf)}
     for log_V in logits_TV.float().log_softmax(-1).tolist():
@@ -52,13 +101,19 @@ def beam_search(logits_TV: Tensor, width: int) -> list[int]:
             here[0] = _added(here[0], both + log_V[0])
             if last:
                 here[1] = _added(here[1], other + log_V[last])
-            for token in range(1, len(log_V)):
-                longer = after[(*text, token)]
+            for token, following in followers[text].items():
+                if not token:
+                    continue
+                followers[*text, token] = following
+                longer = after[*text, token]
                 # The same once more needs a blank before it.
                 longer[1] = _added(longer[1], (blank if token == last else both) + log_V[token])
         best = sorted(after.items(), key=lambda item: -_added(*item[1]))[:width]
         beams = {text: (blank, other) for text, (blank, other) in best}
-    return list(next(iter(beams)))
+        followers = {text: followers[text] for text in beams}
+    if words is None:
+        return list(next(iter(beams)))
+    return list(next((text for text in beams if 0 in followers[text]), words.whole(next(iter(beams)))))
 
 
 def _added(a: float, b: float) -> float:

@@ -52,11 +52,12 @@ def recur(
 
 def _on_gpu(u_TBG: Tensor, w_hh_GH: Tensor, state: RecurringState, cell: Cell) -> tuple[Tensor, RecurringState]:
     products = product_dtype(u_TBG.device.type, u_TBG.dtype)
+    keeps = torch.is_grad_enabled() and any(part.requires_grad for part in (u_TBG, w_hh_GH, *state))
     if u_TBG.dim() == 4:
-        y_TDBH, *after = GpuRecurrence.apply(cell, products, u_TBG, w_hh_GH, *state)
+        y_TDBH, *after = GpuRecurrence.apply(cell, products, keeps, u_TBG, w_hh_GH, *state)
         return y_TDBH, tuple(after)
     several = (part[None] for part in state)
-    y_TDBH, *after = GpuRecurrence.apply(cell, products, u_TBG[:, None], w_hh_GH[None], *several)
+    y_TDBH, *after = GpuRecurrence.apply(cell, products, keeps, u_TBG[:, None], w_hh_GH[None], *several)
     return y_TDBH[:, 0], tuple(part[0] for part in after)
 
 

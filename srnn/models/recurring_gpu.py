@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -59,6 +60,8 @@ def runs_on_gpu(u_TBG: Tensor, w_hh_GH: Tensor, state: tuple[Tensor, ...]) -> bo
 class _Arrays:
     """A sequence, or a piece of one. Those a cell or a direction has no use for are another one, never read.
 
+    Where no backward pass will come, gates are not kept, and of ``c`` and ``low`` the latest step alone [1, D, B, H].
+
     Attributes:
         w: recurrent matrices [D, G, H], in the dtype of products.
         u: products with the input [T, D, B, G]; backward, their gradients.
@@ -83,18 +86,21 @@ class _Arrays:
     dv: Tensor
     carry: Tensor
     dh: Tensor
+    keeps: bool = True  # whether a backward pass may come
 
     @classmethod
-    def empty(cls, cell: Cell, w: Tensor, u: Tensor, backward: bool) -> _Arrays:
+    def empty(cls, cell: Cell, w: Tensor, u: Tensor, backward: bool, keeps: bool = True) -> _Arrays:
         """Arrays for products with the input ``u``, the forward ones or the backward ones too."""
         steps, *rows, width = u.shape
         hidden = width // GATES[cell]
         h = u.new_empty(steps + 1, *rows, hidden)
-        low = h if w.dtype == u.dtype else torch.empty_like(h, dtype=w.dtype)
-        c = torch.empty_like(h) if cell == "lstm" else h
-        gates = u.new_empty(steps, *rows, _KEPT_GATES[cell] * hidden) if cell in _KEPT_GATES else h
+        some = h if keeps else h[:1]
+        low = h if w.dtype == u.dtype else torch.empty_like(some, dtype=w.dtype)
+        c = torch.empty_like(some) if cell == "lstm" else h
+        gated = keeps and cell in _KEPT_GATES
+        gates = u.new_empty(steps, *rows, _KEPT_GATES[cell] * hidden) if gated else h
         if not backward:
-            return cls(cell, w, u, h, c, low, gates, dy=h, dv=u, carry=h, dh=h)
+            return cls(cell, w, u, h, c, low, gates, dy=h, dv=u, carry=h, dh=h, keeps=keeps)
         apart = cell == "gru" or w.dtype != u.dtype
         dv = torch.empty_like(u, dtype=w.dtype) if apart else u
         dh = torch.empty_like(h[:1], dtype=w.dtype)
@@ -103,16 +109,17 @@ class _Arrays:
     def inputs_forward(self, begin: int, end: int) -> list[Tensor]:
         """What the steps from ``begin`` to ``end`` read."""
         states = [self.h[begin : begin + 1]]
-        states += [self.c[begin : begin + 1]] if self.cell == "lstm" else []
-        states += [self.low[begin : begin + 1]] if self.low is not self.h else []
+        states += [_rows(self.c, begin, begin + 1)] if self.cell == "lstm" else []
+        states += [_rows(self.low, begin, begin + 1)] if self.low is not self.h else []
         return [self.u[begin:end], *states]
 
-    def outputs_forward(self, begin: int, end: int) -> list[Tensor]:
-        """What they write."""
+    def outputs_forward(self, begin: int, end: int, keeps: bool) -> list[Tensor]:
+        """What they write; or of it what is wanted where no backward pass comes."""
+        first = begin + 1 if keeps else end
         states = [self.h[begin + 1 : end + 1]]
-        states += [self.c[begin + 1 : end + 1]] if self.cell == "lstm" else []
-        states += [self.low[begin + 1 : end + 1]] if self.low is not self.h else []
-        return [*states, *([self.gates[begin:end]] if self.cell in _KEPT_GATES else [])]
+        states += [_rows(self.c, first, end + 1)] if self.cell == "lstm" else []
+        states += [_rows(self.low, first, end + 1)] if self.low is not self.h else []
+        return [*states, *([self.gates[begin:end]] if keeps and self.cell in _KEPT_GATES else [])]
 
     def inputs_backward(self, begin: int, end: int) -> list[Tensor]:
         """What their backward steps read."""
@@ -126,18 +133,28 @@ class _Arrays:
         return [self.u[begin:end], *apart, self.carry, self.dh]
 
 
+def _rows(part: Tensor, begin: int, end: int) -> Tensor:
+    """Steps of an array, or the one step that it has."""
+    return part[begin:end] if len(part) > 1 else part
+
+
+def _each(part: Tensor, steps: int) -> list[Tensor]:
+    """Step by step; where an array has one, it is written over each time."""
+    return list(part.unbind()) if len(part) > 1 else [part[0]] * (steps + 1)
+
+
 def run_forward(given: _Arrays, steps: int) -> None:
     """The first steps of a sequence."""
     from srnn.models.recurring_kernel import UNITS_A_PROGRAM, step_forward
 
     w_HG, v = given.w.mT, torch.empty_like(given.u[0], dtype=given.w.dtype)
     size, hidden = given.h[0].numel(), given.h.shape[-1]
-    h, c, low, gates = (list(part.unbind()) for part in (given.h, given.c, given.low, given.gates))
+    h, c, low, gates = (_each(part, steps) for part in (given.h, given.c, given.low, given.gates))
     for t, u in enumerate(given.u[:steps].unbind()):
         torch.bmm(low[t], w_HG, out=v)
         step_forward[(-(-size // UNITS_A_PROGRAM),)](
             u, v, h[t], c[t], h[t + 1], c[t + 1], low[t + 1], gates[t], size, hidden,
-            CELL=given.cell, LOW=given.low is not given.h, BLOCK=UNITS_A_PROGRAM,
+            CELL=given.cell, LOW=given.low is not given.h, KEEP=given.keeps, BLOCK=UNITS_A_PROGRAM,
         )  # fmt: skip
 
 
@@ -172,8 +189,9 @@ class _Graphs:
         if (graph := self.ready.get((backward, steps))) is None:
             self._run_once(backward)
             run = functools.partial(run_backward if backward else run_forward, self.arrays, steps)
-            beside = next(iter(self.ready.values()), None)  # all share the memory that they use while they run
-            graph = self.ready[backward, steps] = _recorded(run, self.stream, beside and beside.pool())
+            # All share the memory that they use while they run.
+            pool = next((one.pool() for one in self.ready.values() if not isinstance(one, _Launched)), None)
+            graph = self.ready[backward, steps] = _recorded_or_launched(run, self.stream, pool)
         graph.replay()
 
     def _run_once(self, backward: bool) -> None:
@@ -184,6 +202,30 @@ class _Graphs:
         torch._foreach_copy_(passed_on, before)
 
 
+@dataclass
+class _Launched:
+    """Stands for a graph that could not be recorded: launches what would be in it."""
+
+    replay: Callable[[], None]
+
+
+def _recorded_or_launched(run: Callable[[], None], stream: Any, pool: Any) -> Any:
+    """A graph of a call; or the call itself, and a warning that says why, once for each reason."""
+    try:
+        return _recorded(run, stream, pool)
+    except RuntimeError as error:  # CUDA's errors, and out of memory, are such
+        _warn_once(f"{error}".partition("\n")[0])
+        return _Launched(run)
+
+
+@functools.cache
+def _warn_once(why: str) -> None:
+    warnings.warn(
+        f"a recurrence cannot be recorded as a CUDA graph, and is launched step by step, which takes longer: {why}",
+        stacklevel=2,
+    )
+
+
 def _recorded(run: Callable[[], None], stream: Any, pool: Any) -> Any:
     """A graph of a call; what it reads and writes is as before."""
     graph = torch.cuda.CUDAGraph()
@@ -191,8 +233,11 @@ def _recorded(run: Callable[[], None], stream: Any, pool: Any) -> Any:
     # keep the graph's memory.
     torch._C._cuda_clearCublasWorkspaces()
     try:
-        # Other threads may go on allocating memory.
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        # Other threads may go on allocating memory. Where recording fails, torch would stay on its stream.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
+        ):
             run()
     finally:
         torch._C._cuda_clearCublasWorkspaces()
@@ -246,28 +291,30 @@ def _in_pieces(given: _Arrays, backward: bool, graphs: _Graphs) -> None:
         else:
             torch._foreach_copy_(piece.inputs_forward(*inside), given.inputs_forward(*whole))
             graphs.replay(False, end - begin)
-            torch._foreach_copy_(given.outputs_forward(*whole), piece.outputs_forward(*inside))
+            results = piece.outputs_forward(*inside, given.keeps)
+            torch._foreach_copy_(given.outputs_forward(*whole, given.keeps), results)
 
 
 class GpuRecurrence(torch.autograd.Function):
     """``recur`` with one dimension D of directions; ``state`` is h, and c of an LSTM.
 
     Products are computed in the dtype given, all else in that of the inputs. The gradient of the recurrent matrix is
-    one product over all steps.
+    one product over all steps. ``keeps`` says whether a backward pass may come.
     """
 
     @staticmethod
-    def forward(ctx: Any, cell: Cell, products: torch.dtype, u: Tensor, w: Tensor, *state: Tensor) -> Any:
+    def forward(ctx: Any, cell: Cell, products: torch.dtype, keeps: bool, u: Tensor, w: Tensor, *state: Tensor) -> Any:
         """y [T, D, B, H], and the state after the last step."""
         with _here(u):
-            made = _Arrays.empty(cell, w.to(products).contiguous(), u.contiguous(), backward=False)
+            made = _Arrays.empty(cell, w.to(products).contiguous(), u.contiguous(), backward=False, keeps=keeps)
             made.h[0] = state[0]
             made.low[0] = state[0]
             if cell == "lstm":
                 made.c[0] = state[1]
             _run(made, backward=False)
         ctx.cell = cell
-        ctx.save_for_backward(w, made.w, made.h, made.c, made.low, made.gates)
+        if keeps:
+            ctx.save_for_backward(w, made.w, made.h, made.c, made.low, made.gates)
         after = (made.h[-1].clone(), made.c[-1].clone()) if cell == "lstm" else (made.h[-1].clone(),)
         return made.h[1:], *after
 
@@ -286,10 +333,10 @@ class GpuRecurrence(torch.autograd.Function):
             made = _Arrays(ctx.cell, low_w, du, h, c, low, gates, dy.contiguous(), dv, carry, dh)
             _run(made, backward=True)
             dw = None
-            if ctx.needs_input_grad[3]:
+            if ctx.needs_input_grad[4]:
                 dw = torch.stack([_over_steps(dv[:, d], low[:-1, d]) for d in range(len(w))]).to(w.dtype)
         before = (dh[0].to(h.dtype), carry[0]) if ctx.cell == "lstm" else (dh[0].to(h.dtype) + carry[0],)
-        return None, None, du, dw, *before
+        return None, None, None, du, dw, *before
 
 
 def _over_steps(dv_TBG: Tensor, h_TBH: Tensor) -> Tensor:

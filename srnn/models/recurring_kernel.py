@@ -35,11 +35,12 @@ def step_forward(
     h_next,
     c_next,
     h_low,  # the next state in the dtype of products, if that is another
-    gates,  # what the backward step wants: r, z, n, v_n of a GRU; i, f, g, o of an LSTM
+    gates,  # what the backward step wants, if it will come: r, z, n, v_n of a GRU; i, f, g, o of an LSTM
     size,  # rows times H
     H,
     CELL: tl.constexpr,
     LOW: tl.constexpr,
+    KEEP: tl.constexpr,  # whether the backward step will come
     BLOCK: tl.constexpr,
 ):
     """The next state."""
@@ -54,11 +55,12 @@ def step_forward(
         v_n = _read(v, one + 2 * H, inside)
         n = _tanh(_read(u, one + 2 * H, inside) + r * v_n)
         y = (1 - z) * n + z * _read(h, place, inside)
-        kept = row * 4 * H + unit
-        tl.store(gates + kept, r, inside)
-        tl.store(gates + kept + H, z, inside)
-        tl.store(gates + kept + 2 * H, n, inside)
-        tl.store(gates + kept + 3 * H, v_n, inside)
+        if KEEP:
+            kept = row * 4 * H + unit
+            tl.store(gates + kept, r, inside)
+            tl.store(gates + kept + H, z, inside)
+            tl.store(gates + kept + 2 * H, n, inside)
+            tl.store(gates + kept + 3 * H, v_n, inside)
     elif CELL == "lstm":
         one = row * 4 * H + unit
         i = tl.sigmoid(_read(u, one, inside) + _read(v, one, inside))
@@ -68,10 +70,11 @@ def step_forward(
         cell = f * _read(c, place, inside) + i * g
         y = o * _tanh(cell)
         tl.store(c_next + place, cell, inside)
-        tl.store(gates + one, i, inside)
-        tl.store(gates + one + H, f, inside)
-        tl.store(gates + one + 2 * H, g, inside)
-        tl.store(gates + one + 3 * H, o, inside)
+        if KEEP:
+            tl.store(gates + one, i, inside)
+            tl.store(gates + one + H, f, inside)
+            tl.store(gates + one + 2 * H, g, inside)
+            tl.store(gates + one + 3 * H, o, inside)
     else:
         y = _read(u, place, inside) + _read(v, place, inside)
         if CELL == "tanh":

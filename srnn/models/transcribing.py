@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from srnn.audio import HOP_SAMPLES, Features, Running, frames_of, read_audio
 from srnn.cells import CLIP
 from srnn.errors import UserError
-from srnn.models.decoding import Phrases, beam_search, greedy
+from srnn.models.decoding import Phrases, WordSequences, beam_search, greedy
 from srnn.vocabulary import Vocabulary
 
+WORDS_BEAM = 20  # width of the beam search for words, where none is given
 STEP_SECONDS = 0.02  # seconds: networks halve the frames
 
 
@@ -36,7 +37,13 @@ class Transcriber:
         self.model, self.vocabulary, self.audio = model, vocabulary, audio
 
     @torch.inference_mode()
-    def __call__(self, source: str | Path | Tensor, beam: int = 1, phrases: Phrases | None = None) -> str:
+    def __call__(
+        self,
+        source: str | Path | Tensor,
+        beam: int = 1,
+        phrases: Phrases | None = None,
+        words: WordSequences | None = None,
+    ) -> str:
         """The text of a recording.
 
         Args:
@@ -44,6 +51,7 @@ class Transcriber:
             beam: 1 takes the likeliest character of each step; more, the likeliest text that a prefix beam search of
                 this width finds.
             phrases: what can be said, as ``phrases`` makes it: the text is the likeliest of them.
+            words: what texts consist of, as ``words`` makes it, for a beam search, of width 20 where ``beam`` is 1.
 
         Raises:
             UserError: the file is no audio.
@@ -54,8 +62,9 @@ class Transcriber:
         logits_BTV, lengths_B = self.model(self.audio(x_N)[None])
         if phrases is not None:
             return self.vocabulary.decode(phrases(logits_BTV[0]))
-        tokens = beam_search(logits_BTV[0], beam) if beam > 1 else greedy(logits_BTV, lengths_B)[0]
-        return self.vocabulary.decode(tokens)
+        if words is None and beam == 1:
+            return self.vocabulary.decode(greedy(logits_BTV, lengths_B)[0])
+        return self.vocabulary.decode(beam_search(logits_BTV[0], beam if beam > 1 else WORDS_BEAM, words))
 
     def phrases(self, texts: Iterable[str]) -> Phrases:
         """A list of all that can be said.
@@ -64,12 +73,27 @@ class Transcriber:
             UserError: a text has a character that the network does not write, or there is no text.
         """
         several = [" ".join(text.split()) for text in texts]
-        for text in several:
-            if unknown := self.vocabulary.unknown(text):
-                raise UserError(f"this network does not write {''.join(unknown)!r}, which is in {text!r}.")
         if not all(several) or not several:
             raise UserError("a list of phrases must have some, and no empty ones.")
-        return Phrases(self.vocabulary.encode(text).tolist() for text in several)
+        return Phrases(self._tokens(several))
+
+    def words(self, texts: Iterable[str]) -> WordSequences:
+        """All the words of some texts; any of them may follow another.
+
+        Raises:
+            UserError: a word has a character that the network does not write, or there is no word.
+        """
+        several = dict.fromkeys(word for text in texts for word in text.split())
+        if not several:
+            raise UserError("a list of words must have some.")
+        space = None if self.vocabulary.unknown(" ") else int(self.vocabulary.encode(" ")[0])
+        return WordSequences(self._tokens(several), space)
+
+    def _tokens(self, texts: Iterable[str]) -> list[list[int]]:
+        for text in texts:
+            if unknown := self.vocabulary.unknown(text):
+                raise UserError(f"this network does not write {''.join(unknown)!r}, which is in {text!r}.")
+        return [self.vocabulary.encode(text).tolist() for text in texts]
 
     def stream(self, pause: float | None = None) -> Listener:
         """What writes down sound as it comes in.

@@ -26,7 +26,8 @@ class WholeSequence(Objective):
         if hasattr(model, "output_lengths"):
             raise UserError(
                 f"{type(model).__name__} writes speech down, character by character, and these data want "
-                f"one answer for a whole sequence: choose model=gru, or dataset=fsdd, manifest or librispeech."
+                f"one answer for a whole sequence: choose model=gru, or dataset=fsdd, manifest, "
+                f"librispeech or synthetic_speech."
             )
 
     @staticmethod

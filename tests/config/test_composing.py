@@ -80,7 +80,13 @@ def test_experiments_open_with_what_they_show():
             assert word in head, (path, word)
 
 
-MUST_BE_GIVEN = {"text": ["path"], "fsdd": ["path"], "librispeech": ["folder"], "manifest": ["train", "valid", "test"]}
+MUST_BE_GIVEN = {
+    "text": ["path"],
+    "fsdd": ["path"],
+    "librispeech": ["folder"],
+    "manifest": ["train", "valid", "test"],
+    "synthetic_speech": ["sentences"],
+}
 
 
 def test_every_choice_composes():

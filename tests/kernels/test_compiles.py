@@ -141,7 +141,11 @@ def test_a_step_of_training_compiles(cell, dtype, products):
     shared |= {"c": arrays.c, "gates": arrays.gates}
     v = torch.zeros(60, dtype=products)
     forward = {"u": u, "v": v, "h": arrays.h, "h_next": arrays.h, "c_next": arrays.c, "h_low": arrays.low}
-    compiled(recurring_kernel.step_forward, shared | forward | {"LOW": arrays.low is not arrays.h})
+    for keep in (True, False):
+        launch = shared | forward | {"LOW": arrays.low is not arrays.h, "KEEP": keep}
+        made = compiled(recurring_kernel.step_forward, launch)
+        states = 1 + (cell == "lstm") + (arrays.low is not arrays.h)
+        assert made.asm["ttir"].count("tt.store") == states + (4 if keep and cell in ("gru", "lstm") else 0)
     backward = {"dy": arrays.dy, "dh": arrays.dh, "carry": arrays.carry, "y": arrays.h, "c_next": arrays.c}
     backward |= {"du": arrays.u, "dv": arrays.dv, "APART": arrays.dv is not arrays.u}
     compiled(recurring_kernel.step_backward, shared | backward)

@@ -1,5 +1,7 @@
 """The recurrence on a GPU against torch's own operations; on a CPU in Triton's interpreter, see ``tests/kernels``."""
 
+import functools
+
 import pytest
 import torch
 
@@ -100,6 +102,80 @@ def test_pieces_are_put_together(cell, low, monkeypatch):
         for _ in range(2):
             for got, truth in zip(results(lambda *g: recur(*g, cell), given), wanted, strict=True):
                 torch.testing.assert_close(got, truth)
+        with torch.no_grad():  # in the memory of the same graphs
+            y, after = recur(given[0], given[1], given[2:], cell)
+        for got, truth in zip((y, *after), wanted, strict=False):
+            torch.testing.assert_close(got, truth)
+
+
+@pytest.mark.gpu
+@here
+@pytest.mark.parametrize("cell", list(GATES))
+@pytest.mark.parametrize("low", [False, True])
+def test_what_only_a_backward_pass_wants_is_not_kept(cell, low, monkeypatch):
+    made, run = [], recurring_gpu._run
+
+    def noted(given, backward):
+        made.append(given)
+        run(given, backward)
+
+    monkeypatch.setattr(recurring_gpu, "_run", noted)
+    u, w, *state = case(cell, 7, 2, 3, hidden=5, dtype=torch.float32, device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=low):
+        y, after = recur(u, w, tuple(state), cell)
+        with torch.inference_mode():
+            quiet = recur(u, w, tuple(state), cell)
+        frozen = recur(*(part.detach() for part in (u, w)), tuple(part.detach() for part in state), cell)
+    for got in (quiet, frozen):
+        assert torch.equal(got[0], y)
+        assert all(torch.equal(a, b) for a, b in zip(got[1], after, strict=True))
+        assert not got[0].requires_grad
+    apart = {part.data_ptr() for part in (made[0].h, made[0].c, made[0].low, made[0].gates)}
+    assert len(apart) == 1 + (cell == "lstm") + low + (cell in ("gru", "lstm"))
+    for one in made[1:]:
+        assert one.gates is one.h
+        assert all(part is one.h or len(part) == 1 for part in (one.c, one.low))
+
+
+def without_graphs(run, stream, pool):
+    raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+
+
+@pytest.mark.gpu
+@here
+def test_without_graphs_it_is_launched_step_by_step(monkeypatch):
+    """With one warning, whatever number of graphs could not be recorded."""
+    given = case("lstm", 8, 2, 1, hidden=5, dtype=torch.float32, device=DEVICE)
+    wanted = results(lambda *g: recur(*g, "lstm"), given)
+    u = torch.empty(3, 2, 1, 20, device=DEVICE)
+    arrays = recurring_gpu._Arrays.empty("lstm", torch.empty(2, 20, 5, device=DEVICE), u, backward=True)
+    graphs = recurring_gpu._Graphs(arrays, None)
+    monkeypatch.setattr(recurring_gpu, "PIECE_STEPS", 3)
+    monkeypatch.setattr(recurring_gpu, "_recorded", without_graphs)
+    monkeypatch.setattr(recurring_gpu, "_run", functools.partial(recurring_gpu._in_pieces, graphs=graphs))
+    recurring_gpu._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="launched step by step.*: CUDA error: operation not.*capturing$") as told:
+        several = [results(lambda *g: recur(*g, "lstm"), given) for _ in range(2)]
+    assert len(told) == 1
+    for got, truth in zip(several[0] + several[1], wanted * 2, strict=True):
+        torch.testing.assert_close(got, truth)
+    assert len(graphs.ready) == 4  # both ways, of two lengths
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_recording_that_fails_leaves_the_stream(monkeypatch):
+    """What a graph may not hold ends the recording; the stream, and what comes after it, are as they were."""
+    before = torch.cuda.current_stream()
+    recurring_gpu._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="launched step by step"):
+        made = recurring_gpu._recorded_or_launched(torch.cuda.synchronize, torch.cuda.Stream(), None)
+    assert isinstance(made, recurring_gpu._Launched)
+    assert torch.cuda.current_stream() == before
+    made.replay()
+    given = case("gru", 3, 2, hidden=16, dtype=torch.float32, device=DEVICE)
+    for got, truth in zip(results(lambda *g: recur(*g, "gru"), given), results(plain("gru"), given), strict=True):
+        assert relative_error(got, truth) < 1e-4
 
 
 @pytest.mark.gpu

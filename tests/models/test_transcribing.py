@@ -9,7 +9,7 @@ import torch
 from srnn.audio import Features
 from srnn.errors import UserError
 from srnn.models import Transcriber, deepspeech2
-from srnn.models.decoding import Phrases, beam_search, greedy
+from srnn.models.decoding import Phrases, WordSequences, beam_search, greedy
 from srnn.vocabulary import Characters
 from tests.speech_files import spoken
 
@@ -46,6 +46,51 @@ def test_the_likeliest_of_some_phrases(seed):
     assert Phrases([wanted])(logits_TV) == list(wanted)
     with pytest.raises(ValueError, match="none of them empty"):
         Phrases([(1,), ()])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_likeliest_sequence_of_words(seed):
+    """Words that begin others and that have doubled letters, in any order; against the sum over all paths."""
+    torch.manual_seed(seed)
+    logits_TV = 2 * torch.randn(5, 4)
+    logits_TV[:, 1] += 1  # a space
+    words = {(2,), (2, 3), (3, 3), (3, 2, 2)}
+
+    def allowed(text):
+        parts = [tuple(part) for space, part in itertools.groupby(text, lambda token: token == 1) if not space]
+        spaces = sum(token == 1 for token in text)
+        return not text or (set(parts) <= words and spaces == len(parts) - 1 and 1 not in (text[0], text[-1]))
+
+    truth = {text: p for text, p in enumerated(logits_TV).items() if allowed(text)}
+    assert {(), (2,), (2, 1, 2), (2, 3, 1, 2), (3, 2, 2)} <= truth.keys()
+    assert not {(1,), (3,), (2, 1), (2, 2), (2, 1, 3)} & truth.keys()
+    best = max(truth, key=truth.get)
+    assert tuple(beam_search(logits_TV, 1000, WordSequences(words, space=1))) == best
+    for width in (1, 2, 3):
+        assert allowed(tuple(beam_search(logits_TV, width, WordSequences(words, space=1))))
+    single = {text: p for text, p in truth.items() if 1 not in text}
+    assert tuple(beam_search(logits_TV, 1000, WordSequences(words, space=None))) == max(single, key=single.get)
+
+
+def test_a_word_that_is_not_finished_is_left_out():
+    logits_TV = torch.arange(4) == torch.tensor([[2, 3, 1, 2]]).T  # "ab a" where "a" alone is no word
+    assert beam_search(9.0 * logits_TV, 1, WordSequences([(2, 3)], space=1)) == [2, 3]
+    assert beam_search(9.0 * logits_TV, 1) == [2, 3, 1, 2]
+    with pytest.raises(ValueError, match="none of them empty"):
+        WordSequences([(1,), ()], space=None)
+
+
+def test_words_of_texts(listening):
+    x_N = torch.from_numpy(spoken("abc ab", seed=3))
+    said = listening(x_N, words=listening.words(["ab  c", "ca"]), beam=30)
+    assert said
+    assert set(said.split(" ")) <= {"ab", "c", "ca"}
+    words = listening.words(["ab c ca"])
+    assert listening(x_N, words=words) == listening(x_N, 20, words=words)
+    with pytest.raises(UserError, match="this network does not write 'd', which is in 'ad'"):
+        listening.words(["ab ad"])
+    with pytest.raises(UserError, match="a list of words must have some"):
+        listening.words([" "])
 
 
 def test_the_likeliest_text_is_not_that_of_the_likeliest_path():
