@@ -42,14 +42,15 @@ def signed(path, header, tensors):
 
 
 def refused_or_right(path):
-    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # The time of this process: others have the machine for a second now and then.
+    begin, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         srnn.load(path, kernel="csr")
         said = "loaded"
     except UserError as error:
         said = str(error)
         assert len(said) < 2000
-    assert time.perf_counter() - begin < 1, said
+    assert time.process_time() - begin < 1, said
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, said  # KB
     return said
 

@@ -126,9 +126,8 @@ class Operand:
         return ["windows"] if "windows" in able_forms() else ["rows"]
 
     def _made(self, name: str, tile: int) -> Form:
-        from srnn.kernels.cpu.dot_functions import dot_function
-
-        matrix, dot = self.matrix, dot_function(name, *self.kind, tile)
+        module = where_it_can_be_kept(lambda: importlib.import_module("srnn.kernels.cpu.dot_functions"))
+        matrix, dot = self.matrix, module.dot_function(name, *self.kind, tile)
         if name == "rows":
             parts = {part: tensor.contiguous() for part, tensor in matrix.parts.items()}
             work = parts["row_pointers"].diff().numpy()
