@@ -42,17 +42,24 @@ def signed(path, header, tensors):
 
 
 def refused_or_right(path):
-    # The time of this process: others have the machine for a second now and then.
-    begin, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    said, seconds, kilobytes = answer(path)
+    if seconds >= 1:  # others may have had the machine for a moment
+        said, seconds, _ = answer(path)
+    assert seconds < 1, said
+    assert kilobytes < 200_000, said
+    return said
+
+
+def answer(path):
+    """What is said of a file, the seconds and the memory it took."""
+    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         srnn.load(path, kernel="csr")
         said = "loaded"
     except UserError as error:
         said = str(error)
         assert len(said) < 2000
-    assert time.process_time() - begin < 1, said
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, said  # KB
-    return said
+    return said, time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 
 
 JUNK = [
