@@ -9,12 +9,13 @@ from typing import Any
 from numba import cfunc, types
 from numba.extending import intrinsic
 
-from srnn.kernels.cpu.element_products import GatherProduct, WindowProduct
+from srnn.kernels.cpu.element_products import DenseProduct, GatherProduct, WindowProduct
 from srnn.kernels.cpu.keeping import where_it_can_be_kept
 from srnn.kernels.cpu.vector_code import ARGUMENTS, DOT, STORED
 from srnn.kernels.cpu.vector_products import RowProduct
 
-_FORMS = ("rows", "windows", "gathers")
+_FORMS = ("rows", "windows", "gathers", "dense")
+_LAID_OUT = {"windows": WindowProduct, "gathers": GatherProduct, "dense": DenseProduct}
 _KINDS = tuple(STORED)
 
 
@@ -29,7 +30,7 @@ def _emit_dot(typing, form, lanes, kind, wide, tile, matrix, begin, end, x, stre
         if name == "rows":
             RowProduct(builder, lanes.literal_value, *options, arguments[5:]).emit()
         else:
-            {"windows": WindowProduct, "gathers": GatherProduct}[name](builder, *options, arguments[5:]).emit()
+            _LAID_OUT[name](builder, *options, arguments[5:]).emit()
         return context.get_dummy_value()
 
     return signature, codegen
@@ -47,7 +48,7 @@ def dot_function(form: str, lanes: int, values: str, wide: bool, tile: int) -> A
     """The compiled product; compiled once, then read from disk.
 
     Args:
-        form: ``rows``, ``windows`` or ``gathers``.
+        form: ``rows``, ``windows``, ``gathers`` or ``dense``.
         lanes: N of the blocks.
         values: what is stored: fp32, fp16, bf16 or int8.
         wide: whether columns take 32 bits.

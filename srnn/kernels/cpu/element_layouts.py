@@ -9,7 +9,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from srnn.kernels.cpu.shapes import ALIGNED, WINDOW, Array, padded_width
+from srnn.kernels.cpu.shapes import ALIGNED, ROWS_OF_DENSE, SLOTS_OF_DENSE, WINDOW, Array, padded_width
 from srnn.sparse import SparseMatrix
 
 # Rows that are sorted by length together. Rows side by side take as many slots as the longest, so that sorting saves a
@@ -94,6 +94,18 @@ def gathers(matrix: SparseMatrix) -> ElementLayout:
         torch.zeros(0, dtype=torch.int32),
         _scales(matrix, rows.reshape(-1)),
     )
+
+
+def dense(matrix: SparseMatrix) -> ElementLayout:
+    """Slots of 16 rows and one column each, zeros included, in fp32; of blocks, too."""
+    rows, columns = matrix.shape
+    per_gate, turns = -(-matrix.units // ROWS_OF_DENSE), -(-columns // SLOTS_OF_DENSE)
+    whole = torch.zeros(matrix.gates, per_gate * ROWS_OF_DENSE, turns * SLOTS_OF_DENSE)
+    whole[:, : matrix.units, :columns] = matrix.to_dense().view(matrix.gates, matrix.units, columns)
+    values = whole.view(-1, ROWS_OF_DENSE, turns * SLOTS_OF_DENSE).transpose(1, 2).reshape(-1, ROWS_OF_DENSE)
+    begins = torch.arange(matrix.gates * per_gate + 1, dtype=torch.int32) * turns
+    none = torch.zeros(0, dtype=torch.int32)
+    return ElementLayout(ROWS_OF_DENSE, none, begins, values.contiguous(), none, none, None)
 
 
 def _sorted_rows(matrix: SparseMatrix) -> tuple[int, Tensor, Array]:

@@ -9,6 +9,9 @@ entry of each: values [lanes], and where in x each is to be multiplied. Slots th
 
 *Gathers*, for AVX2: eight columns a slot, anywhere, fetched by the processor's gather instruction. One stream only.
 
+*Dense*, for any processor: a slot is a column, zeros included, rows in their own order. Of few columns, or where a third
+of the weights is left, multiplying zeros takes less than looking up what to multiply.
+
     out[group - begin, b, order[row]] = scales[row] * sum over slots p of values[p, row] * x[b, columns[p, row]]
 """
 
@@ -26,7 +29,9 @@ from srnn.kernels.cpu.shapes import (
     LANES_OF_GROUP,
     ORDER_AT,
     ROW_POINTERS_AT,
+    ROWS_OF_DENSE,
     SCALES_AT,
+    SLOTS_OF_DENSE,
     VALUES_AT,
     WIDTH_OF_X,
 )
@@ -40,6 +45,7 @@ class _ElementProduct(VectorCode):
 
     lanes: int  # rows side by side
     unrolled: int  # slots of a turn of the loop
+    parts_of_several = 1  # sums of each of several streams
 
     def __init__(self, builder: Any, kind: str, wide: bool, tile: int, arguments: list[Any]) -> None:
         super().__init__(builder, kind, tile, arguments)
@@ -50,8 +56,9 @@ class _ElementProduct(VectorCode):
         self.order = self.pointer(self.number(ORDER_AT), I32)
         self.scales = self.pointer(self.number(SCALES_AT), F32)
         self.block, self.width = self.number(LANES_OF_GROUP), self.number(WIDTH_OF_X)
-        # One stream has a sum for each slot of a turn, several have one each, so that additions need not wait.
-        self.sums = [cgutils.alloca_once(builder, self.vector) for _ in range(self.unrolled if tile == 1 else tile)]
+        # One stream has a sum for each slot of a turn, several have fewer each, so that additions need not wait.
+        self.parts = self.unrolled if tile == 1 else self.parts_of_several
+        self.sums = [cgutils.alloca_once(builder, self.vector) for _ in range(self.parts * tile)]
 
     def emit(self) -> None:
         """Sets of rows side by side, one after the other."""
@@ -76,31 +83,37 @@ class _ElementProduct(VectorCode):
     def _turns(self, first: Any, last: Any, xs: list[Any], careful: bool) -> None:
         b = self.builder
         with cgutils.for_range_slice(b, first, last, I64(1), I64) as (turn, _):
-            for k, (slot, fetch) in enumerate(self.slots(turn)):
+            for k, (slot, fetch) in enumerate(self.slots(turn, first)):
                 stored = self.load(b.gep(self.values, [slot]), ir.VectorType(STORED[self.kind], self.lanes))
                 value = self.widen(stored)
                 for i, x in enumerate(xs):
                     got = fetch(x)
                     if careful:  # zero times NaN or infinity would be NaN, in a row that has no weight there
                         got = b.select(b.fcmp_ordered("==", value, self.zeros), self.zeros, got)
-                    total = self.sums[k if self.tile == 1 else i]
+                    total = self.sums[k % self.parts * self.tile + i]
                     b.store(self.add(value, got, b.load(total)), total)
 
-    def slots(self, turn: Any) -> list[tuple[Any, Fetch]]:
-        """Of a turn: where the values begin, and how x is fetched."""
+    def slots(self, turn: Any, first: Any) -> list[tuple[Any, Fetch]]:
+        """Of a turn, and the first one of its rows: where the values begin, and how x is fetched."""
         raise NotImplementedError
 
     def _store(self, rows: Any, positions: list[Any]) -> None:
         b = self.builder
         totals = [b.load(total) for total in self.sums]
-        while len(totals) > len(positions):  # one stream: neighbours first, which is as exact as it gets
-            totals = [b.fadd(*totals[i : i + 2]) for i in range(0, len(totals), 2)]
+        while len(totals) > len(positions):  # halves, which is as exact as it gets
+            half = len(totals) // 2
+            totals = [b.fadd(*pair) for pair in zip(totals[:half], totals[half:], strict=True)]
         at = b.mul(rows, I64(self.lanes))
+        if self.kind == "int8":
+            totals = [b.fmul(total, self.load(b.gep(self.scales, [at]), self.vector)) for total in totals]
+        targets = [b.gep(self.out, [b.mul(position, self.block)]) for position in positions]
+        self.put(totals, targets, at)
+
+    def put(self, totals: list[Any], targets: list[Any], at: Any) -> None:
+        """The sums of sorted rows, of each stream, to where the rows came from."""
+        b = self.builder
         order = [self.index(self.order, b.add(at, I64(lane))) for lane in range(self.lanes)]
-        for position, total in zip(positions, totals, strict=True):
-            if self.kind == "int8":
-                total = b.fmul(total, self.load(b.gep(self.scales, [at]), self.vector))
-            target = b.gep(self.out, [b.mul(position, self.block)])
+        for total, target in zip(totals, targets, strict=True):
             for lane, row in enumerate(order):
                 b.store(b.extract_element(total, I32(lane)), b.gep(target, [row]))
 
@@ -115,7 +128,7 @@ class WindowProduct(_ElementProduct):
         self.places = self.pointer(self.number(COLUMNS_AT), I32)
         self.bases = self.pointer(self.number(BASES_AT), I32)
 
-    def slots(self, turn: Any) -> list[tuple[Any, Fetch]]:
+    def slots(self, turn: Any, first: Any) -> list[tuple[Any, Fetch]]:
         """Four windows, whose places are parts of the same dwords."""
         b = self.builder
         quad = self.load(b.gep(self.places, [b.mul(turn, I64(self.lanes))]), ir.VectorType(I32, self.lanes))
@@ -147,7 +160,7 @@ class GatherProduct(_ElementProduct):
         super().__init__(builder, kind, wide, tile, arguments)
         self.columns = self.pointer(self.number(COLUMNS_AT), ir.IntType(32 if wide else 16))
 
-    def slots(self, turn: Any) -> list[tuple[Any, Fetch]]:
+    def slots(self, turn: Any, first: Any) -> list[tuple[Any, Fetch]]:
         """Two gathers."""
         b = self.builder
         indices = ir.VectorType(I32, self.lanes)
@@ -168,3 +181,32 @@ class GatherProduct(_ElementProduct):
             return self.call(name, self.vector, self.zeros, x, columns, everything, byte(4))
 
         return fetch
+
+
+class DenseProduct(_ElementProduct):
+    """Multiplies all columns."""
+
+    lanes, unrolled, parts_of_several = ROWS_OF_DENSE, SLOTS_OF_DENSE, 2
+
+    def slots(self, turn: Any, first: Any) -> list[tuple[Any, Fetch]]:
+        """Four columns; past the last one x is zero."""
+        b = self.builder
+        column = b.mul(b.sub(turn, first), I64(self.unrolled))
+        slot = b.mul(turn, I64(self.unrolled))
+        each = [(b.add(slot, I64(k)), b.add(column, I64(k))) for k in range(self.unrolled)]
+        return [(b.mul(place, I64(self.lanes)), self._splat_of(at)) for place, at in each]
+
+    def _splat_of(self, column: Any) -> Fetch:
+        b, nothing = self.builder, ir.Constant(self.vector, ir.Undefined)
+        everywhere = ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes)
+
+        def fetch(x: Any) -> Any:
+            one = b.insert_element(nothing, b.load(b.gep(x, [column])), I32(0))
+            return b.shuffle_vector(one, nothing, everywhere)
+
+        return fetch
+
+    def put(self, totals: list[Any], targets: list[Any], at: Any) -> None:
+        """Rows are in their own order, and a row group is as long as a register."""
+        for total, target in zip(totals, targets, strict=True):
+            self.builder.store(total, self.builder.bitcast(target, self.vector.as_pointer())).align = 4

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit, prange
 
 from srnn.kernels.cpu.gate_loops import GRU, LSTM, gate_arithmetic
-from srnn.kernels.cpu.multiplying import as_taken, copy, is_careful, multiply, products, zeros
+from srnn.kernels.cpu.multiplying import as_taken, is_careful, multiply, products, zeros
 from srnn.kernels.cpu.shapes import LANES_OF_GROUP, WIDTH_OF_X
 from srnn.kernels.cpu.vector_code import floats, keep
 
@@ -72,11 +72,9 @@ def step_of_one(cell, gates, units, chunks, matrix, u_at, bias_at, old_at, input
         n, at = min(size, units - first), 4 * first
         for gate in range(gates):
             products(matrix, gate, first, n, old_at, 1, careful, v_at + gate * v_step)
-        if cell == GRU:
-            copy(n, new_at + at, old_at + at)
-        gate_arithmetic(cell, n, v_at, v_step, u_at + at, 4 * units, new_at + at, c_at + at, bias_at + at)
-        if y_at:
-            copy(n, y_at + at, new_at + at)
+        new = new_at + at
+        y = y_at + at if y_at else new
+        gate_arithmetic(cell, n, v_at, v_step, u_at + at, 4 * units, old_at + at, new, y, c_at + at, bias_at + at)
 
 
 @njit(nogil=True, cache=True)
@@ -121,6 +119,8 @@ def _chunks_of_many(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset
             4 * v.shape[1],
             x.ctypes.data,
             4 * v.shape[1],
+            new.ctypes.data,
+            new.ctypes.data,
             new.ctypes.data,
             cells.ctypes.data,
             bias.ctypes.data,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from srnn.importing import nothing_collected
 from srnn.kernels.cpu.keeping import where_it_can_be_kept
-from srnn.kernels.cpu.shapes import ROWS, TILES, Array, padded_width
+from srnn.kernels.cpu.shapes import ROWS, ROWS_OF_DENSE, TILES, Array, padded_width
 from srnn.kernels.remembering import busy, recall, remember
 from srnn.kernels.timing import hardware
 from srnn.sparse import SparseMatrix
@@ -25,7 +25,9 @@ from srnn.sparse import SparseMatrix
 _log = logging.getLogger("srnn.kernels")
 
 # What forms need of a processor beside its own.
-NEEDS = {"rows": (), "windows": ("avx512f",), "gathers": ("avx2",)}
+NEEDS = {"rows": (), "windows": ("avx512f",), "gathers": ("avx2",), "dense": ()}
+# Numbers of a matrix, zeros included, up to which the form that stores them is tried: 1 MB, half of a second cache.
+SMALL = 1 << 18
 _TILE = 4  # streams that share a slot of a window
 _ROUNDS, _REPEATS = 5, 3
 _SECONDS = 0.02  # after which no further round is begun
@@ -39,7 +41,7 @@ class Form:
     """A matrix as one product takes it.
 
     Attributes:
-        name: ``rows``, as it is stored; ``windows`` or ``gathers``, rows side by side.
+        name: ``rows``, as it is stored; ``windows``, ``gathers`` or ``dense``, rows side by side.
         tile: streams the product takes at a time.
         lanes: rows of a row group.
         groups: row groups of a gate.
@@ -117,24 +119,29 @@ class Operand:
 
     def _able(self, streams: int) -> list[str]:
         """Forms that can run; blocks are side by side as they are, and gathers are for one stream."""
-        if self.matrix.height > 1 or not self.matrix.blocks:
+        if not self.matrix.blocks:
             return ["rows"]
+        rows, columns = self.matrix.shape
+        dense = ["dense"] if rows * columns <= SMALL and "dense" in able_forms() else []
+        if self.matrix.height > 1:
+            return ["rows", *dense]
         if streams == 1:
-            return list(able_forms())
+            return [*(form for form in able_forms() if form != "dense"), *dense]
         # Not measured: with 16 streams bare products of rows can be faster than windows from 90 % on, but what they
         # write lies stream by stream, and taking it apart costs more: GRU 256 at 95 % took 1.3 times as long in all.
-        return ["windows"] if "windows" in able_forms() else ["rows"]
+        return ["windows" if "windows" in able_forms() else "rows", *dense]
 
     def _made(self, name: str, tile: int) -> Form:
         module = where_it_can_be_kept(lambda: importlib.import_module("srnn.kernels.cpu.dot_functions"))
-        matrix, dot = self.matrix, module.dot_function(name, *self.kind, tile)
+        matrix, kind = self.matrix, (ROWS_OF_DENSE, "fp32", False) if name == "dense" else self.kind
+        dot = module.dot_function(name, *kind, tile)
         if name == "rows":
             parts = {part: tensor.contiguous() for part, tensor in matrix.parts.items()}
             work = parts["row_pointers"].diff().numpy()
             several = (parts["values"], parts["columns"], parts["row_pointers"], parts.get("scales"), None, None)
             return Form(name, tile, matrix.height, matrix.groups // matrix.gates, 0, several, work, dot)
         layouts = where_it_can_be_kept(partial(importlib.import_module, "srnn.kernels.cpu.element_layouts"))
-        layout = {"windows": layouts.windows, "gathers": layouts.gathers}[name](matrix)
+        layout = {"windows": layouts.windows, "gathers": layouts.gathers, "dense": layouts.dense}[name](matrix)
         several = (layout.values, layout.columns, layout.turns, layout.scales, layout.order, layout.bases)
         groups = -(-matrix.units // layout.lanes)
         return Form(name, tile, layout.lanes, groups, padded_width(matrix.shape[1]), several, layout.work, dot)
