@@ -28,6 +28,7 @@ from srnn.kernels.contract import (
     Recurrence,
     State,
 )
+from srnn.kernels.cpu.compiled import code_of, numbers
 from srnn.kernels.cpu.keeping import where_it_can_be_kept
 from srnn.kernels.cpu.operands import Operand
 from srnn.kernels.cpu.shapes import NUMBERS_OF_MATRIX, ROWS, Array, chunk_size
@@ -104,9 +105,9 @@ class _Product:
         matrix, rows = self.operand.matrix, x_NI.shape[0]
         threads = _threads(matrix.entries * min(rows, ROWS))
         if threads == 1:
-            x, y_NO = _plain(x_NI), torch.empty(rows, matrix.shape[0])
+            x, y_NO = _plain(x_NI), new_tensor((rows, matrix.shape[0]))
             call, plan = self._plans.get(min(rows, ROWS)) or self.plan(min(rows, ROWS))
-            call(plan, rows, x.data_ptr(), y_NO.data_ptr())
+            call(numbers(plan.ctypes.data, rows, x.data_ptr(), y_NO.data_ptr()))
             return y_NO
         y = np.empty((rows, matrix.shape[0]), np.float32)
         with _announced("multiply", True, self.operand.kind, rows > 1):
@@ -130,9 +131,9 @@ class _Product:
         with _announced("product", self.operand.kind, rows > 1):
             form = self.operand.form(rows)
             chunk = chunk_size(matrix.units, rows, 1, form.lanes)
-            numbers = [chunk, -(-matrix.units // chunk), form.tile, matrix.gates, *matrix.shape, self.bias.ctypes.data]
-            plan = np.array([*numbers, *self.operand.numbers(rows)], np.int64)
-            found = self._plans[rows] = _compiled_code("stacks").run_product, plan
+            of_product = [chunk, -(-matrix.units // chunk), form.tile, matrix.gates, *matrix.shape]
+            plan = np.array([*of_product, self.bias.ctypes.data, *self.operand.numbers(rows)], np.int64)
+            found = self._plans[rows] = code_of("run_product"), plan
         return found
 
 
@@ -188,14 +189,7 @@ class _Layer(ComposedLayer):
         recurrence = self.recurrence
         if x_NI.shape[0] != 1 or not self.can_step or _threads(self.work) > 1:
             return super().run(x_NI, batch_sizes, state)
-        with _announced("step", self.product.operand.kind, recurrence.operand.kind):
-            step, before = self._step
-            y, h, c0, c = np.empty_like(before[-1]), np.empty_like(before[-1]), NOTHING, NOTHING
-            if recurrence.cell == "lstm":
-                c0, c = _array(state[1]), np.empty_like(before[-1])
-            step(*before[:-1], _array(x_NI), _array(state[0]), c0, y, h, c)
-        new = (h, c) if recurrence.cell == "lstm" else (h,)
-        return torch.from_numpy(y), tuple(torch.from_numpy(part) for part in new)
+        return self._alone.run(x_NI, batch_sizes, state)
 
     @property
     def can_step(self) -> bool:
@@ -208,18 +202,8 @@ class _Layer(ComposedLayer):
         return max(self.product.operand.matrix.entries, self.recurrence.operand.matrix.entries)
 
     @cached_property
-    def _step(self) -> tuple[Any, tuple[Any, ...]]:
-        """The compiled step, what it takes that stays the same, and an array like its outputs."""
-        product, recurrence = self.product, self.recurrence
-        chunks = []
-        for operand in (product.operand, recurrence.operand):
-            units = operand.matrix.units
-            chunk = chunk_size(units, 1, 1, operand.form(1).lanes)
-            chunks += [chunk, -(-units // chunk)]
-        numbers = product.operand.numbers(1), recurrence.operand.numbers(1)
-        biases = product.bias, recurrence.new_bias
-        same = (CELLS.index(recurrence.cell), np.array(chunks), *numbers, *biases, biases[1][None])
-        return _compiled_code("loops").step_layer, same
+    def _alone(self) -> _Stack:
+        return _Stack((self,))
 
 
 class _Stack(Layer):
@@ -240,13 +224,13 @@ class _Stack(Layer):
         x, h0 = _plain(x_NI), _plain(state[0])
         rows = 1 if steps == 1 else min(ROWS, -(-steps // 4) * 4)
         call, plan = self._plans.get(rows) or self.plan(rows)
-        y, h = torch.empty(steps, self.units), torch.empty_like(h0)
-        if not self.lstm:
-            call(plan, steps, x.data_ptr(), h0.data_ptr(), 0, y.data_ptr(), h.data_ptr(), 0)
-            return y, (h,)
-        c0, c = _plain(state[1]), torch.empty_like(h0)
-        call(plan, steps, x.data_ptr(), h0.data_ptr(), c0.data_ptr(), y.data_ptr(), h.data_ptr(), c.data_ptr())
-        return y, (h, c)
+        y, h = new_tensor((steps, self.units)), new_tensor(h0.shape)
+        c0 = _plain(state[1]) if self.lstm else h0
+        c = new_tensor(h0.shape) if self.lstm else h
+        ends = y.data_ptr(), h.data_ptr(), c.data_ptr()
+        if call(numbers(plan.ctypes.data, steps, x.data_ptr(), h0.data_ptr(), c0.data_ptr(), *ends)):
+            raise MemoryError(f"{steps} steps of {len(self.layers)} layers need more memory than there is")
+        return y, (h, c) if self.lstm else (h,)
 
     def _one_after_the_other(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         y, ends = x_NI, []
@@ -259,20 +243,17 @@ class _Stack(Layer):
         """The compiled call for products of so many rows, and the numbers that it takes; compiled where it was not."""
         recurrence = self.layers[0].recurrence
         gates = self.layers[0].product.operand.matrix.gates
-        numbers = [CELLS.index(recurrence.cell), len(self.layers), self.units, gates, self.inputs]
-        kinds: list[object] = []
+        plan = [CELLS.index(recurrence.cell), len(self.layers), self.units, gates, self.inputs]
         for layer in self.layers:
             operands = layer.product.operand, layer.recurrence.operand
             forms = operands[0].form(rows), operands[1].form(1)
             for operand, form, streams in zip(operands, forms, (min(rows, ROWS), 1), strict=True):
                 chunk = chunk_size(operand.matrix.units, streams, 1, form.lanes)
-                numbers += [chunk, -(-operand.matrix.units // chunk)]
-                kinds.append(operand.kind)
-            numbers += [forms[0].tile, layer.product.bias.ctypes.data, layer.recurrence.new_bias.ctypes.data]
-            numbers += [*operands[0].numbers(rows), *operands[1].numbers(1)]
-        found = _compiled_code("stacks").run_stack, np.array(numbers, np.int64)
-        with _announced("stack", rows > 1, *kinds):
-            self._plans[rows] = found
+                plan += [chunk, -(-operand.matrix.units // chunk)]
+            plan += [forms[0].tile, layer.product.bias.ctypes.data, layer.recurrence.new_bias.ctypes.data]
+            plan += [*operands[0].numbers(rows), *operands[1].numbers(1)]
+        with _announced("stack"):
+            found = self._plans[rows] = code_of("run_stack"), np.array(plan, np.int64)
         return found
 
 
@@ -290,10 +271,10 @@ class _NetworkStep:
         self.table = table  # held for its address
         self.at, self.vocabulary = (0, 0) if table is None else (table.data_ptr(), len(table))
         plans = [stack.plan(1)[1]] + ([] if decoder is None else [decoder.plan(1)[1]])
-        self.plan, self.of_stack = np.concatenate(plans), len(plans[0])
-        self.run = _compiled_code("stacks").run_step
+        self.plan = np.concatenate(plans)
+        self.same = self.plan.ctypes.data, len(plans[0]), int(decoder is not None), self.at, self.vocabulary
         with _announced("network step"):
-            self.run(np.zeros_like(self.plan), len(self.plan), *[0] * 8)  # compiles it: no layers touch no memory
+            self.run = code_of("run_step")
 
     def __call__(self, x: Tensor, state: State) -> tuple[Tensor, State] | None:
         """None of what is no plain memory of the right size, and where several threads pay."""
@@ -303,13 +284,19 @@ class _NetworkStep:
         for part in state:
             if part.dtype != torch.float32 or part.shape != self.state or not part.is_contiguous():
                 return None
-        y, h = torch.empty(1, self.outputs), torch.empty_like(h0)
-        c = torch.empty_like(c0) if self.lstm else h
+        y, h = new_tensor((1, self.outputs)), new_tensor(self.state)
+        c = new_tensor(self.state) if self.lstm else h
         addresses = (x.data_ptr(), h0.data_ptr(), c0.data_ptr(), y.data_ptr(), h.data_ptr(), c.data_ptr())
-        known = self.run(self.plan, self.of_stack, self.at, self.vocabulary, *addresses)
-        if not known:
+        if self.run(numbers(*self.same, *addresses)):
+            if 0 <= int(x.view(-1)[0]) < self.vocabulary or not self.vocabulary:
+                raise MemoryError("a step needs more memory than there is")
             raise IndexError(f"a token must lie between 0 and {self.vocabulary - 1}, not be {int(x)}")
         return y, (h, c) if self.lstm else (h,)
+
+
+def new_tensor(shape: Sequence[int]) -> Tensor:
+    """Of fp32, uninitialised, in two thirds of the time that ``torch.empty`` takes."""
+    return torch.from_numpy(np.empty(shape, np.float32))
 
 
 def _plain(x: Tensor) -> Tensor:

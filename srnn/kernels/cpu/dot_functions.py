@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
-from numba import cfunc, types
+from numba import types
 from numba.extending import intrinsic
 
 from srnn.kernels.cpu.element_products import DenseProduct, GatherProduct, WindowProduct
-from srnn.kernels.cpu.keeping import where_it_can_be_kept
-from srnn.kernels.cpu.vector_code import ARGUMENTS, DOT, STORED
+from srnn.kernels.cpu.vector_code import ARGUMENTS, STORED
 from srnn.kernels.cpu.vector_products import RowProduct
 
 _FORMS = ("rows", "windows", "gathers", "dense")
@@ -36,16 +34,8 @@ def _emit_dot(typing, form, lanes, kind, wide, tile, matrix, begin, end, x, stre
     return signature, codegen
 
 
-def _source(form: int, lanes: int, kind: int, wide: int, tile: int) -> Callable[..., None]:
-    def dot(matrix, begin, end, x, streams, careful, out):
-        _emit_dot(form, lanes, kind, wide, tile, matrix, begin, end, x, streams, careful, out)
-
-    return dot
-
-
-@cache
-def dot_function(form: str, lanes: int, values: str, wide: bool, tile: int) -> Any:
-    """The compiled product; compiled once, then read from disk.
+def dot_source(form: str, lanes: int, values: str, wide: bool, tile: int) -> Callable[..., None]:
+    """The product as what numba compiles.
 
     Args:
         form: ``rows``, ``windows``, ``gathers`` or ``dense``.
@@ -54,5 +44,9 @@ def dot_function(form: str, lanes: int, values: str, wide: bool, tile: int) -> A
         wide: whether columns take 32 bits.
         tile: streams a time.
     """
-    source = _source(_FORMS.index(form), lanes, _KINDS.index(values), int(wide), tile)
-    return where_it_can_be_kept(lambda: cfunc(DOT, cache=True)(source))
+    which, kind, wide = _FORMS.index(form), _KINDS.index(values), int(wide)
+
+    def dot(matrix, begin, end, x, streams, careful, out):
+        _emit_dot(which, lanes, kind, wide, tile, matrix, begin, end, x, streams, careful, out)
+
+    return dot

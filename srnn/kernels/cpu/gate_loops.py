@@ -1,7 +1,7 @@
 """The arithmetic of gates, from the products of a few units to their new state, as machine code.
 
-Sixteen units at a time, the last ones masked, all of a cell in registers: numba's own loops leave what does not fill a
-register to single numbers, and 24 units are mostly that.
+Sixteen units at a time, all of a cell in registers: numba's own loops leave what does not fill several registers to
+single numbers, which is most of 24 units.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from srnn.cells import CELLS, CLIP
-from srnn.kernels.cpu.vector_code import F32, I32, I64
+from srnn.kernels.cpu.vector_code import I64, V16, Lanes, by_sixteen, sixteen
 
 TANH, RELU, CLIPPED, GRU, LSTM = (CELLS.index(cell) for cell in ("tanh", "relu", "clipped_relu", "gru", "lstm"))
 
@@ -24,48 +24,19 @@ TANH, RELU, CLIPPED, GRU, LSTM = (CELLS.index(cell) for cell in ("tanh", "relu",
 LARGEST = 9.0
 P = (3.683663790665648e-11, 1.1132286914516953e-07, 4.2299179767724127e-05, 0.004426933825016022, 0.14099948108196259, 1)
 Q = (2.956636269146884e-09, 2.6062236884172307e-06, 0.0005010237800888717, 0.029204538092017174, 0.4743328094482422, 1)
-LANES = 16
-V16 = ir.VectorType(F32, LANES)
 
 
 class GateCode:
     """Builds the code of one cell for sixteen units.
 
     Args:
-        builder: of the function.
+        lanes: the units.
         arguments: those of ``gate_arithmetic``, without the cell and the number of units.
-        at: index of the first unit.
-        mask: which lanes are units; None if all are.
     """
 
-    def __init__(self, builder: Any, arguments: list[Any], at: Any, mask: Any) -> None:
-        self.builder, self.mask = builder, mask
-        self.offset = builder.mul(at, I64(4))
+    def __init__(self, lanes: Lanes, arguments: list[Any]) -> None:
+        self.builder, self.load, self.store = lanes.builder, lanes.load, lanes.store
         self.v, self.v_step, self.u, self.u_step, self.old, self.new, self.y, self.c, self.bias = arguments
-
-    def pointer(self, address: Any) -> Any:
-        """To this code's units of what begins at an address."""
-        return self.builder.inttoptr(self.builder.add(address, self.offset), V16.as_pointer())
-
-    def load(self, address: Any) -> Any:
-        """Sixteen numbers; zeros past the last unit."""
-        if self.mask is None:
-            loaded = self.builder.load(self.pointer(address))
-            loaded.align = 4
-            return loaded
-        return self._masked("load", V16, self.pointer(address), I32(4), self.mask, constant(0.0))
-
-    def store(self, value: Any, address: Any) -> None:
-        """Of the units alone."""
-        if self.mask is None:
-            self.builder.store(value, self.pointer(address)).align = 4
-        else:
-            self._masked("store", ir.VoidType(), value, self.pointer(address), I32(4), self.mask)
-
-    def _masked(self, name: str, result: Any, *arguments: Any) -> Any:
-        kind = ir.FunctionType(result, [argument.type for argument in arguments])
-        name = f"llvm.masked.{name}.v16f32.p0v16f32"
-        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), arguments)
 
     def gate(self, addresses: tuple[Any, Any], index: int) -> Any:
         """Numbers of a gate, from where the first gate's are and how many bytes lie between gates."""
@@ -84,21 +55,21 @@ class GateCode:
 
     def tanh(self, x: Any) -> Any:
         """Comparisons this way round let NaN through."""
-        b, largest, smallest = self.builder, constant(LARGEST), constant(-LARGEST)
+        b, largest, smallest = self.builder, sixteen(LARGEST), sixteen(-LARGEST)
         x = b.select(b.fcmp_ordered(">", x, largest), largest, x)
         x = b.select(b.fcmp_ordered("<", x, smallest), smallest, x)
         square = b.fmul(x, x)
         sums = []
         for numbers in (P, Q):
-            total = constant(numbers[0])
+            total = sixteen(numbers[0])
             for number in numbers[1:]:
-                total = self.fma(total, square, constant(number))
+                total = self.fma(total, square, sixteen(number))
             sums.append(total)
         return b.fdiv(b.fmul(x, sums[0]), sums[1])
 
     def sigmoid(self, x: Any) -> Any:
         """From tanh."""
-        half = constant(0.5)
+        half = sixteen(0.5)
         return self.fma(half, self.tanh(self.builder.fmul(half, x)), half)
 
     def done(self, new: Any) -> None:
@@ -107,17 +78,12 @@ class GateCode:
         self.store(new, self.y)
 
 
-def constant(number: float) -> Any:
-    """The same number sixteen times."""
-    return ir.Constant(V16, [number] * LANES)
-
-
 def _gru(code: GateCode) -> None:
     b = code.builder
     reset, update = code.sigmoid(code.sum(0)), code.sigmoid(code.sum(1))
     of_h = b.fadd(code.gate((code.v, code.v_step), 2), code.load(code.bias))
     new = code.tanh(code.fma(reset, of_h, code.gate((code.u, code.u_step), 2)))
-    one = constant(1.0)
+    one = sixteen(1.0)
     code.done(code.fma(update, code.load(code.old), b.fmul(b.fsub(one, update), new)))
 
 
@@ -139,13 +105,13 @@ def _relu(code: GateCode) -> None:
 
 
 def _clipped_relu(code: GateCode) -> None:
-    ceiling, h = constant(float(CLIP)), _not_negative(code)
+    ceiling, h = sixteen(float(CLIP)), _not_negative(code)
     code.done(code.builder.select(code.builder.fcmp_ordered(">", h, ceiling), ceiling, h))
 
 
 def _not_negative(code: GateCode) -> Any:
     b, h = code.builder, code.sum(0)
-    return b.select(b.fcmp_ordered("<", h, constant(0.0)), constant(0.0), h)
+    return b.select(b.fcmp_ordered("<", h, sixteen(0.0)), sixteen(0.0), h)
 
 
 def _compiled(emit: Callable[[GateCode], None]) -> Any:
@@ -154,17 +120,7 @@ def _compiled(emit: Callable[[GateCode], None]) -> Any:
     def arithmetic(typing, n, v_at, v_step, u_at, u_step, old_at, new_at, y_at, c_at, bias_at):
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             n, *rest = arguments
-            some = builder.urem(n, I64(LANES))
-            whole = builder.sub(n, some)
-            with cgutils.for_range_slice(builder, I64(0), whole, I64(LANES), I64) as (at, _):
-                emit(GateCode(builder, rest, at, None))
-            with builder.if_then(builder.icmp_unsigned(">", some, I64(0))):
-                everywhere = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
-                nothing = ir.Constant(ir.VectorType(I32, LANES), ir.Undefined)
-                count = builder.insert_element(nothing, builder.trunc(some, I32), I32(0))
-                lanes = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
-                mask = builder.icmp_unsigned("<", lanes, builder.shuffle_vector(count, nothing, everywhere))
-                emit(GateCode(builder, rest, whole, mask))
+            by_sixteen(builder, n, lambda lanes: emit(GateCode(lanes, rest)))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 10), codegen

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
+import ctypes
 import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
-from typing import Any
-
+from functools import cache, lru_cache
 import numpy as np
 import torch
 from torch import Tensor
 
-from srnn.importing import nothing_collected
-from srnn.kernels.cpu.keeping import where_it_can_be_kept
+from srnn.kernels.cpu import element_layouts
+from srnn.kernels.cpu.compiled import address_of, processor_features
 from srnn.kernels.cpu.shapes import ROWS, ROWS_OF_DENSE, TILES, Array, padded_width
 from srnn.kernels.remembering import busy, recall, remember
 from srnn.kernels.timing import hardware
 from srnn.sparse import SparseMatrix
 
+_DOT = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 7)
 _log = logging.getLogger("srnn.kernels")
 
 # What forms need of a processor beside its own.
@@ -48,7 +47,7 @@ class Form:
         width: floats a stream of x takes; 0 where x is [columns, streams].
         parts: values, columns, row pointers, scales, order and bases, None for what it has not.
         work: entries of each row group of all gates.
-        dot: the compiled product.
+        dot: address of the compiled product.
     """
 
     name: str
@@ -58,15 +57,13 @@ class Form:
     width: int
     parts: tuple[Tensor | None, ...]
     work: Array
-    dot: Any
+    dot: int
 
     @property
     def numbers(self) -> Array:
         """As the compiled loops take it."""
         addresses = [0 if part is None else part.data_ptr() for part in self.parts]
-        return np.array(
-            [self.dot.address, *addresses[:4], self.lanes, self.groups, self.width, *addresses[4:]], np.int64
-        )
+        return np.array([self.dot, *addresses[:4], self.lanes, self.groups, self.width, *addresses[4:]], np.int64)
 
 
 class Operand:
@@ -132,16 +129,14 @@ class Operand:
         return ["windows" if "windows" in able_forms() else "rows", *dense]
 
     def _made(self, name: str, tile: int) -> Form:
-        module = where_it_can_be_kept(lambda: importlib.import_module("srnn.kernels.cpu.dot_functions"))
         matrix, kind = self.matrix, (ROWS_OF_DENSE, "fp32", False) if name == "dense" else self.kind
-        dot = module.dot_function(name, *kind, tile)
+        dot = address_of("dot", name, *kind, tile)
         if name == "rows":
             parts = {part: tensor.contiguous() for part, tensor in matrix.parts.items()}
             work = parts["row_pointers"].diff().numpy()
             several = (parts["values"], parts["columns"], parts["row_pointers"], parts.get("scales"), None, None)
             return Form(name, tile, matrix.height, matrix.groups // matrix.gates, 0, several, work, dot)
-        layouts = where_it_can_be_kept(partial(importlib.import_module, "srnn.kernels.cpu.element_layouts"))
-        layout = {"windows": layouts.windows, "gathers": layouts.gathers, "dense": layouts.dense}[name](matrix)
+        layout = getattr(element_layouts, name)(matrix)
         several = (layout.values, layout.columns, layout.turns, layout.scales, layout.order, layout.bases)
         groups = -(-matrix.units // layout.lanes)
         return Form(name, tile, layout.lanes, groups, padded_width(matrix.shape[1]), several, layout.work, dot)
@@ -164,20 +159,11 @@ class Operand:
 
 @cache
 def able_forms() -> tuple[str, ...]:
-    """Names of the forms of single elements that the processor, and numba's settings, allow.
+    """Names of the forms that the processor, and numba's settings, allow.
 
     ``NUMBA_CPU_FEATURES=-avx512f`` forbids what needs AVX-512, ``-avx512f,-avx2`` also gathers.
     """
-    with nothing_collected():
-        import numba
-        from llvmlite import binding
-
-    features = dict(binding.get_host_cpu_features())
-    if numba.config.CPU_NAME not in (None, binding.get_host_cpu_name()):  # type: ignore[attr-defined]
-        features = {}  # those of another processor are the ones that are listed
-    for feature in (numba.config.CPU_FEATURES or "").split(","):  # type: ignore[attr-defined]
-        if feature:
-            features[feature[1:]] = feature.startswith("+")
+    features = processor_features()
     return tuple(name for name, needed in NEEDS.items() if all(features.get(one, False) for one in needed))
 
 
@@ -221,7 +207,9 @@ def product_call(
     careful = int(not bool(x.isfinite().all()))
     arguments = (numbers.ctypes.data, 0, matrix.gates * form.groups, x.data_ptr(), streams, careful, y.data_ptr())
 
+    dot = _DOT(form.dot)
+
     def run(_kept: object = (x, numbers, y, form)) -> None:
-        form.dot.ctypes(*arguments)
+        dot(*arguments)
 
     return run, y

@@ -1,0 +1,132 @@
+"""Compiled code without the compiler: object code that was kept once, loaded by llvmlite, called through ctypes.
+
+numba translates the kernels; importing it, and having it read what it has compiled, takes longer than all else between
+``import torch`` and the first step of a packed network. So what runs one stream on one thread uses nothing of numba's
+runtime, and is kept as object code of our own: one file for each function, processor and version. Where there is none,
+or none that is whole, it is compiled (``compiling``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import logging
+import os
+import re
+import struct
+import threading
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from srnn.files import cache_folder, write_atomically
+
+_log = logging.getLogger("srnn.kernels")
+_CALL = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)
+_DIGEST = hashlib.sha256().digest_size
+_OLD = 30 * 24 * 3600  # seconds after which code that nothing has used goes
+_loading = threading.RLock()
+_addresses: dict[tuple[Any, ...], int] = {}
+numbers_of: dict[int, Callable[..., bytes]] = {}
+
+Code = Callable[[bytes], int]
+
+
+def numbers(*values: int) -> bytes:
+    """Arguments as compiled code takes them: int64, one after the other."""
+    pack = numbers_of.get(len(values))
+    if pack is None:
+        pack = numbers_of[len(values)] = struct.Struct(f"{len(values)}q").pack
+    return pack(*values)
+
+
+@cache
+def code_of(name: str) -> Code:
+    """A compiled function of the address of its arguments, which gives an int64: ``run_stack`` and the like."""
+    return _CALL(address_of(name))
+
+
+def address_of(name: str, *key: Any) -> int:
+    """The address of a compiled function: one of ``code_of``, or ``dot`` with what ``dot_functions`` asks for."""
+    what = (name, *key)
+    with _loading:
+        if what not in _addresses:
+            symbol = "srnn_" + re.sub(r"\W", "_", "_".join(map(str, what)))
+            path = _folder() / f"{symbol}.o"
+            _addresses[what] = _load(_kept(path) or _compile(what, symbol, path), symbol)
+        return _addresses[what]
+
+
+def processor_features() -> dict[str, bool]:
+    """What the processor has, but for what numba's settings take away or add."""
+    from llvmlite import binding
+
+    features = dict(binding.get_host_cpu_features())
+    if os.environ.get("NUMBA_CPU_NAME") not in (None, "", binding.get_host_cpu_name()):
+        features = {}  # those of another processor are the ones that are listed
+    for feature in os.environ.get("NUMBA_CPU_FEATURES", "").split(","):
+        if feature:
+            features[feature[1:]] = feature.startswith("+")
+    return features
+
+
+def processor_name() -> str:
+    """As LLVM calls it."""
+    from llvmlite import binding
+
+    return os.environ.get("NUMBA_CPU_NAME") or str(binding.get_host_cpu_name())
+
+
+@cache
+def _folder() -> Path:
+    """Of the code for this processor and these versions, made from these sources."""
+    found = hashlib.sha256(f"{processor_name()} {sorted(processor_features().items())}".encode())
+    for package in ("numba", "llvmlite"):
+        found.update(f"{package} {metadata.version(package)}".encode())
+    here = Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), here.parent.parent / "cells.py"]):
+        found.update(path.read_bytes())
+    return cache_folder() / "code" / found.hexdigest()[:16]
+
+
+def _kept(path: Path) -> bytes | None:
+    """Object code, if the file is whole."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = data[:_DIGEST], data[_DIGEST:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _compile(what: tuple[Any, ...], symbol: str, path: Path) -> bytes:
+    code: bytes = importlib.import_module("srnn.kernels.cpu.compiling").object_code(what, symbol)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, hashlib.sha256(code).digest() + code)
+    except OSError as error:
+        _log.info("compiled code cannot be kept: %s", error)
+    return code
+
+
+@cache
+def _engine() -> Any:
+    """What holds loaded code, for as long as the process runs."""
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    machine = binding.Target.from_triple(binding.get_process_triple()).create_target_machine()
+    return binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+
+
+def _load(code: bytes, symbol: str) -> int:
+    from llvmlite import binding
+
+    engine = _engine()
+    engine.add_object_file(binding.object_file.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return int(engine.get_function_address(symbol))
