@@ -28,7 +28,7 @@ from srnn.kernels.contract import (
     Recurrence,
     State,
 )
-from srnn.kernels.cpu.compiled import code_of, numbers
+from srnn.kernels.cpu.compiled import Code, code_of, numbers
 from srnn.kernels.cpu.keeping import where_it_can_be_kept
 from srnn.kernels.cpu.operands import Operand
 from srnn.kernels.cpu.shapes import NUMBERS_OF_MATRIX, ROWS, Array, chunk_size
@@ -41,6 +41,8 @@ WORTH_THREADS = 200_000
 MESSAGE = "srnn: making the CPU kernels ready; once on a machine they are compiled, which takes some seconds."
 NONE = np.zeros(NUMBERS_OF_MATRIX, np.int64)  # in place of a projection
 NOTHING = np.zeros((1, 0), np.float32)  # in place of an LSTM's cell state
+
+Plan = tuple[Code, int, Array]  # a compiled call, where the numbers that it takes are, and these
 
 
 @register.kernel("cpu")
@@ -99,15 +101,16 @@ class _Product:
 
     def __init__(self, matrix: SparseMatrix, bias: Tensor | None) -> None:
         self.operand, self.bias = Operand(matrix), _vector(bias, matrix.shape[0])
-        self._plans: dict[int, tuple[Any, Array]] = {}
+        self.entries, self.outputs = matrix.entries, matrix.shape[0]
+        self._plans: dict[int, Plan] = {}
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         matrix, rows = self.operand.matrix, x_NI.shape[0]
-        threads = _threads(matrix.entries * min(rows, ROWS))
+        threads = _threads(self.entries * min(rows, ROWS))
         if threads == 1:
-            x, y_NO = _plain(x_NI), new_tensor((rows, matrix.shape[0]))
-            call, plan = self._plans.get(min(rows, ROWS)) or self.plan(min(rows, ROWS))
-            call(numbers(plan.ctypes.data, rows, x.data_ptr(), y_NO.data_ptr()))
+            x, y_NO = _plain(x_NI), torch.empty(rows, self.outputs)
+            call, at, _ = self._plans.get(min(rows, ROWS)) or self.plan(min(rows, ROWS))
+            call(numbers(at, rows, x.data_ptr(), y_NO.data_ptr()))
             return y_NO
         y = np.empty((rows, matrix.shape[0]), np.float32)
         with _announced("multiply", True, self.operand.kind, rows > 1):
@@ -125,7 +128,7 @@ class _Product:
             )
         return torch.from_numpy(y)
 
-    def plan(self, rows: int) -> tuple[Any, Array]:
+    def plan(self, rows: int) -> Plan:
         """The compiled call for so many rows, and the numbers that it takes."""
         matrix = self.operand.matrix
         with _announced("product", self.operand.kind, rows > 1):
@@ -133,7 +136,7 @@ class _Product:
             chunk = chunk_size(matrix.units, rows, 1, form.lanes)
             of_product = [chunk, -(-matrix.units // chunk), form.tile, matrix.gates, *matrix.shape]
             plan = np.array([*of_product, self.bias.ctypes.data, *self.operand.numbers(rows)], np.int64)
-            found = self._plans[rows] = code_of("run_product"), plan
+            found = self._plans[rows] = code_of("run_product"), plan.ctypes.data, plan
         return found
 
 
@@ -214,7 +217,7 @@ class _Stack(Layer):
         self.lstm, self.units = first.recurrence.cell == "lstm", len(first.recurrence.new_bias)
         self.inputs = first.product.operand.matrix.shape[1]
         self.work = max(layer.work for layer in layers)
-        self._plans: dict[int, tuple[Any, Array]] = {}
+        self._plans: dict[int, Plan] = {}
 
     def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         """Of a sequence [T, I] and states [L, 1, H]."""
@@ -223,12 +226,11 @@ class _Stack(Layer):
             return self._one_after_the_other(x_NI, batch_sizes, state)
         x, h0 = _plain(x_NI), _plain(state[0])
         rows = 1 if steps == 1 else min(ROWS, -(-steps // 4) * 4)
-        call, plan = self._plans.get(rows) or self.plan(rows)
-        y, h = new_tensor((steps, self.units)), new_tensor(h0.shape)
-        c0 = _plain(state[1]) if self.lstm else h0
-        c = new_tensor(h0.shape) if self.lstm else h
+        call, at, _ = self._plans.get(rows) or self.plan(rows)
+        y, h = torch.empty(steps, self.units), torch.empty_like(h0)
+        c0, c = (_plain(state[1]), torch.empty_like(h0)) if self.lstm else (h0, h)
         ends = y.data_ptr(), h.data_ptr(), c.data_ptr()
-        if call(numbers(plan.ctypes.data, steps, x.data_ptr(), h0.data_ptr(), c0.data_ptr(), *ends)):
+        if call(numbers(at, steps, x.data_ptr(), h0.data_ptr(), c0.data_ptr(), *ends)):
             raise MemoryError(f"{steps} steps of {len(self.layers)} layers need more memory than there is")
         return y, (h, c) if self.lstm else (h,)
 
@@ -239,7 +241,7 @@ class _Stack(Layer):
             ends.append(end)
         return y, tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
 
-    def plan(self, rows: int) -> tuple[Any, Array]:
+    def plan(self, rows: int) -> Plan:
         """The compiled call for products of so many rows, and the numbers that it takes; compiled where it was not."""
         recurrence = self.layers[0].recurrence
         gates = self.layers[0].product.operand.matrix.gates
@@ -253,7 +255,8 @@ class _Stack(Layer):
             plan += [forms[0].tile, layer.product.bias.ctypes.data, layer.recurrence.new_bias.ctypes.data]
             plan += [*operands[0].numbers(rows), *operands[1].numbers(1)]
         with _announced("stack"):
-            found = self._plans[rows] = code_of("run_stack"), np.array(plan, np.int64)
+            call, array = code_of("run_stack"), np.array(plan, np.int64)
+        found = self._plans[rows] = call, array.ctypes.data, array
         return found
 
 
@@ -270,7 +273,7 @@ class _NetworkStep:
         self.input: tuple[int, ...] = (1, stack.inputs) if table is None else (1,)
         self.table = table  # held for its address
         self.at, self.vocabulary = (0, 0) if table is None else (table.data_ptr(), len(table))
-        plans = [stack.plan(1)[1]] + ([] if decoder is None else [decoder.plan(1)[1]])
+        plans = [stack.plan(1)[2]] + ([] if decoder is None else [decoder.plan(1)[2]])
         self.plan = np.concatenate(plans)
         self.same = self.plan.ctypes.data, len(plans[0]), int(decoder is not None), self.at, self.vocabulary
         with _announced("network step"):
@@ -284,19 +287,14 @@ class _NetworkStep:
         for part in state:
             if part.dtype != torch.float32 or part.shape != self.state or not part.is_contiguous():
                 return None
-        y, h = new_tensor((1, self.outputs)), new_tensor(self.state)
-        c = new_tensor(self.state) if self.lstm else h
+        y, h = torch.empty(1, self.outputs), torch.empty_like(h0)
+        c = torch.empty_like(h0) if self.lstm else h
         addresses = (x.data_ptr(), h0.data_ptr(), c0.data_ptr(), y.data_ptr(), h.data_ptr(), c.data_ptr())
         if self.run(numbers(*self.same, *addresses)):
             if 0 <= int(x.view(-1)[0]) < self.vocabulary or not self.vocabulary:
                 raise MemoryError("a step needs more memory than there is")
             raise IndexError(f"a token must lie between 0 and {self.vocabulary - 1}, not be {int(x)}")
         return y, (h, c) if self.lstm else (h,)
-
-
-def new_tensor(shape: Sequence[int]) -> Tensor:
-    """Of fp32, uninitialised, in two thirds of the time that ``torch.empty`` takes."""
-    return torch.from_numpy(np.empty(shape, np.float32))
 
 
 def _plain(x: Tensor) -> Tensor:
