@@ -13,7 +13,7 @@ from torch import Tensor
 
 from srnn.inference.base import SparseModule
 from srnn.kernels.choosing import length_class
-from srnn.kernels.contract import Layer, Product, State, equal_lengths
+from srnn.kernels.contract import Layer, Product, State
 
 
 class UsualCalls:
@@ -69,12 +69,12 @@ class UsualSequences(UsualCalls):
         if len(shape) != 3 or shape[1 - self.time] != 1 or shape[2] != self.inputs:
             return None
         steps = shape[self.time]
-        stack = self.found.get(length_class(steps)) if steps else None
+        stack: Layer | None = self.found.get(length_class(steps)) if steps else None
         state = self.zeros if hx is None else hx if self.lstm else (hx,)
         if stack is None or not self._takes_state(state):
             return None
-        y, after = stack.run(input.reshape(steps, self.inputs), equal_lengths(steps, 1), state)
-        return y.view(shape[0], shape[1], self.units), after if self.lstm else after[0]
+        y, after = stack.run_one(input, steps, state)
+        return y, after if self.lstm else after[0]
 
     def _takes_state(self, state: Any) -> bool:
         if type(state) is not tuple or len(state) != len(self.zeros):
@@ -99,13 +99,15 @@ class UsualRows(UsualCalls):
         """As ``SparseLinear.forward``; None of what is not usual."""
         if not self._takes(input):
             return None
-        *others, inputs = input.shape
-        if inputs != self.inputs:
+        shape = input.shape
+        if len(shape) != 3 or shape[2] != self.inputs:
             return None
-        rows = input.numel() // inputs
-        product: Product | None = self.found.get(length_class(rows)) if rows else None
+        rows = shape[0] * shape[1]
+        product: Any = self.found.get(length_class(rows)) if rows else None
         if product is None:
             return None
-        if len(others) == 1:
-            return product(input)
-        return product(input.reshape(rows, inputs)).view(*others, self.outputs)
+        if hasattr(product, "shaped"):
+            y: Tensor = product.shaped(input, rows, (shape[0], shape[1], self.outputs))
+        else:
+            y = product(input.reshape(rows, self.inputs)).view(shape[0], shape[1], self.outputs)
+        return y

@@ -105,13 +105,21 @@ class _Product:
         self._plans: dict[int, Plan] = {}
 
     def __call__(self, x_NI: Tensor) -> Tensor:
+        return self.shaped(x_NI, x_NI.shape[0], (x_NI.shape[0], self.outputs))
+
+    def shaped(self, x: Tensor, rows: int, shape: tuple[int, ...]) -> Tensor:
+        """The product with so many rows, however x is shaped; y gets this shape."""
+        some = min(rows, ROWS)
+        if _threads(self.entries * some) > 1:
+            return self._on_threads(x.reshape(rows, -1)).view(shape)
+        x, y = _plain(x), torch.empty(shape)
+        call, at, _ = self._plans.get(some) or self.plan(some)
+        call(numbers(at, rows, x.data_ptr(), y.data_ptr()))
+        return y
+
+    def _on_threads(self, x_NI: Tensor) -> Tensor:
         matrix, rows = self.operand.matrix, x_NI.shape[0]
         threads = _threads(self.entries * min(rows, ROWS))
-        if threads == 1:
-            x, y_NO = _plain(x_NI), torch.empty(rows, self.outputs)
-            call, at, _ = self._plans.get(min(rows, ROWS)) or self.plan(min(rows, ROWS))
-            call(numbers(at, rows, x.data_ptr(), y_NO.data_ptr()))
-            return y_NO
         y = np.empty((rows, matrix.shape[0]), np.float32)
         with _announced("multiply", True, self.operand.kind, rows > 1):
             code, form = _compiled_code("multiplying"), self.operand.form(rows)
@@ -224,10 +232,19 @@ class _Stack(Layer):
         steps = x_NI.shape[0]
         if not steps or _threads(self.work) > 1:
             return self._one_after_the_other(x_NI, batch_sizes, state)
-        x, h0 = _plain(x_NI), _plain(state[0])
+        return self._shaped(x_NI, steps, (steps, self.units), state)
+
+    def run_one(self, x: Tensor, steps: int, state: State) -> tuple[Tensor, State]:
+        """Of one stream, however it is shaped."""
+        if _threads(self.work) > 1:
+            return super().run_one(x, steps, state)
+        return self._shaped(x, steps, (x.shape[0], x.shape[1], self.units), state)
+
+    def _shaped(self, x: Tensor, steps: int, shape: tuple[int, ...], state: State) -> tuple[Tensor, State]:
+        x, h0 = _plain(x), _plain(state[0])
         rows = 1 if steps == 1 else min(ROWS, -(-steps // 4) * 4)
         call, at, _ = self._plans.get(rows) or self.plan(rows)
-        y, h = torch.empty(steps, self.units), torch.empty_like(h0)
+        y, h = torch.empty(shape), torch.empty_like(h0)
         c0, c = (_plain(state[1]), torch.empty_like(h0)) if self.lstm else (h0, h)
         ends = y.data_ptr(), h.data_ptr(), c.data_ptr()
         if call(numbers(at, steps, x.data_ptr(), h0.data_ptr(), c0.data_ptr(), *ends)):

@@ -27,19 +27,18 @@ from srnn.files import cache_folder, write_atomically
 _log = logging.getLogger("srnn.kernels")
 _CALL = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)
 _DIGEST = hashlib.sha256().digest_size
-_OLD = 30 * 24 * 3600  # seconds after which code that nothing has used goes
 _loading = threading.RLock()
 _addresses: dict[tuple[Any, ...], int] = {}
-numbers_of: dict[int, Callable[..., bytes]] = {}
+_packing: dict[int, Callable[..., bytes]] = {}
 
 Code = Callable[[bytes], int]
 
 
 def numbers(*values: int) -> bytes:
     """Arguments as compiled code takes them: int64, one after the other."""
-    pack = numbers_of.get(len(values))
+    pack = _packing.get(len(values))
     if pack is None:
-        pack = numbers_of[len(values)] = struct.Struct(f"{len(values)}q").pack
+        pack = _packing[len(values)] = struct.Struct(f"{len(values)}q").pack
     return pack(*values)
 
 
@@ -61,14 +60,15 @@ def address_of(name: str, *key: Any) -> int:
 
 
 def processor_features() -> dict[str, bool]:
-    """What the processor has, but for what numba's settings take away or add."""
+    """What the processor has, then what numba's settings take away or add, which counts: LLVM goes by the last word."""
     from llvmlite import binding
 
-    features = dict(binding.get_host_cpu_features())
+    features = dict(sorted(binding.get_host_cpu_features().items()))
     if os.environ.get("NUMBA_CPU_NAME") not in (None, "", binding.get_host_cpu_name()):
         features = {}  # those of another processor are the ones that are listed
     for feature in os.environ.get("NUMBA_CPU_FEATURES", "").split(","):
         if feature:
+            features.pop(feature[1:], None)
             features[feature[1:]] = feature.startswith("+")
     return features
 
@@ -83,7 +83,7 @@ def processor_name() -> str:
 @cache
 def _folder() -> Path:
     """Of the code for this processor and these versions, made from these sources."""
-    found = hashlib.sha256(f"{processor_name()} {sorted(processor_features().items())}".encode())
+    found = hashlib.sha256(f"{processor_name()} {processor_features()}".encode())
     for package in ("numba", "llvmlite"):
         found.update(f"{package} {metadata.version(package)}".encode())
     here = Path(__file__).parent

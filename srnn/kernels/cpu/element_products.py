@@ -61,10 +61,14 @@ class _ElementProduct(VectorCode):
         self.sums = [cgutils.alloca_once(builder, self.vector) for _ in range(self.parts * tile)]
 
     def emit(self) -> None:
-        """Sets of rows side by side, one after the other."""
+        """Sets of rows side by side."""
         b = self.builder
         many = b.udiv(self.block, I64(self.lanes))  # sets of rows of a row group
-        first, last = (b.mul(self.a[name], many) for name in ("begin", "end"))
+        self.sets(b.mul(self.a["begin"], many), b.mul(self.a["end"], many), many)
+
+    def sets(self, first: Any, last: Any, many: Any) -> None:
+        """One after the other."""
+        b = self.builder
         with cgutils.for_range_slice(b, first, last, I64(1), I64) as (rows, _):
             turns = self.index(self.turns, rows), self.index(self.turns, b.add(rows, I64(1)))
             group = b.sub(b.udiv(rows, many), self.a["begin"])
@@ -73,12 +77,23 @@ class _ElementProduct(VectorCode):
                     b.store(self.zeros, total)
                 each = [b.add(stream, I64(i)) for i in range(self.tile)]
                 xs = [b.gep(self.x, [b.mul(one, self.width)]) for one in each]
-                with b.if_else(b.icmp_signed("!=", self.a["careful"], I64(0))) as (then, otherwise):
-                    with then:
-                        self._turns(*turns, xs, careful=True)
-                    with otherwise:
-                        self._turns(*turns, xs, careful=False)
+                self.with_care(lambda careful: self._turns(*turns, xs, careful))
                 self._store(rows, [b.add(b.mul(group, self.a["streams"]), one) for one in each])
+
+    def with_care(self, emit: Callable[[bool], None]) -> None:
+        """Code for x that holds what is not finite, and faster code."""
+        with self.builder.if_else(self.builder.icmp_signed("!=", self.a["careful"], I64(0))) as (then, otherwise):
+            with then:
+                emit(True)
+            with otherwise:
+                emit(False)
+
+    def multiplied(self, value: Any, x: Any, total: Any, careful: bool) -> None:
+        """Adds a product to a sum; zero times NaN or infinity would be NaN, in a row that has no weight there."""
+        b = self.builder
+        if careful:
+            x = b.select(b.fcmp_ordered("==", value, self.zeros), self.zeros, x)
+        b.store(self.add(value, x, b.load(total)), total)
 
     def _turns(self, first: Any, last: Any, xs: list[Any], careful: bool) -> None:
         b = self.builder
@@ -87,11 +102,7 @@ class _ElementProduct(VectorCode):
                 stored = self.load(b.gep(self.values, [slot]), ir.VectorType(STORED[self.kind], self.lanes))
                 value = self.widen(stored)
                 for i, x in enumerate(xs):
-                    got = fetch(x)
-                    if careful:  # zero times NaN or infinity would be NaN, in a row that has no weight there
-                        got = b.select(b.fcmp_ordered("==", value, self.zeros), self.zeros, got)
-                    total = self.sums[k % self.parts * self.tile + i]
-                    b.store(self.add(value, got, b.load(total)), total)
+                    self.multiplied(value, fetch(x), self.sums[k % self.parts * self.tile + i], careful)
 
     def slots(self, turn: Any, first: Any) -> list[tuple[Any, Fetch]]:
         """Of a turn, and the first one of its rows: where the values begin, and how x is fetched."""
@@ -187,6 +198,35 @@ class DenseProduct(_ElementProduct):
     """Multiplies all columns."""
 
     lanes, unrolled, parts_of_several = ROWS_OF_DENSE, SLOTS_OF_DENSE, 2
+    together = 4  # sets of rows that share what is fetched of one stream's x
+
+    def sets(self, first: Any, last: Any, many: Any) -> None:
+        """Of one stream most of them in fours."""
+        b = self.builder
+        if self.tile == 1:
+            middle = b.sub(last, b.urem(b.sub(last, first), I64(self.together)))
+            sums = [cgutils.alloca_once(b, self.vector) for _ in range(2 * self.together)]
+            with cgutils.for_range_slice(b, first, middle, I64(self.together), I64) as (rows, _):
+                for total in sums:
+                    b.store(self.zeros, total)
+                self.with_care(lambda careful: self._columns(rows, sums, careful))
+                for i in range(self.together):
+                    total = b.fadd(b.load(sums[i]), b.load(sums[i + self.together]))
+                    position = b.sub(b.add(rows, I64(i)), self.a["begin"])
+                    self.put([total], [b.gep(self.out, [b.mul(position, self.block)])], None)
+            first = middle
+        super().sets(first, last, many)
+
+    def _columns(self, rows: Any, sums: list[Any], careful: bool) -> None:
+        b = self.builder
+        begins = [self.index(self.turns, b.add(rows, I64(i))) for i in range(self.together + 1)]
+        with cgutils.for_range_slice(b, I64(0), b.sub(begins[1], begins[0]), I64(1), I64) as (turn, _):
+            for k in range(self.unrolled):
+                x = self._splat_of(b.add(b.mul(turn, I64(self.unrolled)), I64(k)))(self.x)
+                for i, begin in enumerate(begins[:-1]):
+                    slot = b.add(b.mul(b.add(begin, turn), I64(self.unrolled)), I64(k))
+                    value = self.load(b.gep(self.values, [b.mul(slot, I64(self.lanes))]), self.vector)
+                    self.multiplied(value, x, sums[k % 2 * self.together + i], careful)
 
     def slots(self, turn: Any, first: Any) -> list[tuple[Any, Fetch]]:
         """Four columns; past the last one x is zero."""
