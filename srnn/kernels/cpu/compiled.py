@@ -13,7 +13,6 @@ import hashlib
 import importlib
 import logging
 import os
-import re
 import struct
 import threading
 from collections.abc import Callable
@@ -28,6 +27,7 @@ _log = logging.getLogger("srnn.kernels")
 _CALL = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)
 _DIGEST = hashlib.sha256().digest_size
 _loading = threading.RLock()
+TOGETHER = dict.fromkeys(("run_product", "run_stack", "run_step"), ("run_product", "run_stack", "run_step"))
 _addresses: dict[tuple[Any, ...], int] = {}
 _packing: dict[int, Callable[..., bytes]] = {}
 
@@ -53,9 +53,11 @@ def address_of(name: str, *key: Any) -> int:
     what = (name, *key)
     with _loading:
         if what not in _addresses:
-            symbol = "srnn_" + re.sub(r"\W", "_", "_".join(map(str, what)))
-            path = _folder() / f"{symbol}.o"
-            _addresses[what] = _load(_kept(path) or _compile(what, symbol, path), symbol)
+            # What is called together is one file: it shares most of its code.
+            symbols = {(one,): f"srnn_{one}" for one in TOGETHER.get(name, ())}
+            symbols = symbols or {what: "srnn_" + "_".join(map(str, what))}
+            path = _folder() / f"{next(iter(symbols.values()))}.o"
+            _load(_kept(path) or _compile(symbols, path), symbols)
         return _addresses[what]
 
 
@@ -102,8 +104,8 @@ def _kept(path: Path) -> bytes | None:
     return code if hashlib.sha256(code).digest() == digest else None
 
 
-def _compile(what: tuple[Any, ...], symbol: str, path: Path) -> bytes:
-    code: bytes = importlib.import_module("srnn.kernels.cpu.compiling").object_code(what, symbol)
+def _compile(symbols: dict[tuple[Any, ...], str], path: Path) -> bytes:
+    code: bytes = importlib.import_module("srnn.kernels.cpu.compiling").object_code(symbols)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, hashlib.sha256(code).digest() + code)
@@ -123,10 +125,10 @@ def _engine() -> Any:
     return binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
 
 
-def _load(code: bytes, symbol: str) -> int:
+def _load(code: bytes, symbols: dict[tuple[Any, ...], str]) -> None:
     from llvmlite import binding
 
     engine = _engine()
     engine.add_object_file(binding.object_file.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    return int(engine.get_function_address(symbol))
+    _addresses.update({what: int(engine.get_function_address(symbol)) for what, symbol in symbols.items()})
