@@ -13,10 +13,11 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from srnn.inference.base import TORCH, SparseModule, Use
 from srnn.inference.example_calls import ExampleCalls
@@ -55,6 +56,12 @@ def choose_for_network(network: nn.Module, example: Any) -> list[Choice]:
         return []
     device = next(iter(parts.values())).tensors()[0].device
     name = f"network {_fingerprint(network, parts)}"
+    given = _described(example)
+    uses_of = f"uses of {name}, {given}, {_several(torch.get_num_threads(), 'thread')}"
+    again = None if given is None else _as_before(uses_of, parts, device)
+    if again is not None:
+        return again
+    kept: list[dict[str, Any]] = []
     with measuring, torch.inference_mode():
         examples = ExampleCalls(network, parts, example)
         found: list[Choice] = []
@@ -67,9 +74,37 @@ def choose_for_network(network: nn.Module, example: Any) -> list[Choice]:
             if any(uses.values()):  # cells take single steps, whatever the length
                 decision = _Network(parts, uses, calls, device, lost)
                 found.append(decision.decide(what, use))
+                kept.append({"what": what, "use": use, "uses": {name: sorted(some) for name, some in uses.items()}})
                 # Of sequences only: a step may cost a candidate more than it does within a sequence.
                 lost = decision.lost if device.type == "cpu" and lengths[0] > 1 else set()
+    if kept and given is not None and not busy():
+        remember(decision.key, uses_of, {"classes": kept})
     return found
+
+
+def _as_before(uses_of: str, parts: dict[str, SparseModule], device: torch.device) -> list[Choice] | None:
+    """What was decided for this network and example before, without a call of it; None where something is not known."""
+    entry = recall(_Network(parts, {}, {}, device, set()).key, uses_of)
+    try:
+        classes = [] if entry is None else entry["classes"]
+        uses = [{name: {tuple(use) for use in one["uses"][name]} for name in parts} for one in classes]
+        decisions = [_Network(parts, some, {}, device, set()) for some in uses]
+        known = [d.recalled(one["what"]) for d, one in zip(decisions, classes, strict=True)]
+    except (KeyError, TypeError):
+        return None
+    if not known or None in known:
+        return None
+    return [d.decide(one["what"], one["use"]) for d, one in zip(decisions, classes, strict=True)]
+
+
+def _described(example: Any) -> str | None:
+    """Shapes and types of the inputs, which say what a network makes of them; None of what is not tensors and numbers."""
+    if isinstance(example, Tensor):
+        return f"{tuple(example.shape)} {example.dtype}"
+    if type(example) in (tuple, list):
+        several = [_described(one) for one in example]
+        return None if None in several else f"({', '.join(map(str, several))})"
+    return repr(example) if example is None or isinstance(example, bool | int | float) else None
 
 
 def _several(count: int, word: str) -> str:
@@ -95,16 +130,27 @@ class _Network:
     lost: set[str]  # candidates that were far slower with shorter sequences
     left_out: dict[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def candidates(self) -> dict[str, Names]:
+        """See ``_everywhere``."""
+        return self._everywhere()
+
+    @property
+    def key(self) -> str:
+        """What decisions are good for."""
+        return f"{hardware(self.device)}; {' '.join(self.candidates)}"
+
+    def recalled(self, what: str) -> tuple[Names, Choice] | None:
+        """What was decided before."""
+        return _choice_of(recall(self.key, what), self.parts, self.candidates)
+
     def decide(self, what: str, use: str) -> Choice:
         """Measure, or remember; the modules are then told."""
-        candidates = self._everywhere()
-        key = f"{hardware(self.device)}; {' '.join(candidates)}"
-        entry = recall(key, what)
-        known = _choice_of(entry, self.parts, candidates)
+        known = self.recalled(what)
         if known is None:
-            names, choice = self._measured(what, use, candidates)
+            names, choice = self._measured(what, use, self.candidates)
             if not busy():
-                remember(key, what, asdict(choice) | {"parts": names})
+                remember(self.key, what, asdict(choice) | {"parts": names})
         else:
             names, choice = known
         self._run_by(names)

@@ -81,7 +81,9 @@ def _take(matrix, inputs, x_at, count, streams, taken_at):
 
 
 @njit(**COMPILED)
-def multiply_some(chunk_size, first_chunk, last_chunk, matrix, gates, inputs, outputs, x_at, count, tile, bias_at, y_at):
+def multiply_some(
+    chunk_size, first_chunk, last_chunk, matrix, gates, inputs, outputs, x_at, count, tile, bias_at, y_at
+):
     """Some chunks of the outputs of all gates, for ``count`` rows of an input, at most ``ROWS``."""
     lanes, units = number(matrix, LANES_OF_GROUP), outputs // gates
     streams = (count + tile - 1) // tile * tile

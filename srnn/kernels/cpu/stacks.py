@@ -91,9 +91,7 @@ def _layers(plan, steps, x_at, before, y_at, after):
         chunks = number(of_layer, 2), 0, number(of_layer, 3)
         for t in range(steps):
             y_t, u_t = y_at + 4 * t * units, u_at + 4 * t * outputs
-            step_of_one(
-                cell, gates, units, chunks, w_hh, u_t, new_bias, old_at, units, new_at, c_at, y_t, v_at
-            )
+            step_of_one(cell, gates, units, chunks, w_hh, u_t, new_bias, old_at, units, new_at, c_at, y_t, v_at)
             old_at, new_at = new_at, old_at
         copy(units, h_at, old_at)
         source_at, inputs = y_at, units
