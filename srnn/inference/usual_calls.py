@@ -1,7 +1,7 @@
 """The calls that a network of one stream makes again and again on a CPU, with few questions asked.
 
-A small network's step takes half a microsecond, and finding out what to run took twenty. So what was found is kept, with
-what it depends on: the first call of a kind goes the long way, the next ones come here.
+A small network's step takes half a microsecond, and finding out what to run took twenty. So what was found is kept,
+with what it depends on: the first call of a kind goes the long way, the next ones come here.
 """
 
 from __future__ import annotations

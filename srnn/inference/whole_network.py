@@ -98,7 +98,7 @@ def _as_before(uses_of: str, parts: dict[str, SparseModule], device: torch.devic
 
 
 def _described(example: Any) -> str | None:
-    """Shapes and types of the inputs, which say what a network makes of them; None of what is not tensors and numbers."""
+    """Shapes and types of the inputs, which say what a network makes of them; None of other things."""
     if isinstance(example, Tensor):
         return f"{tuple(example.shape)} {example.dtype}"
     if type(example) in (tuple, list):

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -197,7 +196,6 @@ class _Layer(ComposedLayer):
     recurrence: _Recurrence
 
     def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
-        recurrence = self.recurrence
         if x_NI.shape[0] != 1 or not self.can_step or _threads(self.work) > 1:
             return super().run(x_NI, batch_sizes, state)
         return self._alone.run(x_NI, batch_sizes, state)

@@ -107,7 +107,7 @@ def gathers(matrix: SparseMatrix) -> ElementLayout:
 
 def dense(matrix: SparseMatrix) -> ElementLayout:
     """Slots of 16 rows and one column each, zeros included, in fp32; of blocks, too."""
-    rows, columns = matrix.shape
+    columns = matrix.shape[1]
     per_gate, turns = -(-matrix.units // ROWS_OF_DENSE), -(-columns // SLOTS_OF_DENSE)
     whole = torch.zeros(matrix.gates, per_gate * ROWS_OF_DENSE, turns * SLOTS_OF_DENSE)
     whole[:, : matrix.units, :columns] = matrix.to_dense().view(matrix.gates, matrix.units, columns)

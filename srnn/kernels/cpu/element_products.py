@@ -9,8 +9,8 @@ entry of each: values [lanes], and where in x each is to be multiplied. Slots th
 
 *Gathers*, for AVX2: eight columns a slot, anywhere, fetched by the processor's gather instruction. One stream only.
 
-*Dense*, for any processor: a slot is a column, zeros included, rows in their own order. Of few columns, or where a third
-of the weights is left, multiplying zeros takes less than looking up what to multiply.
+*Dense*, for any processor: a slot is a column, zeros included, rows in their own order. Of few columns, or where a
+third of the weights is left, multiplying zeros takes less than looking up what to multiply.
 
     out[group - begin, b, order[row]] = scales[row] * sum over slots p of values[p, row] * x[b, columns[p, row]]
 """
