@@ -198,35 +198,40 @@ class DenseProduct(_ElementProduct):
     """Multiplies all columns."""
 
     lanes, unrolled, parts_of_several = ROWS_OF_DENSE, SLOTS_OF_DENSE, 2
-    together = 4  # sets of rows that share what is fetched of one stream's x
-
     def sets(self, first: Any, last: Any, many: Any) -> None:
-        """Of one stream most of them in fours."""
+        """Of one stream as many together as there are, up to four: they share what is fetched of x."""
         b = self.builder
-        if self.tile == 1:
-            middle = b.sub(last, b.urem(b.sub(last, first), I64(self.together)))
-            sums = [cgutils.alloca_once(b, self.vector) for _ in range(2 * self.together)]
-            with cgutils.for_range_slice(b, first, middle, I64(self.together), I64) as (rows, _):
-                for total in sums:
-                    b.store(self.zeros, total)
-                self.with_care(lambda careful: self._columns(rows, sums, careful))
-                for i in range(self.together):
-                    total = b.fadd(b.load(sums[i]), b.load(sums[i + self.together]))
-                    position = b.sub(b.add(rows, I64(i)), self.a["begin"])
-                    self.put([total], [b.gep(self.out, [b.mul(position, self.block)])], None)
+        if self.tile > 1:
+            super().sets(first, last, many)
+            return
+        for together in (4, 2, 1):
+            middle = b.sub(last, b.urem(b.sub(last, first), I64(together)))
+            with cgutils.for_range_slice(b, first, middle, I64(together), I64) as (rows, _):
+                self._together(rows, together)
             first = middle
-        super().sets(first, last, many)
 
-    def _columns(self, rows: Any, sums: list[Any], careful: bool) -> None:
+    def _together(self, rows: Any, together: int) -> None:
+        """Sets of rows from ``rows`` on. However many, a row's sum is the same: odd columns, and even ones."""
         b = self.builder
-        begins = [self.index(self.turns, b.add(rows, I64(i))) for i in range(self.together + 1)]
-        with cgutils.for_range_slice(b, I64(0), b.sub(begins[1], begins[0]), I64(1), I64) as (turn, _):
-            for k in range(self.unrolled):
-                x = self._splat_of(b.add(b.mul(turn, I64(self.unrolled)), I64(k)))(self.x)
-                for i, begin in enumerate(begins[:-1]):
-                    slot = b.add(b.mul(b.add(begin, turn), I64(self.unrolled)), I64(k))
-                    value = self.load(b.gep(self.values, [b.mul(slot, I64(self.lanes))]), self.vector)
-                    self.multiplied(value, x, sums[k % 2 * self.together + i], careful)
+        sums = [[cgutils.alloca_once(b, self.vector) for _ in range(2)] for _ in range(together)]
+        for total in (total for both in sums for total in both):
+            b.store(self.zeros, total)
+        begins = [self.index(self.turns, b.add(rows, I64(i))) for i in range(together + 1)]
+
+        def columns(careful: bool) -> None:
+            with cgutils.for_range_slice(b, I64(0), b.sub(begins[1], begins[0]), I64(1), I64) as (turn, _):
+                for k in range(self.unrolled):
+                    x = self._splat_of(b.add(b.mul(turn, I64(self.unrolled)), I64(k)))(self.x)
+                    for both, begin in zip(sums, begins, strict=False):
+                        slot = b.add(b.mul(b.add(begin, turn), I64(self.unrolled)), I64(k))
+                        value = self.load(b.gep(self.values, [b.mul(slot, I64(self.lanes))]), self.vector)
+                        self.multiplied(value, x, both[k % 2], careful)
+
+        self.with_care(columns)
+        for i, both in enumerate(sums):
+            position = b.sub(b.add(rows, I64(i)), self.a["begin"])
+            target = b.gep(self.out, [b.mul(position, self.block)])
+            self.put([b.fadd(*map(b.load, both))], [target], None)
 
     def slots(self, turn: Any, first: Any) -> list[tuple[Any, Fetch]]:
         """Four columns; past the last one x is zero."""
