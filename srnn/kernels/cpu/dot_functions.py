@@ -44,9 +44,9 @@ def dot_source(form: str, lanes: int, values: str, wide: bool, tile: int) -> Cal
         wide: whether columns take 32 bits.
         tile: streams a time.
     """
-    which, kind, wide = _FORMS.index(form), _KINDS.index(values), int(wide)
+    which, kind, width = _FORMS.index(form), _KINDS.index(values), int(wide)
 
     def dot(matrix, begin, end, x, streams, careful, out):
-        _emit_dot(which, lanes, kind, wide, tile, matrix, begin, end, x, streams, careful, out)
+        _emit_dot(which, lanes, kind, width, tile, matrix, begin, end, x, streams, careful, out)
 
     return dot

@@ -198,6 +198,7 @@ class DenseProduct(_ElementProduct):
     """Multiplies all columns."""
 
     lanes, unrolled, parts_of_several = ROWS_OF_DENSE, SLOTS_OF_DENSE, 2
+
     def sets(self, first: Any, last: Any, many: Any) -> None:
         """Of one stream as many together as there are, up to four: they share what is fetched of x."""
         b = self.builder

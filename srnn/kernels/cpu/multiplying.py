@@ -5,13 +5,15 @@ All by addresses, those of a matrix's numbers included: views of an array count 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit, prange
 
 from srnn.kernels.cpu.shapes import ALIGNED, DOT_AT, GROUPS_OF_GATE, LANES_OF_GROUP, ROWS, WIDTH_OF_X, WINDOW
 from srnn.kernels.cpu.vector_code import add, allocate, call_dot, clear, copy, floats, integers_32, number, release
 
-COMPILED = {"nogil": True, "cache": True, "error_model": "numpy"}
+COMPILED: Any = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
 @njit(nogil=True, cache=True)
