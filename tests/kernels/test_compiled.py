@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from srnn.kernels.cpu import compiled, compiling
+from srnn.kernels.cpu import compiled, object_code
 from srnn.kernels.cpu.operands import Operand, product_call
 from srnn.sparse import SparseMatrix
 
@@ -19,9 +19,9 @@ DOT = ("dot", "rows", 1, "fp32", False, 1)
 def made(monkeypatch, tmp_path):
     """Nothing is loaded or kept yet; how often code was compiled."""
     compiled.address_of(*DOT)
-    code = compiling.object_code({DOT: "srnn_" + "_".join(map(str, DOT))})
+    code = object_code.made_object_code({DOT: "srnn_" + "_".join(map(str, DOT))})
     count = []
-    monkeypatch.setattr(compiling, "object_code", lambda symbols: count.append(symbols) or code)
+    monkeypatch.setattr(object_code, "made_object_code", lambda symbols: count.append(symbols) or code)
     monkeypatch.setattr(compiled, "_addresses", {})
     monkeypatch.setattr(compiled, "_folder", lambda: tmp_path / "code")
     return count
@@ -61,9 +61,9 @@ def test_a_kernel_that_needs_numba_when_it_runs_is_refused(monkeypatch):
     def allocates(count):
         return np.zeros(count).sum() > count
 
-    monkeypatch.setattr(compiling, "_source", lambda what, numba: (allocates, 1, numba.types.int64))
+    monkeypatch.setattr(object_code, "_source", lambda what, numba: (allocates, 1, numba.types.int64))
     with pytest.raises(RuntimeError, match=r"srnn_x: needs .*NRT"):
-        compiling.object_code({("x",): "srnn_x"})
+        object_code.made_object_code({("x",): "srnn_x"})
 
 
 def test_code_is_good_for_this_processor_and_these_versions(monkeypatch):

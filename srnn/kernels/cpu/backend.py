@@ -27,7 +27,7 @@ from srnn.kernels.contract import (
     Recurrence,
     State,
 )
-from srnn.kernels.cpu.compiled import Code, code_of, numbers
+from srnn.kernels.cpu.compiled import Compiled, code_of, numbers
 from srnn.kernels.cpu.keeping import where_it_can_be_kept
 from srnn.kernels.cpu.operands import Operand
 from srnn.kernels.cpu.shapes import NUMBERS_OF_MATRIX, ROWS, Array, chunk_size
@@ -41,7 +41,7 @@ MESSAGE = "srnn: making the CPU kernels ready; once on a machine they are compil
 NONE = np.zeros(NUMBERS_OF_MATRIX, np.int64)  # in place of a projection
 NOTHING = np.zeros((1, 0), np.float32)  # in place of an LSTM's cell state
 
-Plan = tuple[Code, int, Array]  # a compiled call, where the numbers that it takes are, and these
+Plan = tuple[Compiled, int, Array]  # a compiled call, where the numbers that it takes are, and these
 
 
 @register.kernel("cpu")

@@ -3,7 +3,7 @@
 numba translates the kernels; importing it, and having it read what it has compiled, takes longer than all else between
 ``import torch`` and the first step of a packed network. So what runs one stream on one thread uses nothing of numba's
 runtime, and is kept as object code of our own: one file for each function, processor and version. Where there is none,
-or none that is whole, it is compiled (``compiling``).
+or none that is whole, it is compiled (``object_code``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TOGETHER = dict.fromkeys(("run_product", "run_stack", "run_step"), ("run_product
 _addresses: dict[tuple[Any, ...], int] = {}
 _packing: dict[int, Callable[..., bytes]] = {}
 
-Code = Callable[[bytes], int]
+Compiled = Callable[[bytes], int]
 
 
 def numbers(*values: int) -> bytes:
@@ -43,7 +43,7 @@ def numbers(*values: int) -> bytes:
 
 
 @cache
-def code_of(name: str) -> Code:
+def code_of(name: str) -> Compiled:
     """A compiled function of the address of its arguments, which gives an int64: ``run_stack`` and the like."""
     return _CALL(address_of(name))
 
@@ -105,7 +105,7 @@ def _kept(path: Path) -> bytes | None:
 
 
 def _compile(symbols: dict[tuple[Any, ...], str], path: Path) -> bytes:
-    code: bytes = importlib.import_module("srnn.kernels.cpu.compiling").object_code(symbols)
+    code: bytes = importlib.import_module("srnn.kernels.cpu.object_code").made_object_code(symbols)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, hashlib.sha256(code).digest() + code)

@@ -23,6 +23,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
+from srnn.kernels.cpu.compiled import processor_features
 from srnn.kernels.cpu.shapes import (
     BASES_AT,
     COLUMNS_AT,
@@ -45,7 +46,6 @@ class _ElementProduct(VectorCode):
 
     lanes: int  # rows side by side
     unrolled: int  # slots of a turn of the loop
-    parts_of_several = 1  # sums of each of several streams
 
     def __init__(self, builder: Any, kind: str, wide: bool, tile: int, arguments: list[Any]) -> None:
         super().__init__(builder, kind, tile, arguments)
@@ -57,8 +57,12 @@ class _ElementProduct(VectorCode):
         self.scales = self.pointer(self.number(SCALES_AT), F32)
         self.block, self.width = self.number(LANES_OF_GROUP), self.number(WIDTH_OF_X)
         # One stream has a sum for each slot of a turn, several have fewer each, so that additions need not wait.
-        self.parts = self.unrolled if tile == 1 else self.parts_of_several
+        self.parts = self.unrolled if tile == 1 else self.parts_of_several()
         self.sums = [cgutils.alloca_once(builder, self.vector) for _ in range(self.parts * tile)]
+
+    def parts_of_several(self) -> int:
+        """Sums of each of several streams."""
+        return 1
 
     def emit(self) -> None:
         """Sets of rows side by side."""
@@ -197,15 +201,19 @@ class GatherProduct(_ElementProduct):
 class DenseProduct(_ElementProduct):
     """Multiplies all columns."""
 
-    lanes, unrolled, parts_of_several = ROWS_OF_DENSE, SLOTS_OF_DENSE, 2
+    lanes, unrolled = ROWS_OF_DENSE, SLOTS_OF_DENSE
+
+    def parts_of_several(self) -> int:
+        """Two, where sixteen numbers are one register and not two: more would not fit."""
+        return 2 if processor_features().get("avx512f") else 1
 
     def sets(self, first: Any, last: Any, many: Any) -> None:
-        """Of one stream as many together as there are, up to four: they share what is fetched of x."""
+        """Of one stream several together, which share what is fetched of x: as many as there are registers for."""
         b = self.builder
         if self.tile > 1:
             super().sets(first, last, many)
             return
-        for together in (4, 2, 1):
+        for together in (4, 2, 1) if processor_features().get("avx512f") else (2, 1):
             middle = b.sub(last, b.urem(b.sub(last, first), I64(together)))
             with cgutils.for_range_slice(b, first, middle, I64(together), I64) as (rows, _):
                 self._together(rows, together)

@@ -19,18 +19,13 @@ from srnn.kernels.cpu.vector_code import I64, V16, Lanes, by_sixteen, sixteen
 
 TANH, RELU, CLIPPED, GRU, LSTM = (CELLS.index(cell) for cell in ("tanh", "relu", "clipped_relu", "gru", "lstm"))
 
-# tanh(x) = x P(x^2) / Q(x^2) up to 9, where it is 1 in fp32; our own weighted least-squares fit, 4e-11 off before
+# tanh(x) = x A(x^2) / B(x^2) up to 9, where it is 1 in fp32; our own weighted least-squares fit, 4e-11 off before
 # rounding, 3.2e-7 in fp32.
 LARGEST = 9.0
-P = (
-    3.683663790665648e-11,
-    1.1132286914516953e-07,
-    4.2299179767724127e-05,
-    0.004426933825016022,
-    0.14099948108196259,
-    1,
-)
-Q = (2.956636269146884e-09, 2.6062236884172307e-06, 0.0005010237800888717, 0.029204538092017174, 0.4743328094482422, 1)
+ABOVE: tuple[float, ...] = (3.683663790665648e-11, 1.1132286914516953e-07, 4.2299179767724127e-05)
+ABOVE += (0.004426933825016022, 0.14099948108196259, 1.0)
+BELOW: tuple[float, ...] = (2.956636269146884e-09, 2.6062236884172307e-06, 0.0005010237800888717)
+BELOW += (0.029204538092017174, 0.4743328094482422, 1.0)
 
 
 class GateCode:
@@ -67,7 +62,7 @@ class GateCode:
         x = b.select(b.fcmp_ordered("<", x, smallest), smallest, x)
         square = b.fmul(x, x)
         sums = []
-        for numbers in (P, Q):
+        for numbers in (ABOVE, BELOW):
             total = sixteen(numbers[0])
             for number in numbers[1:]:
                 total = self.fma(total, square, sixteen(number))

@@ -11,7 +11,17 @@ import numpy as np
 from numba import njit, prange
 
 from srnn.kernels.cpu.shapes import ALIGNED, DOT_AT, GROUPS_OF_GATE, LANES_OF_GROUP, ROWS, WIDTH_OF_X, WINDOW
-from srnn.kernels.cpu.vector_code import add, allocate, call_dot, clear, copy, floats, integers_32, number, release
+from srnn.kernels.cpu.vector_code import (
+    add,
+    call_dot,
+    clear,
+    copy,
+    floats,
+    free_memory,
+    integers_32,
+    number,
+    take_memory,
+)
 
 COMPILED: Any = {"nogil": True, "cache": True, "error_model": "numpy"}
 
@@ -26,7 +36,7 @@ def zeros(rows, streams):
 
 
 @njit(**COMPILED)
-def aligned(address):
+def next_line(address):
     """The next address at which a cache line begins."""
     return (address + 63) // 64 * 64
 
@@ -90,8 +100,8 @@ def multiply_some(
     lanes, units = number(matrix, LANES_OF_GROUP), outputs // gates
     streams = (count + tile - 1) // tile * tile
     taken = streams * max(inputs, number(matrix, WIDTH_OF_X)) + ALIGNED
-    memory = allocate(4 * (taken + (chunk_size + lanes) * streams) + 64)
-    taken_at = aligned(memory)
+    memory = take_memory(4 * (taken + (chunk_size + lanes) * streams) + 64)
+    taken_at = next_line(memory)
     out_at = taken_at + 4 * taken
     careful = _take(matrix, inputs, x_at, count, streams, taken_at)
     for chunk in range(first_chunk, last_chunk):
@@ -100,7 +110,7 @@ def multiply_some(
         for gate in range(gates):
             products(matrix, gate, first, some, taken_at, streams, careful, out_at)
             _put(outputs, gate * units + first, some, lanes, count, streams, bias_at, out_at, y_at)
-    release(memory)
+    free_memory(memory)
 
 
 @njit(**COMPILED)
@@ -109,8 +119,8 @@ def multiply_one(matrix, gates, inputs, outputs, x_at, bias_at, y_at):
     width, lanes, per_gate = number(matrix, WIDTH_OF_X), number(matrix, LANES_OF_GROUP), number(matrix, GROUPS_OF_GATE)
     units, careful = outputs // gates, np.int64(0)
     whole = units == per_gate * lanes  # the product writes outputs where they belong
-    memory = allocate(4 * (width + ALIGNED + (0 if whole else gates * per_gate * lanes)) + 64)
-    taken_at = aligned(memory)
+    memory = take_memory(4 * (width + ALIGNED + (0 if whole else gates * per_gate * lanes)) + 64)
+    taken_at = next_line(memory)
     if width:
         copy(inputs, taken_at, x_at)
         clear(width - inputs, taken_at + 4 * inputs)
@@ -123,7 +133,7 @@ def multiply_one(matrix, gates, inputs, outputs, x_at, bias_at, y_at):
         for gate in range(gates):
             at = 4 * gate * units
             add(units, out_at + 4 * gate * per_gate * lanes, bias_at + at, y_at + at)
-    release(memory)
+    free_memory(memory)
 
 
 @njit(**COMPILED)

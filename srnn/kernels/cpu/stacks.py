@@ -10,7 +10,7 @@ from numba import njit
 
 from srnn.kernels.cpu.gate_loops import LSTM
 from srnn.kernels.cpu.loops import step_of_one
-from srnn.kernels.cpu.multiplying import COMPILED, aligned, multiply
+from srnn.kernels.cpu.multiplying import COMPILED, multiply, next_line
 from srnn.kernels.cpu.shapes import (
     ALIGNED,
     LANES_OF_GROUP,
@@ -20,7 +20,7 @@ from srnn.kernels.cpu.shapes import (
     NUMBERS_OF_STACK,
     WINDOW,
 )
-from srnn.kernels.cpu.vector_code import allocate, clear, copy, number, release
+from srnn.kernels.cpu.vector_code import clear, copy, free_memory, number, take_memory
 
 DONE, NO_MEMORY, NO_TOKEN = range(3)
 
@@ -70,10 +70,10 @@ def _layers(plan, steps, x_at, before, y_at, after):
     inputs, outputs = number(plan, 4), gates * units
     width = max(WINDOW, (units + ALIGNED - 1) // ALIGNED * ALIGNED)
     of_u, of_v = (steps * outputs + ALIGNED - 1) // ALIGNED * ALIGNED, gates * _widest(plan)
-    memory = allocate(4 * (2 * width + of_u + of_v) + 64)
+    memory = take_memory(4 * (2 * width + of_u + of_v) + 64)
     if memory == 0:
         return NO_MEMORY
-    old_at = aligned(memory)
+    old_at = next_line(memory)
     new_at, u_at = old_at + 4 * width, old_at + 8 * width
     v_at, source_at = u_at + 4 * of_u, x_at
     clear(2 * width, old_at)
@@ -95,7 +95,7 @@ def _layers(plan, steps, x_at, before, y_at, after):
             old_at, new_at = new_at, old_at
         copy(units, h_at, old_at)
         source_at, inputs = y_at, units
-    release(memory)
+    free_memory(memory)
     return DONE
 
 
@@ -132,11 +132,11 @@ def run_step(at):
         x_at = table_at + 4 * inputs * token
     if not decodes:
         return _layers(plan, 1, x_at, at + 8 * 6, y_at, at + 8 * 9)
-    memory = allocate(4 * units)
+    memory = take_memory(4 * units)
     if memory == 0:
         return NO_MEMORY
     done = _layers(plan, 1, x_at, at + 8 * 6, memory, at + 8 * 9)
     if done == DONE:
         _product(plan + 8 * of_stack, 1, memory, y_at)
-    release(memory)
+    free_memory(memory)
     return done

@@ -197,7 +197,7 @@ def number(typing, at, index):
 
 
 @intrinsic
-def allocate(typing, size):
+def take_memory(typing, size):
     """The address of ``size`` bytes, 0 if there are not so many: numba's arrays would need numba when they are run."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -209,8 +209,8 @@ def allocate(typing, size):
 
 
 @intrinsic
-def release(typing, address):
-    """Gives back what ``allocate`` gave."""
+def free_memory(typing, address):
+    """Gives back what ``take_memory`` gave."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer()])

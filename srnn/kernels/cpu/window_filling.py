@@ -6,7 +6,7 @@ from numba import njit
 
 from srnn.kernels.cpu.multiplying import COMPILED
 from srnn.kernels.cpu.shapes import ALIGNED, ROWS_OF_WINDOWS, SLOTS_OF_WINDOWS, WINDOW
-from srnn.kernels.cpu.vector_code import allocate, bytes_at, integers, integers_32, number, release
+from srnn.kernels.cpu.vector_code import bytes_at, free_memory, integers, integers_32, number, take_memory
 
 
 @njit(**COMPILED)
@@ -24,14 +24,14 @@ def fill_windows(at):
     rows, last = number(at, 3), number(at, 4)
     fills, groups = number(at, 6) != 0, rows // ROWS_OF_WINDOWS
     turns = integers_32(number(at, 5), groups + 1)
-    memory = allocate(16 * ROWS_OF_WINDOWS)
+    memory = take_memory(16 * ROWS_OF_WINDOWS)
     turns[0] = 0
     for group in range(groups):
         first = number(at, 2) + 8 * group * ROWS_OF_WINDOWS
         slot = turns[group] * SLOTS_OF_WINDOWS
         slot = _fill_group(number(at, 0), number(at, 1), first, last, memory, slot, fills, at + 8 * 6)
         turns[group + 1] = slot // SLOTS_OF_WINDOWS
-    release(memory)
+    free_memory(memory)
     return 0
 
 

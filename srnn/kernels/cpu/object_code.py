@@ -10,12 +10,12 @@ from srnn.importing import nothing_collected
 from srnn.kernels.cpu.compiled import processor_features, processor_name
 from srnn.kernels.cpu.keeping import where_it_can_be_kept
 
-_MODULES = {"run_product": "stacks", "run_stack": "stacks", "run_step": "stacks", "fill_windows": "windows"}
+_MODULES = {"run_product": "stacks", "run_stack": "stacks", "run_step": "stacks", "fill_windows": "window_filling"}
 # What a process has without numba: C's own library, and what LLVM calls in it.
 PROVIDED = {"malloc", "free", "memcpy", "memset", "memmove"}
 
 
-def object_code(symbols: Mapping[tuple[Any, ...], str]) -> bytes:
+def made_object_code(symbols: Mapping[tuple[Any, ...], str]) -> bytes:
     """Code that defines functions, and needs nothing but ``PROVIDED``.
 
     Args:
