@@ -50,6 +50,14 @@ def test_a_damaged_file_is_compiled_anew(damage, made, tmp_path):
     assert path.read_bytes() == whole
 
 
+def test_a_file_that_anyone_may_write_is_not_run(made, tmp_path):
+    assert right()
+    (path,) = (tmp_path / "code").glob("*.o")
+    path.chmod(0o666)
+    assert right()
+    assert len(made) == 2
+
+
 def test_where_it_cannot_be_kept_it_runs(made, tmp_path):
     (tmp_path / "code").write_text("no folder")
     assert right()

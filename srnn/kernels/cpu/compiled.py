@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import logging
 import os
+import stat
 import struct
 import threading
 from collections.abc import Callable
@@ -95,10 +96,13 @@ def _folder() -> Path:
 
 
 def _kept(path: Path) -> bytes | None:
-    """Object code, if the file is whole."""
+    """Object code, if the file is whole, and nobody else can have written it."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            about, data = os.fstat(file.fileno()), file.read()
     except OSError:
+        return None
+    if hasattr(os, "getuid") and (about.st_uid not in (0, os.getuid()) or about.st_mode & stat.S_IWOTH):
         return None
     digest, code = data[:_DIGEST], data[_DIGEST:]
     return code if hashlib.sha256(code).digest() == digest else None
