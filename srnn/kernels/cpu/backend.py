@@ -100,7 +100,7 @@ class _Product:
 
     def __init__(self, matrix: SparseMatrix, bias: Tensor | None) -> None:
         self.operand, self.bias = Operand(matrix), _vector(bias, matrix.shape[0])
-        self.entries, self.outputs = matrix.entries, matrix.shape[0]
+        self.outputs = matrix.shape[0]
         self._plans: dict[int, Plan] = {}
 
     def __call__(self, x_NI: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class _Product:
     def shaped(self, x: Tensor, rows: int, shape: tuple[int, ...]) -> Tensor:
         """The product with so many rows, however x is shaped; y gets this shape."""
         some = min(rows, ROWS)
-        if _threads(self.entries * some) > 1:
+        if _threads(self.operand.work(rows) * some) > 1:
             return self._on_threads(x.reshape(rows, -1)).view(shape)
         x, y = _plain(x), torch.empty(shape)
         call, at, _ = self._plans.get(some) or self.plan(some)
@@ -118,7 +118,7 @@ class _Product:
 
     def _on_threads(self, x_NI: Tensor) -> Tensor:
         matrix, rows = self.operand.matrix, x_NI.shape[0]
-        threads = _threads(self.entries * min(rows, ROWS))
+        threads = _threads(self.operand.work(rows) * min(rows, ROWS))
         y = np.empty((rows, matrix.shape[0]), np.float32)
         with _announced("multiply", True, self.operand.kind, rows > 1):
             code, form = _compiled_code("multiplying"), self.operand.form(rows)
@@ -158,7 +158,7 @@ class _Recurrence(Recurrence):
 
     def __call__(self, u_NG: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         streams, outputs = state[0].shape
-        threads = _threads(self.operand.matrix.entries * streams)
+        threads = _threads(self.operand.work(len(batch_sizes)) * streams)
         y_NP = np.empty((u_NG.shape[0], outputs), np.float32)
         project, matrix = self.project, self.operand
         with _announced("recur", threads > 1, matrix.kind, project and project.kind, streams > 1):
@@ -196,7 +196,7 @@ class _Layer(ComposedLayer):
     recurrence: _Recurrence
 
     def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
-        if x_NI.shape[0] != 1 or not self.can_step or _threads(self.work) > 1:
+        if x_NI.shape[0] != 1 or not self.can_step or _threads(self.work(1)) > 1:
             return super().run(x_NI, batch_sizes, state)
         return self._alone.run(x_NI, batch_sizes, state)
 
@@ -205,10 +205,9 @@ class _Layer(ComposedLayer):
         """Whether the compiled calls of one stream can run it."""
         return self.recurrence.project is None and self.recurrence.new_bias.size > 0
 
-    @cached_property
-    def work(self) -> int:
-        """Entries of its larger matrix."""
-        return max(self.product.operand.matrix.entries, self.recurrence.operand.matrix.entries)
+    def work(self, steps: int) -> int:
+        """Of its larger matrix."""
+        return max(self.product.operand.work(steps), self.recurrence.operand.work(steps))
 
     @cached_property
     def _alone(self) -> _Stack:
@@ -222,19 +221,19 @@ class _Stack(Layer):
         self.layers, first = layers, layers[0]
         self.lstm, self.units = first.recurrence.cell == "lstm", len(first.recurrence.new_bias)
         self.inputs = first.product.operand.matrix.shape[1]
-        self.work = max(layer.work for layer in layers)
+        self.work = {alone: max(layer.work(1 if alone else 2) for layer in layers) for alone in (False, True)}
         self._plans: dict[int, Plan] = {}
 
     def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         """Of a sequence [T, I] and states [L, 1, H]."""
         steps = x_NI.shape[0]
-        if not steps or _threads(self.work) > 1:
+        if not steps or _threads(self.work[steps == 1]) > 1:
             return self._one_after_the_other(x_NI, batch_sizes, state)
         return self._shaped(x_NI, steps, (steps, self.units), state)
 
     def run_one(self, x: Tensor, steps: int, state: State) -> tuple[Tensor, State]:
         """Of one stream, however it is shaped."""
-        if _threads(self.work) > 1:
+        if _threads(self.work[steps == 1]) > 1:
             return super().run_one(x, steps, state)
         return self._shaped(x, steps, (x.shape[0], x.shape[1], self.units), state)
 
@@ -281,7 +280,7 @@ class _NetworkStep:
     def __init__(self, table: Tensor | None, stack: _Stack, decoder: _Product | None) -> None:
         self.stack, self.decoder, self.lstm = stack, decoder, stack.lstm
         matrix = None if decoder is None else decoder.operand.matrix
-        self.work = max(stack.work, 0 if matrix is None else matrix.entries)
+        self.work = max(stack.work[True], 0 if decoder is None else decoder.operand.work(1))
         self.outputs = stack.units if matrix is None else matrix.shape[0]
         self.state = (len(stack.layers), 1, stack.units)
         self.kind = torch.float32 if table is None else torch.int64
