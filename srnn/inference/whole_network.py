@@ -78,7 +78,7 @@ def choose_for_network(network: nn.Module, example: Any) -> list[Choice]:
                 kept.append({"what": what, "use": use, "uses": {name: sorted(some) for name, some in uses.items()}})
                 # Of sequences only: a step may cost a candidate more than it does within a sequence.
                 lost = decision.lost if device.type == "cpu" and lengths[0] > 1 else set()
-                warm = decision.warm if device.type == "cpu" else set()
+                warm = decision.warm if device.type == "cpu" and lengths[0] > 1 else set()  # steps compile less
     if kept and given is not None and not busy():
         remember(decision.key, uses_of, {"classes": kept})
     return found

@@ -298,7 +298,7 @@ def test_examples_are_what_networks_read():
 
 @pytest.mark.parametrize("of_decoder", ["cpu", TORCH])
 def test_choosing_for_a_large_network_takes_few_passes_of_it(of_decoder, monkeypatch):
-    """A dense call of 100 steps takes a second: all of them together, of all backends, no more than 12 of these."""
+    """A dense call of 100 steps takes three seconds: all calls together, of all backends, no more than 12 of these."""
     passed, calls_of, made = [0.0], [], whole_network.ExampleCalls
 
     def timed(call, device):
@@ -309,7 +309,7 @@ def test_choosing_for_a_large_network_takes_few_passes_of_it(of_decoder, monkeyp
                 backend = calls_of[-1].parts[name].decided[use]
                 factor = {"cpu": 0.7, "onednn": 1.2, "csr": 2.5}.get(backend, 1.0)
                 factor = 1.5 if backend == "cpu" and (name, of_decoder) == ("decoder", TORCH) else factor
-                seconds += factor * steps / 300  # three parts
+                seconds += factor * steps / 100  # of each of three parts
         passed[0] += seconds
         return seconds
 
@@ -319,4 +319,4 @@ def test_choosing_for_a_large_network_takes_few_passes_of_it(of_decoder, monkeyp
     monkeypatch.setattr(whole_network.time, "monotonic", lambda: passed[0])
     sparse = srnn.sparsify(pruned(Tagger()), example=torch.randn(50, 1, 12))
     assert decisions(sparse) == {"first": ["cpu"] * 3, "second": ["cpu"] * 3, "decoder": [of_decoder] * 3}
-    assert passed[0] < 12, passed
+    assert passed[0] < 12 * 3
