@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from srnn.cells import Cell, cell_of
 from srnn.inference.base import TORCH, SparseModule, Weights, marks_of, no_grad, refuse_tracing, without_gradient
 from srnn.inference.one_call import OneCall
+from srnn.inference.usual_calls import UsualSequences
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, State, equal_lengths
 from srnn.kernels.replay import Recordable, ReplayedLayer, Replays
 
@@ -67,6 +68,10 @@ class SparseRecurrent(SparseModule):
         Raises:
             RuntimeError: shapes do not fit; also backward through the outputs.
         """
+        usual = self._ready.get("usual")
+        done = None if usual is None else usual(input, hx)
+        if done is not None:
+            return done
         refuse_tracing()
         if type(input) is Tensor and input.is_cpu:  # nothing is replayed there, and a small network feels each question
             return self._plain(input, hx)
@@ -206,6 +211,8 @@ class SparseRecurrent(SparseModule):
         stack = self._stack(input, name) if streams == 1 else None
         if stack is None:
             return None
+        if input.is_cpu:
+            UsualSequences.keep(self, steps, stack)
         begin = self._state(hx, 1, input)
         y, after = stack.run(self._rows(input, steps), equal_lengths(steps, 1), begin)
         y = without_gradient(y, input, *begin).view(*input.shape[:2], self.hidden_size)
