@@ -1,12 +1,16 @@
 """Calls on a GPU as CUDA graphs: what a call launches is recorded at the second call of a shape, then replayed.
 
 Launching kernels one by one takes longer than many of them run. A graph launches all of them at once, but reads and
-writes memory of its own: inputs are copied in and outputs out, so that those of earlier calls stay as they were.
+writes memory of its own: inputs are copied in and outputs out, so that those of earlier calls stay as they were. Where
+Triton is there, that happens within the graph.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import logging
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -29,7 +33,16 @@ _SEEN = 64  # shapes that are remembered until they come again
 
 TensorCall = Callable[[list[Tensor]], list[Tensor]]  # a call as a function of tensors
 _recording = threading.Lock()  # recording waits for the whole device, which no other recording may meet
-_thread = threading.local()
+
+
+class _Thread(threading.local):
+    """Of each thread: whether a recording is being made in it, and whether none is to be."""
+
+    recording = False
+    recording_is_off = False
+
+
+_thread = _Thread()
 
 
 @contextmanager
@@ -45,7 +58,7 @@ def nothing_recorded() -> Iterator[None]:
 @contextmanager
 def _set(name: str) -> Iterator[None]:
     """A flag of this thread."""
-    before = getattr(_thread, name, False)
+    before = getattr(_thread, name)
     setattr(_thread, name, True)
     try:
         yield
@@ -72,36 +85,53 @@ class _Recording:
 
     Attributes:
         about: what was known before.
+        handing: what hands inputs and outputs over within the graph; None leaves it to torch.
         last: the call that used it last.
-        streams: those it has run on.
+        streams: the addresses of those it has run on.
     """
 
     graph: Any
     inputs: list[Tensor]
     outputs: list[Tensor]
     about: Recordable = field(default_factory=lambda: Recordable(0))
+    handing: Any = None
     last: int = 0
-    streams: set[Any] = field(default_factory=set)
+    streams: set[int] = field(default_factory=set)
 
     @property
     def own(self) -> int:
         """Bytes that nothing else may use."""
         return sum(part.nbytes for part in (*self.inputs, *self.outputs))
 
-    def replay(self, given: list[Tensor], stream: Any) -> list[Tensor]:
+    def replay(self, given: list[Tensor], stream: Any, raw_stream: int) -> list[Tensor]:
         """Copies of the outputs for these inputs, on this stream, which is the current one."""
-        if stream not in self.streams:
-            self.streams.add(stream)
-            for part in self.inputs:  # not to be handed on before this stream is done with them
+        if raw_stream not in self.streams:
+            self.streams.add(raw_stream)
+            # Not to be handed on before this stream is done with them.
+            for part in (*self.inputs, *(() if self.handing is None else self.handing.tensors)):
                 part.record_stream(stream)
+        copies = [torch.empty_like(part) for part in self.outputs]
+        if self.handing is not None:
+            given = [part if _lies_well(part) else part.clone(memory_format=torch.contiguous_format) for part in given]
+            self.handing.next_call(given, copies, stream)
+            self.graph.replay()
+            return copies
         if len(given) == 1:
             self.inputs[0].copy_(given[0])
         else:
             torch._foreach_copy_(self.inputs, given)  # one launch
         self.graph.replay()
-        copies = [torch.empty_like(part) for part in self.outputs]
         torch._foreach_copy_(copies, self.outputs)
         return copies
+
+
+def _lies_well(part: Tensor) -> bool:
+    return part.is_contiguous() and part.data_ptr() % 8 == 0
+
+
+@functools.cache
+def _can_hand_over() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class Replays:
@@ -135,15 +165,14 @@ class Replays:
         Raises:
             RuntimeError: an earlier replay failed.
         """
-        inside = getattr(_thread, "recording", False)
-        if inside or torch.cuda.is_current_stream_capturing() or torch.is_autocast_enabled("cuda"):
+        if _thread.recording or torch.cuda.is_current_stream_capturing() or torch.is_autocast_enabled("cuda"):
             return None
         key = (kind, *[(part.shape, part.dtype, part.get_device()) for part in given])
         with self._lock:
             self._calls += 1
             one = self.recorded.get(key)
             if one is None:
-                if not self._is_second(key) or getattr(_thread, "recording_is_off", False):
+                if not self._is_second(key) or _thread.recording_is_off:
                     return None
                 one = self._recorded_now(key, given, run, about())
                 if one is None:
@@ -155,12 +184,13 @@ class Replays:
 
     def _replay(self, one: _Recording, given: list[Tensor]) -> list[Tensor]:
         device = given[0].get_device()
-        if raw_stream(device) != self._raw_stream:
+        raw = raw_stream(device)
+        if raw != self._raw_stream:
             stream = torch.cuda.current_stream(device)
             if self._stream is not None:
                 stream.wait_event(self._done)
-            self._stream, self._raw_stream = stream, raw_stream(device)
-        outputs = one.replay(given, self._stream)
+            self._stream, self._raw_stream = stream, raw
+        outputs = one.replay(given, self._stream, raw)
         self._done.record(self._stream)
         return outputs
 
@@ -203,8 +233,19 @@ class Replays:
             oldest = min(self.recorded, key=lambda key: self.recorded[key].last, default=None)
             if oldest is None or self._calls - self.recorded[oldest].last <= RESTING:
                 return False
-            del self.recorded[oldest]
+            self._retire(self.recorded.pop(oldest))
         return True
+
+    def _retire(self, one: _Recording) -> None:
+        if one.handing is not None and self._done is not None:
+            one.handing.retire(self._done)
+
+    def __del__(self) -> None:
+        """A graph may be running still."""
+        if sys.is_finalizing():
+            return
+        for one in self.recorded.values():
+            self._retire(one)
 
     def _taken(self, memory: int) -> int:
         """Bytes of all recordings with one more: they share what they use only while they run."""
@@ -240,7 +281,8 @@ def record(run: TensorCall, given: list[Tensor], pool: Any, stream: Any) -> _Rec
         torch.cuda.stream(torch.cuda.current_stream(device)),
     ):
         inputs = [torch.zeros(part.shape, dtype=part.dtype, device=device) for part in given]
-        run(inputs)  # what is made or compiled at a first call is not to be recorded
+        like = run(inputs)  # what is made or compiled at a first call is not to be recorded
+        handing = _handing(inputs, like)
         graph = torch.cuda.CUDAGraph()
         # cuBLAS keeps its workspaces for good: one that was made before would be shared with other graphs, which may
         # run at the same time, and one that was made inside would keep the graph's memory.
@@ -248,10 +290,25 @@ def record(run: TensorCall, given: list[Tensor], pool: Any, stream: Any) -> _Rec
         try:
             # Other threads may go on allocating memory.
             with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                if handing is not None:
+                    handing.take()
                 outputs = run(inputs)
+                if handing is not None:
+                    handing.give()
         finally:
             torch._C._cuda_clearCublasWorkspaces()
-    return _Recording(graph, inputs, outputs)
+        if handing is not None:
+            handing.recorded(inputs, outputs)
+    return _Recording(graph, inputs, outputs, handing=handing)
+
+
+def _handing(inputs: list[Tensor], outputs: list[Tensor]) -> Any:
+    """What hands these over within a graph; None where that cannot be."""
+    if not _can_hand_over():
+        return None
+    from srnn.kernels.triton.handing import Handing  # here, because Triton may be missing
+
+    return Handing(inputs, outputs) if Handing.takes(inputs, outputs) else None
 
 
 class ReplayedLayer(Layer):
