@@ -53,6 +53,11 @@ def hand_over(
         tl.store(turns + 1 - OUT, turn + OUT)
 
 
+def _word_of(parts: Sequence[Tensor]) -> int:
+    """Bytes of the longest word that all of them begin at and consist of."""
+    return math.gcd(8, *(part.nbytes for part in parts), *(part.data_ptr() for part in parts))
+
+
 class Handing:
     """What a graph needs to take its inputs from callers and to give them outputs.
 
@@ -70,7 +75,7 @@ class Handing:
         self._table = torch.zeros(CALLS, PARTS, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._rows = self._table.numpy()
         self._counts = len(inputs), len(outputs)
-        self._sizes = tuple(math.gcd(8, *(part.nbytes for part in several)) for several in (inputs, outputs))
+        self._sizes = _word_of(inputs), _word_of(outputs)
         self._own, self._words, self._turns = (
             torch.zeros(n, dtype=torch.int64, device=device) for n in (PARTS, PARTS, 2)
         )
