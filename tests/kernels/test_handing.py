@@ -15,6 +15,7 @@ def test_each_call_has_its_own(kind, monkeypatch):
     from srnn.kernels.triton.handing import Handing
 
     monkeypatch.setattr(handing, "CALLS", 4)
+    monkeypatch.setattr(handing, "_PROGRAMS", 2)
     stream = torch.cuda.current_stream() if DEVICE.type == "cuda" else None
 
     def numbers(*shape):
