@@ -5,11 +5,11 @@ To read all of it takes 2 to 4 % of a training step that is replayed from a CUDA
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from srnn.pruning.masking import GpuMasking, Masked
 
@@ -22,8 +22,8 @@ class WatchedMasks:
     gradients are not masked, or where an optimiser mixes elements. So all is masked when masks have changed; and
     looked through at the steps after, zeroing what is found, until one look is known to have found nothing. The device
     says so in its own time, and nobody waits for it. From then on one parameter a step is looked through, in turn, and
-    all of them where weights were written more or fewer times than at the step before, as by someone who sets weights.
-    Once anything was found, all is masked at each step, for good.
+    all of them where weights or gradients were written more or fewer times than at the step before: by someone who sets
+    weights, or a loop that begins to add noise. Once anything was found, all is masked at each step, for good.
 
     Attributes:
         leaks: whether something was found.
@@ -39,7 +39,8 @@ class WatchedMasks:
         self._looking: GpuMasking | None = None
         self._flag: Any = None  # what the device writes and the host reads
         self._looked: Any = None  # an event: the first look since masks changed is over
-        self._turn = self._written = self._writes = 0
+        self._turn = 0
+        self._weights, self._gradients = _Writes(), _Writes()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"leaks": self.leaks}  # addresses and events are no good elsewhere
@@ -55,9 +56,8 @@ class WatchedMasks:
     def due(self, parameters: Mapping[str, nn.Parameter]) -> Sequence[str]:
         """The names of those to be masked after this step; of those on a CPU all."""
         names = list(parameters)
-        written = sum([parameter._version for parameter in parameters.values()])
-        writes, self._written = written - self._written, written
-        as_usual, self._writes = writes == self._writes, writes
+        as_usual = self._weights.are_as_usual(parameters.values())
+        as_usual &= self._gradients.are_as_usual(parameter.grad for parameter in parameters.values())
         looked = self._has_looked()
         if self._flag is not None and self._flag[0]:  # after that question: a look that is over has told
             self.leaks = True
@@ -85,6 +85,20 @@ class WatchedMasks:
             self.leaks = True  # some of it cannot be told
         elif self._looked is None:
             self._looked = _now({mask.device for mask, _ in masked})
+
+
+class _Writes:
+    """How often tensors are written in a step, by torch's own count, which starts anew with a new tensor."""
+
+    def __init__(self) -> None:
+        self._count = self._each = 0
+
+    def are_as_usual(self, tensors: Iterable[Tensor | None]) -> bool:
+        """Whether the count has grown by as much as the last time; by nothing, where each step has new tensors."""
+        count = sum([tensor._version for tensor in tensors if tensor is not None])
+        each, self._count = count - self._count, count
+        usual, self._each = each == self._each, each
+        return usual
 
 
 def _now(devices: set[Any]) -> Any:

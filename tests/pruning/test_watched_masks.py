@@ -40,9 +40,11 @@ def steps(monkeypatch):
     parameters = {name: SimpleNamespace(_version=0, is_cuda=name != "cpu") for name in ("a", "b", "cpu")}
     watched = WatchedMasks()
 
-    def step(writes=1):
+    def step(writes=1, clips=1, kept=False):
         for parameter in parameters.values():
             parameter._version += writes
+            before = parameter.grad._version if kept else 0
+            parameter.grad = SimpleNamespace(_version=before + clips)
         FakeGpu.masked = []
         due = watched.due(parameters)
         assert "cpu" in due
@@ -78,6 +80,19 @@ def test_weights_that_others_write_are_looked_through_at_once(steps):
     assert steps() == ("look", ["a", "b"])
     assert len(steps()[1]) < 2
     assert not steps.watched.leaks
+
+
+def test_a_loop_that_begins_to_write_to_gradients_is_looked_through_at_once(steps):
+    """Also where they keep their memory, in which torch goes on counting."""
+    for _ in range(5):
+        steps()
+    assert len(steps()[1]) < 2
+    assert [steps(clips=2) for _ in range(2)] == [("look", ["a", "b"])] * 2
+    assert len(steps(clips=2)[1]) < 2
+    for _ in range(4):
+        steps(clips=2, kept=True)
+    assert len(steps(clips=2, kept=True)[1]) < 2
+    assert steps(clips=3, kept=True) == ("look", ["a", "b"])
 
 
 @pytest.mark.parametrize("since", [1, 6])
