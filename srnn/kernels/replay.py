@@ -113,8 +113,7 @@ class _Recording:
         copies = [torch.empty_like(part) for part in self.outputs]
         if self.handing is not None:
             given = [part if _lies_well(part) else part.clone(memory_format=torch.contiguous_format) for part in given]
-            self.handing.next_call(given, copies, stream)
-            self.graph.replay()
+            self.handing.call(given, copies, stream, self.graph.replay)
             return copies
         if len(given) == 1:
             self.inputs[0].copy_(given[0])

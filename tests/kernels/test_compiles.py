@@ -149,3 +149,27 @@ def test_a_step_of_training_compiles(cell, dtype, products):
     backward = {"dy": arrays.dy, "dh": arrays.dh, "carry": arrays.carry, "y": arrays.h, "c_next": arrays.c}
     backward |= {"du": arrays.u, "dv": arrays.dv, "APART": arrays.dv is not arrays.u}
     compiled(recurring_kernel.step_backward, shared | backward)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_handing_over_compiles(size):
+    from srnn.kernels.triton import handing
+
+    numbers = torch.zeros(8, dtype=torch.int64)
+    for out in (0, 1):
+        given = {"own": numbers, "words": numbers, "table": numbers, "turns": numbers, "FIRST": 2 * out, "OUT": out}
+        given |= {"WORD": handing._INTEGERS[size], "CALLS": 1024, "PARTS": 8, "BLOCK": 1024}
+        made = compiled(handing.hand_over, given | {"num_warps": 4, "launch_cooperative_grid": False})
+        assert made.asm["ptx"].count(f"st.global.b{8 * size}") >= 1
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("look", [0, 1, 2])
+def test_masking_compiles(size, look):
+    from srnn.pruning import masking_kernel
+
+    numbers, small = torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int32)
+    given = {"tables": numbers, "owners": small, "firsts": small, "BITS": masking_kernel._INTEGERS[size], "COUNT": 3}
+    given |= {"LOOK": look, "BLOCK": masking_kernel.BLOCK, "num_warps": 4, "launch_cooperative_grid": False}
+    made = compiled(masking_kernel.zero_where_pruned, given)
+    assert ("tt.reduce" in made.asm["ttir"]) == (look == 2), "only what tells counts"

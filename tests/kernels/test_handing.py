@@ -10,7 +10,7 @@ from tests.kernels.triton_cases import DEVICE, here
 @here
 @pytest.mark.parametrize("kind", [torch.float16, torch.float32, torch.int8])
 def test_each_call_has_its_own(kind, monkeypatch):
-    """More calls than rows, of which those that are not awaited keep their addresses; sizes that fill no word."""
+    """More calls than rows, of which none is awaited, and some are interrupted; sizes that fill no word."""
     from srnn.kernels.triton import handing
     from srnn.kernels.triton.handing import Handing
 
@@ -28,18 +28,26 @@ def test_each_call_has_its_own(kind, monkeypatch):
     assert not Handing.takes(inputs, [numbers(0)])
     hands = Handing(inputs, outputs)
     hands.recorded(inputs, outputs)
-    calls = []
-    for _ in range(11):
-        given, got = (
-            [torch.randn_like(part.float()).to(kind) for part in inputs],
-            [torch.empty_like(p) for p in outputs],
-        )
-        hands.next_call(given, got, stream)
+
+    def graph():
         hands.take()
         outputs[0].copy_(inputs[0] + 1)
         outputs[1].copy_(inputs[1] * 2)
         outputs[2].copy_(outputs[2] + 1)
         hands.give()
+
+    def interrupted(before):
+        if not before:
+            graph()
+        raise KeyboardInterrupt
+
+    calls = []
+    for turn in range(11):
+        given, got = [numbers(*part.shape) for part in inputs], [torch.empty_like(part) for part in outputs]
+        if turn in (3, 6):
+            with pytest.raises(KeyboardInterrupt):
+                hands.call(given, got, stream, lambda turn=turn: interrupted(turn == 3))
+        hands.call(given, got, stream, graph)
         calls.append((given, got, outputs[2].clone()))
     for given, got, last in calls:
         assert got[0].equal(given[0] + 1)

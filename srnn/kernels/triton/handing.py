@@ -7,7 +7,7 @@ into a row of a table that the device reads, the rows in turn, and the device co
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class Handing:
             torch.zeros(n, dtype=torch.int64, device=device) for n in (PARTS, PARTS, 2)
         )
         self.tensors = self._own, self._words, self._turns
-        self._turn = 0
+        self._turn, self._unsure = 0, False
         self._over: Any = None  # an event: the calls before the last half of the table are
         for out in (0, 1):  # what is compiled at a first launch is not to be recorded; nothing has a size yet
             self._launch(out)
@@ -118,13 +118,20 @@ class Handing:
         if self._own.is_cuda:
             torch.cuda.current_stream(self._own.device).synchronize()
 
-    def next_call(self, given: Sequence[Tensor], outputs: Sequence[Tensor], stream: Any) -> None:
-        """Write the addresses of the call that is launched next, on this stream."""
+    def call(self, given: Sequence[Tensor], outputs: Sequence[Tensor], stream: Any, launch: Callable[[], None]) -> None:
+        """Launch the graph for these inputs and outputs, on this stream, which is the current one."""
+        if self._unsure:  # somebody interrupted this: it may have launched
+            if self._turns.is_cuda:
+                torch.cuda.synchronize(self._turns.device)
+            self._turn = int(self._turns[0])
         if self._turn % (CALLS // 2) == 0:
             self._wait_for_half(stream)
         addresses = [part.data_ptr() for part in (*given, *outputs)]
         self._rows[self._turn % CALLS, : len(addresses)] = addresses
+        self._unsure = True
+        launch()
         self._turn += 1
+        self._unsure = False
 
     def _wait_for_half(self, stream: Any) -> None:
         """Until the rows that are written next have been read, by the calls of the turn before."""
