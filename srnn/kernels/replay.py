@@ -1,16 +1,13 @@
 """Calls on a GPU as CUDA graphs: what a call launches is recorded at the second call of a shape, then replayed.
 
 Launching kernels one by one takes longer than many of them run. A graph launches all of them at once, but reads and
-writes memory of its own: inputs are copied in and outputs out, so that those of earlier calls stay as they were. Where
-Triton is there, that happens within the graph.
+writes memory of its own: inputs are copied in and outputs out, so that those of earlier calls stay as they were. To
+copy within the graph, by addresses in a table of the host's, took longer: reading it over PCIe alone 0.25 to 0.5 ms.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import logging
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -85,7 +82,6 @@ class _Recording:
 
     Attributes:
         about: what was known before.
-        handing: what hands inputs and outputs over within the graph; None leaves it to torch.
         last: the call that used it last.
         streams: the addresses of those it has run on.
     """
@@ -94,7 +90,6 @@ class _Recording:
     inputs: list[Tensor]
     outputs: list[Tensor]
     about: Recordable = field(default_factory=lambda: Recordable(0))
-    handing: Any = None
     last: int = 0
     streams: set[int] = field(default_factory=set)
 
@@ -107,30 +102,16 @@ class _Recording:
         """Copies of the outputs for these inputs, on this stream, which is the current one."""
         if raw_stream not in self.streams:
             self.streams.add(raw_stream)
-            # Not to be handed on before this stream is done with them.
-            for part in (*self.inputs, *(() if self.handing is None else self.handing.tensors)):
+            for part in self.inputs:  # not to be handed on before this stream is done with them
                 part.record_stream(stream)
-        copies = [torch.empty_like(part) for part in self.outputs]
-        if self.handing is not None:
-            given = [part if _lies_well(part) else part.clone(memory_format=torch.contiguous_format) for part in given]
-            self.handing.call(given, copies, stream, self.graph.replay)
-            return copies
         if len(given) == 1:
             self.inputs[0].copy_(given[0])
         else:
             torch._foreach_copy_(self.inputs, given)  # one launch
         self.graph.replay()
+        copies = [torch.empty_like(part) for part in self.outputs]
         torch._foreach_copy_(copies, self.outputs)
         return copies
-
-
-def _lies_well(part: Tensor) -> bool:
-    return part.is_contiguous() and part.data_ptr() % 8 == 0
-
-
-@functools.cache
-def _can_hand_over() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 class Replays:
@@ -232,19 +213,8 @@ class Replays:
             oldest = min(self.recorded, key=lambda key: self.recorded[key].last, default=None)
             if oldest is None or self._calls - self.recorded[oldest].last <= RESTING:
                 return False
-            self._retire(self.recorded.pop(oldest))
+            del self.recorded[oldest]
         return True
-
-    def _retire(self, one: _Recording) -> None:
-        if one.handing is not None and self._done is not None:
-            one.handing.retire(self._done)
-
-    def __del__(self) -> None:
-        """A graph may be running still."""
-        if sys.is_finalizing():
-            return
-        for one in self.recorded.values():
-            self._retire(one)
 
     def _taken(self, memory: int) -> int:
         """Bytes of all recordings with one more: they share what they use only while they run."""
@@ -280,8 +250,7 @@ def record(run: TensorCall, given: list[Tensor], pool: Any, stream: Any) -> _Rec
         torch.cuda.stream(torch.cuda.current_stream(device)),
     ):
         inputs = [torch.zeros(part.shape, dtype=part.dtype, device=device) for part in given]
-        like = run(inputs)  # what is made or compiled at a first call is not to be recorded
-        handing = _handing(inputs, like)
+        run(inputs)  # what is made or compiled at a first call is not to be recorded
         graph = torch.cuda.CUDAGraph()
         # cuBLAS keeps its workspaces for good: one that was made before would be shared with other graphs, which may
         # run at the same time, and one that was made inside would keep the graph's memory.
@@ -289,25 +258,10 @@ def record(run: TensorCall, given: list[Tensor], pool: Any, stream: Any) -> _Rec
         try:
             # Other threads may go on allocating memory.
             with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-                if handing is not None:
-                    handing.take()
                 outputs = run(inputs)
-                if handing is not None:
-                    handing.give()
         finally:
             torch._C._cuda_clearCublasWorkspaces()
-        if handing is not None:
-            handing.recorded(inputs, outputs)
-    return _Recording(graph, inputs, outputs, handing=handing)
-
-
-def _handing(inputs: list[Tensor], outputs: list[Tensor]) -> Any:
-    """What hands these over within a graph; None where that cannot be."""
-    if not _can_hand_over():
-        return None
-    from srnn.kernels.triton.handing import Handing  # here, because Triton may be missing
-
-    return Handing(inputs, outputs) if Handing.takes(inputs, outputs) else None
+    return _Recording(graph, inputs, outputs)
 
 
 class ReplayedLayer(Layer):

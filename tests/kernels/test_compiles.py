@@ -151,18 +151,6 @@ def test_a_step_of_training_compiles(cell, dtype, products):
     compiled(recurring_kernel.step_backward, shared | backward)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_handing_over_compiles(size):
-    from srnn.kernels.triton import handing
-
-    numbers = torch.zeros(8, dtype=torch.int64)
-    for out in (0, 1):
-        given = {"own": numbers, "words": numbers, "table": numbers, "turns": numbers, "FIRST": 2 * out, "OUT": out}
-        given |= {"WORD": handing._INTEGERS[size], "CALLS": 1024, "PARTS": 8, "BLOCK": 1024}
-        made = compiled(handing.hand_over, given | {"num_warps": 4, "launch_cooperative_grid": False})
-        assert made.asm["ptx"].count(f"st.global.b{8 * size}") >= 1
-
-
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("look", [0, 1, 2])
 def test_masking_compiles(size, look):

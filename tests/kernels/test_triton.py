@@ -23,8 +23,7 @@ FILES = [
 FILES += [Path(__file__).parents[1] / name for name in ("pruning/test_masking.py", "models/test_recurring.py")]
 
 
-QUICK = "test_each_call_has_its_own or test_what_is_found or "
-QUICK += "test_a_matrix_of_zeros or test_an_odd_number_of_groups_in_pairs or test_recurring"
+QUICK = "test_what_is_found or test_a_matrix_of_zeros or test_an_odd_number_of_groups_in_pairs or test_recurring"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
