@@ -12,14 +12,14 @@ import itertools
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from srnn.audio import RATE, FeatureKind, Features, Normalising, audio_seconds, frames_of, read_audio
+from srnn.audio import RATE, FeatureKind, Features, Normalising, audio_seconds, frames_of, read_audio, resample
 from srnn.datasets.base import SPLITS, Batch, Batches, DataModule, Split
 from srnn.datasets.text import IGNORED
 from srnn.errors import UserError
@@ -30,6 +30,7 @@ from srnn.vocabulary import Vocabulary
 
 Unusable = Literal["refuse", "skip"]
 Masks = Annotated[int, Range(ge=0, le=100)]
+Speed = Annotated[float, Range(ge=0.5, le=2)]
 KEPT_BYTES = 2 << 30  # of features, so that later passes need not read and transform the audio again
 WIDEST_BANDS, WIDEST_FRAMES = 0.15, 0.05  # of a mask of SpecAugment, as shares of all
 _NAMED = 5  # utterances in a message
@@ -53,6 +54,29 @@ class Utterance:
     def samples(self) -> Tensor:
         """x_N at 16 kHz. Raises UserError for what is no audio."""
         raise NotImplementedError
+
+    def at_speed(self, speed: float) -> Utterance:
+        """The same, played so many times as fast: its pitch changes too."""
+        return _Played(self, speed)
+
+
+class _Played(Utterance):
+    """An utterance at another speed."""
+
+    def __init__(self, of: Utterance, speed: float) -> None:
+        super().__init__(f"{of.name} at speed {speed:g}", of.text)
+        self.of, self.speed = of, speed
+
+    def seconds(self) -> float:
+        return self.of.seconds() / self.speed
+
+    def samples(self) -> Tensor:
+        return played(self.of.samples(), self.speed)
+
+
+def played(x_N: Tensor, speed: float) -> Tensor:
+    """Samples played so many times as fast, to a hundredth."""
+    return resample(x_N, round(100 * speed) * RATE // 100)
 
 
 class AudioFile(Utterance):
@@ -83,6 +107,14 @@ class _Part:
     utterances: list[Utterance]
     frames: list[int]
     targets: list[Tensor]
+
+    @classmethod
+    def of(cls, frames: dict[Utterance, int], vocabulary: Vocabulary) -> _Part:
+        """Of utterances and their frames."""
+        ordered = sorted(frames, key=lambda u: frames[u])
+        return cls(
+            ordered, [frames[u] for u in ordered], [torch.from_numpy(vocabulary.encode(u.text)) for u in ordered]
+        )
 
 
 @dataclass(eq=False, repr=False)
@@ -122,6 +154,8 @@ class SpeechData(DataModule):
         normalise: by each ``utterance`` as a whole, or ``running``, by what was heard so far.
         band_masks: of SpecAugment (Park et al. 2019): so many runs of bands of each training utterance become 0.
         time_masks: the same of frames.
+        speed_copies: training hears each utterance at these speeds too (Ko et al. 2015), as other speakers would say
+            it; a copy whose transcript is longer than its frames is left out.
         buckets: so many lengths that training batches are padded to; 1 pads all of them to the longest utterance, which
             ``trainer.cuda_graph=true`` wants.
         batch_size: B.
@@ -140,6 +174,7 @@ class SpeechData(DataModule):
     normalise: Normalising = "utterance"
     band_masks: Masks = 0
     time_masks: Masks = 0
+    speed_copies: list[Speed] = field(default_factory=list)
     buckets: Count = 8
     batch_size: Count = 16
     unusable: Unusable = "refuse"
@@ -171,12 +206,15 @@ class SpeechData(DataModule):
         known = vocabulary or Vocabulary.build("characters", "".join(u.text for u in found["train"]))
         self.vocabulary, bad, reasons = known, [], Counter[str]()
         for split in SPLITS:
-            frames = {u: self._frames(u, known) for u in found[split]}
-            usable = sorted((u for u in found[split] if isinstance(frames[u], int)), key=lambda u: frames[u])
-            bad += [f"{u.name} ({frames[u]})" for u in found[split] if not isinstance(frames[u], int)]
-            reasons.update(str(why).partition(":")[0] for why in frames.values() if not isinstance(why, int))
-            targets = [torch.from_numpy(known.encode(u.text)) for u in usable]
-            self._parts[split] = _Part(usable, [int(frames[u]) for u in usable], targets)
+            looked = {u: self._frames(u, known) for u in found[split]}
+            frames = {u: count for u, count in looked.items() if isinstance(count, int)}
+            bad += [f"{u.name} ({why})" for u, why in looked.items() if not isinstance(why, int)]
+            reasons.update(why.partition(":")[0] for why in looked.values() if not isinstance(why, int))
+            if split == "train":
+                copies = [u.at_speed(speed) for u in frames for speed in self.speed_copies]
+                heard = ((u, self._frames(u, known)) for u in copies)
+                frames |= {u: count for u, count in heard if isinstance(count, int)}
+            self._parts[split] = _Part.of(frames, known)
         if bad:
             self._report(bad)
         for split in SPLITS:
