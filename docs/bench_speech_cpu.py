@@ -3,7 +3,8 @@
     python docs/bench_speech_cpu.py OUTPUT.csv [RUN FSDD]
 
 RUN is a run of model=deepspeech2_small on strings of digits with dataset.normalise=running, FSDD its recordings;
-without them only the paper's network is measured. Best of several rounds, in turns: other load makes single ones longer.
+without them only the paper's network is measured. Best of several rounds, in turns: other load makes single ones
+longer.
 """
 
 from __future__ import annotations

@@ -30,7 +30,6 @@ from srnn.vocabulary import Vocabulary
 
 Unusable = Literal["refuse", "skip"]
 Masks = Annotated[int, Range(ge=0, le=100)]
-Speed = Annotated[float, Range(ge=0.5, le=2)]
 KEPT_BYTES = 2 << 30  # of features, so that later passes need not read and transform the audio again
 WIDEST_BANDS, WIDEST_FRAMES = 0.15, 0.05  # of a mask of SpecAugment, as shares of all
 _NAMED = 5  # utterances in a message
@@ -174,7 +173,7 @@ class SpeechData(DataModule):
     normalise: Normalising = "utterance"
     band_masks: Masks = 0
     time_masks: Masks = 0
-    speed_copies: list[Speed] = field(default_factory=list)
+    speed_copies: list[Annotated[float, Range(ge=0.5, le=2)]] = field(default_factory=list)
     buckets: Count = 8
     batch_size: Count = 16
     unusable: Unusable = "refuse"
