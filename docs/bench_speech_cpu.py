@@ -127,8 +127,8 @@ def first_words(run: Path, recordings: str) -> Iterator[dict[str, Any]]:
     strings = data.utterances()["test"]
     strings = strings[:: max(1, len(strings) // UTTERANCES)]
     for string in strings:
-        ends = len(data.recording(string.names[0], 1)) / RATE
-        x_N = torch.cat([string.samples(), 0.001 * torch.randn(RATE)])  # a quiet room after it
+        ends = len(data.recording(string.names[0])) / RATE
+        x_N = torch.cat([data.samples_of(string), 0.001 * torch.randn(RATE)])  # a quiet room after it
         found, text = heard(write, x_N, string.text.split()[0], computing)
         wrong["first word never right"] += found["first word"] is None
         wrong["whole string not right"] += text != string.text

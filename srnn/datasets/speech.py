@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import zlib
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -54,13 +55,9 @@ class Utterance:
         """x_N at 16 kHz. Raises UserError for what is no audio."""
         raise NotImplementedError
 
-    def at_speed(self, speed: float) -> Utterance:
-        """The same, played so many times as fast: its pitch changes too."""
-        return _Played(self, speed)
-
 
 class _Played(Utterance):
-    """An utterance at another speed."""
+    """An utterance at another speed, to a hundredth: its pitch changes too."""
 
     def __init__(self, of: Utterance, speed: float) -> None:
         super().__init__(f"{of.name} at speed {speed:g}", of.text)
@@ -70,12 +67,7 @@ class _Played(Utterance):
         return self.of.seconds() / self.speed
 
     def samples(self) -> Tensor:
-        return played(self.of.samples(), self.speed)
-
-
-def played(x_N: Tensor, speed: float) -> Tensor:
-    """Samples played so many times as fast, to a hundredth."""
-    return resample(x_N, round(100 * speed) * RATE // 100)
+        return resample(self.of.samples(), round(100 * self.speed) * RATE // 100)
 
 
 class AudioFile(Utterance):
@@ -155,6 +147,7 @@ class SpeechData(DataModule):
         time_masks: the same of frames.
         speed_copies: training hears each utterance at these speeds too (Ko et al. 2015), as other speakers would say
             it; a copy whose transcript is longer than its frames is left out.
+        noise_db: white noise is so many dB below each utterance, always the same; None for none.
         buckets: so many lengths that training batches are padded to; 1 pads all of them to the longest utterance, which
             ``trainer.cuda_graph=true`` wants.
         batch_size: B.
@@ -174,6 +167,7 @@ class SpeechData(DataModule):
     band_masks: Masks = 0
     time_masks: Masks = 0
     speed_copies: list[Annotated[float, Range(ge=0.5, le=2)]] = field(default_factory=list)
+    noise_db: Annotated[float, Range(ge=-20, le=60)] | None = None
     buckets: Count = 8
     batch_size: Count = 16
     unusable: Unusable = "refuse"
@@ -210,7 +204,7 @@ class SpeechData(DataModule):
             bad += [f"{u.name} ({why})" for u, why in looked.items() if not isinstance(why, int)]
             reasons.update(why.partition(":")[0] for why in looked.values() if not isinstance(why, int))
             if split == "train":
-                copies = [u.at_speed(speed) for u in frames for speed in self.speed_copies]
+                copies = [_Played(u, speed) for u in frames for speed in self.speed_copies]
                 heard = ((u, self._frames(u, known)) for u in copies)
                 frames |= {u: count for u, count in heard if isinstance(count, int)}
             self._parts[split] = _Part.of(frames, known)
@@ -257,11 +251,19 @@ class SpeechData(DataModule):
         """x_TI of the ``index``-th shortest utterance of a split; kept while there is room."""
         if (kept := self._kept.get((split, index))) is not None:
             return kept
-        x_TI = self.audio(self._parts[split].utterances[index].samples())
+        x_TI = self.audio(self.samples_of(self._parts[split].utterances[index]))
         if x_TI.nbytes <= self._room:
             self._room -= x_TI.nbytes
             self._kept[split, index] = x_TI
         return x_TI
+
+    def samples_of(self, utterance: Utterance) -> Tensor:
+        """x_N at 16 kHz, with the noise asked for."""
+        x_N = utterance.samples()
+        if self.noise_db is None:
+            return x_N
+        noise_N = torch.randn(len(x_N), generator=torch.Generator().manual_seed(zlib.crc32(utterance.name.encode())))
+        return x_N + noise_N * x_N.square().mean().sqrt() * 10 ** (-self.noise_db / 20)
 
     def checksum(self, split: Split) -> str:
         """Of names, transcripts and lengths, and of the frames of a few: a corpus is too long to be read twice."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from srnn.audio import RATE, read_audio
 from srnn.datasets.base import SPLITS, Split
 from srnn.datasets.download import fetch
-from srnn.datasets.speech import AudioFile, SpeechData, Utterance, played
+from srnn.datasets.speech import AudioFile, SpeechData, Utterance
 from srnn.errors import UserError
 from srnn.files import cache_folder, expanded
 from srnn.registry import Range, register
@@ -177,28 +177,17 @@ _GAP = RATE // 10  # samples: silence between digits is 0.05 to 0.15 s long
 
 
 class _String(Utterance):
-    """Recordings of a speaker one after the other, with noise that is always the same."""
+    """Recordings of a speaker one after the other."""
 
-    def __init__(self, data: SpokenDigits, names: Sequence[str], seed: int, speed: float = 1) -> None:
+    def __init__(self, data: SpokenDigits, names: Sequence[str], seed: int) -> None:
         super().__init__(" + ".join(names), " ".join(DIGITS[int(Path(name).name[0])] for name in names))
-        self.data, self.names, self.seed, self.speed = data, names, seed, speed
-
-    def at_speed(self, speed: float) -> Utterance:
-        """The noise is not played faster, and is another one."""
-        return _String(self.data, self.names, self.seed + round(100 * speed), speed)
+        self.data, self.names, self.seed = data, names, seed
 
     def seconds(self) -> float:
-        return len(self._clean()) / RATE
+        return len(self.samples()) / RATE
 
     def samples(self) -> Tensor:
-        x_N = self._clean()
-        if self.data.noise_db is None:
-            return x_N
-        noise_N = torch.randn(len(x_N), generator=torch.Generator().manual_seed(self.seed))
-        return x_N + noise_N * x_N.square().mean().sqrt() * 10 ** (-self.data.noise_db / 20)
-
-    def _clean(self) -> Tensor:
-        pieces = [self.data.recording(name, self.speed) for name in self.names]
+        pieces = [self.data.recording(name) for name in self.names]
         if len(pieces) == 1:
             return pieces[0]
         random = torch.Generator().manual_seed(self.seed)
@@ -221,7 +210,6 @@ class SpokenDigits(SpeechData):
     digits: Annotated[int, Range(ge=1, le=20)] = 1
     strings: Count = 3000
     held_out: list[str] = field(default_factory=list)
-    noise_db: Annotated[float, Range(ge=-20, le=60)] | None = None
     data_seed: Annotated[int, Range(ge=0, le=2**31)] = 0
 
     def __post_init__(self) -> None:
@@ -281,10 +269,8 @@ class SpokenDigits(SpeechData):
     def _zip(self) -> zipfile.ZipFile | None:
         return zipfile.ZipFile(self.path) if Path(self.path).is_file() else None
 
-    def _recording(self, name: str, speed: float) -> Tensor:
+    def _recording(self, name: str) -> Tensor:
         """x_N of a recording. Raises UserError for what is no audio."""
-        if speed != 1:
-            return played(self.recording(name, 1), speed)
         if self._zip is None:
             return read_audio(Path(name))
         return read_audio(io.BytesIO(self._zip.read(name)), name)
