@@ -113,27 +113,39 @@ def _listened(listener: Any, pieces: Iterator[Any], before: str) -> int:
 
 
 def _recordings(audio: str) -> Iterator[tuple[str, Iterator[Any]]]:
-    """Name and pieces of samples of each recording; a single one has no name. Raises UserError."""
+    """Name and pieces of samples of each recording; a single one has no name.
+
+    Raises:
+        UserError: there are none; or some of a folder cannot be read, after the others.
+    """
     if audio == "-":
         yield "", _raw()
         return
     path = expanded(audio)
     if not path.exists():
         raise UserError(f"transcribe: --audio={audio}: no such file or folder.")
-    if path.is_file():
+    if not path.is_dir():
         yield "", _file(path)
         return
     found = sorted(each for each in path.rglob("*") if each.suffix.lower() in RECORDINGS)
     if not found:
         raise UserError(f"transcribe: --audio={audio}: this folder has no {', '.join(RECORDINGS)} files.")
+    unread = []
     for each in found:
-        yield str(each), _file(each)
+        try:
+            pieces = _file(each)
+        except UserError as error:
+            unread.append(str(error).rstrip("."))
+        else:
+            yield str(each), pieces
+    if unread:
+        raise UserError(f"transcribe: {len(unread)} of {len(found)} recordings are left out: {'; '.join(unread)}.")
 
 
 def _file(path: Path) -> Iterator[Any]:
     from srnn.audio import read_audio
 
-    yield from read_audio(path).split(_PIECE)
+    return iter(read_audio(path).split(_PIECE))
 
 
 def _raw() -> Iterator[Any]:

@@ -256,6 +256,14 @@ def test_transcribe(run, listed, capsys, monkeypatch):
     assert main(["transcribe", str(run), "--audio", "-", "--stream=true", "--pause=0.5"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert srnn.load(run / "model.safetensors").transcriber()(one) == lines[str(one)]
+    few = folder / "few"
+    few.mkdir()
+    (few / "0.wav").write_bytes(b"RIFF")
+    (few / "1.wav").write_bytes(one.read_bytes())
+    assert main(["transcribe", str(run), "--audio", str(few)]) == 2
+    told = capsys.readouterr()
+    assert told.out == f"{few / '1.wav'}\t{lines[str(one)]}\n"
+    assert f"1 of 2 recordings are left out: {few / '0.wav'} is no audio" in told.err
 
 
 def test_transcribe_says_what_is_wrong(run, text_run, tmp_path, capsys):
