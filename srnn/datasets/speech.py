@@ -136,7 +136,7 @@ class SpeechData(DataModule):
         (torch.Size([4, 49, 161]), torch.Size([4, 4]), {'input_size': 161, 'output_size': 7})
 
     Attributes:
-        vocabulary: the characters of the training transcripts, or the one given to ``setup``. Its number 0, else the
+        vocabulary: of ``characters``, or the one given to ``setup``. Its number 0, else the
             unknown character, is CTC's blank.
         audio: what makes samples into frames.
 
@@ -151,6 +151,7 @@ class SpeechData(DataModule):
         buckets: so many lengths that training batches are padded to; 1 pads all of them to the longest utterance, which
             ``trainer.cuda_graph=true`` wants.
         batch_size: B.
+        characters: the alphabet, as ``abc '``; None takes all characters that training transcripts have.
         unusable: what becomes of files that cannot be read, of empty transcripts, of unknown characters, and of
             transcripts that are longer than their frames: ``refuse`` stops the run, ``skip`` leaves them out.
 
@@ -170,6 +171,7 @@ class SpeechData(DataModule):
     noise_db: Annotated[float, Range(ge=-20, le=60)] | None = None
     buckets: Count = 8
     batch_size: Count = 16
+    characters: str | None = None
     unusable: Unusable = "refuse"
 
     def __post_init__(self) -> None:
@@ -196,7 +198,8 @@ class SpeechData(DataModule):
         if self._parts:
             return
         found = self.utterances()
-        known = vocabulary or Vocabulary.build("characters", "".join(u.text for u in found["train"]))
+        alphabet = self.characters or "".join(u.text for u in found["train"])
+        known = vocabulary or Vocabulary.build("characters", alphabet)
         self.vocabulary, bad, reasons = known, [], Counter[str]()
         for split in SPLITS:
             looked = {u: self._frames(u, known) for u in found[split]}

@@ -121,6 +121,9 @@ def test_characters_that_training_lacks(tmp_path):
     data = Manifest(str(known), str(other), str(known), batch_size=4)
     with pytest.raises(UserError, match=r"1 utterances cannot be used: .*0.wav \(unknown character: 'd'\)"):
         data.setup()
+    assert manifest(known, characters=" abcd").sizes["output_size"] == 1 + 5
+    with pytest.raises(UserError, match=r"unknown character: 'c'"):
+        manifest(known, characters="ab ")
 
 
 def test_lists_may_be_json_lines(tmp_path, listed):
