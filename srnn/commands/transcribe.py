@@ -27,6 +27,7 @@ def main(
     words: Annotated[str, Help("file of words: the text consists of them; its beam is 20 wide unless given")] = "",
     pause: Annotated[float, Range(ge=0.02, le=60), Help("seconds of silence that end an utterance of a stream")] = 0.6,
     kernel: KernelOption = "auto",
+    device: Annotated[str, Help("where it runs, such as cuda")] = "cpu",
 ) -> int:
     """Write speech down with a run's packed file.
 
@@ -46,7 +47,7 @@ def main(
 
     from srnn.inference.packed_file import load
 
-    model: Any = load(path, kernel)
+    model: Any = load(path, kernel, device=device)
     if not hasattr(model, "transcriber"):
         raise UserError(f"{path} is a network that writes no speech down: train one with model=deepspeech2.")
     write = model.transcriber()

@@ -280,6 +280,7 @@ def test_transcribe_says_what_is_wrong(run, text_run, tmp_path, capsys):
             [str(run), "--audio", "-", f"--words={tmp_path}/wrong.txt"],
             "wrong.txt: this network does not write 'z'",
         ),
+        ([str(run), "--audio", "-", "--device=moon"], "device='moon' cannot be used"),
         ([str(run), "--audio", "-", f"--phrases={tmp_path}/X"], "No such file"),
         ([str(run), "--audio", "-", f"--phrases={tmp_path}/wrong.txt"], "does not write 'z', which is in 'zab'"),
         ([str(run), "--audio", "-", f"--phrases={tmp_path}/empty.txt"], "must have some"),
