@@ -69,6 +69,7 @@ def recurrences() -> Iterable[dict[str, Any]]:
                 torch.cuda.empty_cache()
                 options = {"nonlinearity": "relu"} if cell == "relu" else {}
                 layer = kind(hidden, hidden, bias=False, **options).to("cuda", dtype)
+                layer.flatten_parameters()
                 x = torch.randn(STEPS, BATCH, hidden, device="cuda", dtype=dtype, requires_grad=True)
                 zero = (torch.zeros(BATCH, hidden, device="cuda", dtype=dtype),) * (1 + (cell == "lstm"))
                 yield from compared(layer, x, zero, cell)

@@ -145,8 +145,8 @@ class SpeechData(DataModule):
         normalise: by each ``utterance`` as a whole, or ``running``, by what was heard so far.
         band_masks: of SpecAugment (Park et al. 2019): so many runs of bands of each training utterance become 0.
         time_masks: the same of frames.
-        speed_copies: training hears each utterance at these speeds too (Ko et al. 2015), as other speakers would say
-            it; a copy whose transcript is longer than its frames is left out.
+        speed_copies: training hears each utterance at these speeds too, pitch and all (Ko et al. 2015); a copy whose
+            transcript is longer than its frames is left out.
         noise_db: white noise is so many dB below each utterance, always the same; None for none.
         buckets: so many lengths that training batches are padded to; 1 pads all of them to the longest utterance, which
             ``trainer.cuda_graph=true`` wants.
