@@ -8,11 +8,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from srnn.config.composing import plugin_folders
 from srnn.errors import UserError
 from srnn.pruning import Block, Cubic, Gradual, Hard, Pruner, Random, RigL, RunLength
 from srnn.pruning.methods.rigl import allocate, densities
 from srnn.registry import register
+from srnn.registry.plugins import plugin_folders
 
 RUN = RunLength(400, 20)
 
