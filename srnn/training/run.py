@@ -55,7 +55,7 @@ def train(
     """
     tracking = replace(settings.tracking, group=settings.tracking.group or group)
     settings = replace(settings, tracking=tracking)
-    if settings.distill.teacher not in (None, SELF):  # a resumed run may be started from another folder
+    if settings.distill.teacher not in (None, "", SELF):  # a resumed run may be started from another folder
         teacher = str(Path(settings.distill.teacher).expanduser().resolve())
         settings = replace(settings, distill=replace(settings.distill, teacher=teacher))
     home = RunFolder(folder)

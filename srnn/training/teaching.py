@@ -41,7 +41,7 @@ def teacher_of(chosen: DistillConfig, objective: Objective, example: Tensor | No
     Raises:
         UserError: there is no network, or it is of other data, or the objective cannot learn from one.
     """
-    if chosen.teacher is None:
+    if not chosen.teacher:
         return None
     if type(objective).imitation is Objective.imitation:
         raise UserError(

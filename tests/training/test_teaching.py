@@ -204,6 +204,9 @@ def test_a_config_of_before_has_no_teacher():
     config = compose_settings(QUIET).as_dict()
     del config["distill"]
     assert prepare(Settings.check(config)).objective.teacher is None
+    assert (
+        prepare(Settings.check(config | {"distill": {"teacher": ""}})).objective.teacher is None
+    )  # `distill.teacher=`
 
 
 def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, text_run, capsys):
