@@ -15,6 +15,7 @@ from srnn.errors import UserError
 from srnn.pruning.methods.base import PrunerView
 from srnn.pruning.methods.cubic import Cubic
 from srnn.pruning.parts import Piece
+from srnn.pruning.scope import Sharing
 from srnn.registry import register
 
 SECOND_MOMENT = "exp_avg_sq"  # torch's name of v in the state of Adam and its kind
@@ -23,7 +24,13 @@ SECOND_MOMENT = "exp_avg_sq"  # torch's name of v in the state of Adam and its k
 @register.pruning("obd")
 @dataclass(kw_only=True)
 class OBD(Cubic):
-    """Prune the weights that the loss misses least, by Adam's second moments (LeCun et al. 1989), as fast as cubic."""
+    """Prune the weights that the loss misses least, by Adam's second moments (LeCun et al. 1989), as fast as cubic.
+
+    Its scores are parts of the loss whatever matrix a weight is in, so all weights share one threshold unless told
+    otherwise: where the sparsity goes is found.
+    """
+
+    share: Sharing = "global"
 
     def __post_init__(self) -> None:
         super().__post_init__()
