@@ -24,7 +24,6 @@ MORE = {
     "gradual soft": {"name": "gradual", "soft": True, "scope": {"gru.weight_hh_l0[z]": {"sparsity": 0.9}}},
     "rigl averaged": {"name": "rigl", "grow": "random"},
     "lottery": {"name": "lottery"},
-    "obd": {"name": "obd"},
     "none": {"name": "none"},
 }
 

@@ -325,12 +325,26 @@ def test_obd_keeps_the_largest_by_adams_second_moments():
     assert (pruner.masks()["weight"].flatten() != by_size).any()
 
 
-@pytest.mark.parametrize("optimizer", [None, torch.optim.SGD(nn.Linear(8, 6).parameters(), 0.1, momentum=0.9)])
-def test_obd_says_which_optimizer_it_needs(optimizer):
-    pruner = Pruner(nn.Linear(8, 6), "obd", 10, start_itr=1, end_itr=3, freq=1)
-    pruner.optimizers = [] if optimizer is None else [optimizer]
-    with pytest.raises(UserError, match="there is none for weight: choose optimizer=adam or adamw"):
-        pruner.step()
+def test_obd_keeps_a_mean_of_its_own_beside_an_optimizer_without_one():
+    torch.manual_seed(0)
+    layer, twin = nn.Linear(8, 6), nn.Linear(8, 6)
+    twin.load_state_dict(layer.state_dict())
+    adam = torch.optim.Adam(twin.parameters(), lr=0.0)
+    options = {"sparsity": 0.75, "start_itr": 5, "end_itr": 6, "freq": 1}
+    plain, reference = Pruner(layer, "obd", 10, **options), Pruner(twin, "obd", 10, adam, **options)
+    for _ in range(6):
+        layer.weight.grad = torch.randn(6, 8) * torch.logspace(-3, 3, 8)
+        twin.weight.grad = layer.weight.grad.clone()
+        adam.step()
+        plain.step(), reference.step()
+        # The one of its own is a step behind.
+        assert not plain.method.state_dict() or plain.itr < 6
+    same = (plain.masks()["weight"] == reference.masks()["weight"]).float().mean()
+    assert plain.reached()
+    assert same > 0.9
+    bare = Pruner(nn.Linear(8, 6), "obd", 10, **options)
+    with pytest.raises(UserError, match="weight has none: call pruner"):
+        bare.step()
 
 
 METHODS = {"gradual": Gradual, "block": Block, "cubic": Cubic, "hard": Hard, "random": Random, "rigl": RigL}
