@@ -141,9 +141,8 @@ class Pruner:
 
     @torch.no_grad()
     def _start(self) -> None:
-        """Apply the masks that a method starts with, to weights alone: whoever resumes from a checkpoint may have
-        loaded weights and optimiser already. ``load_state_dict`` gives back the weights they take, until the first
-        step."""
+        """Apply the masks that a method starts with, to weights alone: whoever resumes may have loaded weights already.
+        ``load_state_dict`` gives back those that they take, until the first step."""
         self._gradient_masks.attach(self._parameters)
         if self.itr <= self.method.dense_until:
             return
@@ -253,6 +252,7 @@ class Pruner:
         return written
 
     def _update(self) -> None:
+        self.method.before_update(self)
         comes_back = self.method.soft or self.method.regrows
         for group in self.groups:
             before = [part.of(part.mask).clone() for part in group.parts] if comes_back else []
