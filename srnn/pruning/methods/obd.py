@@ -22,7 +22,7 @@ from srnn.pruning.scope import Sharing
 from srnn.registry import register
 
 SECOND_MOMENT = "exp_avg_sq"  # torch's name of v in the state of Adam and its kind
-KEPT = 0.999  # share of itself that a mean of squared gradients keeps at a step: Adam's own
+DECAY = 0.999  # share of itself that a mean of squared gradients keeps at a step: Adam's own
 
 
 @register.pruning("obd")
@@ -96,4 +96,4 @@ def _next(before: Tensor | None, name: str, parameter: nn.Parameter) -> Tensor:
     # What overflowed in a step that mixed precision skips tells nothing.
     gradient = parameter.grad.detach().nan_to_num(0.0, 0.0, 0.0)
     mean = torch.zeros_like(gradient) if before is None else before.to(gradient.device)
-    return mean.mul_(KEPT).addcmul_(gradient, gradient, value=1 - KEPT)
+    return mean.mul_(DECAY).addcmul_(gradient, gradient, value=1 - DECAY)
