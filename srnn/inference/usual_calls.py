@@ -47,7 +47,6 @@ class UsualCalls:
             and part.watcher is None
             and torch.get_num_threads() == self.threads
             and not (input.requires_grad and torch.is_grad_enabled())
-            and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
         )
 
