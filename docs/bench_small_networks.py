@@ -4,8 +4,8 @@
     python docs/bench_small_networks.py small_fp16.csv values=fp16
     python docs/bench_small_networks.py small_avx2.csv avx2
 
-With ``avx2``, numba, torch, oneDNN and MKL are forbidden AVX-512; onnxruntime has no such switch. Further options go to
-``bench``. Each process has one thread, and a physical core to itself.
+With ``avx2`` AVX-512 is hidden from all of them, onnxruntime too (``only_avx2.c``, which takes a C compiler). Further
+options go to ``bench``. Each process has one thread, and a physical core to itself.
 """
 
 from __future__ import annotations
@@ -16,12 +16,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-ONLY_AVX2 = {
-    "NUMBA_CPU_FEATURES": "-avx512f",
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-}
 # Not `python -m srnn`, which needs Hydra for other commands.
 BENCH = "import sys; from srnn.commands.bench import main; main(sys.argv[1:])"
 SECONDS = 300  # after which no process begins another case
@@ -37,6 +31,14 @@ def cores() -> list[int]:
     return several[:-2] if len(several) > 4 else several
 
 
+def only_avx2(folder: Path) -> dict[str, str]:
+    """What hides AVX-512 from the processes that have it in their environment."""
+    library = folder / "only_avx2.so"
+    source = Path(__file__).parent / "only_avx2.c"
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", source, "-o", library], check=True)
+    return {"LD_PRELOAD": str(library)}
+
+
 def start(core: int, folder: Path, environment: dict[str, str], *options: str) -> subprocess.Popen[bytes]:
     """A process that writes ``small.csv`` and a log into a folder."""
     folder.mkdir()
@@ -47,13 +49,13 @@ def start(core: int, folder: Path, environment: dict[str, str], *options: str) -
 
 def main(output: str, *options: str) -> None:
     """Compile, then measure, then write one CSV."""
-    settings = ONLY_AVX2 if "avx2" in options else {}
+    hides = "avx2" in options
     options = tuple(option for option in options if option != "avx2")
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     used = cores()
     with tempfile.TemporaryDirectory() as kept:
         caches = {"SRNN_CACHE": f"{kept}/choices", "NUMBA_CACHE_DIR": f"{kept}/numba"}
-        environment = os.environ | threads | settings | caches
+        environment = os.environ | threads | caches | (only_avx2(Path(kept)) if hides else {})
         few = ("sparsity=0.5", "shard=0/12")
         warm = [
             start(core, Path(kept) / structure, environment, f"structure={structure}", *few, *options)

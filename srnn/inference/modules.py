@@ -18,6 +18,7 @@ from srnn.inference.operator import rebuilders
 from srnn.inference.sparse_cell import SparseCell
 from srnn.inference.sparse_recurrent import SparseRecurrent
 from srnn.inference.sparse_recurring import SparseRecurring
+from srnn.inference.usual_calls import UsualRows
 from srnn.kernels.contract import Kernel, Product
 from srnn.meta_device import without_memory
 from srnn.models.recurring import Recurring
@@ -38,6 +39,10 @@ class SparseLinear(SparseModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input W' + bias``, over the last dimension."""
+        usual = None if torch.compiler.is_compiling() else self._ready.get("usual")
+        done: Tensor | None = None if usual is None else usual(input)
+        if done is not None:
+            return done
         refuse_tracing()
         if input.shape[-1] != self.in_features:
             raise RuntimeError(f"input must have {self.in_features} features, not {input.shape[-1]}")
@@ -67,7 +72,10 @@ class SparseLinear(SparseModule):
         x_NI = input if input.dim() == 2 else input.reshape(-1, self.in_features)
         if self.recorder is not None:
             self.recorder("weight", x_NI)
-        y = self.product(x_NI, name)(x_NI)
+        product = self.product(x_NI, name)
+        if input.is_cpu and self.recorder is None and not torch.compiler.is_compiling():
+            UsualRows.keep(self, x_NI.shape[0], product)
+        y = product(x_NI)
         return y if input.dim() == 2 else y.view(*input.shape[:-1], self.out_features)
 
     def product(self, x_NI: Tensor, name: str | None) -> Product:

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from srnn.cells import Cell, cell_of
 from srnn.inference.base import TORCH, SparseModule, Weights, marks_of, no_grad, refuse_tracing, without_gradient
 from srnn.inference.one_call import OneCall
+from srnn.inference.usual_calls import UsualSequences
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, State, equal_lengths
 from srnn.kernels.replay import Recordable, ReplayedLayer, Replays
 
@@ -67,6 +68,10 @@ class SparseRecurrent(SparseModule):
         Raises:
             RuntimeError: shapes do not fit; also backward through the outputs.
         """
+        usual = None if torch.compiler.is_compiling() else self._ready.get("usual")
+        done = None if usual is None else usual(input, hx)
+        if done is not None:
+            return done
         refuse_tracing()
         if type(input) is Tensor and input.is_cpu:  # nothing is replayed there, and a small network feels each question
             return self._plain(input, hx)
@@ -148,14 +153,16 @@ class SparseRecurrent(SparseModule):
 
     def _replayed(self, kind: Any, input: Any, hx: Any, plain: Callable[[Any, Any], Any]) -> tuple[Tensor, Any] | None:
         """A call of all layers replayed as a CUDA graph; None where it has to run as it is."""
-        if torch.compiler.is_compiling() or type(input) is not Tensor or not input.is_cuda or self.recorder is not None:
+        if type(input) is not Tensor or not input.is_cuda or torch.compiler.is_compiling() or self.recorder is not None:
             return None
         lstm = self.cell == "lstm"
-        state = [] if hx is None else list(hx) if lstm and isinstance(hx, tuple | list) else [hx]
-        given = [input, *state]
+        given = [input]
+        if hx is not None:
+            given += hx if lstm and isinstance(hx, tuple | list) else (hx,)
         asked = torch.is_grad_enabled()
-        if any(type(part) is not Tensor or (asked and part.requires_grad) for part in given):
-            return None
+        for part in given:  # a generator would take longer than all of it
+            if type(part) is not Tensor or (asked and part.requires_grad):
+                return None
 
         def run(given: list[Tensor]) -> list[Tensor]:
             x, *state = given
@@ -206,6 +213,8 @@ class SparseRecurrent(SparseModule):
         stack = self._stack(input, name) if streams == 1 else None
         if stack is None:
             return None
+        if input.is_cpu:
+            UsualSequences.keep(self, steps, stack)
         begin = self._state(hx, 1, input)
         y, after = stack.run(self._rows(input, steps), equal_lengths(steps, 1), begin)
         y = without_gradient(y, input, *begin).view(*input.shape[:2], self.hidden_size)

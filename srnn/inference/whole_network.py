@@ -13,10 +13,11 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from srnn.inference.base import TORCH, SparseModule, Use
 from srnn.inference.example_calls import ExampleCalls
@@ -33,8 +34,9 @@ _BURST = 2e-3  # seconds that calls are repeated for, so that each finds the cac
 _LONG = 0.03  # seconds of 100 steps from which on 400 are not timed: what a call costs beside its steps is little then
 _HOPELESS = 2.0  # times the fastest: such a candidate is not timed again
 _BEHIND = 1.5  # times the fastest at every length, after two rounds: such a candidate is not timed again, either
-_LOST = 4.0  # times the fastest: on a CPU such a candidate is not tried with longer sequences
-_SLOW = 0.2  # seconds of a dense call, and ten times the fastest: its first call is its only one
+_LOST = 2.5  # times the fastest: on a CPU such a candidate is not tried with longer sequences
+_SLOW = 0.2  # seconds of a call that is made once only: of a dense backend if it takes ten times as long as the fastest
+_SWAPS = 4.0  # times what a slow winner takes: for so long parts of it are given to other backends
 _MARGIN = 0.97  # of the best dense; what is less faster is noise
 
 Names = dict[str, str]  # part of the network -> the candidate that runs it
@@ -55,21 +57,56 @@ def choose_for_network(network: nn.Module, example: Any) -> list[Choice]:
         return []
     device = next(iter(parts.values())).tensors()[0].device
     name = f"network {_fingerprint(network, parts)}"
+    given = _described(example)
+    uses_of = f"uses of {name}, {given}, {_several(torch.get_num_threads(), 'thread')}"
+    again = None if given is None else _as_before(uses_of, parts, device)
+    if again is not None:
+        return again
+    kept: list[dict[str, Any]] = []
     with measuring, torch.inference_mode():
         examples = ExampleCalls(network, parts, example)
         found: list[Choice] = []
-        lost: set[str] = set()
+        lost, warm = set[str](), set[str]()
         for lengths in examples.classes(LENGTHS):
             use = f"{_several(examples.streams, 'stream')}, {_several(lengths[0], 'step')}"
             what = f"{name}, {use}{' and more' * (len(lengths) > 1)}, {_several(torch.get_num_threads(), 'thread')}"
             calls = {steps: examples.call(steps) for steps in lengths}
             uses = examples.uses([calls[lengths[0]]])  # those of longer ones are the same
             if any(uses.values()):  # cells take single steps, whatever the length
-                decision = _Network(parts, uses, calls, device, lost)
+                decision = _Network(parts, uses, calls, device, lost, warm)
                 found.append(decision.decide(what, use))
+                kept.append({"what": what, "use": use, "uses": {name: sorted(some) for name, some in uses.items()}})
                 # Of sequences only: a step may cost a candidate more than it does within a sequence.
                 lost = decision.lost if device.type == "cpu" and lengths[0] > 1 else set()
+                warm = decision.warm if device.type == "cpu" and lengths[0] > 1 else set()  # steps compile less
+    if kept and given is not None and not busy():
+        remember(decision.key, uses_of, {"classes": kept})
     return found
+
+
+def _as_before(uses_of: str, parts: dict[str, SparseModule], device: torch.device) -> list[Choice] | None:
+    """What was decided for this network and example before, without a call of it; None where something is not known."""
+    entry = recall(_Network(parts, {}, {}, device).key, uses_of)
+    try:
+        classes = [] if entry is None else entry["classes"]
+        uses = [{name: {tuple(use) for use in one["uses"][name]} for name in parts} for one in classes]
+        decisions = [_Network(parts, some, {}, device) for some in uses]
+        known = [d.recalled(one["what"]) for d, one in zip(decisions, classes, strict=True)]
+    except (KeyError, TypeError):
+        return None
+    if not known or None in known:
+        return None
+    return [d.decide(one["what"], one["use"]) for d, one in zip(decisions, classes, strict=True)]
+
+
+def _described(example: Any) -> str | None:
+    """Shapes and types of the inputs, which say what a network makes of them; None of other things."""
+    if isinstance(example, Tensor):
+        return f"{tuple(example.shape)} {example.dtype}"
+    if type(example) in (tuple, list):
+        several = [_described(one) for one in example]
+        return None if None in several else f"({', '.join(map(str, several))})"
+    return repr(example) if example is None or isinstance(example, bool | int | float) else None
 
 
 def _several(count: int, word: str) -> str:
@@ -92,19 +129,31 @@ class _Network:
     uses: dict[str, set[Use]]
     calls: dict[int, Call]
     device: torch.device
-    lost: set[str]  # candidates that were far slower with shorter sequences
+    lost: set[str] = field(default_factory=set)  # candidates that were far slower with shorter sequences
+    warm: set[str] = field(default_factory=set)  # candidates that have run: what compiles did so
     left_out: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def candidates(self) -> dict[str, Names]:
+        """See ``_everywhere``."""
+        return self._everywhere()
+
+    @property
+    def key(self) -> str:
+        """What decisions are good for."""
+        return f"{hardware(self.device)}; {' '.join(self.candidates)}"
+
+    def recalled(self, what: str) -> tuple[Names, Choice] | None:
+        """What was decided before."""
+        return _choice_of(recall(self.key, what), self.parts, self.candidates)
 
     def decide(self, what: str, use: str) -> Choice:
         """Measure, or remember; the modules are then told."""
-        candidates = self._everywhere()
-        key = f"{hardware(self.device)}; {' '.join(candidates)}"
-        entry = recall(key, what)
-        known = _choice_of(entry, self.parts, candidates)
+        known = self.recalled(what)
         if known is None:
-            names, choice = self._measured(what, use, candidates)
+            names, choice = self._measured(what, use, self.candidates)
             if not busy():
-                remember(key, what, asdict(choice) | {"parts": names})
+                remember(self.key, what, asdict(choice) | {"parts": names})
         else:
             names, choice = known
         self._run_by(names)
@@ -130,22 +179,24 @@ class _Network:
         return able
 
     def _measured(self, what: str, use: str, everywhere: dict[str, Names]) -> tuple[Names, Choice]:
-        tried, of_torch = self._tried(everywhere)
-        lengths = tuple(self.calls) if of_torch < _LONG else tuple(self.calls)[:1]
-        times = self._timed(tried, lengths, 0.4 * _SECONDS)
+        tried, once = self._tried(everywhere)
+        lengths = tuple(self.calls) if once[TORCH] < _LONG else tuple(self.calls)[:1]
+        slow = once[TORCH] > _SLOW and once.keys() <= self.warm  # then one call of each has to do
+        self.warm = self.warm | once.keys()
+        times = {n: {lengths[0]: once[n]} for n in tried} if slow else self._timed(tried, lengths, 0.4 * _SECONDS)
         winner = _best(times)
         mixed = self._mixed(tried, winner, times, lengths)
         if mixed != tried[winner]:  # timed once more: the least of many figures is partly luck
             dense = [name for name in tried if name in DENSE]
             finalists = {name: tried[name] for name in {*dense, winner}} | {"mixed": mixed}
-            times |= self._timed(finalists, lengths, 0.2 * _SECONDS)
+            times |= self._timed({"mixed": mixed} if slow else finalists, lengths, 0.2 * _SECONDS)
             winner = _best({name: times[name] for name in finalists})
         names = mixed if winner == "mixed" else tried[winner]
         seconds = {_words(mixed) if name == "mixed" else name: t[lengths[0]] for name, t in times.items()}
         return names, Choice(what, _words(names), seconds, self.left_out, "whole network", use)
 
-    def _tried(self, candidates: dict[str, Names]) -> tuple[dict[str, Names], float]:
-        """Candidates that run, and are not far slower than others, and torch's time; what compiles does so here."""
+    def _tried(self, candidates: dict[str, Names]) -> tuple[dict[str, Names], dict[str, float]]:
+        """Candidates that run, and are not far slower than others, and times of all; what compiles does so here."""
         call = next(iter(self.calls.values()))
         seconds: dict[str, float] = {}
         for name in sorted(candidates, key=DENSE.__contains__):
@@ -160,14 +211,15 @@ class _Network:
                 self.left_out[name] = f"failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
                 _log.warning("%s cannot be used: %s", name, self.left_out[name])
                 continue
-            hopeless = name in DENSE and took > max(_SLOW, 10 * min(seconds.values(), default=took))
-            seconds[name] = took if hopeless else _burst(call, self.device)
+            hopeless = name in DENSE and took > 10 * min(seconds.values(), default=took)
+            known = took > _SLOW and (hopeless or name in self.warm)
+            seconds[name] = took if known else _burst(call, self.device)
         fastest = min(seconds.values())
         self.lost = self.lost | {name for name in seconds if seconds[name] > _LOST * fastest}
         # In the order of the candidates, of which the first wins where several are as fast.
         limit = _HOPELESS * fastest
         able = {n: names for n, names in candidates.items() if n == TORCH or seconds.get(n, limit) < limit}
-        return able, seconds[TORCH]
+        return able, seconds
 
     def _mixed(
         self, tried: dict[str, Names], winner: str, times: dict[str, dict[int, float]], lengths: tuple[int, ...]
@@ -182,18 +234,25 @@ class _Network:
             for part in self.parts
             if tried[other][part] != tried[winner][part]
         }
-        found = self._timed({"": tried[winner]} | swapped, lengths, 0.4 * _SECONDS)
-        faster = {n for n in swapped if all(found[n][t] < _MARGIN * found[""][t] for t in lengths)}
+        budget = max(0.4 * _SECONDS, _SWAPS * times[winner][lengths[0]])
+        found = self._timed({"": tried[winner]} | swapped, lengths, 0.4 * _SECONDS, budget)
+        measured = [name for name in swapped if len(found[name]) == len(lengths)]
+        faster = {n for n in measured if all(found[n][t] < _MARGIN * found[""][t] for t in lengths)}
         return tried[winner] | {part: tried[other][part] for part in faster}
 
     def _timed(
-        self, candidates: dict[str, Names], lengths: Iterable[int], seconds: float
+        self, candidates: dict[str, Names], lengths: Iterable[int], seconds: float, most: float = float("inf")
     ) -> dict[str, dict[int, float]]:
-        """The shortest time of each, of each length, in turns; those that are far behind after two are left there."""
+        """The shortest time of each, of each length, in turns; those that are far behind after two are left there.
+
+        No further turn is begun after ``seconds``, and after ``most`` none is ended: there are no times of the rest.
+        """
         found: dict[str, dict[int, float]] = {name: {} for name in candidates}
         lengths, racing, began = tuple(lengths), dict(candidates), time.monotonic()
         for turn in range(_ROUNDS):
             for steps, (name, names) in itertools.product(lengths, racing.items()):
+                if time.monotonic() - began > most:
+                    break
                 self._run_by(names)
                 took = _burst(self.calls[steps], self.device)
                 found[name][steps] = min(took, found[name].get(steps, took))

@@ -116,6 +116,11 @@ class Layer(ABC):
         """One step of B streams: y [B, P] of x [B, I], and the new state. Override it where that can be faster."""
         return self.run(x_BI, equal_lengths(1, x_BI.shape[0]), state)
 
+    def run_one(self, x: Tensor, steps: int, state: State) -> tuple[Tensor, State]:
+        """``run`` of one stream, x [T, 1, I] or [1, T, I], y shaped like it. Override it where that can be faster."""
+        y, after = self.run(x.reshape(steps, x.shape[2]), equal_lengths(steps, 1), state)
+        return y.view(x.shape[0], x.shape[1], y.shape[1]), after
+
     def chosen(self, steps: int, streams: int) -> Layer:
         """What runs sequences of so many steps: the layer itself, but for one that chooses among several."""
         return self

@@ -229,7 +229,7 @@ def resolve_gradual(
     if not start_itr <= ramp_itr <= end_itr or start_itr == end_itr:
         raise UserError(
             f"{got} are out of order in {run}: they must rise, start_itr <= ramp_itr <= end_itr, and start_itr < "
-            f"end_itr."
+            f"end_itr{_also(start_itr=start, ramp_itr=ramp, end_itr=end)}."
         )
     chosen = _resolve_freq(freq, start_itr, end_itr, ended, run)
     _check_threshold_moves_often(chosen, start_itr, end_itr)
@@ -252,7 +252,7 @@ def resolve_cubic(start: When, end: When, freq: Freq, initial: float, run: RunLe
     if start_itr >= end_itr:
         raise UserError(
             f"{given('pruning.start_itr', start, start_itr)}, {ended} are out of order in {run}: they must rise, "
-            f"start_itr < end_itr."
+            f"start_itr < end_itr{_also(start_itr=start, end_itr=end)}."
         )
     chosen = _resolve_freq(freq, start_itr, end_itr, ended, run)
     return CubicSchedule(start_itr, start_itr + (end_itr - start_itr) // chosen * chosen, chosen, initial)
@@ -285,6 +285,12 @@ def _resolve_freq(freq: Freq, start_itr: int, end_itr: int, ended: str, run: Run
             f"leave it at auto."
         )
     return chosen
+
+
+def _also(**options: When) -> str:
+    """Advice where some were given and others stayed at ``auto``, which does not look at those given."""
+    left = [name for name, when in options.items() if when == "auto"]
+    return f"; give {' and '.join(left)} too" if 0 < len(left) < len(options) else ""
 
 
 def _check_threshold_moves_often(freq: int, start_itr: int, end_itr: int) -> None:

@@ -145,6 +145,9 @@ def test_the_same_network_is_not_measured_again(monkeypatch):
     again = srnn.sparsify(network, example=x)
     assert decisions(again) == decisions(first)
     assert again.sparsify_report == first.sparsify_report
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_network, "ExampleCalls", None)
+        assert decisions(srnn.sparsify(network, example=x)) == decisions(first), "it is not even called"
     with pytest.raises(TypeError, match="not callable"):
         srnn.sparsify(network, example=torch.randn(50, 5, 12))  # other streams are another question
 
@@ -291,3 +294,29 @@ def test_examples_are_what_networks_read():
     assert example_input({"vocabulary_size": 7}).shape == (1, 100)
     assert example_input({"input_size": 7}, steps=3).shape == (1, 3, 7)
     assert example_input({"images": 7}) is None
+
+
+@pytest.mark.parametrize("of_decoder", ["cpu", TORCH])
+def test_choosing_for_a_large_network_takes_few_passes_of_it(of_decoder, monkeypatch):
+    """A dense call of 100 steps takes three seconds: all calls together, of all backends, no more than 12 of these."""
+    passed, calls_of, made = [0.0], [], whole_network.ExampleCalls
+
+    def timed(call, device):
+        backends = calls_of[-1]._seen(call)
+        seconds = 0.0
+        for name, several in backends.items():
+            for use, steps in dict(several).items():
+                backend = calls_of[-1].parts[name].decided[use]
+                factor = {"cpu": 0.7, "onednn": 1.2, "csr": 2.5}.get(backend, 1.0)
+                factor = 1.5 if backend == "cpu" and (name, of_decoder) == ("decoder", TORCH) else factor
+                seconds += factor * steps / 100  # of each of three parts
+        passed[0] += seconds
+        return seconds
+
+    monkeypatch.setattr(whole_network, "ExampleCalls", lambda *a: calls_of.append(made(*a)) or calls_of[-1])
+    monkeypatch.setattr(whole_network, "timed", timed)
+    monkeypatch.setattr(whole_network, "recall", lambda *_: None)
+    monkeypatch.setattr(whole_network.time, "monotonic", lambda: passed[0])
+    sparse = srnn.sparsify(pruned(Tagger()), example=torch.randn(50, 1, 12))
+    assert decisions(sparse) == {"first": ["cpu"] * 3, "second": ["cpu"] * 3, "decoder": [of_decoder] * 3}
+    assert passed[0] < 12 * 3

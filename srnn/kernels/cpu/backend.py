@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from srnn.kernels.contract import (
     Recurrence,
     State,
 )
+from srnn.kernels.cpu.compiled import Compiled, code_of, numbers
 from srnn.kernels.cpu.keeping import where_it_can_be_kept
 from srnn.kernels.cpu.operands import Operand
 from srnn.kernels.cpu.shapes import NUMBERS_OF_MATRIX, ROWS, Array, chunk_size
@@ -40,6 +40,8 @@ WORTH_THREADS = 200_000
 MESSAGE = "srnn: making the CPU kernels ready; once on a machine they are compiled, which takes some seconds."
 NONE = np.zeros(NUMBERS_OF_MATRIX, np.int64)  # in place of a projection
 NOTHING = np.zeros((1, 0), np.float32)  # in place of an LSTM's cell state
+
+Plan = tuple[Compiled, int, Array]  # a compiled call, where the numbers that it takes are, and these
 
 
 @register.kernel("cpu")
@@ -98,16 +100,25 @@ class _Product:
 
     def __init__(self, matrix: SparseMatrix, bias: Tensor | None) -> None:
         self.operand, self.bias = Operand(matrix), _vector(bias, matrix.shape[0])
-        self._plans: dict[int, tuple[Any, Array]] = {}
+        self.outputs = matrix.shape[0]
+        self._plans: dict[int, Plan] = {}
 
     def __call__(self, x_NI: Tensor) -> Tensor:
+        return self.shaped(x_NI, x_NI.shape[0], (x_NI.shape[0], self.outputs))
+
+    def shaped(self, x: Tensor, rows: int, shape: tuple[int, ...]) -> Tensor:
+        """The product with so many rows, however x is shaped; y gets this shape."""
+        some = min(rows, ROWS)
+        if _threads(self.operand.work(rows) * some) > 1:
+            return self._on_threads(x.reshape(rows, -1)).view(shape)
+        x, y = _plain(x), torch.empty(shape)
+        call, at, _ = self._plans.get(some) or self.plan(some)
+        call(numbers(at, rows, x.data_ptr(), y.data_ptr()))
+        return y
+
+    def _on_threads(self, x_NI: Tensor) -> Tensor:
         matrix, rows = self.operand.matrix, x_NI.shape[0]
-        threads = _threads(matrix.entries * min(rows, ROWS))
-        if threads == 1:
-            x, y_NO = _plain(x_NI), torch.empty(rows, matrix.shape[0])
-            call, plan = self._plans.get(min(rows, ROWS)) or self.plan(min(rows, ROWS))
-            call(plan, rows, x.data_ptr(), y_NO.data_ptr())
-            return y_NO
+        threads = _threads(self.operand.work(rows) * min(rows, ROWS))
         y = np.empty((rows, matrix.shape[0]), np.float32)
         with _announced("multiply", True, self.operand.kind, rows > 1):
             code, form = _compiled_code("multiplying"), self.operand.form(rows)
@@ -124,15 +135,15 @@ class _Product:
             )
         return torch.from_numpy(y)
 
-    def plan(self, rows: int) -> tuple[Any, Array]:
+    def plan(self, rows: int) -> Plan:
         """The compiled call for so many rows, and the numbers that it takes."""
         matrix = self.operand.matrix
         with _announced("product", self.operand.kind, rows > 1):
             form = self.operand.form(rows)
             chunk = chunk_size(matrix.units, rows, 1, form.lanes)
-            numbers = [chunk, -(-matrix.units // chunk), form.tile, matrix.gates, *matrix.shape, self.bias.ctypes.data]
-            plan = np.array([*numbers, *self.operand.numbers(rows)], np.int64)
-            found = self._plans[rows] = _compiled_code("stacks").run_product, plan
+            of_product = [chunk, -(-matrix.units // chunk), form.tile, matrix.gates, *matrix.shape]
+            plan = np.array([*of_product, self.bias.ctypes.data, *self.operand.numbers(rows)], np.int64)
+            found = self._plans[rows] = code_of("run_product"), plan.ctypes.data, plan
         return found
 
 
@@ -147,7 +158,7 @@ class _Recurrence(Recurrence):
 
     def __call__(self, u_NG: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         streams, outputs = state[0].shape
-        threads = _threads(self.operand.matrix.entries * streams)
+        threads = _threads(self.operand.work(len(batch_sizes)) * streams)
         y_NP = np.empty((u_NG.shape[0], outputs), np.float32)
         project, matrix = self.project, self.operand
         with _announced("recur", threads > 1, matrix.kind, project and project.kind, streams > 1):
@@ -185,41 +196,22 @@ class _Layer(ComposedLayer):
     recurrence: _Recurrence
 
     def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
-        recurrence = self.recurrence
-        if x_NI.shape[0] != 1 or not self.can_step or _threads(self.work) > 1:
+        if x_NI.shape[0] != 1 or not self.can_step or _threads(self.work(1)) > 1:
             return super().run(x_NI, batch_sizes, state)
-        with _announced("step", self.product.operand.kind, recurrence.operand.kind):
-            step, before = self._step
-            y, h, c0, c = np.empty_like(before[-1]), np.empty_like(before[-1]), NOTHING, NOTHING
-            if recurrence.cell == "lstm":
-                c0, c = _array(state[1]), np.empty_like(before[-1])
-            step(*before[:-1], _array(x_NI), _array(state[0]), c0, y, h, c)
-        new = (h, c) if recurrence.cell == "lstm" else (h,)
-        return torch.from_numpy(y), tuple(torch.from_numpy(part) for part in new)
+        return self._alone.run(x_NI, batch_sizes, state)
 
     @property
     def can_step(self) -> bool:
         """Whether the compiled calls of one stream can run it."""
         return self.recurrence.project is None and self.recurrence.new_bias.size > 0
 
-    @cached_property
-    def work(self) -> int:
-        """Entries of its larger matrix."""
-        return max(self.product.operand.matrix.entries, self.recurrence.operand.matrix.entries)
+    def work(self, steps: int) -> int:
+        """Of its larger matrix."""
+        return max(self.product.operand.work(steps), self.recurrence.operand.work(steps))
 
     @cached_property
-    def _step(self) -> tuple[Any, tuple[Any, ...]]:
-        """The compiled step, what it takes that stays the same, and an array like its outputs."""
-        product, recurrence = self.product, self.recurrence
-        chunks = []
-        for operand in (product.operand, recurrence.operand):
-            units = operand.matrix.units
-            chunk = chunk_size(units, 1, 1, operand.form(1).lanes)
-            chunks += [chunk, -(-units // chunk)]
-        numbers = product.operand.numbers(1), recurrence.operand.numbers(1)
-        biases = product.bias, recurrence.new_bias
-        same = (CELLS.index(recurrence.cell), np.array(chunks), *numbers, *biases, biases[1][None])
-        return _compiled_code("loops").step_layer, same
+    def _alone(self) -> _Stack:
+        return _Stack((self,))
 
 
 class _Stack(Layer):
@@ -229,24 +221,32 @@ class _Stack(Layer):
         self.layers, first = layers, layers[0]
         self.lstm, self.units = first.recurrence.cell == "lstm", len(first.recurrence.new_bias)
         self.inputs = first.product.operand.matrix.shape[1]
-        self.work = max(layer.work for layer in layers)
-        self._plans: dict[int, tuple[Any, Array]] = {}
+        self.work = {alone: max(layer.work(1 if alone else 2) for layer in layers) for alone in (False, True)}
+        self._plans: dict[int, Plan] = {}
 
     def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         """Of a sequence [T, I] and states [L, 1, H]."""
         steps = x_NI.shape[0]
-        if not steps or _threads(self.work) > 1:
+        if not steps or _threads(self.work[steps == 1]) > 1:
             return self._one_after_the_other(x_NI, batch_sizes, state)
-        x, h0 = _plain(x_NI), _plain(state[0])
+        return self._shaped(x_NI, steps, (steps, self.units), state)
+
+    def run_one(self, x: Tensor, steps: int, state: State) -> tuple[Tensor, State]:
+        """Of one stream, however it is shaped."""
+        if _threads(self.work[steps == 1]) > 1:
+            return super().run_one(x, steps, state)
+        return self._shaped(x, steps, (x.shape[0], x.shape[1], self.units), state)
+
+    def _shaped(self, x: Tensor, steps: int, shape: tuple[int, ...], state: State) -> tuple[Tensor, State]:
+        x, h0 = _plain(x), _plain(state[0])
         rows = 1 if steps == 1 else min(ROWS, -(-steps // 4) * 4)
-        call, plan = self._plans.get(rows) or self.plan(rows)
-        y, h = torch.empty(steps, self.units), torch.empty_like(h0)
-        if not self.lstm:
-            call(plan, steps, x.data_ptr(), h0.data_ptr(), 0, y.data_ptr(), h.data_ptr(), 0)
-            return y, (h,)
-        c0, c = _plain(state[1]), torch.empty_like(h0)
-        call(plan, steps, x.data_ptr(), h0.data_ptr(), c0.data_ptr(), y.data_ptr(), h.data_ptr(), c.data_ptr())
-        return y, (h, c)
+        call, at, _ = self._plans.get(rows) or self.plan(rows)
+        y, h = torch.empty(shape), torch.empty_like(h0)
+        c0, c = (_plain(state[1]), torch.empty_like(h0)) if self.lstm else (h0, h)
+        ends = y.data_ptr(), h.data_ptr(), c.data_ptr()
+        if call(numbers(at, steps, x.data_ptr(), h0.data_ptr(), c0.data_ptr(), *ends)):
+            raise MemoryError(f"{steps} steps of {len(self.layers)} layers need more memory than there is")
+        return y, (h, c) if self.lstm else (h,)
 
     def _one_after_the_other(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         y, ends = x_NI, []
@@ -255,24 +255,22 @@ class _Stack(Layer):
             ends.append(end)
         return y, tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
 
-    def plan(self, rows: int) -> tuple[Any, Array]:
+    def plan(self, rows: int) -> Plan:
         """The compiled call for products of so many rows, and the numbers that it takes; compiled where it was not."""
         recurrence = self.layers[0].recurrence
         gates = self.layers[0].product.operand.matrix.gates
-        numbers = [CELLS.index(recurrence.cell), len(self.layers), self.units, gates, self.inputs]
-        kinds: list[object] = []
+        plan = [CELLS.index(recurrence.cell), len(self.layers), self.units, gates, self.inputs]
         for layer in self.layers:
             operands = layer.product.operand, layer.recurrence.operand
             forms = operands[0].form(rows), operands[1].form(1)
             for operand, form, streams in zip(operands, forms, (min(rows, ROWS), 1), strict=True):
                 chunk = chunk_size(operand.matrix.units, streams, 1, form.lanes)
-                numbers += [chunk, -(-operand.matrix.units // chunk)]
-                kinds.append(operand.kind)
-            numbers += [forms[0].tile, layer.product.bias.ctypes.data, layer.recurrence.new_bias.ctypes.data]
-            numbers += [*operands[0].numbers(rows), *operands[1].numbers(1)]
-        found = _compiled_code("stacks").run_stack, np.array(numbers, np.int64)
-        with _announced("stack", rows > 1, *kinds):
-            self._plans[rows] = found
+                plan += [chunk, -(-operand.matrix.units // chunk)]
+            plan += [forms[0].tile, layer.product.bias.ctypes.data, layer.recurrence.new_bias.ctypes.data]
+            plan += [*operands[0].numbers(rows), *operands[1].numbers(1)]
+        with _announced("stack"):
+            call, array = code_of("run_stack"), np.array(plan, np.int64)
+        found = self._plans[rows] = call, array.ctypes.data, array
         return found
 
 
@@ -282,18 +280,18 @@ class _NetworkStep:
     def __init__(self, table: Tensor | None, stack: _Stack, decoder: _Product | None) -> None:
         self.stack, self.decoder, self.lstm = stack, decoder, stack.lstm
         matrix = None if decoder is None else decoder.operand.matrix
-        self.work = max(stack.work, 0 if matrix is None else matrix.entries)
+        self.work = max(stack.work[True], 0 if decoder is None else decoder.operand.work(1))
         self.outputs = stack.units if matrix is None else matrix.shape[0]
         self.state = (len(stack.layers), 1, stack.units)
         self.kind = torch.float32 if table is None else torch.int64
         self.input: tuple[int, ...] = (1, stack.inputs) if table is None else (1,)
         self.table = table  # held for its address
         self.at, self.vocabulary = (0, 0) if table is None else (table.data_ptr(), len(table))
-        plans = [stack.plan(1)[1]] + ([] if decoder is None else [decoder.plan(1)[1]])
-        self.plan, self.of_stack = np.concatenate(plans), len(plans[0])
-        self.run = _compiled_code("stacks").run_step
+        plans = [stack.plan(1)[2]] + ([] if decoder is None else [decoder.plan(1)[2]])
+        self.plan = np.concatenate(plans)
+        self.same = self.plan.ctypes.data, len(plans[0]), int(decoder is not None), self.at, self.vocabulary
         with _announced("network step"):
-            self.run(np.zeros_like(self.plan), len(self.plan), *[0] * 8)  # compiles it: no layers touch no memory
+            self.run = code_of("run_step")
 
     def __call__(self, x: Tensor, state: State) -> tuple[Tensor, State] | None:
         """None of what is no plain memory of the right size, and where several threads pay."""
@@ -304,10 +302,11 @@ class _NetworkStep:
             if part.dtype != torch.float32 or part.shape != self.state or not part.is_contiguous():
                 return None
         y, h = torch.empty(1, self.outputs), torch.empty_like(h0)
-        c = torch.empty_like(c0) if self.lstm else h
+        c = torch.empty_like(h0) if self.lstm else h
         addresses = (x.data_ptr(), h0.data_ptr(), c0.data_ptr(), y.data_ptr(), h.data_ptr(), c.data_ptr())
-        known = self.run(self.plan, self.of_stack, self.at, self.vocabulary, *addresses)
-        if not known:
+        if self.run(numbers(*self.same, *addresses)):
+            if 0 <= int(x.view(-1)[0]) < self.vocabulary or not self.vocabulary:
+                raise MemoryError("a step needs more memory than there is")
             raise IndexError(f"a token must lie between 0 and {self.vocabulary - 1}, not be {int(x)}")
         return y, (h, c) if self.lstm else (h,)
 

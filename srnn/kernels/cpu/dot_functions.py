@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
-from numba import cfunc, types
+from numba import types
 from numba.extending import intrinsic
 
-from srnn.kernels.cpu.element_products import GatherProduct, WindowProduct
-from srnn.kernels.cpu.keeping import where_it_can_be_kept
-from srnn.kernels.cpu.vector_code import ARGUMENTS, DOT, STORED
+from srnn.kernels.cpu.element_products import DenseProduct, GatherProduct, WindowProduct
+from srnn.kernels.cpu.vector_code import ARGUMENTS, STORED
 from srnn.kernels.cpu.vector_products import RowProduct
 
-_FORMS = ("rows", "windows", "gathers")
+_FORMS = ("rows", "windows", "gathers", "dense")
+_LAID_OUT = {"windows": WindowProduct, "gathers": GatherProduct, "dense": DenseProduct}
 _KINDS = tuple(STORED)
 
 
@@ -29,29 +28,25 @@ def _emit_dot(typing, form, lanes, kind, wide, tile, matrix, begin, end, x, stre
         if name == "rows":
             RowProduct(builder, lanes.literal_value, *options, arguments[5:]).emit()
         else:
-            {"windows": WindowProduct, "gathers": GatherProduct}[name](builder, *options, arguments[5:]).emit()
+            _LAID_OUT[name](builder, *options, arguments[5:]).emit()
         return context.get_dummy_value()
 
     return signature, codegen
 
 
-def _source(form: int, lanes: int, kind: int, wide: int, tile: int) -> Callable[..., None]:
-    def dot(matrix, begin, end, x, streams, careful, out):
-        _emit_dot(form, lanes, kind, wide, tile, matrix, begin, end, x, streams, careful, out)
-
-    return dot
-
-
-@cache
-def dot_function(form: str, lanes: int, values: str, wide: bool, tile: int) -> Any:
-    """The compiled product; compiled once, then read from disk.
+def dot_source(form: str, lanes: int, values: str, wide: bool, tile: int) -> Callable[..., None]:
+    """The product as what numba compiles.
 
     Args:
-        form: ``rows``, ``windows`` or ``gathers``.
+        form: ``rows``, ``windows``, ``gathers`` or ``dense``.
         lanes: N of the blocks.
         values: what is stored: fp32, fp16, bf16 or int8.
         wide: whether columns take 32 bits.
         tile: streams a time.
     """
-    source = _source(_FORMS.index(form), lanes, _KINDS.index(values), int(wide), tile)
-    return where_it_can_be_kept(lambda: cfunc(DOT, cache=True)(source))
+    which, kind, width = _FORMS.index(form), _KINDS.index(values), int(wide)
+
+    def dot(matrix, begin, end, x, streams, careful, out):
+        _emit_dot(which, lanes, kind, width, tile, matrix, begin, end, x, streams, careful, out)
+
+    return dot

@@ -6,16 +6,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-from srnn.kernels.cpu.shapes import ALIGNED, WINDOW, Array, padded_width
+from srnn.kernels.cpu.compiled import code_of, numbers
+from srnn.kernels.cpu.shapes import (
+    ROWS_OF_DENSE,
+    ROWS_OF_WINDOWS,
+    SLOTS_OF_DENSE,
+    SLOTS_OF_WINDOWS,
+    WINDOW,
+    Array,
+    padded_width,
+)
 from srnn.sparse import SparseMatrix
 
 # Rows that are sorted by length together. Rows side by side take as many slots as the longest, so that sorting saves a
 # tenth of them at 256 units and 90 %; sorting 256 rows saves no more.
 SORTED = 128
-ROWS_OF_WINDOWS, SLOTS_OF_WINDOWS = 16, 4
 ROWS_OF_GATHERS, SLOTS_OF_GATHERS = 8, 2
 
 
@@ -61,14 +68,16 @@ def windows(matrix: SparseMatrix) -> ElementLayout:
     lanes, order, rows = _sorted_rows(matrix)
     pointers, columns = matrix.row_pointers.numpy(), matrix.columns.to(torch.int32).numpy()
     last = padded_width(matrix.shape[1]) - WINDOW
-    none = np.zeros(0, np.int32), np.zeros((0, 1, 1), np.uint8), np.zeros((0, 1), np.int32)
-    turns = _fill_windows(pointers, columns, rows, last, *none)
+    turns = np.zeros(len(rows) // ROWS_OF_WINDOWS + 1, np.int32)
+    fill = code_of("fill_windows")
+    given = [array.ctypes.data for array in (pointers, columns, rows)] + [len(rows), last, turns.ctypes.data]
+    fill(numbers(*given, 0, 0, 0))
     slots = int(turns[-1]) * SLOTS_OF_WINDOWS
     # torch's memory begins at a cache line.
     bases = torch.empty(slots, dtype=torch.int32)
     places = torch.zeros(slots // SLOTS_OF_WINDOWS, ROWS_OF_WINDOWS, SLOTS_OF_WINDOWS, dtype=torch.uint8)
     sources = np.full((slots, ROWS_OF_WINDOWS), matrix.blocks, np.int32)
-    _fill_windows(pointers, columns, rows, last, bases.numpy(), places.numpy(), sources)
+    fill(numbers(*given, bases.data_ptr(), places.data_ptr(), sources.ctypes.data))
     values = _with_zero(matrix.values)[torch.from_numpy(sources)]
     return ElementLayout(lanes, order, torch.from_numpy(turns), values, places, bases, _scales(matrix, rows))
 
@@ -96,6 +105,18 @@ def gathers(matrix: SparseMatrix) -> ElementLayout:
     )
 
 
+def dense(matrix: SparseMatrix) -> ElementLayout:
+    """Slots of 16 rows and one column each, zeros included, in fp32; of blocks, too."""
+    columns = matrix.shape[1]
+    per_gate, turns = -(-matrix.units // ROWS_OF_DENSE), -(-columns // SLOTS_OF_DENSE)
+    whole = torch.zeros(matrix.gates, per_gate * ROWS_OF_DENSE, turns * SLOTS_OF_DENSE)
+    whole[:, : matrix.units, :columns] = matrix.to_dense().view(matrix.gates, matrix.units, columns)
+    values = whole.view(-1, ROWS_OF_DENSE, turns * SLOTS_OF_DENSE).transpose(1, 2).reshape(-1, ROWS_OF_DENSE)
+    begins = torch.arange(matrix.gates * per_gate + 1, dtype=torch.int32) * turns
+    none = torch.zeros(0, dtype=torch.int32)
+    return ElementLayout(ROWS_OF_DENSE, none, begins, values.contiguous(), none, none, None)
+
+
 def _sorted_rows(matrix: SparseMatrix) -> tuple[int, Tensor, Array]:
     """Rows of a row group; where in its group each sorted row comes from; and its number in the matrix, -1 for none."""
     sizes = (SORTED >> i for i in range(SORTED.bit_length()))  # the largest that leaves few rows of a group empty
@@ -118,35 +139,3 @@ def _scales(matrix: SparseMatrix, rows: Array) -> Tensor | None:
     if matrix.scales is None:
         return None
     return torch.cat([matrix.scales, matrix.scales.new_zeros(1)])[torch.from_numpy(rows)]
-
-
-@njit(nogil=True, cache=True)
-def _fill_windows(pointers, columns, rows, last, bases, places, sources):
-    """The turns that each set of rows begins with; with ``sources`` of any length, fills the other three, too."""
-    turns = np.zeros(len(rows) // ROWS_OF_WINDOWS + 1, np.int32)
-    heads, ends = np.zeros(ROWS_OF_WINDOWS, np.int64), np.zeros(ROWS_OF_WINDOWS, np.int64)
-    for group in range(len(turns) - 1):
-        for lane in range(ROWS_OF_WINDOWS):
-            row = rows[group * ROWS_OF_WINDOWS + lane]
-            heads[lane], ends[lane] = (pointers[row], pointers[row + 1]) if row >= 0 else (0, 0)
-        slot = turns[group] * SLOTS_OF_WINDOWS
-        while True:
-            first = -1
-            for lane in range(ROWS_OF_WINDOWS):
-                if heads[lane] < ends[lane] and (first < 0 or columns[heads[lane]] < first):
-                    first = columns[heads[lane]]
-            if first < 0 and slot % SLOTS_OF_WINDOWS == 0:
-                break
-            base = min(max(first, 0) // ALIGNED * ALIGNED, last)
-            if len(sources):
-                bases[slot] = base
-            for lane in range(ROWS_OF_WINDOWS):
-                head = heads[lane]
-                if head < ends[lane] and columns[head] < base + WINDOW:
-                    if len(sources):
-                        places[slot // SLOTS_OF_WINDOWS, lane, slot % SLOTS_OF_WINDOWS] = columns[head] - base
-                        sources[slot, lane] = head
-                    heads[lane] += 1
-            slot += 1
-        turns[group + 1] = slot // SLOTS_OF_WINDOWS
-    return turns

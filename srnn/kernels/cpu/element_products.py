@@ -9,6 +9,9 @@ entry of each: values [lanes], and where in x each is to be multiplied. Slots th
 
 *Gathers*, for AVX2: eight columns a slot, anywhere, fetched by the processor's gather instruction. One stream only.
 
+*Dense*, for any processor: a slot is a column, zeros included, rows in their own order. Of few columns, or where a
+third of the weights is left, multiplying zeros takes less than looking up what to multiply.
+
     out[group - begin, b, order[row]] = scales[row] * sum over slots p of values[p, row] * x[b, columns[p, row]]
 """
 
@@ -20,13 +23,16 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
+from srnn.kernels.cpu.compiled import processor_features
 from srnn.kernels.cpu.shapes import (
     BASES_AT,
     COLUMNS_AT,
     LANES_OF_GROUP,
     ORDER_AT,
     ROW_POINTERS_AT,
+    ROWS_OF_DENSE,
     SCALES_AT,
+    SLOTS_OF_DENSE,
     VALUES_AT,
     WIDTH_OF_X,
 )
@@ -50,14 +56,23 @@ class _ElementProduct(VectorCode):
         self.order = self.pointer(self.number(ORDER_AT), I32)
         self.scales = self.pointer(self.number(SCALES_AT), F32)
         self.block, self.width = self.number(LANES_OF_GROUP), self.number(WIDTH_OF_X)
-        # One stream has a sum for each slot of a turn, several have one each, so that additions need not wait.
-        self.sums = [cgutils.alloca_once(builder, self.vector) for _ in range(self.unrolled if tile == 1 else tile)]
+        # One stream has a sum for each slot of a turn, several have fewer each, so that additions need not wait.
+        self.parts = self.unrolled if tile == 1 else self.parts_of_several()
+        self.sums = [cgutils.alloca_once(builder, self.vector) for _ in range(self.parts * tile)]
+
+    def parts_of_several(self) -> int:
+        """Sums of each of several streams."""
+        return 1
 
     def emit(self) -> None:
-        """Sets of rows side by side, one after the other."""
+        """Sets of rows side by side."""
         b = self.builder
         many = b.udiv(self.block, I64(self.lanes))  # sets of rows of a row group
-        first, last = (b.mul(self.a[name], many) for name in ("begin", "end"))
+        self.sets(b.mul(self.a["begin"], many), b.mul(self.a["end"], many), many)
+
+    def sets(self, first: Any, last: Any, many: Any) -> None:
+        """One after the other."""
+        b = self.builder
         with cgutils.for_range_slice(b, first, last, I64(1), I64) as (rows, _):
             turns = self.index(self.turns, rows), self.index(self.turns, b.add(rows, I64(1)))
             group = b.sub(b.udiv(rows, many), self.a["begin"])
@@ -66,41 +81,54 @@ class _ElementProduct(VectorCode):
                     b.store(self.zeros, total)
                 each = [b.add(stream, I64(i)) for i in range(self.tile)]
                 xs = [b.gep(self.x, [b.mul(one, self.width)]) for one in each]
-                with b.if_else(b.icmp_signed("!=", self.a["careful"], I64(0))) as (then, otherwise):
-                    with then:
-                        self._turns(*turns, xs, careful=True)
-                    with otherwise:
-                        self._turns(*turns, xs, careful=False)
+                self.with_care(lambda careful: self._turns(*turns, xs, careful))
                 self._store(rows, [b.add(b.mul(group, self.a["streams"]), one) for one in each])
+
+    def with_care(self, emit: Callable[[bool], None]) -> None:
+        """Code for x that holds what is not finite, and faster code."""
+        with self.builder.if_else(self.builder.icmp_signed("!=", self.a["careful"], I64(0))) as (then, otherwise):
+            with then:
+                emit(True)
+            with otherwise:
+                emit(False)
+
+    def multiplied(self, value: Any, x: Any, total: Any, careful: bool) -> None:
+        """Adds a product to a sum; zero times NaN or infinity would be NaN, in a row that has no weight there."""
+        b = self.builder
+        if careful:
+            x = b.select(b.fcmp_ordered("==", value, self.zeros), self.zeros, x)
+        b.store(self.add(value, x, b.load(total)), total)
 
     def _turns(self, first: Any, last: Any, xs: list[Any], careful: bool) -> None:
         b = self.builder
         with cgutils.for_range_slice(b, first, last, I64(1), I64) as (turn, _):
-            for k, (slot, fetch) in enumerate(self.slots(turn)):
+            for k, (slot, fetch) in enumerate(self.slots(turn, first)):
                 stored = self.load(b.gep(self.values, [slot]), ir.VectorType(STORED[self.kind], self.lanes))
                 value = self.widen(stored)
                 for i, x in enumerate(xs):
-                    got = fetch(x)
-                    if careful:  # zero times NaN or infinity would be NaN, in a row that has no weight there
-                        got = b.select(b.fcmp_ordered("==", value, self.zeros), self.zeros, got)
-                    total = self.sums[k if self.tile == 1 else i]
-                    b.store(self.add(value, got, b.load(total)), total)
+                    self.multiplied(value, fetch(x), self.sums[k % self.parts * self.tile + i], careful)
 
-    def slots(self, turn: Any) -> list[tuple[Any, Fetch]]:
-        """Of a turn: where the values begin, and how x is fetched."""
+    def slots(self, turn: Any, first: Any) -> list[tuple[Any, Fetch]]:
+        """Of a turn, and the first one of its rows: where the values begin, and how x is fetched."""
         raise NotImplementedError
 
     def _store(self, rows: Any, positions: list[Any]) -> None:
         b = self.builder
         totals = [b.load(total) for total in self.sums]
-        while len(totals) > len(positions):  # one stream: neighbours first, which is as exact as it gets
-            totals = [b.fadd(*totals[i : i + 2]) for i in range(0, len(totals), 2)]
+        while len(totals) > len(positions):  # halves, which is as exact as it gets
+            half = len(totals) // 2
+            totals = [b.fadd(*pair) for pair in zip(totals[:half], totals[half:], strict=True)]
         at = b.mul(rows, I64(self.lanes))
+        if self.kind == "int8":
+            totals = [b.fmul(total, self.load(b.gep(self.scales, [at]), self.vector)) for total in totals]
+        targets = [b.gep(self.out, [b.mul(position, self.block)]) for position in positions]
+        self.put(totals, targets, at)
+
+    def put(self, totals: list[Any], targets: list[Any], at: Any) -> None:
+        """The sums of sorted rows, of each stream, to where the rows came from."""
+        b = self.builder
         order = [self.index(self.order, b.add(at, I64(lane))) for lane in range(self.lanes)]
-        for position, total in zip(positions, totals, strict=True):
-            if self.kind == "int8":
-                total = b.fmul(total, self.load(b.gep(self.scales, [at]), self.vector))
-            target = b.gep(self.out, [b.mul(position, self.block)])
+        for total, target in zip(totals, targets, strict=True):
             for lane, row in enumerate(order):
                 b.store(b.extract_element(total, I32(lane)), b.gep(target, [row]))
 
@@ -115,7 +143,7 @@ class WindowProduct(_ElementProduct):
         self.places = self.pointer(self.number(COLUMNS_AT), I32)
         self.bases = self.pointer(self.number(BASES_AT), I32)
 
-    def slots(self, turn: Any) -> list[tuple[Any, Fetch]]:
+    def slots(self, turn: Any, first: Any) -> list[tuple[Any, Fetch]]:
         """Four windows, whose places are parts of the same dwords."""
         b = self.builder
         quad = self.load(b.gep(self.places, [b.mul(turn, I64(self.lanes))]), ir.VectorType(I32, self.lanes))
@@ -147,7 +175,7 @@ class GatherProduct(_ElementProduct):
         super().__init__(builder, kind, wide, tile, arguments)
         self.columns = self.pointer(self.number(COLUMNS_AT), ir.IntType(32 if wide else 16))
 
-    def slots(self, turn: Any) -> list[tuple[Any, Fetch]]:
+    def slots(self, turn: Any, first: Any) -> list[tuple[Any, Fetch]]:
         """Two gathers."""
         b = self.builder
         indices = ir.VectorType(I32, self.lanes)
@@ -168,3 +196,71 @@ class GatherProduct(_ElementProduct):
             return self.call(name, self.vector, self.zeros, x, columns, everything, byte(4))
 
         return fetch
+
+
+class DenseProduct(_ElementProduct):
+    """Multiplies all columns."""
+
+    lanes, unrolled = ROWS_OF_DENSE, SLOTS_OF_DENSE
+
+    def parts_of_several(self) -> int:
+        """Two, where sixteen numbers are one register and not two: more would not fit."""
+        return 2 if processor_features().get("avx512f") else 1
+
+    def sets(self, first: Any, last: Any, many: Any) -> None:
+        """Of one stream several together, which share what is fetched of x: as many as there are registers for."""
+        b = self.builder
+        if self.tile > 1:
+            super().sets(first, last, many)
+            return
+        for together in (4, 2, 1) if processor_features().get("avx512f") else (2, 1):
+            middle = b.sub(last, b.urem(b.sub(last, first), I64(together)))
+            with cgutils.for_range_slice(b, first, middle, I64(together), I64) as (rows, _):
+                self._together(rows, together)
+            first = middle
+
+    def _together(self, rows: Any, together: int) -> None:
+        """Sets of rows from ``rows`` on. However many, a row's sum is the same: odd columns, and even ones."""
+        b = self.builder
+        sums = [[cgutils.alloca_once(b, self.vector) for _ in range(2)] for _ in range(together)]
+        for total in (total for both in sums for total in both):
+            b.store(self.zeros, total)
+        begins = [self.index(self.turns, b.add(rows, I64(i))) for i in range(together + 1)]
+
+        def columns(careful: bool) -> None:
+            with cgutils.for_range_slice(b, I64(0), b.sub(begins[1], begins[0]), I64(1), I64) as (turn, _):
+                for k in range(self.unrolled):
+                    x = self._splat_of(b.add(b.mul(turn, I64(self.unrolled)), I64(k)))(self.x)
+                    for both, begin in zip(sums, begins, strict=False):
+                        slot = b.add(b.mul(b.add(begin, turn), I64(self.unrolled)), I64(k))
+                        value = self.load(b.gep(self.values, [b.mul(slot, I64(self.lanes))]), self.vector)
+                        self.multiplied(value, x, both[k % 2], careful)
+
+        self.with_care(columns)
+        for i, both in enumerate(sums):
+            position = b.sub(b.add(rows, I64(i)), self.a["begin"])
+            target = b.gep(self.out, [b.mul(position, self.block)])
+            self.put([b.fadd(*map(b.load, both))], [target], None)
+
+    def slots(self, turn: Any, first: Any) -> list[tuple[Any, Fetch]]:
+        """Four columns; past the last one x is zero."""
+        b = self.builder
+        column = b.mul(b.sub(turn, first), I64(self.unrolled))
+        slot = b.mul(turn, I64(self.unrolled))
+        each = [(b.add(slot, I64(k)), b.add(column, I64(k))) for k in range(self.unrolled)]
+        return [(b.mul(place, I64(self.lanes)), self._splat_of(at)) for place, at in each]
+
+    def _splat_of(self, column: Any) -> Fetch:
+        b, nothing = self.builder, ir.Constant(self.vector, ir.Undefined)
+        everywhere = ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes)
+
+        def fetch(x: Any) -> Any:
+            one = b.insert_element(nothing, b.load(b.gep(x, [column])), I32(0))
+            return b.shuffle_vector(one, nothing, everywhere)
+
+        return fetch
+
+    def put(self, totals: list[Any], targets: list[Any], at: Any) -> None:
+        """Rows are in their own order, and a row group is as long as a register."""
+        for total, target in zip(totals, targets, strict=True):
+            self.builder.store(total, self.builder.bitcast(target, self.vector.as_pointer())).align = 4

@@ -1,130 +1,152 @@
-"""Compiled: the arithmetic of gates, from the products of a few units to their new state."""
+"""The arithmetic of gates, from the products of a few units to their new state, as machine code.
+
+Sixteen units at a time, all of a cell in registers: numba's own loops leave what does not fill several registers to
+single numbers, which is most of 24 units.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from srnn.cells import CELLS, CLIP
-from srnn.kernels.cpu.multiplying import copy
-from srnn.kernels.cpu.vector_code import floats
+from srnn.kernels.cpu.vector_code import I64, V16, Lanes, by_sixteen, sixteen
 
 TANH, RELU, CLIPPED, GRU, LSTM = (CELLS.index(cell) for cell in ("tanh", "relu", "clipped_relu", "gru", "lstm"))
 
-ZERO, HALF, ONE, CEILING = np.float32(0), np.float32(0.5), np.float32(1), np.float32(CLIP)
-INFINITY = np.float32(np.inf)
-# tanh(x) = x P(x^2) / Q(x^2) up to 9, where it is 1 in fp32; our own weighted least-squares fit, 4e-11 off before
-# rounding, 3.2e-7 in fp32. A rational function keeps the loops below vectorised, which a call of tanh would not.
-LARGEST = np.float32(9)
-P0, P1, P2 = np.float32(1.0), np.float32(0.14099948108196259), np.float32(0.004426933825016022)
-P3, P4, P5 = np.float32(4.2299179767724127e-05), np.float32(1.1132286914516953e-07), np.float32(3.683663790665648e-11)
-Q0, Q1, Q2 = np.float32(1.0), np.float32(0.4743328094482422), np.float32(0.029204538092017174)
-Q3, Q4, Q5 = np.float32(0.0005010237800888717), np.float32(2.6062236884172307e-06), np.float32(2.956636269146884e-09)
+# tanh(x) = x A(x^2) / B(x^2) up to 9, where it is 1 in fp32; our own weighted least-squares fit, 4e-11 off before
+# rounding, 3.2e-7 in fp32.
+LARGEST = 9.0
+ABOVE: tuple[float, ...] = (3.683663790665648e-11, 1.1132286914516953e-07, 4.2299179767724127e-05)
+ABOVE += (0.004426933825016022, 0.14099948108196259, 1.0)
+BELOW: tuple[float, ...] = (2.956636269146884e-09, 2.6062236884172307e-06, 0.0005010237800888717)
+BELOW += (0.029204538092017174, 0.4743328094482422, 1.0)
 
 
-# Multiplications and additions become one instruction where the processor has that; nothing else is reordered.
-_FUSED: Any = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
+class GateCode:
+    """Builds the code of one cell for sixteen units.
 
-
-@njit(inline="always")
-def tanh(x):
-    """Comparisons this way round let NaN through."""
-    x = LARGEST if x > LARGEST else x
-    x = -LARGEST if x < -LARGEST else x
-    s = x * x
-    return (
-        x
-        * (P0 + s * (P1 + s * (P2 + s * (P3 + s * (P4 + s * P5)))))
-        / (Q0 + s * (Q1 + s * (Q2 + s * (Q3 + s * (Q4 + s * Q5)))))
-    )
-
-
-@njit(inline="always")
-def sigmoid(x):
-    """From tanh."""
-    return HALF + HALF * tanh(HALF * x)
-
-
-# Loops over a few rows each: where there are more, the compiler gives up proving that they do not overlap, and does
-# not vectorise. numpy's error model, because a check for division by zero has the same effect.
-@njit(**_FUSED)
-def _sigmoid_of_sum(n, v_at, u_at):
-    v, u = floats(v_at, n), floats(u_at, n)
-    for k in range(n):
-        v[k] = sigmoid(u[k] + v[k])
-
-
-@njit(**_FUSED)
-def _tanh_of_sum(n, v_at, u_at):
-    v, u = floats(v_at, n), floats(u_at, n)
-    for k in range(n):
-        v[k] = tanh(u[k] + v[k])
-
-
-@njit(**_FUSED)
-def _reset(n, new_at, r_at, bias_at):
-    new, r, bias = floats(new_at, n), floats(r_at, n), floats(bias_at, n)
-    for k in range(n):
-        new[k] = r[k] * (new[k] + bias[k])
-
-
-@njit(**_FUSED)
-def _keep_and_add(n, c_at, f_at, i_at, g_at):
-    c, f, i, g = floats(c_at, n), floats(f_at, n), floats(i_at, n), floats(g_at, n)
-    for k in range(n):
-        i[k] *= g[k]
-    for k in range(n):
-        c[k] = f[k] * c[k] + i[k]
-
-
-@njit(**_FUSED)
-def _mix(n, h_at, z_at, new_at):
-    h, z, new = floats(h_at, n), floats(z_at, n), floats(new_at, n)
-    for k in range(n):
-        h[k] = (ONE - z[k]) * new[k] + z[k] * h[k]
-
-
-@njit(**_FUSED)
-def _times_tanh(n, h_at, o_at, c_at):
-    h, o, c = floats(h_at, n), floats(o_at, n), floats(c_at, n)
-    for k in range(n):
-        h[k] = o[k] * tanh(c[k])
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _clip_sum(n, h_at, v_at, u_at, ceiling):
-    h, v, u = floats(h_at, n), floats(v_at, n), floats(u_at, n)
-    for k in range(n):
-        a = u[k] + v[k]
-        a = ZERO if a < ZERO else a
-        h[k] = ceiling if a > ceiling else a
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def gate_arithmetic(cell, n, v_at, v_step, u_at, u_step, h_at, c_at, bias_at):
-    """New h (and c) in place, ``n`` numbers side by side; v the product with h, overwritten, u that with x.
-
-    Of each comes a gate, then after ``step`` bytes the next one.
+    Args:
+        lanes: the units.
+        arguments: those of ``gate_arithmetic``, without the cell and the number of units.
     """
-    v1, v2, v3 = v_at + v_step, v_at + 2 * v_step, v_at + 3 * v_step
-    u1, u2, u3 = u_at + u_step, u_at + 2 * u_step, u_at + 3 * u_step
+
+    def __init__(self, lanes: Lanes, arguments: list[Any]) -> None:
+        self.builder, self.load, self.store = lanes.builder, lanes.load, lanes.store
+        self.v, self.v_step, self.u, self.u_step, self.old, self.new, self.y, self.c, self.bias = arguments
+
+    def gate(self, addresses: tuple[Any, Any], index: int) -> Any:
+        """Numbers of a gate, from where the first gate's are and how many bytes lie between gates."""
+        b = self.builder
+        return self.load(b.add(addresses[0], b.mul(addresses[1], I64(index))))
+
+    def sum(self, index: int) -> Any:
+        """Of a gate's products with x and with h."""
+        return self.builder.fadd(self.gate((self.u, self.u_step), index), self.gate((self.v, self.v_step), index))
+
+    def fma(self, a: Any, x: Any, total: Any) -> Any:
+        """a x + total."""
+        kind = ir.FunctionType(V16, [V16] * 3)
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.fmuladd.v16f32")
+        return self.builder.call(function, [a, x, total])
+
+    def tanh(self, x: Any) -> Any:
+        """Comparisons this way round let NaN through."""
+        b, largest, smallest = self.builder, sixteen(LARGEST), sixteen(-LARGEST)
+        x = b.select(b.fcmp_ordered(">", x, largest), largest, x)
+        x = b.select(b.fcmp_ordered("<", x, smallest), smallest, x)
+        square = b.fmul(x, x)
+        sums = []
+        for numbers in (ABOVE, BELOW):
+            total = sixteen(numbers[0])
+            for number in numbers[1:]:
+                total = self.fma(total, square, sixteen(number))
+            sums.append(total)
+        return b.fdiv(b.fmul(x, sums[0]), sums[1])
+
+    def sigmoid(self, x: Any) -> Any:
+        """From tanh."""
+        half = sixteen(0.5)
+        return self.fma(half, self.tanh(self.builder.fmul(half, x)), half)
+
+    def done(self, new: Any) -> None:
+        """The new h, also where the outputs are to be."""
+        self.store(new, self.new)
+        self.store(new, self.y)
+
+
+def _gru(code: GateCode) -> None:
+    b = code.builder
+    reset, update = code.sigmoid(code.sum(0)), code.sigmoid(code.sum(1))
+    of_h = b.fadd(code.gate((code.v, code.v_step), 2), code.load(code.bias))
+    new = code.tanh(code.fma(reset, of_h, code.gate((code.u, code.u_step), 2)))
+    one = sixteen(1.0)
+    code.done(code.fma(update, code.load(code.old), b.fmul(b.fsub(one, update), new)))
+
+
+def _lstm(code: GateCode) -> None:
+    b = code.builder
+    entering, forgetting = code.sigmoid(code.sum(0)), code.sigmoid(code.sum(1))
+    new, leaving = code.tanh(code.sum(2)), code.sigmoid(code.sum(3))
+    c = code.fma(forgetting, code.load(code.c), b.fmul(entering, new))
+    code.store(c, code.c)
+    code.done(b.fmul(leaving, code.tanh(c)))
+
+
+def _tanh(code: GateCode) -> None:
+    code.done(code.tanh(code.sum(0)))
+
+
+def _relu(code: GateCode) -> None:
+    code.done(_not_negative(code))
+
+
+def _clipped_relu(code: GateCode) -> None:
+    ceiling, h = sixteen(float(CLIP)), _not_negative(code)
+    code.done(code.builder.select(code.builder.fcmp_ordered(">", h, ceiling), ceiling, h))
+
+
+def _not_negative(code: GateCode) -> Any:
+    b, h = code.builder, code.sum(0)
+    return b.select(b.fcmp_ordered("<", h, sixteen(0.0)), sixteen(0.0), h)
+
+
+def _compiled(emit: Callable[[GateCode], None]) -> Any:
+    """A function of compiled code: ``gate_arithmetic`` of one cell."""
+
+    def arithmetic(typing, n, v_at, v_step, u_at, u_step, old_at, new_at, y_at, c_at, bias_at):
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            n, *rest = arguments
+            by_sixteen(builder, n, lambda lanes: emit(GateCode(lanes, rest)))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 10), codegen
+
+    return intrinsic(arithmetic)
+
+
+_of_gru, _of_lstm, _of_tanh = _compiled(_gru), _compiled(_lstm), _compiled(_tanh)
+_of_relu, _of_clipped_relu = _compiled(_relu), _compiled(_clipped_relu)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def gate_arithmetic(cell, n, v_at, v_step, u_at, u_step, old_at, new_at, y_at, c_at, bias_at):
+    """The new h of ``n`` units, which may be where the old one is, and as outputs; an LSTM's c in place.
+
+    v is the product with h, u that with x. Of each comes a gate, then after ``step`` bytes the next one.
+    """
     if cell == GRU:
-        _sigmoid_of_sum(n, v_at, u_at)
-        _sigmoid_of_sum(n, v1, u1)
-        _reset(n, v2, v_at, bias_at)
-        _tanh_of_sum(n, v2, u2)
-        _mix(n, h_at, v1, v2)
+        _of_gru(n, v_at, v_step, u_at, u_step, old_at, new_at, y_at, c_at, bias_at)
     elif cell == LSTM:
-        _sigmoid_of_sum(n, v_at, u_at)
-        _sigmoid_of_sum(n, v1, u1)
-        _tanh_of_sum(n, v2, u2)
-        _sigmoid_of_sum(n, v3, u3)
-        _keep_and_add(n, c_at, v1, v_at, v2)
-        _times_tanh(n, h_at, v3, c_at)
+        _of_lstm(n, v_at, v_step, u_at, u_step, old_at, new_at, y_at, c_at, bias_at)
     elif cell == TANH:
-        copy(n, h_at, v_at)
-        _tanh_of_sum(n, h_at, u_at)
+        _of_tanh(n, v_at, v_step, u_at, u_step, old_at, new_at, y_at, c_at, bias_at)
+    elif cell == RELU:
+        _of_relu(n, v_at, v_step, u_at, u_step, old_at, new_at, y_at, c_at, bias_at)
     else:
-        _clip_sum(n, h_at, v_at, u_at, CEILING if cell == CLIPPED else INFINITY)
+        _of_clipped_relu(n, v_at, v_step, u_at, u_step, old_at, new_at, y_at, c_at, bias_at)

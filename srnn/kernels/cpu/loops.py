@@ -11,9 +11,9 @@ import numpy as np
 from numba import njit, prange
 
 from srnn.kernels.cpu.gate_loops import GRU, LSTM, gate_arithmetic
-from srnn.kernels.cpu.multiplying import as_taken, copy, is_careful, multiply, products, zeros
-from srnn.kernels.cpu.shapes import LANES_OF_GROUP, WIDTH_OF_X
-from srnn.kernels.cpu.vector_code import floats, keep
+from srnn.kernels.cpu.multiplying import COMPILED, is_careful, products, zeros
+from srnn.kernels.cpu.shapes import DOT_AT, GROUPS_OF_GATE, LANES_OF_GROUP, WIDTH_OF_X
+from srnn.kernels.cpu.vector_code import call_dot, keep, number
 
 
 @njit(nogil=True, cache=True)
@@ -30,7 +30,7 @@ def _chunks(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, size, 
             gates,
             units,
             (chunk_size, first_chunk, last_chunk),
-            matrix,
+            matrix.ctypes.data,
             u_at,
             new_bias.ctypes.data,
             h.ctypes.data,
@@ -45,7 +45,7 @@ def _chunks(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, size, 
         _chunks_of_many(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset, size, new_bias, h, h_new, c, y, v)
 
 
-@njit(nogil=True, cache=True)
+@njit(**COMPILED)
 def step_of_one(cell, gates, units, chunks, matrix, u_at, bias_at, old_at, inputs, new_at, c_at, y_at, v_at):
     """A step of one stream, whose rows lie as the arithmetic takes them; all by addresses.
 
@@ -54,7 +54,7 @@ def step_of_one(cell, gates, units, chunks, matrix, u_at, bias_at, old_at, input
         gates: of the cell.
         units: H.
         chunks: units of a chunk, the first chunk, and the one past the last.
-        matrix: the numbers of W_hh.
+        matrix: of the numbers of W_hh.
         u_at: of u [G], the products with x, biases added.
         bias_at: of a GRU's new_bias [H].
         old_at: of h [P], as ``zeros`` makes it.
@@ -64,19 +64,38 @@ def step_of_one(cell, gates, units, chunks, matrix, u_at, bias_at, old_at, input
         y_at: of the outputs [H], filled; 0 if there are none.
         v_at: of scratch memory, [gates, units of a chunk and lanes].
     """
-    size, lanes = chunks[0], matrix[LANES_OF_GROUP]
-    careful = is_careful(floats(old_at, inputs)) if matrix[WIDTH_OF_X] else 0
+    size, lanes = chunks[0], number(matrix, LANES_OF_GROUP)
+    careful = is_careful(old_at, inputs) if number(matrix, WIDTH_OF_X) else 0
+    y_at = y_at if y_at else new_at
+    if size >= units and chunks[1] < chunks[2]:  # one chunk: a call less for each gate
+        per_gate = number(matrix, GROUPS_OF_GATE)
+        call_dot(number(matrix, DOT_AT), matrix, 0, gates * per_gate, old_at, 1, careful, v_at)
+        v_step = 4 * per_gate * lanes
+        gate_arithmetic(cell, units, v_at, v_step, u_at, 4 * units, old_at, new_at, y_at, c_at, bias_at)
+        return
     v_step = 4 * (size + lanes)
     for chunk in range(chunks[1], chunks[2]):
         first = chunk * size
         n, at = min(size, units - first), 4 * first
         for gate in range(gates):
             products(matrix, gate, first, n, old_at, 1, careful, v_at + gate * v_step)
-        if cell == GRU:
-            copy(n, new_at + at, old_at + at)
-        gate_arithmetic(cell, n, v_at, v_step, u_at + at, 4 * units, new_at + at, c_at + at, bias_at + at)
-        if y_at:
-            copy(n, y_at + at, new_at + at)
+        old, new, y, u, c = old_at + at, new_at + at, y_at + at, u_at + at, c_at + at
+        gate_arithmetic(cell, n, v_at, v_step, u, 4 * units, old, new, y, c, bias_at + at)
+
+
+@njit(nogil=True, cache=True)
+def _as_taken(matrix, h):
+    """h [columns, streams] as a matrix's product takes it, and whether that has to be careful."""
+    width = matrix[WIDTH_OF_X]
+    if width == 0:
+        return h, 0
+    if h.shape[1] == 1:
+        return h, is_careful(h.ctypes.data, h.shape[0])
+    x = zeros(h.shape[1], width)
+    for column in range(h.shape[0]):
+        for stream in range(h.shape[1]):
+            x[stream, column] = h[column, stream]
+    return x, is_careful(x.ctypes.data, h.shape[1] * width)
 
 
 @njit(nogil=True, cache=True)
@@ -84,7 +103,7 @@ def _chunks_of_many(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset
     """Several streams: rows are gathered as the product writes its own, [group, stream, lane], then put back."""
     lanes, streams, units = matrix[LANES_OF_GROUP], h.shape[1], h_new.shape[0]
     gates = u.shape[1] // units
-    taken, careful = as_taken(matrix, h)
+    taken, careful = _as_taken(matrix, h)
     x = np.zeros((4, v.shape[1]), np.float32)
     new, cells, bias = (
         np.zeros(v.shape[1], np.float32),
@@ -96,9 +115,8 @@ def _chunks_of_many(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset
         count = min(chunk_size, units - first)
         groups = (count + lanes - 1) // lanes
         for gate in range(gates):
-            products(
-                matrix, gate, first, count, taken.ctypes.data, streams, careful, v.ctypes.data + 4 * gate * v.shape[1]
-            )
+            at = v.ctypes.data + 4 * gate * v.shape[1]
+            products(matrix.ctypes.data, gate, first, count, taken.ctypes.data, streams, careful, at)
         for g in range(groups):
             begin = first + g * lanes
             some = min(lanes, units - begin)
@@ -121,6 +139,8 @@ def _chunks_of_many(cell, chunk_size, first_chunk, last_chunk, matrix, u, offset
             4 * v.shape[1],
             x.ctypes.data,
             4 * v.shape[1],
+            new.ctypes.data,
+            new.ctypes.data,
             new.ctypes.data,
             cells.ctypes.data,
             bias.ctypes.data,
@@ -149,11 +169,11 @@ def _projected_chunks(chunk_size, first_chunk, last_chunk, matrix, offset, size,
     """One step of an LSTM's projection: h_new = W_hr hidden, for some chunks of its outputs."""
     lanes, streams, units = matrix[LANES_OF_GROUP], h.shape[1], h.shape[0]
     out = np.empty((chunk_size + lanes) * streams, np.float32)
-    x, careful = as_taken(matrix, hidden)
+    x, careful = _as_taken(matrix, hidden)
     for chunk in range(first_chunk, last_chunk):
         first = chunk * chunk_size
         count = min(chunk_size, units - first)
-        products(matrix, 0, first, count, x.ctypes.data, streams, careful, out.ctypes.data)
+        products(matrix.ctypes.data, 0, first, count, x.ctypes.data, streams, careful, out.ctypes.data)
         for unit in range(first, first + count):
             group, lane = divmod(unit - first, lanes)
             for b in range(streams):
@@ -214,34 +234,6 @@ def recur_serial(
             _projected_chunks(chunk_size, 0, project_bounds[-1], project, offsets[t], sizes[t], hidden, h, h_new, y)
         h, h_new = h_new, h
     return h
-
-
-@njit(nogil=True, cache=True)
-def step_layer(cell, chunks, input_matrix, matrix, input_bias, new_bias, x, h0, c0, y, h, c):
-    """One step of one stream, product with the input included, on one thread; c of other cells than LSTM is empty.
-
-    Args:
-        cell: index in ``CELLS``.
-        chunks: units of a chunk and number of chunks, of the input's matrix and of the recurrent one.
-        input_matrix: the numbers of W_ih.
-        matrix: the numbers of W_hh.
-        input_bias: [G].
-        new_bias: [H]; zeros but for a GRU.
-        x: [1, I].
-        h0: [1, H].
-        c0: [1, H].
-        y: [1, H], filled.
-        h: [1, H], filled.
-        c: [1, H], filled.
-    """
-    units = new_bias.shape[0]
-    u = np.empty((1, input_bias.shape[0]), np.float32)
-    multiply(chunks[0], input_matrix, input_bias.shape[0] // units, x, 1, input_bias, chunks[:2], u)
-    old, new = zeros(units, 1), zeros(units, 1)
-    old[:, 0] = h0[0]
-    c[:] = c0
-    _chunks(cell, chunks[2], 0, chunks[3], matrix, u, 0, 1, new_bias, old, new, c.reshape(-1, 1), y)
-    h[0] = new[:, 0]
 
 
 @njit(nogil=True, cache=True, parallel=True)

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import importlib
+import ctypes
 import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
-from typing import Any
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from srnn.importing import nothing_collected
-from srnn.kernels.cpu.keeping import where_it_can_be_kept
-from srnn.kernels.cpu.shapes import ROWS, TILES, Array, padded_width
+from srnn.kernels.cpu import element_layouts
+from srnn.kernels.cpu.compiled import address_of, processor_features
+from srnn.kernels.cpu.shapes import ROWS, ROWS_OF_DENSE, TILES, Array, padded_width
 from srnn.kernels.remembering import busy, recall, remember
 from srnn.kernels.timing import hardware
 from srnn.sparse import SparseMatrix
 
+_DOT = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 7)
 _log = logging.getLogger("srnn.kernels")
 
 # What forms need of a processor beside its own.
-NEEDS = {"rows": (), "windows": ("avx512f",), "gathers": ("avx2",)}
+NEEDS = {"rows": (), "windows": ("avx512f",), "gathers": ("avx2",), "dense": ()}
+# Numbers of a matrix, zeros included, up to which the form that stores them is tried: 1 MB, half of a second cache.
+SMALL = 1 << 18
 _TILE = 4  # streams that share a slot of a window
 _ROUNDS, _REPEATS = 5, 3
 _SECONDS = 0.02  # after which no further round is begun
@@ -39,14 +41,14 @@ class Form:
     """A matrix as one product takes it.
 
     Attributes:
-        name: ``rows``, as it is stored; ``windows`` or ``gathers``, rows side by side.
+        name: ``rows``, as it is stored; ``windows``, ``gathers`` or ``dense``, rows side by side.
         tile: streams the product takes at a time.
         lanes: rows of a row group.
         groups: row groups of a gate.
         width: floats a stream of x takes; 0 where x is [columns, streams].
         parts: values, columns, row pointers, scales, order and bases, None for what it has not.
         work: entries of each row group of all gates.
-        dot: the compiled product.
+        dot: address of the compiled product.
     """
 
     name: str
@@ -56,15 +58,13 @@ class Form:
     width: int
     parts: tuple[Tensor | None, ...]
     work: Array
-    dot: Any
+    dot: int
 
     @property
     def numbers(self) -> Array:
         """As the compiled loops take it."""
         addresses = [0 if part is None else part.data_ptr() for part in self.parts]
-        return np.array(
-            [self.dot.address, *addresses[:4], self.lanes, self.groups, self.width, *addresses[4:]], np.int64
-        )
+        return np.array([self.dot, *addresses[:4], self.lanes, self.groups, self.width, *addresses[4:]], np.int64)
 
 
 class Operand:
@@ -76,12 +76,20 @@ class Operand:
     """
 
     def __init__(self, matrix: SparseMatrix, form: str | None = None) -> None:
-        self.matrix, self.name = matrix, form
+        self.matrix, self.name, self.entries = matrix, form, matrix.entries
         self.kind = (matrix.height, matrix.values_name, matrix.columns.dtype == torch.int32)
         self.made = lru_cache(self._made)
         self.numbers = lru_cache(self._numbers)
         self.bounds = lru_cache(self._bounds)
         self._several = lru_cache(self._form)
+
+    def work(self, steps: int) -> int:
+        """What says whether several threads pay: entries.
+
+        A single step starts threads for each product, so that blocks, which take a third of the time, have to be more:
+        two layers of GRU 1024 in 16 x 1 blocks took 381 us a step on one thread, 431 on two.
+        """
+        return self.entries // 5 if steps == 1 and self.matrix.height > 1 else self.entries
 
     def form(self, streams: int) -> Form:
         """The form for so many streams; measured at the first call with about as many."""
@@ -117,24 +125,27 @@ class Operand:
 
     def _able(self, streams: int) -> list[str]:
         """Forms that can run; blocks are side by side as they are, and gathers are for one stream."""
-        if self.matrix.height > 1 or not self.matrix.blocks:
+        if not self.matrix.blocks:
             return ["rows"]
+        rows, columns = self.matrix.shape
+        dense = ["dense"] if rows * columns <= SMALL and "dense" in able_forms() else []
+        if self.matrix.height > 1:
+            return ["rows", *dense]
         if streams == 1:
-            return list(able_forms())
+            return [*(form for form in able_forms() if form != "dense"), *dense]
         # Not measured: with 16 streams bare products of rows can be faster than windows from 90 % on, but what they
         # write lies stream by stream, and taking it apart costs more: GRU 256 at 95 % took 1.3 times as long in all.
-        return ["windows"] if "windows" in able_forms() else ["rows"]
+        return ["windows" if "windows" in able_forms() else "rows", *dense]
 
     def _made(self, name: str, tile: int) -> Form:
-        module = where_it_can_be_kept(lambda: importlib.import_module("srnn.kernels.cpu.dot_functions"))
-        matrix, dot = self.matrix, module.dot_function(name, *self.kind, tile)
+        matrix, kind = self.matrix, (ROWS_OF_DENSE, "fp32", False) if name == "dense" else self.kind
+        dot = address_of("dot", name, *kind, tile)
         if name == "rows":
             parts = {part: tensor.contiguous() for part, tensor in matrix.parts.items()}
             work = parts["row_pointers"].diff().numpy()
             several = (parts["values"], parts["columns"], parts["row_pointers"], parts.get("scales"), None, None)
             return Form(name, tile, matrix.height, matrix.groups // matrix.gates, 0, several, work, dot)
-        layouts = where_it_can_be_kept(partial(importlib.import_module, "srnn.kernels.cpu.element_layouts"))
-        layout = {"windows": layouts.windows, "gathers": layouts.gathers}[name](matrix)
+        layout = getattr(element_layouts, name)(matrix)
         several = (layout.values, layout.columns, layout.turns, layout.scales, layout.order, layout.bases)
         groups = -(-matrix.units // layout.lanes)
         return Form(name, tile, layout.lanes, groups, padded_width(matrix.shape[1]), several, layout.work, dot)
@@ -157,20 +168,11 @@ class Operand:
 
 @cache
 def able_forms() -> tuple[str, ...]:
-    """Names of the forms of single elements that the processor, and numba's settings, allow.
+    """Names of the forms that the processor, and numba's settings, allow.
 
     ``NUMBA_CPU_FEATURES=-avx512f`` forbids what needs AVX-512, ``-avx512f,-avx2`` also gathers.
     """
-    with nothing_collected():
-        import numba
-        from llvmlite import binding
-
-    features = dict(binding.get_host_cpu_features())
-    if numba.config.CPU_NAME not in (None, binding.get_host_cpu_name()):  # type: ignore[attr-defined]
-        features = {}  # those of another processor are the ones that are listed
-    for feature in (numba.config.CPU_FEATURES or "").split(","):  # type: ignore[attr-defined]
-        if feature:
-            features[feature[1:]] = feature.startswith("+")
+    features = processor_features()
     return tuple(name for name, needed in NEEDS.items() if all(features.get(one, False) for one in needed))
 
 
@@ -214,7 +216,9 @@ def product_call(
     careful = int(not bool(x.isfinite().all()))
     arguments = (numbers.ctypes.data, 0, matrix.gates * form.groups, x.data_ptr(), streams, careful, y.data_ptr())
 
+    dot = _DOT(form.dot)
+
     def run(_kept: object = (x, numbers, y, form)) -> None:
-        form.dot.ctypes(*arguments)
+        dot(*arguments)
 
     return run, y

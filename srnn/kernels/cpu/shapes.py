@@ -38,6 +38,8 @@ ROWS = 16  # rows of an input that are multiplied together; a multiple of every 
 TILES = {1: 8, 4: 4, 8: 4, 16: 4, 32: 2}
 WINDOW = 32  # columns that two registers of 16 floats hold
 ALIGNED = 16  # floats of a cache line
+ROWS_OF_WINDOWS, SLOTS_OF_WINDOWS = 16, 4  # rows side by side, slots of a turn; see ``element_products``
+ROWS_OF_DENSE, SLOTS_OF_DENSE = 16, 4  # of the form that stores zeros, too: rows side by side, columns of a turn
 
 
 def padded_width(columns: int) -> int:

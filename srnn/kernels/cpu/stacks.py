@@ -1,16 +1,16 @@
 """Compiled: all layers of a network over a sequence of one stream, or all of it for one step, in one call.
 
-A call from Python takes addresses, because an array costs it ten times what a number does.
+Each takes the address of its arguments, which are int64 and addresses mostly: no call from Python costs less. They need
+nothing of numba when they run; see ``compiled``.
 """
 
 from __future__ import annotations
 
-import numpy as np
 from numba import njit
 
 from srnn.kernels.cpu.gate_loops import LSTM
 from srnn.kernels.cpu.loops import step_of_one
-from srnn.kernels.cpu.multiplying import copy, multiply, multiply_one, zeros
+from srnn.kernels.cpu.multiplying import COMPILED, multiply, next_line
 from srnn.kernels.cpu.shapes import (
     ALIGNED,
     LANES_OF_GROUP,
@@ -20,126 +20,123 @@ from srnn.kernels.cpu.shapes import (
     NUMBERS_OF_STACK,
     WINDOW,
 )
-from srnn.kernels.cpu.vector_code import floats, integers, keep
+from srnn.kernels.cpu.vector_code import clear, copy, free_memory, number, take_memory
+
+DONE, NO_MEMORY, NO_TOKEN = range(3)
 
 
-@njit(nogil=True, cache=True)
-def run_product(plan, rows, x_at, y_at):
+@njit(**COMPILED)
+def run_product(at):
     """y[N, O] = x[N, I] W' + bias on one thread.
 
     Args:
-        plan: the numbers of the product, as ``shapes`` lists them.
-        rows: N.
-        x_at: address of x.
-        y_at: address of y, filled.
+        at: of the addresses of the numbers of the product, as ``shapes`` lists them, N, and the addresses of x and of
+            y, which is filled.
+
+    Returns:
+        ``DONE``.
     """
-    gates, outputs, inputs, bias_at = plan[3], plan[4], plan[5], plan[6]
-    matrix = integers(plan.ctypes.data + 8 * NUMBERS_OF_PRODUCT, NUMBERS_OF_MATRIX)
-    if rows == 1:
-        multiply_one(matrix, gates, inputs, outputs, x_at, bias_at, y_at)
-        return
-    x, y = floats(x_at, rows * inputs).reshape(rows, inputs), floats(y_at, rows * outputs).reshape(rows, outputs)
-    multiply(plan[0], matrix, gates, x, plan[2], floats(bias_at, outputs), plan[1:2], y)
+    plan, rows, x_at, y_at = number(at, 0), number(at, 1), number(at, 2), number(at, 3)
+    _product(plan, rows, x_at, y_at)
+    return DONE
 
 
-@njit(nogil=True, cache=True)
-def run_stack(plan, steps, x_at, h0_at, c0_at, y_at, h_at, c_at):
+@njit(**COMPILED)
+def _product(plan, rows, x_at, y_at):
+    chunk_size, chunks, tile, gates = number(plan, 0), number(plan, 1), number(plan, 2), number(plan, 3)
+    outputs, inputs, bias_at = number(plan, 4), number(plan, 5), number(plan, 6)
+    matrix = plan + 8 * NUMBERS_OF_PRODUCT
+    multiply(chunk_size, chunks, matrix, gates, inputs, outputs, x_at, rows, tile, bias_at, y_at)
+
+
+@njit(**COMPILED)
+def run_stack(at):
     """The outputs of a sequence of one stream, and the states after it, on one thread.
 
     Args:
-        plan: the numbers of the layers, as ``shapes`` lists them.
-        steps: T.
-        x_at: address of x [T, I].
-        h0_at: of [L, H].
-        c0_at: of [L, H]; any number but for an LSTM.
-        y_at: of [T, H], filled.
-        h_at: of [L, H], filled.
-        c_at: of [L, H], filled for an LSTM.
+        at: of the address of the numbers of the layers, as ``shapes`` lists them; T; and the addresses of x [T, I], of
+            h and c before [L, H], of y [T, H], h and c after, which are filled. Those of c are of an LSTM.
+
+    Returns:
+        ``DONE``, or ``NO_MEMORY`` if there is not enough; nothing was written then.
     """
-    cell, layers, units, gates, inputs = plan[0], plan[1], plan[2], plan[3], plan[4]
-    u, outputs = np.empty((steps, gates * units), np.float32), gates * units
+    return _layers(number(at, 0), number(at, 1), number(at, 2), at + 8 * 3, number(at, 5), at + 8 * 6)
+
+
+@njit(**COMPILED)
+def _layers(plan, steps, x_at, before, y_at, after):
+    """``before`` and ``after`` are where the addresses of h and c are."""
+    cell, layers, units, gates = number(plan, 0), number(plan, 1), number(plan, 2), number(plan, 3)
+    inputs, outputs = number(plan, 4), gates * units
     width = max(WINDOW, (units + ALIGNED - 1) // ALIGNED * ALIGNED)
-    states, v = zeros(2, width), np.empty(gates * _widest(plan), np.float32)
-    old_at, new_at, source_at = states.ctypes.data, states.ctypes.data + 4 * width, x_at
+    of_u, of_v = (steps * outputs + ALIGNED - 1) // ALIGNED * ALIGNED, gates * _widest(plan)
+    memory = take_memory(4 * (2 * width + of_u + of_v) + 64)
+    if memory == 0:
+        return NO_MEMORY
+    old_at = next_line(memory)
+    new_at, u_at = old_at + 4 * width, old_at + 8 * width
+    v_at, source_at = u_at + 4 * of_u, x_at
+    clear(2 * width, old_at)
     for layer in range(layers):
-        at = plan.ctypes.data + 8 * (NUMBERS_OF_STACK + layer * NUMBERS_OF_LAYER)
-        of_layer, w_ih = integers(at, 7), integers(at + 8 * 7, NUMBERS_OF_MATRIX)
-        w_hh = integers(at + 8 * (7 + NUMBERS_OF_MATRIX), NUMBERS_OF_MATRIX)
-        if steps == 1:
-            multiply_one(w_ih, gates, inputs, outputs, source_at, of_layer[5], u.ctypes.data)
-        else:
-            source = floats(source_at, steps * inputs).reshape(steps, inputs)
-            multiply(of_layer[0], w_ih, gates, source, of_layer[4], floats(of_layer[5], outputs), of_layer[1:2], u)
+        of_layer = plan + 8 * (NUMBERS_OF_STACK + layer * NUMBERS_OF_LAYER)
+        w_ih, w_hh = of_layer + 8 * 7, of_layer + 8 * (7 + NUMBERS_OF_MATRIX)
+        tile, input_bias, new_bias = number(of_layer, 4), number(of_layer, 5), number(of_layer, 6)
+        chunks = number(of_layer, 0), number(of_layer, 1)
+        multiply(chunks[0], chunks[1], w_ih, gates, inputs, outputs, source_at, steps, tile, input_bias, u_at)
         here = 4 * layer * units
-        copy(units, old_at, h0_at + here)
+        h_at, c_at = number(after, 0) + here, number(after, 1) + here
+        copy(units, old_at, number(before, 0) + here)
         if cell == LSTM:
-            copy(units, c_at + here, c0_at + here)
-        chunks, bias_at = (of_layer[2], 0, of_layer[3]), of_layer[6]
+            copy(units, c_at, number(before, 1) + here)
+        chunks = number(of_layer, 2), 0, number(of_layer, 3)
         for t in range(steps):
-            y_t, u_t = y_at + 4 * t * units, u.ctypes.data + 4 * t * outputs
-            step_of_one(
-                cell,
-                gates,
-                units,
-                chunks,
-                w_hh,
-                u_t,
-                bias_at,
-                old_at,
-                units,
-                new_at,
-                c_at + here,
-                y_t,
-                v.ctypes.data,
-            )
+            y_t, u_t = y_at + 4 * t * units, u_at + 4 * t * outputs
+            step_of_one(cell, gates, units, chunks, w_hh, u_t, new_bias, old_at, units, new_at, c_at, y_t, v_at)
             old_at, new_at = new_at, old_at
-        copy(units, h_at + here, old_at)
+        copy(units, h_at, old_at)
         source_at, inputs = y_at, units
-    keep(u)
-    keep(states)
-    keep(v)
+    free_memory(memory)
+    return DONE
 
 
-@njit(nogil=True, cache=True)
+@njit(**COMPILED)
 def _widest(plan):
     """Numbers of scratch memory that a gate takes; of the layer that takes most."""
     widest = 0
-    for layer in range(plan[1]):
-        at = NUMBERS_OF_STACK + layer * NUMBERS_OF_LAYER
-        widest = max(widest, plan[at + 2] + plan[at + 7 + NUMBERS_OF_MATRIX + LANES_OF_GROUP])
+    for layer in range(number(plan, 1)):
+        at = plan + 8 * (NUMBERS_OF_STACK + layer * NUMBERS_OF_LAYER)
+        widest = max(widest, number(at, 2) + number(at + 8 * (7 + NUMBERS_OF_MATRIX), LANES_OF_GROUP))
     return widest
 
 
-@njit(nogil=True, cache=True)
-def run_step(plan, of_stack, table_at, vocabulary, x_at, h0_at, c0_at, y_at, h_at, c_at):
+@njit(**COMPILED)
+def run_step(at):
     """One step of one stream, from the input or the token to the decoder's outputs, on one thread.
 
     Args:
-        plan: the numbers of the layers, then those of the decoder, if there is one.
-        of_stack: how many are the layers'.
-        table_at: address of the tokens' vectors [V, I].
-        vocabulary: V; 0 where the input is no token.
-        x_at: address of the input [I], or of a token, int64.
-        h0_at: of [L, H].
-        c0_at: of [L, H]; any number but for an LSTM.
-        y_at: of the outputs [O], filled: the decoder's, or those of the last layer.
-        h_at: of [L, H], filled.
-        c_at: of [L, H], filled for an LSTM.
+        at: of the address of the numbers of the layers, followed by those of the decoder, if there is one; how many
+            are the layers'; whether there is a decoder; the address of the tokens' vectors [V, I], and V, which is 0
+            where the input is no token; the address of the input [I], or of a token, int64; those of h and c before
+            [L, H], of the outputs, and of h and c after. Outputs, h and c after are filled.
 
     Returns:
-        Whether there is such a token; if not, nothing was written.
+        ``DONE``, ``NO_MEMORY``, or ``NO_TOKEN`` if V is too small; nothing was written but in the first case.
     """
-    units, inputs = plan[2], plan[4]
+    plan, of_stack, decodes, table_at = number(at, 0), number(at, 1), number(at, 2), number(at, 3)
+    vocabulary, x_at, y_at = number(at, 4), number(at, 5), number(at, 8)
+    units, inputs = number(plan, 2), number(plan, 4)
     if vocabulary:
-        token = integers(x_at, 1)[0]
+        token = number(x_at, 0)
         if token < 0 or token >= vocabulary:
-            return False
+            return NO_TOKEN
         x_at = table_at + 4 * inputs * token
-    if of_stack == len(plan):
-        run_stack(plan, 1, x_at, h0_at, c0_at, y_at, h_at, c_at)
-        return True
-    y = np.empty(units, np.float32)
-    run_stack(plan[:of_stack], 1, x_at, h0_at, c0_at, y.ctypes.data, h_at, c_at)
-    run_product(plan[of_stack:], 1, y.ctypes.data, y_at)
-    keep(y)
-    return True
+    if not decodes:
+        return _layers(plan, 1, x_at, at + 8 * 6, y_at, at + 8 * 9)
+    memory = take_memory(4 * units)
+    if memory == 0:
+        return NO_MEMORY
+    done = _layers(plan, 1, x_at, at + 8 * 6, memory, at + 8 * 9)
+    if done == DONE:
+        _product(plan + 8 * of_stack, 1, memory, y_at)
+    free_memory(memory)
+    return done
