@@ -71,8 +71,14 @@ def _each(carried: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def teachers_of(given: str | list[str] | None) -> list[str]:
-    """The networks that ``distill.teacher`` names, which a resumed run may look for from another folder."""
+    """The networks that ``distill.teacher`` names, which a resumed run may look for from another folder.
+
+    Raises:
+        UserError: the network itself is among several.
+    """
     names = [given] if isinstance(given, str) else given or []
+    if len(names) > 1 and SELF in names:
+        raise UserError(f"distill.teacher={names}: self teaches alone: leave it out, or name no other teacher.")
     return [str(Path(name).expanduser().resolve()) for name in names if name not in ("", SELF)]
 
 

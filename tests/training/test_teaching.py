@@ -21,7 +21,7 @@ from srnn.recording.report import run_beside
 from srnn.run_folder import RunFolder
 from srnn.training.cuda_graph import Graphed
 from srnn.training.preparing import prepare
-from srnn.training.teaching import OwnTeacher, _each
+from srnn.training.teaching import OwnTeacher, _each, teachers_of
 from tests.conftest import QUIET
 from tests.training.test_resume import RUN, check_same_run, interrupt_after
 
@@ -151,6 +151,8 @@ def test_who_cannot_teach(tmp_path, text_run, monkeypatch):
     ):
         with pytest.raises(UserError, match=words):
             prepare(compose_settings([*chosen, f"distill.teacher={teacher}"]))
+    with pytest.raises(UserError, match="self teaches alone"):
+        teachers_of(["self", str(text_run)])
     settings = compose_settings([*QUIET, f"distill.teacher={text_run}"])
     monkeypatch.setattr("srnn.objectives.NextToken.imitation", Objective.imitation)
     with pytest.raises(UserError, match="the objective next_token has no `imitation`"):
