@@ -79,7 +79,7 @@ def test_what_is_no_file_is_never_replaced(tmp_path, monkeypatch):
     status = os.stat
     monkeypatch.setattr(os, "stat", lambda path, **how: of_device if path == device else status(path, **how))
     for path in (pipe, link, folder, loop, device):
-        with pytest.raises(OSError, match="no file, but|symbolic links") as refused:
+        with pytest.raises(OSError, match=r"no file, but|symbolic links") as refused:
             write_atomically(path, b"data")
         assert refused.value.filename == str(path)
     monkeypatch.undo()
