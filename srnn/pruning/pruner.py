@@ -30,7 +30,7 @@ from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.parts import Part, count, some_of
 from srnn.pruning.report_rows import ReportRow, nothing_left, report_rows
 from srnn.pruning.schedules import RunLength
-from srnn.pruning.scope import in_a_pattern, masks_of
+from srnn.pruning.scope import in_a_scope, masks_of
 from srnn.pruning.state_masks import StateMasks, mask_all, state_beside
 from srnn.pruning.watched_masks import WatchedMasks
 
@@ -229,8 +229,7 @@ class Pruner:
         if self.method.updates and (empty := nothing_left(self.parts, self._masks)):
             warnings.warn(
                 f"pruning left no weight of {some_of(empty)}: nothing passes through them any more. "
-                f"Lower pruning.sparsity, or give them a lower one of their own: "
-                f"pruning.scope='{{{in_a_pattern(empty[0])}: {{sparsity: ...}}}}'.",
+                f"Lower the sparsity, or give them a lower one of their own: {in_a_scope(empty[0])}.",
                 stacklevel=2,
             )
 

@@ -276,7 +276,9 @@ def resolve_cosine(end: When, freq: Freq, drop_fraction: float, run: RunLength) 
 def _resolve_freq(freq: Freq, start_itr: int, end_itr: int, ended: str, run: RunLength) -> int:
     """The one asked for; ``auto`` is 100, but at most 1/50 of end - start."""
     if end_itr > run.total_steps:
-        raise UserError(f"{ended} is after the end of {run}; lower it, or train for longer (trainer.max_epochs).")
+        raise UserError(
+            f"{ended} is after the end of {run}; lower it, or train longer (on the command line trainer.max_epochs)."
+        )
     span = end_itr - start_itr
     chosen = min(100, max(1, span // UPDATES)) if freq == "auto" else int(freq)
     if chosen > span:

@@ -146,16 +146,18 @@ def test_wandb_gives_the_same_comparison(sweep, monkeypatch, tmp_path, capsys):
 def test_mistakes(sweep, tmp_path, capsys):
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/config.yaml").write_text("seed: 0")
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    (damaged / "config.yaml").write_text("seed: 0")
-    (damaged / "report.json").write_text("{}")
+    damaged, cut = tmp_path / "damaged", tmp_path / "cut"
+    for folder, text in ((damaged, "{}"), (cut, '{"a')):
+        folder.mkdir()
+        (folder / "config.yaml").write_text("seed: 0")
+        (folder / "report.json").write_text(text)
     for arguments, words in (
         ([], "Give folders, as `srnn compare outputs/SWEEP`"),
         ([sweep, "--wandb", "me/srnn"], "which runs? Give folders"),
         ([tmp_path / "none"], "no run is there"),
         ([tmp_path / "begun"], "none of these runs is finished"),
         ([damaged], "its report or metrics are damaged"),
+        ([cut], f"srnn: {cut}/report.json is damaged: Unterminated string"),
         ([sweep, "--metric", "accuracy"], "no such score; they have bits_per_character, loss, perplexity"),
     ):
         assert main(["compare", *map(str, arguments)]) == 2

@@ -18,7 +18,7 @@ from tests.kernels.triton_cases import DEVICE, INTERPRETED, check, check_both, h
 
 FILES = [
     Path(__file__).with_name(f"test_{name}.py")
-    for name in ("triton", "vectors", "slices", "gates", "products", "handing")
+    for name in ("triton", "vectors", "slices", "gates", "products")
 ]
 FILES += [Path(__file__).parents[1] / name for name in ("pruning/test_masking.py", "models/test_recurring.py")]
 
