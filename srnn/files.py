@@ -71,10 +71,11 @@ def nearest_there(path: Path) -> Path:
     return next(there for there in (path, *path.parents) if os.path.exists(there))
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write a file whole or not at all: beside it first, then moved into place. Makes the folder.
 
-    Where ``path`` is a symbolic link, the file it leads to is written, and the link stays.
+    Where ``path`` is a symbolic link, the file it leads to is written, and the link stays. Of ``mode`` the umask takes
+    away what it does of any other file's.
 
     Raises:
         OSError: the folder cannot be written or the disk is full; an older file is still there. Or something else than
@@ -88,7 +89,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         # Made by the system call itself, so that the umask decides who may read it, as for any other file.
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -130,6 +130,23 @@ def test_default_dtype_of_the_process_changes_nothing():
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("default", ["dtype", "device"])
+def test_compiled_calls_write_fp32_on_a_cpu_whatever_torch_makes_by_default(default):
+    recurrent, linear = pruned(nn.GRU(16, 24)), pruned(nn.Linear(16, 24))
+    inputs = [torch.randn(shape) for shape in ((5, 1, 16), (1, 1, 16), (5, 3, 16))]
+    wanted = [(recurrent(x)[0], linear(x)) for x in inputs]
+    sparse = srnn.sparsify(recurrent, kernel="cpu"), srnn.sparsify(linear, kernel="cpu")
+    torch.set_default_dtype(torch.float64) if default == "dtype" else torch.set_default_device("meta")
+    try:
+        got = [(sparse[0](x)[0], sparse[1](x)) for _ in range(2) for x in inputs]
+        stepped = sparse[0].step(inputs[1][0])[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    torch.testing.assert_close(got, 2 * wanted)
+    torch.testing.assert_close(stepped, wanted[1][0][0])
+
+
 def test_shared_memory_is_shared():
     sparse = srnn.sparsify(pruned(nn.Linear(16, 16)), kernel="csr").share_memory()
     assert all(buffer.is_shared() for buffer in sparse.buffers())

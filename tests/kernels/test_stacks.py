@@ -9,6 +9,9 @@ from torch import nn
 
 import srnn
 from srnn.kernels.cpu import backend
+from srnn.kernels.cpu.compiled import numbers
+from srnn.kernels.cpu.shapes import NO_MEMORY, NUMBERS_OF_PRODUCT, WIDTH_OF_X
+from srnn.sparse import SparseMatrix
 
 LAYERS = [
     lambda i, h, n: nn.GRU(i, h, n),
@@ -104,3 +107,15 @@ def test_work_for_several_threads_runs_layer_by_layer(monkeypatch):
         torch.testing.assert_close(sparse(x), wanted)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_product_that_finds_no_memory_says_so(rows):
+    product = backend._Product(SparseMatrix.from_dense(torch.randn(37, 13)), None)
+    x, y = torch.randn(rows, 13), torch.zeros(rows, 37)
+    call, _, plan = product.plan(rows)
+    too_many = plan.copy()
+    too_many[5] = 1 << 56  # inputs
+    too_many[NUMBERS_OF_PRODUCT + WIDTH_OF_X] = 1 << 56
+    assert call(numbers(too_many.ctypes.data, rows, x.data_ptr(), y.data_ptr())) == NO_MEMORY
+    assert not y.any()

@@ -352,8 +352,35 @@ def test_obd_keeps_a_mean_of_its_own_beside_an_optimizer_without_one():
     assert plain.reached()
     assert same > 0.9
     bare = Pruner(nn.Linear(8, 6), "obd", 10, **options)
-    with pytest.raises(UserError, match="weight has none: call pruner"):
+    with pytest.raises(UserError, match="no weight has any: call pruner"):
         bare.step()
+
+
+@pytest.mark.parametrize("adam", [False, True])
+def test_obd_with_branches_not_taken_sparse_gradients_and_bfloat16(adam):
+    torch.manual_seed(0)
+    network = nn.ModuleDict({"used": nn.Linear(8, 8), "unused": nn.Linear(8, 8)})
+    optimizer = torch.optim.Adam(network.parameters(), 0.01) if adam else torch.optim.SGD(network.parameters(), 0.01)
+    pruner = Pruner(network, "obd", 10, optimizer, sparsity=0.5, start_itr=1, end_itr=4, freq=1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        network["used"](torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+    assert pruner.reached()
+    assert pruner.sparsities()["unused.weight"] > pruner.sparsities()["used.weight"]
+    embedding = nn.Embedding(20, 8, sparse=True)
+    pruner = Pruner(embedding, "obd", 10, sparsity=0.5, start_itr=1, end_itr=4, freq=1)
+    for _ in range(5):
+        embedding(torch.tensor([1, 2])).sum().backward()
+        pruner.step()
+    assert pruner.masks()["weight"][1:3].all()
+    layer = nn.Linear(4, 4).bfloat16()
+    layer.weight.grad = torch.ones_like(layer.weight)
+    pruner = Pruner(layer, "obd", 2000, sparsity=0.5, start_itr=1500, end_itr=1600)
+    for _ in range(1000):
+        pruner.step()
+    torch.testing.assert_close(pruner.method.state_dict()["weight"], torch.full((4, 4), 1 - 0.999**1000))
 
 
 METHODS = {"gradual": Gradual, "block": Block, "cubic": Cubic, "hard": Hard, "random": Random, "rigl": RigL}

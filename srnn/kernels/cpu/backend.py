@@ -111,9 +111,11 @@ class _Product:
         some = min(rows, ROWS)
         if _threads(self.operand.work(rows) * some) > 1:
             return self._on_threads(x.reshape(rows, -1)).view(shape)
-        x, y = _plain(x), torch.empty(shape)
+        x = _plain(x)
+        y = x.new_empty(shape)  # fp32 on a CPU, whatever torch makes by default
         call, at, _ = self._plans.get(some) or self.plan(some)
-        call(numbers(at, rows, x.data_ptr(), y.data_ptr()))
+        if call(numbers(at, rows, x.data_ptr(), y.data_ptr())):
+            raise MemoryError(_no_memory(rows, self.outputs))
         return y
 
     def _on_threads(self, x_NI: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ class _Product:
         with _announced("multiply", True, self.operand.kind, rows > 1):
             code, form = _compiled_code("multiplying"), self.operand.form(rows)
             chunk = chunk_size(matrix.units, min(rows, ROWS), threads, form.lanes)
-            code.multiply_parallel(
+            failed = code.multiply_parallel(
                 chunk,
                 self.operand.numbers(rows),
                 matrix.gates,
@@ -133,6 +135,8 @@ class _Product:
                 self.operand.bounds(threads, chunk, rows),
                 y,
             )
+        if failed:
+            raise MemoryError(_no_memory(rows, self.outputs))
         return torch.from_numpy(y)
 
     def plan(self, rows: int) -> Plan:
@@ -241,7 +245,7 @@ class _Stack(Layer):
         x, h0 = _plain(x), _plain(state[0])
         rows = 1 if steps == 1 else min(ROWS, -(-steps // 4) * 4)
         call, at, _ = self._plans.get(rows) or self.plan(rows)
-        y, h = torch.empty(shape), torch.empty_like(h0)
+        y, h = x.new_empty(shape), torch.empty_like(h0)
         c0, c = (_plain(state[1]), torch.empty_like(h0)) if self.lstm else (h0, h)
         ends = y.data_ptr(), h.data_ptr(), c.data_ptr()
         if call(numbers(at, steps, x.data_ptr(), h0.data_ptr(), c0.data_ptr(), *ends)):
@@ -301,7 +305,7 @@ class _NetworkStep:
         for part in state:
             if part.dtype != torch.float32 or part.shape != self.state or not part.is_contiguous():
                 return None
-        y, h = torch.empty(1, self.outputs), torch.empty_like(h0)
+        y, h = h0.new_empty(1, self.outputs), torch.empty_like(h0)
         c = torch.empty_like(h0) if self.lstm else h
         addresses = (x.data_ptr(), h0.data_ptr(), c0.data_ptr(), y.data_ptr(), h.data_ptr(), c.data_ptr())
         if self.run(numbers(*self.same, *addresses)):
@@ -311,9 +315,14 @@ class _NetworkStep:
         return y, (h, c) if self.lstm else (h,)
 
 
+def _no_memory(rows: int, outputs: int) -> str:
+    return f"a product of {rows} rows with {outputs} outputs needs more memory than there is"
+
+
 def _plain(x: Tensor) -> Tensor:
-    """As addresses are taken of it: fp32, one number after the other."""
-    return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
+    """As addresses are taken of it: fp32, one number after the other, none of which stands for its negative."""
+    plain = x.dtype == torch.float32 and x.is_contiguous() and not x.is_neg()
+    return x if plain else x.float().contiguous().resolve_neg()
 
 
 def _array(x: Tensor) -> Array:

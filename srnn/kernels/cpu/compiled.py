@@ -102,7 +102,9 @@ def _kept(path: Path) -> bytes | None:
             about, data = os.fstat(file.fileno()), file.read()
     except OSError:
         return None
-    if hasattr(os, "getuid") and (about.st_uid not in (0, os.getuid()) or about.st_mode & stat.S_IWOTH):
+    if hasattr(os, "getuid") and (
+        about.st_uid not in (0, os.getuid()) or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    ):
         return None
     digest, code = data[:_DIGEST], data[_DIGEST:]
     return code if hashlib.sha256(code).digest() == digest else None
@@ -112,7 +114,7 @@ def _compile(symbols: dict[tuple[Any, ...], str], path: Path) -> bytes:
     code: bytes = importlib.import_module("srnn.kernels.cpu.object_code").made_object_code(symbols)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, hashlib.sha256(code).digest() + code)
+        write_atomically(path, hashlib.sha256(code).digest() + code, mode=0o600)
     except OSError as error:
         _log.info("compiled code cannot be kept: %s", error)
     return code

@@ -109,7 +109,7 @@ def dense(matrix: SparseMatrix) -> ElementLayout:
     """Slots of 16 rows and one column each, zeros included, in fp32; of blocks, too."""
     columns = matrix.shape[1]
     per_gate, turns = -(-matrix.units // ROWS_OF_DENSE), -(-columns // SLOTS_OF_DENSE)
-    whole = torch.zeros(matrix.gates, per_gate * ROWS_OF_DENSE, turns * SLOTS_OF_DENSE)
+    whole = torch.zeros(matrix.gates, per_gate * ROWS_OF_DENSE, turns * SLOTS_OF_DENSE, dtype=torch.float32)
     whole[:, : matrix.units, :columns] = matrix.to_dense().view(matrix.gates, matrix.units, columns)
     values = whole.view(-1, ROWS_OF_DENSE, turns * SLOTS_OF_DENSE).transpose(1, 2).reshape(-1, ROWS_OF_DENSE)
     begins = torch.arange(matrix.gates * per_gate + 1, dtype=torch.int32) * turns

@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from srnn.kernels.cpu.shapes import ALIGNED, DOT_AT, GROUPS_OF_GATE, LANES_OF_GROUP, ROWS, WIDTH_OF_X, WINDOW
+from srnn.kernels.cpu.shapes import (
+    ALIGNED,
+    DONE,
+    DOT_AT,
+    GROUPS_OF_GATE,
+    LANES_OF_GROUP,
+    NO_MEMORY,
+    ROWS,
+    WIDTH_OF_X,
+    WINDOW,
+)
 from srnn.kernels.cpu.vector_code import (
     add,
     call_dot,
@@ -96,11 +106,13 @@ def _take(matrix, inputs, x_at, count, streams, taken_at):
 def multiply_some(
     chunk_size, first_chunk, last_chunk, matrix, gates, inputs, outputs, x_at, count, tile, bias_at, y_at
 ):
-    """Some chunks of the outputs of all gates, for ``count`` rows of an input, at most ``ROWS``."""
+    """Some chunks of the outputs of all gates, for ``count`` rows of an input, at most ``ROWS``; how that ended."""
     lanes, units = number(matrix, LANES_OF_GROUP), outputs // gates
     streams = (count + tile - 1) // tile * tile
     taken = streams * max(inputs, number(matrix, WIDTH_OF_X)) + ALIGNED
     memory = take_memory(4 * (taken + (chunk_size + lanes) * streams) + 64)
+    if memory == 0:
+        return NO_MEMORY
     taken_at = next_line(memory)
     out_at = taken_at + 4 * taken
     careful = _take(matrix, inputs, x_at, count, streams, taken_at)
@@ -111,15 +123,18 @@ def multiply_some(
             products(matrix, gate, first, some, taken_at, streams, careful, out_at)
             _put(outputs, gate * units + first, some, lanes, count, streams, bias_at, out_at, y_at)
     free_memory(memory)
+    return DONE
 
 
 @njit(**COMPILED)
 def multiply_one(matrix, gates, inputs, outputs, x_at, bias_at, y_at):
-    """y[O] = x[I] W' + bias of one row: a step of a stream does little else."""
+    """y[O] = x[I] W' + bias of one row: a step of a stream does little else; how that ended."""
     width, lanes, per_gate = number(matrix, WIDTH_OF_X), number(matrix, LANES_OF_GROUP), number(matrix, GROUPS_OF_GATE)
     units, careful = outputs // gates, np.int64(0)
     whole = units == per_gate * lanes  # the product writes outputs where they belong
     memory = take_memory(4 * (width + ALIGNED + (0 if whole else gates * per_gate * lanes)) + 64)
+    if memory == 0:
+        return NO_MEMORY
     taken_at = next_line(memory)
     if width:
         copy(inputs, taken_at, x_at)
@@ -134,6 +149,7 @@ def multiply_one(matrix, gates, inputs, outputs, x_at, bias_at, y_at):
             at = 4 * gate * units
             add(units, out_at + 4 * gate * per_gate * lanes, bias_at + at, y_at + at)
     free_memory(memory)
+    return DONE
 
 
 @njit(**COMPILED)
@@ -152,29 +168,38 @@ def multiply(chunk_size, chunks, matrix, gates, inputs, outputs, x_at, rows, til
         tile: rows the product takes at a time.
         bias_at: address of the bias [O].
         y_at: address of y, filled.
+
+    Returns:
+        ``DONE``, or ``NO_MEMORY`` if there is not enough.
     """
     if tile == 1 and rows == 1:
-        multiply_one(matrix, gates, inputs, outputs, x_at, bias_at, y_at)
-        return
+        return multiply_one(matrix, gates, inputs, outputs, x_at, bias_at, y_at)
     for row in range(0, rows, ROWS):
         n, x, y = min(ROWS, rows - row), x_at + 4 * row * inputs, y_at + 4 * row * outputs
-        multiply_some(chunk_size, 0, chunks, matrix, gates, inputs, outputs, x, n, tile, bias_at, y)
+        if multiply_some(chunk_size, 0, chunks, matrix, gates, inputs, outputs, x, n, tile, bias_at, y) != DONE:
+            return NO_MEMORY
+    return DONE
 
 
 @njit(nogil=True, cache=True, parallel=True)
 def multiply_parallel(chunk_size, matrix, gates, x, tile, bias, bounds, y):
-    """``multiply`` on as many threads as ``bounds`` has parts: each takes other rows or, of few, other outputs."""
-    parts, last = len(bounds) - 1, bounds[-1]
+    """``multiply`` on as many threads as ``bounds`` has parts: each takes other rows or, of few, other outputs.
+
+    Returns:
+        How many parts ended without enough memory.
+    """
+    parts, last, failed = len(bounds) - 1, bounds[-1], 0
     rows, inputs, outputs = x.shape[0], x.shape[1], y.shape[1]
     tiles = (rows + ROWS - 1) // ROWS
     numbers, x_at, y_at, bias_at = matrix.ctypes.data, x.ctypes.data, y.ctypes.data, bias.ctypes.data
     if tiles >= 2 * parts:
         for i in prange(tiles):
             n, x_i, y_i = min(ROWS, rows - i * ROWS), x_at + 4 * i * ROWS * inputs, y_at + 4 * i * ROWS * outputs
-            multiply_some(chunk_size, 0, last, numbers, gates, inputs, outputs, x_i, n, tile, bias_at, y_i)
-        return
+            failed += multiply_some(chunk_size, 0, last, numbers, gates, inputs, outputs, x_i, n, tile, bias_at, y_i)
+        return failed
     for i in range(tiles):
         n, x_i, y_i = min(ROWS, rows - i * ROWS), x_at + 4 * i * ROWS * inputs, y_at + 4 * i * ROWS * outputs
         for part in prange(parts):
             begin, end = bounds[part], bounds[part + 1]
-            multiply_some(chunk_size, begin, end, numbers, gates, inputs, outputs, x_i, n, tile, bias_at, y_i)
+            failed += multiply_some(chunk_size, begin, end, numbers, gates, inputs, outputs, x_i, n, tile, bias_at, y_i)
+    return failed

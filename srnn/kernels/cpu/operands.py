@@ -96,6 +96,10 @@ class Operand:
         return self._several(1 if streams <= 1 else min(ROWS, -(-streams // _TILE) * _TILE))
 
     def _form(self, streams: int) -> Form:
+        with torch.device("cpu"):  # whatever device torch makes tensors on by default
+            return self._chosen(streams)
+
+    def _chosen(self, streams: int) -> Form:
         tile = TILES[self.matrix.height] if streams > 1 else 1
         if self.name is not None:
             return self.made(self.name, tile if self.name == "rows" else min(streams, _TILE))
@@ -178,7 +182,8 @@ def able_forms() -> tuple[str, ...]:
 
 def _timed(forms: dict[tuple[str, int], Form], matrix: SparseMatrix, streams: int) -> dict[tuple[str, int], float]:
     """The shortest time of each in turns, several times in a row, so that its matrix is in the cache."""
-    calls = {key: product_call(form, matrix, torch.randn(matrix.shape[1], streams))[0] for key, form in forms.items()}
+    x_IS = torch.randn(matrix.shape[1], streams, dtype=torch.float32)
+    calls = {key: product_call(form, matrix, x_IS)[0] for key, form in forms.items()}
     best = dict.fromkeys(forms, float("inf"))
     for call in calls.values():
         call()
@@ -206,13 +211,13 @@ def product_call(
         place: where x and the outputs are to lie.
     """
     streams = -(-x_IS.shape[1] // form.tile) * form.tile
-    wide = torch.zeros(matrix.shape[1], streams)
+    wide = torch.zeros(matrix.shape[1], streams, dtype=torch.float32)
     wide[:, : x_IS.shape[1]] = x_IS
     if form.width:
         wide = torch.nn.functional.pad(wide.T, (0, form.width - matrix.shape[1]))
     x, numbers = place(wide.contiguous()), form.numbers
     shape = (matrix.gates, form.groups, streams, form.lanes)
-    y = place(torch.full(shape, torch.nan)).view(shape)
+    y = place(torch.full(shape, torch.nan, dtype=torch.float32)).view(shape)
     careful = int(not bool(x.isfinite().all()))
     arguments = (numbers.ctypes.data, 0, matrix.gates * form.groups, x.data_ptr(), streams, careful, y.data_ptr())
 

@@ -27,6 +27,7 @@ LANES_OF_GROUP, GROUPS_OF_GATE, WIDTH_OF_X, ORDER_AT, BASES_AT = range(5, NUMBER
 #   bias; then the numbers of its matrix.
 NUMBERS_OF_PRODUCT = 7
 NUMBERS_OF_STACK, NUMBERS_OF_LAYER = 5, 7 + 2 * NUMBERS_OF_MATRIX
+DONE, NO_MEMORY, NO_TOKEN = range(3)  # how a compiled call ended
 
 # Hidden units that are worked on together, multiples of every N. A chunk costs about a microsecond beside its
 # arithmetic, so few large ones are best, as long as their scratch memory stays in the first cache and every thread

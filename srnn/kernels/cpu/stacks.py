@@ -13,7 +13,10 @@ from srnn.kernels.cpu.loops import step_of_one
 from srnn.kernels.cpu.multiplying import COMPILED, multiply, next_line
 from srnn.kernels.cpu.shapes import (
     ALIGNED,
+    DONE,
     LANES_OF_GROUP,
+    NO_MEMORY,
+    NO_TOKEN,
     NUMBERS_OF_LAYER,
     NUMBERS_OF_MATRIX,
     NUMBERS_OF_PRODUCT,
@@ -21,8 +24,6 @@ from srnn.kernels.cpu.shapes import (
     WINDOW,
 )
 from srnn.kernels.cpu.vector_code import clear, copy, free_memory, number, take_memory
-
-DONE, NO_MEMORY, NO_TOKEN = range(3)
 
 
 @njit(**COMPILED)
@@ -34,11 +35,10 @@ def run_product(at):
             y, which is filled.
 
     Returns:
-        ``DONE``.
+        ``DONE``, or ``NO_MEMORY`` if there is not enough.
     """
     plan, rows, x_at, y_at = number(at, 0), number(at, 1), number(at, 2), number(at, 3)
-    _product(plan, rows, x_at, y_at)
-    return DONE
+    return _product(plan, rows, x_at, y_at)
 
 
 @njit(**COMPILED)
@@ -46,7 +46,7 @@ def _product(plan, rows, x_at, y_at):
     chunk_size, chunks, tile, gates = number(plan, 0), number(plan, 1), number(plan, 2), number(plan, 3)
     outputs, inputs, bias_at = number(plan, 4), number(plan, 5), number(plan, 6)
     matrix = plan + 8 * NUMBERS_OF_PRODUCT
-    multiply(chunk_size, chunks, matrix, gates, inputs, outputs, x_at, rows, tile, bias_at, y_at)
+    return multiply(chunk_size, chunks, matrix, gates, inputs, outputs, x_at, rows, tile, bias_at, y_at)
 
 
 @njit(**COMPILED)
@@ -58,7 +58,7 @@ def run_stack(at):
             h and c before [L, H], of y [T, H], h and c after, which are filled. Those of c are of an LSTM.
 
     Returns:
-        ``DONE``, or ``NO_MEMORY`` if there is not enough; nothing was written then.
+        ``DONE``, or ``NO_MEMORY`` if there is not enough.
     """
     return _layers(number(at, 0), number(at, 1), number(at, 2), at + 8 * 3, number(at, 5), at + 8 * 6)
 
@@ -82,7 +82,10 @@ def _layers(plan, steps, x_at, before, y_at, after):
         w_ih, w_hh = of_layer + 8 * 7, of_layer + 8 * (7 + NUMBERS_OF_MATRIX)
         tile, input_bias, new_bias = number(of_layer, 4), number(of_layer, 5), number(of_layer, 6)
         chunks = number(of_layer, 0), number(of_layer, 1)
-        multiply(chunks[0], chunks[1], w_ih, gates, inputs, outputs, source_at, steps, tile, input_bias, u_at)
+        x, u = source_at, u_at
+        if multiply(chunks[0], chunks[1], w_ih, gates, inputs, outputs, x, steps, tile, input_bias, u) != DONE:
+            free_memory(memory)
+            return NO_MEMORY
         here = 4 * layer * units
         h_at, c_at = number(after, 0) + here, number(after, 1) + here
         copy(units, old_at, number(before, 0) + here)
@@ -120,7 +123,7 @@ def run_step(at):
             [L, H], of the outputs, and of h and c after. Outputs, h and c after are filled.
 
     Returns:
-        ``DONE``, ``NO_MEMORY``, or ``NO_TOKEN`` if V is too small; nothing was written but in the first case.
+        ``DONE``, ``NO_MEMORY``, or ``NO_TOKEN`` if V is too small.
     """
     plan, of_stack, decodes, table_at = number(at, 0), number(at, 1), number(at, 2), number(at, 3)
     vocabulary, x_at, y_at = number(at, 4), number(at, 5), number(at, 8)
@@ -137,6 +140,6 @@ def run_step(at):
         return NO_MEMORY
     done = _layers(plan, 1, x_at, at + 8 * 6, memory, at + 8 * 9)
     if done == DONE:
-        _product(plan + 8 * of_stack, 1, memory, y_at)
+        done = _product(plan + 8 * of_stack, 1, memory, y_at)
     free_memory(memory)
     return done

@@ -48,8 +48,9 @@ class OBD(Cubic):
         Raises:
             UserError: there are no gradients to look at.
         """
-        first = {name: _next(None, name, p) for name, p in self._without(pruner).items() if name not in self._own}
-        self._moments = {**_of_optimizers(pruner), **first, **self._own}
+        left = self._without(pruner)
+        own = {name: self._own[name].to(p.device) if name in self._own else _next(None, p) for name, p in left.items()}
+        self._moments = {**_of_optimizers(pruner), **own}
 
     def after_masks(self, pruner: PrunerView) -> None:
         """Take in the step's gradients, and let go of what is the optimiser's.
@@ -59,16 +60,22 @@ class OBD(Cubic):
         """
         self._moments = {}
         left = self._without(pruner) if pruner.itr < self.done_from else {}
-        self._own = {name: _next(self._own.get(name), name, parameter) for name, parameter in left.items()}
+        self._own = {name: _next(self._own.get(name), parameter) for name, parameter in left.items()}
 
     def _without(self, pruner: PrunerView) -> dict[str, nn.Parameter]:
         """The parameters of which no optimiser keeps a mean of squared gradients."""
-        theirs = _of_optimizers(pruner)
-        return {part.parameter_name: part.parameter for part in pruner.parts if part.parameter_name not in theirs}
+        theirs, parameters = _of_optimizers(pruner), {part.parameter_name: part.parameter for part in pruner.parts}
+        if not theirs and all(parameter.grad is None for parameter in parameters.values()):
+            raise UserError(
+                "pruning=obd ranks by squared gradients, and no weight has any: call pruner.step() before "
+                "optimizer.zero_grad(), or choose pruning=cubic."
+            )
+        return {name: parameter for name, parameter in parameters.items() if name not in theirs}
 
     def importance(self, piece: Piece) -> Tensor:
         """The root of w^2 sqrt(v): |w| v^(1/4)."""
-        return piece.weight.abs() * piece.of(self._moments[piece.part.parameter_name]).pow(0.25)
+        moment = piece.of(self._moments[piece.part.parameter_name])
+        return (piece.weight.abs() * moment.pow(0.25)).to(piece.weight.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Its own means of squared gradients."""
@@ -86,14 +93,12 @@ def _of_optimizers(pruner: PrunerView) -> dict[str, Tensor]:
     return {name: moment for name, moment in kept.items() if moment is not None}
 
 
-def _next(before: Tensor | None, name: str, parameter: nn.Parameter) -> Tensor:
-    """A mean of squared gradients after one more step."""
-    if parameter.grad is None:
-        raise UserError(
-            f"pruning=obd ranks by squared gradients, and {name} has none: call pruner.step() before "
-            f"optimizer.zero_grad(), or choose pruning=cubic."
-        )
-    # What overflowed in a step that mixed precision skips tells nothing.
-    gradient = parameter.grad.detach().nan_to_num(0.0, 0.0, 0.0)
-    mean = torch.zeros_like(gradient) if before is None else before.to(gradient.device)
+def _next(before: Tensor | None, parameter: nn.Parameter) -> Tensor:
+    """A mean of squared gradients after one more step, in fp32: bfloat16 would round each small change away."""
+    mean = torch.zeros_like(parameter, dtype=torch.float32) if before is None else before.to(parameter.device)
+    if parameter.grad is None:  # of a branch that was not taken
+        return mean.mul_(DECAY)
+    gradient = parameter.grad.detach()
+    gradient = (gradient.to_dense() if gradient.is_sparse else gradient).float()
+    gradient = gradient.nan_to_num(0.0, 0.0, 0.0)  # what overflowed in a step that mixed precision skips tells nothing
     return mean.mul_(DECAY).addcmul_(gradient, gradient, value=1 - DECAY)
