@@ -49,6 +49,8 @@ def plot_layers(path: Path, rows: Sequence[LayerRow]) -> bool:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    from srnn.recording.plots import save_figure
+
     drawn = [row for row in rows if row.structure != "dense" and row.over_dense is not None]
     if not drawn:
         return False
@@ -70,8 +72,7 @@ def plot_layers(path: Path, rows: Sequence[LayerRow]) -> bool:
     handles.append(plt.Line2D([], [], color="0.3", linestyle="--", label="break-even"))
     figure.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)
     return True
 
 

@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 
 from srnn.comparing.comparison import Comparison, Setting, pareto
+from srnn.recording.plots import save_figure
 from srnn.recording.summary import Points
 
 mpl.use("Agg")
@@ -142,6 +143,4 @@ def _save(figure: Any, axes: Any, path: Path) -> Path:
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=8, frameon=False)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-    return path
+    return save_figure(figure, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import matplotlib as mpl
 from torch import Tensor
 
 from srnn.cells import GATE_LETTERS
+from srnn.files import write_atomically
 from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import GradualSchedule
 from srnn.recording.summary import Points, read_metrics
@@ -84,12 +86,15 @@ def plot_plan(pruner: Pruner, path: Path) -> Path:
     axes.set(xlabel="step", ylabel="expected sparsity, %", xlim=(0, total), ylim=(0, 100), title="Forecast")
     if lines and len(pruner.groups) <= LEGEND_ROWS:
         axes.legend(loc="lower right", fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+def save_figure(figure: Any, path: Path, dpi: int = 120) -> Path:
+    """Write a figure as PNG, whole or not at all, and close it. Raises OSError as ``write_atomically``."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight")
     plt.close(figure)
+    write_atomically(path, drawn.getvalue())
     return path
 
 
@@ -124,7 +129,7 @@ def _loss_and_sparsity(metrics: dict[str, Points], phases: Mapping[str, int] | N
         handles, labels = handles + more_handles, labels + more_labels
     axes.legend(handles, labels, loc="center right")
     axes.set_title("Loss and sparsity")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _thresholds(metrics: dict[str, Points], phases: Mapping[str, int], path: Path) -> Path:
@@ -136,7 +141,7 @@ def _thresholds(metrics: dict[str, Points], phases: Mapping[str, int], path: Pat
     # Embeddings' thresholds are ten times the recurrent ones.
     axes.set(xlabel="step", ylabel="threshold epsilon", yscale="log", title="Threshold of each layer type")
     axes.legend(loc="lower right")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _layers(layers: list[dict[str, Any]], path: Path) -> Path:
@@ -146,7 +151,7 @@ def _layers(layers: list[dict[str, Any]], path: Path) -> Path:
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.set(xlabel="sparsity, %", xlim=(0, 108), title="Sparsity of each layer")
     axes.invert_yaxis()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _mask(name: str, weight: Tensor, path: Path) -> Path:
@@ -158,4 +163,4 @@ def _mask(name: str, weight: Tensor, path: Path) -> Path:
     for index, gate in enumerate(gates):
         axes.axhline((index + 1) * columns - 0.5, color="tab:red", linewidth=1)
         axes.annotate(gate, (1.02, (index + 0.5) * columns), xycoords=("axes fraction", "data"), color="tab:red")
-    return _save(figure, path)
+    return save_figure(figure, path)

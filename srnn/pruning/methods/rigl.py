@@ -113,7 +113,7 @@ class RigL(Structured):
                 raise UserError(
                     f"pruning=rigl grows where gradients are large, and {name} has none: "
                     f"{'call pruner.step() before optimizer.zero_grad()' if trains else frozen}, or choose "
-                    f"grow=random."
+                    f"pruning.grow=random."
                 )
             # What overflowed in a step that mixed precision skips tells nothing.
             finite = piece.of(gradient.detach()).abs().nan_to_num(0.0, 0.0, 0.0)
