@@ -49,7 +49,7 @@ class LoopRow:
         return asdict(self) | figures | {"pruning_share": f"{self.pruning_share:.4f}"}
 
 
-class _Clock(pl.Callback):
+class Clock(pl.Callback):
     """Wall time of each pass, the device's work included."""
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ def compare_loops(settings: Settings, options: str, repeats: int = 3) -> list[Lo
             times["bare"] += bare_loop(module, settings.trainer.gradient_clip_val, settings.trainer.epochs, device)[1:]
         for name in ("srnn", "srnn, pruned"):
             run = prepare(settings if "pruned" in name else replace(settings, pruning=none))
-            clock, module = _Clock(), run.objective
+            clock, module = Clock(), run.objective
             pruning = PruningCallback(run.method, run.model, run.reference)
             trainer_for(settings.trainer, [pruning, clock]).fit(module, module.data.train_dataloader())
             times[name] += clock.seconds[1:]

@@ -10,8 +10,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
-from srnn.commands.options import command
+from srnn.commands.options import Help, command
+from srnn.errors import UserError
 
 REQUIRED = ("torch", "pytorch-lightning", "hydra-core", "omegaconf", "pydantic", "numpy", "safetensors", "torchmetrics",
             "numba", "matplotlib", "wandb")  # fmt: skip
@@ -29,22 +31,32 @@ EXTRAS = {
 
 
 @command
-def main() -> int:
+def main(
+    tune: Annotated[
+        bool, Help("measure first which products are faster dense on each GPU here; kept, 10 s a GPU")
+    ] = False,
+) -> int:
     """What is installed, what can run here, and why something cannot.
 
     Returns:
         1 if something stands in the way of the main job.
+
+    Raises:
+        UserError: ``--tune`` where there is no GPU for it.
     """
     from rich.table import Table
 
     from srnn.terminal import console
 
+    if tune:
+        _tune()
     troubles = []
     for title, rows in (
         ("versions", _versions()),
         ("devices", _devices()),
         ("what can be done here, and what the rest needs", _uses()),
         ("kernels", _kernels()),
+        ("products on a GPU", _products()),
         ("folders", _folders()),
         ("plug-ins", _plugins()),
     ):
@@ -147,6 +159,38 @@ def _kernels() -> Rows:
             f"runs on: {runs}" if runs else f"not here: {'; '.join(map(str, reasons.values()))}",
             True,
         )
+
+
+def _tune() -> None:
+    """Measure and keep, for each GPU. Raises UserError where none can be measured."""
+    import torch
+
+    if reason := _no_gpu() or (None if _version("triton") else "needs the package triton: pip install triton"):
+        raise UserError(f"doctor: --tune measures the Triton kernels on a GPU, and {reason}.")
+    from srnn.kernels.triton.products.crossovers import tune
+
+    for index in range(torch.cuda.device_count()):
+        tune(torch.device("cuda", index))
+
+
+def _products() -> Rows:
+    """Which products run in which form, on each GPU, and whether that was measured there."""
+    import torch
+
+    from srnn.kernels.triton.tuning import is_measured, tuning_of
+
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in devices:
+        found = tuning_of(device)
+        yield (
+            str(device),
+            f"{'measured here' if is_measured(device) else 'as on an H100; srnn doctor --tune measures it'}: single "
+            f"elements are sparse up to {found.few_rows} rows; 32x1 blocks vectors up to {found.few_rows_of_blocks}, "
+            f"and with many rows dense from {min(1.0, 32 / found.dense_from):.0%} of the weights on",
+            True,
+        )
+    if not devices:
+        yield "none", "", True
 
 
 def _folders() -> Rows:

@@ -122,7 +122,9 @@ def _settings(option: Option, alone: bool) -> dict[str, Any]:
         return settings | {"choices": typing.get_args(annotation)}
     if about.choices is not None:
         return settings | {"choices": about.choices}
-    return settings | {"type": _boolean if annotation is bool else annotation}
+    if annotation is bool:
+        return settings | {"type": _boolean} | ({} if alone else {"nargs": "?", "const": True})  # --flag alone is true
+    return settings | {"type": annotation}
 
 
 def _is(annotation: Any, *origins: Any) -> bool:

@@ -153,14 +153,16 @@ class SparseRecurrent(SparseModule):
 
     def _replayed(self, kind: Any, input: Any, hx: Any, plain: Callable[[Any, Any], Any]) -> tuple[Tensor, Any] | None:
         """A call of all layers replayed as a CUDA graph; None where it has to run as it is."""
-        if torch.compiler.is_compiling() or type(input) is not Tensor or not input.is_cuda or self.recorder is not None:
+        if type(input) is not Tensor or not input.is_cuda or torch.compiler.is_compiling() or self.recorder is not None:
             return None
         lstm = self.cell == "lstm"
-        state = [] if hx is None else list(hx) if lstm and isinstance(hx, tuple | list) else [hx]
-        given = [input, *state]
+        given = [input]
+        if hx is not None:
+            given += hx if lstm and isinstance(hx, tuple | list) else (hx,)
         asked = torch.is_grad_enabled()
-        if any(type(part) is not Tensor or (asked and part.requires_grad) for part in given):
-            return None
+        for part in given:  # a generator would take longer than all of it
+            if type(part) is not Tensor or (asked and part.requires_grad):
+                return None
 
         def run(given: list[Tensor]) -> list[Tensor]:
             x, *state = given

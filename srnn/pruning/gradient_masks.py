@@ -97,7 +97,7 @@ def mask_gradient(gradient: Tensor, mask: Tensor, bits: Tensor | None) -> None:
 
 
 def mask_on_gpu(
-    parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], masking: Callable[[Sequence[Masked]], None]
+    parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], masking: Callable[[Sequence[Masked]], object]
 ) -> None:
     """Zero the gradients of what is pruned, of all parameters on a GPU in one launch."""
     masked: list[Masked] = []

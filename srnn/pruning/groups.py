@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -113,8 +113,10 @@ class Group:
         """
         if scorer is None:
             self._unchecked.clear()
-            found = Ranking(self.pieces, self.structure, self._scores)
-            self._check_finite()
+            plain = self._is_plain()
+            found = Ranking(self.pieces, self.structure, self._scores, self._scores_of_all if plain else None)
+            if not (plain and found.held):
+                self._check_finite()
             return found
         return Ranking(self.pieces, self.structure, lambda piece: self._protect(piece, scorer(piece)))
 
@@ -134,9 +136,30 @@ class Group:
         else:
             _refuse_infinite([piece], scores.max()[None])
         if not self.soft:
-            kept = self.kept_units(piece).to(scores.dtype)
-            scores = torch.addcmul(kept - 1, scores, kept)  # -1 where pruned; on a CPU 7x faster than masked_fill
+            kept = self.kept_units(piece)
+            if scores.is_cuda:
+                scores = torch.where(kept, scores, scores.new_full((), -1))
+            else:
+                kept = kept.to(scores.dtype)
+                scores = torch.addcmul(kept - 1, scores, kept)  # -1 where pruned; 7x faster than masked_fill
         return self._protect(piece, scores)
+
+    def _is_plain(self) -> bool:
+        """Whether single weights on one GPU are ranked by their magnitudes, and none of them is protected."""
+        weights = [part.parameter for part in self.parts]
+        alike = all(w.is_cuda and (w.dtype, w.device) == (weights[0].dtype, weights[0].device) for w in weights)
+        free = self.structure.block == 1 and not (self.structure.of or self.keep_diagonal)
+        return alike and free and self.importance is magnitude
+
+    def _scores_of_all(self, pieces: Sequence[Piece]) -> Tensor:
+        """As ``_scores``, of plain pieces in one tensor: some launches, not some for each piece."""
+        scores = torch.cat(torch._foreach_abs([piece.weight.flatten() for piece in pieces]))
+        if not math.isfinite(float(scores.max())):
+            _refuse_infinite(list(pieces), torch.stack([piece.weight.abs().max() for piece in pieces]))
+        if not self.soft:
+            pruned = torch.cat([piece.mask.flatten() for piece in pieces]).logical_not_()
+            scores.masked_fill_(pruned, -1)
+        return scores
 
     def _check_finite(self) -> None:
         """Of pieces on a GPU, all together."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 Masked = tuple[Tensor, Sequence[Tensor]]  # a mask, and tensors of its shape
 _SIZES = (2, 4, 8)  # bytes of an element
-_KEPT = 8  # sets of tensors
+_KEPT = 8  # sets of tensors; an eager loop's gradients take turns in memory
 _TIMES = 3  # that a set of tensors comes before its launches are recorded
 
 
@@ -32,34 +32,37 @@ class GpuMasking:
 
     Args:
         mostly_zero: whether most of what is masked is zero already, as weights are between two updates; only faster.
+        found: [1], int32, set on the device where something was not zero yet, if ``mostly_zero``; None for nothing.
+        kept: sets of tensors.
     """
 
-    def __init__(self, mostly_zero: bool = False) -> None:
-        self.mostly_zero = mostly_zero
+    def __init__(self, mostly_zero: bool = False, found: Tensor | None = None, kept: int = _KEPT) -> None:
+        self.mostly_zero, self.found, self.kept = mostly_zero, found, kept
         self._known: OrderedDict[tuple[Any, ...], _Launches] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[GpuMasking], tuple[bool]]:
         return GpuMasking, (self.mostly_zero,)  # addresses are no good elsewhere
 
-    def __call__(self, masked: Sequence[Masked]) -> None:
-        """Zero them."""
+    def __call__(self, masked: Sequence[Masked]) -> bool:
+        """Zero them. Returns whether ``found`` would tell of all."""
         several = [tensor for mask, tensors in masked for tensor in (mask, *tensors)]
         key = tuple([(tensor.data_ptr(), tensor.itemsize, tensor.is_contiguous()) for tensor in several])
         launches = self._known.get(key)
         if launches is None:
-            launches = self._known[key] = _Launches(masked, self.mostly_zero)
-            if len(self._known) > _KEPT:
+            launches = self._known[key] = _Launches(masked, self.mostly_zero, self.found)
+            if len(self._known) > self.kept:
                 self._known.popitem(last=False)
         launches.run()
         for row, place in launches.apart:
             mask, tensors = masked[row]
             tensors[place].masked_fill_(~mask, 0)
+        return not launches.apart
 
 
 class _Launches:
     """Those for a set of tensors; as a graph from the third time on."""
 
-    def __init__(self, masked: Sequence[Masked], look: bool) -> None:
+    def __init__(self, masked: Sequence[Masked], mostly_zero: bool, found: Tensor | None) -> None:
         alike = _has_triton()
         # Places, not tensors: gradients are not to be kept.
         self.apart = [
@@ -68,7 +71,7 @@ class _Launches:
             for place, tensor in enumerate(tensors)
             if not (alike and _lies_alike(mask, tensor))
         ]
-        self._launches = list(_launches(masked, look)) if alike else []
+        self._launches = list(_launches(masked, mostly_zero, found)) if alike else []
         self._device = masked[0][0].device
         self._recordable = self._device.type == "cuda" and all(mask.device == self._device for mask, _ in masked)
         self._times = 0
@@ -107,7 +110,7 @@ def _lies_alike(mask: Tensor, tensor: Tensor) -> bool:
     return mask.is_contiguous() and tensor.is_contiguous() and tensor.itemsize in _SIZES
 
 
-def _launches(masked: Sequence[Masked], look: bool) -> Iterator[Callable[[], None]]:
+def _launches(masked: Sequence[Masked], mostly_zero: bool, found: Tensor | None) -> Iterator[Callable[[], None]]:
     """One for each device and size of elements."""
     from srnn.pruning.masking_kernel import BLOCK, launch  # here, because Triton may be missing
 
@@ -117,8 +120,11 @@ def _launches(masked: Sequence[Masked], look: bool) -> Iterator[Callable[[], Non
             rows = [(mask, tensors) for mask, tensors in alike if tensors and mask.numel() and mask.device == device]
             if not rows:
                 continue
+            look = 0 if not mostly_zero else 1 if found is None else 2
             most = max(len(tensors) for _, tensors in rows)
-            table = [[m.data_ptr(), m.numel(), *(t.data_ptr() for t in ts), *[0] * (most - len(ts))] for m, ts in rows]
+            flag = 0 if found is None else found.data_ptr()
+            several = [[*(t.data_ptr() for t in ts), *[0] * (most - len(ts))] for _, ts in rows]
+            table = [[m.data_ptr(), m.numel(), flag, *own] for (m, _), own in zip(rows, several, strict=True)]
             programs = torch.tensor([-(-mask.numel() // BLOCK) for mask, _ in rows])
             owners = torch.arange(len(rows)).repeat_interleave(programs)
             tables = [torch.tensor(table), owners.int(), (programs.cumsum(0) - programs).int()]

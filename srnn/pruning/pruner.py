@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from srnn.distributed import check_equal
 from srnn.errors import UserError
-from srnn.pruning.arguments import averaged, build_method, check_argument, check_optimizers, differing, unwrapped
+from srnn.pruning.arguments import (
+    averaged,
+    build_method,
+    check_argument,
+    check_optimizers,
+    check_parameters,
+    differing,
+    unwrapped,
+)
 from srnn.pruning.gradient_masks import GradientMasks, mask_gradient, mask_on_gpu
 from srnn.pruning.masking import GpuMasking
 from srnn.pruning.methods.base import PruningMethod
@@ -24,6 +32,7 @@ from srnn.pruning.report_rows import ReportRow, nothing_left, report_rows
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import in_a_pattern, masks_of
 from srnn.pruning.state_masks import StateMasks, mask_all, state_beside
+from srnn.pruning.watched_masks import WatchedMasks
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 COMPARE_EVERY = 100  # steps between two comparisons of the ranks, beside those at updates: each reads all weights
@@ -104,7 +113,7 @@ class Pruner:
                 f"prune, or all of them are frozen or left out."
             )
         for group in self.groups:
-            group.importance = self.method.importance
+            group.importance = self.method.ranked_by()
             # What a delayed method ranks is masked already: pruned weights are zeros.
             group.soft = self.method.soft or self.method.delayed
         self.itr = 0
@@ -114,8 +123,8 @@ class Pruner:
         check_optimizers(self.optimizers, self._parameters)
         self._averaged = averaged(average, self._parameters)
         self._held_bits: dict[tuple[str, int], Tensor] = {}
-        self._gpu_masking, self._gpu_gradient_masking = GpuMasking(mostly_zero=True), GpuMasking()
-        self._state_masks = StateMasks()
+        self._gpu_gradient_masking = GpuMasking()
+        self._state_masks, self._gpu_masks = StateMasks(), WatchedMasks()
         self._before: dict[str, Tensor] = {}
         self._checked = False  # whether parameters have been checked since this was built or loaded
         self._gradient_masks = GradientMasks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu)
@@ -129,23 +138,6 @@ class Pruner:
         vars(self).update(state)
         self._gradient_masks = GradientMasks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu)
         self._gradient_masks.attach(self._parameters)
-
-    def _check_parameters(self) -> None:
-        """Raise UserError if the model no longer has the parameters that are masked, or has them on another device."""
-        self._checked = True
-        self._gradient_masks.attach(self._parameters)  # some may have been frozen
-        there = {id(parameter) for parameter in self._model.parameters()}
-        for name, parameter in self._parameters.items():
-            if id(parameter) not in there:
-                raise UserError(
-                    f"{name} is no longer the parameter that the Pruner was built with, and prunes: put new values in "
-                    f"place with `copy_`, or build the Pruner after the change."
-                )
-            if parameter.device != self._masks[name].device:
-                raise UserError(
-                    f"{name} is on {parameter.device} now, and was on {self._masks[name].device} when the Pruner was "
-                    f"built: move the model first."
-                )
 
     @torch.no_grad()
     def _start(self) -> None:
@@ -193,10 +185,12 @@ class Pruner:
             # An update waits for the device anyway; the waiting for what was queued before is not pruning's.
             for device in {mask.device for mask in self._masks.values() if mask.is_cuda}:
                 torch.cuda.synchronize(device)
-            self._state_masks.restart()
+            self._restart()
         began = time.perf_counter()
         if update or self.itr % COMPARE_EVERY == 0 or not self._checked:
-            self._check_parameters()
+            self._checked = True
+            self._gradient_masks.attach(self._parameters)  # some may have been frozen
+            check_parameters(self._model, self._parameters, self._masks)
             check_equal(self._compared(), self.itr)
         if update and not self.method.delayed:
             if self.method.regrows:
@@ -220,7 +214,7 @@ class Pruner:
         Raises:
             UserError: ranks differ.
         """
-        self._state_masks.restart()
+        self._restart()
         self._apply()
         self._gradient_masks.remove()
         check_equal(self._compared(), self.itr)
@@ -266,7 +260,12 @@ class Pruner:
             for part, mask in zip(group.parts, before, strict=False):
                 part.revived += torch.stack([count(gate) for gate in part.of(part.mask) > mask])
         self._held_bits.clear()
+        self._restart()
+
+    def _restart(self) -> None:
+        """From now on what is pruned may not be zero."""
         self._state_masks.restart()
+        self._gpu_masks.restart()
 
     def _apply(self) -> None:
         if self.itr <= self.method.dense_until:
@@ -274,7 +273,8 @@ class Pruner:
         # Momentum is what lets a soft method's weights come back.
         with_state = self.method.zero_state and (not self.method.soft or self.itr >= self.method.done_from)
         on_gpu, on_cpu = [], []
-        for name, parameter in self._parameters.items():
+        for name in self._gpu_masks.due(self._parameters):
+            parameter = self._parameters[name]
             weights = [parameter, *self._averaged.get(name, ())]
             state = self.state_of(parameter) if with_state else []
             if parameter.is_cuda:
@@ -284,7 +284,7 @@ class Pruner:
                 on_cpu += [(self._bits(name, tensor.itemsize), tensor) for tensor in state]
         self._state_masks(on_cpu)
         if on_gpu:
-            self._gpu_masking(on_gpu)
+            self._gpu_masks(on_gpu)
 
     def _mask_gradient(self, name: str, gradient: Tensor) -> None:
         """Zero the gradients of pruned weights, but for those that may bring weights back."""
@@ -396,5 +396,5 @@ class Pruner:
             part.revived.copy_(torch.tensor(state["revived"][part.name]))
         self.method.load_state_dict(state["method"])
         self._held_bits.clear()
-        self._state_masks.restart()
+        self._restart()
         self._checked = False

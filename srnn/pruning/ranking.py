@@ -19,6 +19,7 @@ from srnn.pruning.parts import PIECE, Piece
 Scorer = Callable[[Piece], Tensor]  # the scores of a piece's units, [U]
 _HELD_ON_GPU = 1 << 26  # scores: 256 MB beside a network of as much; computing them anew costs launches
 _GPU_BINS = 1 << 13  # of which a histogram fits the memory that threads share
+_SORTED = 1 << 22  # of one bin: 64 MB
 BINS = 1 << 16  # half of the 32 bits of a score: two passes find it, and a histogram takes 0.5 MB
 
 
@@ -33,9 +34,16 @@ class Ranking:
         structure: the units they fall into.
         scorer: gives the scores of a piece, [U]: at least 0; -1 for what is pruned already; infinite for a unit that
             must be kept. It is called again on each pass, and has to give the same.
+        scorer_of_all: gives the same scores of all pieces in one tensor, in fewer launches; None if nothing does.
     """
 
-    def __init__(self, pieces: Sequence[Piece], structure: Structure, scorer: Scorer) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        structure: Structure,
+        scorer: Scorer,
+        scorer_of_all: Callable[[Sequence[Piece]], Tensor] | None = None,
+    ) -> None:
         self.pieces = pieces
         self.structure = structure
         self.scorer = scorer
@@ -43,11 +51,21 @@ class Ranking:
         self.size = sum(piece.shape[0] * piece.shape[1] * piece.shape[2] for piece in pieces)
         self._on_gpu = any(piece.part.parameter.is_cuda for piece in pieces)
         few = self.units <= (_HELD_ON_GPU if self._on_gpu else PIECE)
-        self._held = [scorer(piece) for piece in pieces] if few else None
         self._together: Tensor | None = None  # all that are held, in one: fewer launches
-        if self._on_gpu and self._held is not None and all(one.dtype == self._held[0].dtype for one in self._held):
-            self._together = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
-            self._held = list(self._together.split([len(one) for one in self._held]))
+        self._held: list[Tensor] | None = None
+        if few and scorer_of_all is not None:
+            self._together = scorer_of_all(pieces)
+        elif few:
+            self._held = [scorer(piece) for piece in pieces]
+            if self._on_gpu and all(one.dtype == self._held[0].dtype for one in self._held):
+                self._together = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
+        if self._together is not None:
+            self._held = list(self._split(self._together))
+
+    @property
+    def held(self) -> bool:
+        """Whether scores were computed once, and not on each pass."""
+        return self._held is not None
 
     def __iter__(self) -> Iterator[tuple[Piece, Tensor]]:
         """Each piece with the scores of its units."""
@@ -84,10 +102,17 @@ class Ranking:
         """How many units reach a threshold."""
         return sum(int((scores >= epsilon).sum()) for scores in self._scores())
 
+    def _split(self, units: Tensor) -> Sequence[Tensor]:
+        """Something of all units, by pieces."""
+        return units.split([self.structure.units(piece.shape) for piece in self.pieces])
+
     def keep_at_least(self, epsilon: float) -> None:
         """Set the masks: keep what reaches the threshold."""
+        if self._together is not None:
+            self._set_all(self._split(self._together >= epsilon))
+            return
         for piece, scores in self:
-            self._set(piece, scores >= epsilon)
+            self._set_all([scores >= epsilon], [piece])
 
     def count_for(self, zeros: int) -> int:
         """How many units to keep so that ``zeros`` weights are pruned, to the nearest unit; at least 1.
@@ -113,9 +138,7 @@ class Ranking:
         kept = order[: int(missed.argmin()) + 1]
         keep = torch.zeros_like(scores, dtype=torch.bool)
         keep[kept] = True
-        counts = [self.structure.units(piece.shape) for piece in self.pieces]
-        for piece, part in zip(self.pieces, keep.split(counts), strict=True):
-            self._set(piece, part)
+        self._set_all(self._split(keep))
         return float(scores[kept[-1]])
 
     def keep_largest(self, count: int) -> float:
@@ -125,10 +148,11 @@ class Ranking:
         # zeros, is cut to the exact count too.
         left = count - sum(int((scores > boundary).sum()) for scores in self._scores())
         kept = self._kept(boundary, left)
-        if self._together is not None and self._held is not None:
-            kept = iter(next(kept).split([len(scores) for scores in self._held]))
-        for piece, keep in zip(self.pieces, kept, strict=True):
-            self._set(piece, keep)
+        if self._together is not None:
+            self._set_all(self._split(next(kept)))
+        else:
+            for piece, keep in zip(self.pieces, kept, strict=True):
+                self._set_all([keep], [piece])
         return boundary
 
     def _kept(self, boundary: float, left: int) -> Iterator[Tensor]:
@@ -141,8 +165,11 @@ class Ranking:
                 left -= len(equal)
             yield keep
 
-    def _set(self, piece: Piece, keep_U: Tensor) -> None:
-        piece.mask.copy_(self.structure.spread(keep_U, piece.shape))
+    def _set_all(self, keep: Sequence[Tensor], pieces: Sequence[Piece] | None = None) -> None:
+        """The masks of some pieces, or of all, from the units [U] to keep of each."""
+        pieces = self.pieces if pieces is None else pieces
+        spread = [self.structure.spread(keep_U, piece.shape) for keep_U, piece in zip(keep, pieces, strict=True)]
+        torch._foreach_copy_([piece.mask for piece in pieces], spread)
 
 
 def _kth_by_partition(scores: np.ndarray, k: int) -> float:
@@ -173,10 +200,11 @@ def _kth_by_bits(first: Iterator[Tensor], second: Iterator[Tensor], k: int) -> f
 
 
 def _kth_on_gpu(passes: Callable[[], Iterator[Tensor]], k: int) -> float:
-    """The same, in three passes of 8192 bins, each of which waits for the GPU once.
+    """The same: a histogram of 8192 bins, then those of one bin, sorted; of more than fit, two more histograms.
 
-    Threads that count into one bin wait for each other. What is pruned, 90 % of all weights towards the end, would all
-    fall into one: it is counted by comparison instead, and bins are of the bits less 1, which 0 and -1 lie below.
+    Each waits for the GPU once. Threads that count into one bin wait for each other. What is pruned, 90 % of all
+    weights towards the end, would all fall into one: it is counted by comparison instead, and bins are of the bits less
+    1, which 0 and -1 lie below.
     """
     low = _sum(torch.stack([(scores < 0).sum(), (scores == 0).sum()]) for scores in passes())
     first, base = 0, 0  # what is below, and the bits less 1 that it ends at
@@ -190,6 +218,9 @@ def _kth_on_gpu(passes: Callable[[], Iterator[Tensor]], k: int) -> float:
             first, counts = negative + zero, counts[2:]
         place, below = _bin_of(counts, k - first)
         first, base = first + below, base + (place << shift)
+        if shift == 18 and int(counts[place]) <= _SORTED:
+            bits = [bits[(bits - 1) >> shift == place] for bits in map(_bits, passes())]
+            return float(torch.cat(bits).sort().values[k - first - 1].view(torch.float32))
     return float(torch.tensor([base + 1], dtype=torch.int32).view(torch.float32))
 
 

@@ -42,6 +42,7 @@ DEFAULTS = {"files": [], "colour": None, "coats": 2, "top_k": None, "width": 600
         (["top-k=4"], {"top_k": 4}),
         (["width=1e3", "dry=false"], {"width": 1000.0, "dry": False}),
         (["--dry", "true"], {}),
+        (["dry=false", "--dry"], {}),
         (["coats=3", "--coats=4"], {"coats": 4}),
         (["--title", "colour=red"], {"title": "colour=red"}),
         (["--title", "--coats"], {"title": "--coats"}),
@@ -97,7 +98,7 @@ options:
   --coats COATS        of paint (2)
   --top-k TOP_K        best brushes (all)
   --width METRES       100 % is all (600)
-  --dry DRY            whether to wait (True)
+  --dry [DRY]          whether to wait (True)
   --title TITLE        taken literally
 """
 

@@ -149,3 +149,15 @@ def test_a_step_of_training_compiles(cell, dtype, products):
     backward = {"dy": arrays.dy, "dh": arrays.dh, "carry": arrays.carry, "y": arrays.h, "c_next": arrays.c}
     backward |= {"du": arrays.u, "dv": arrays.dv, "APART": arrays.dv is not arrays.u}
     compiled(recurring_kernel.step_backward, shared | backward)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("look", [0, 1, 2])
+def test_masking_compiles(size, look):
+    from srnn.pruning import masking_kernel
+
+    numbers, small = torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int32)
+    given = {"tables": numbers, "owners": small, "firsts": small, "BITS": masking_kernel._INTEGERS[size], "COUNT": 3}
+    given |= {"LOOK": look, "BLOCK": masking_kernel.BLOCK, "num_warps": 4, "launch_cooperative_grid": False}
+    made = compiled(masking_kernel.zero_where_pruned, given)
+    assert ("tt.reduce" in made.asm["ttir"]) == (look == 2), "only what tells counts"

@@ -30,7 +30,7 @@ class Counted(Layer):
 class StandIn(replay._Recording):
     """Computes what a replay of ``Counted`` would."""
 
-    def replay(self, given, stream):
+    def replay(self, given, stream, raw_stream):
         for own, part in zip(self.inputs, given, strict=True):
             own.copy_(part)
         return [2 * given[0], *(part.clone() for part in given[1:])]

@@ -39,3 +39,23 @@ def test_all_are_masked_at_once_to_the_bit(mostly_zero):
                 tensors[1] = tensors[1] + 1
             else:
                 tensors[1] += 1
+
+
+@pytest.mark.gpu
+@here
+def test_what_is_found_is_told():
+    from srnn.pruning.masking import GpuMasking
+
+    found = torch.zeros(1, dtype=torch.int32, pin_memory=DEVICE.type == "cuda")
+    masking = GpuMasking(mostly_zero=True, found=found)
+    masks = [torch.arange(size, device=DEVICE) % 3 == 0 for size in (3000, 7, 1500)]
+    weights = [torch.randn(len(mask), device=DEVICE).masked_fill_(~mask, 0) for mask in masks]
+    for turn in range(6):
+        assert masking([(mask, (weight,)) for mask, weight in zip(masks, weights, strict=True)])
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        assert found.item() == (turn == 4)
+        if turn == 3:
+            weights[2][1499] = 1e-30
+        assert turn == 3 or all((weight[~mask] == 0).all() for mask, weight in zip(masks, weights, strict=True))
+        found.zero_()

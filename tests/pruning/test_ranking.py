@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from srnn.pruning import Pruner
+from srnn.errors import UserError
+from srnn.pruning import Pruner, ranking
+from srnn.pruning.groups import Group
 from srnn.pruning.ranking import Ranking
 
 
-def masks_of(monkeypatch, as_on_gpu, scores, zeros, soft):
+def masks_of(monkeypatch, as_on_gpu, scores, zeros, soft, plain=False, sort=True):
     def like_on_gpu(self, *arguments):
         made(self, *arguments)
         self._on_gpu, self._together = True, torch.cat(self._held)
@@ -24,6 +26,8 @@ def masks_of(monkeypatch, as_on_gpu, scores, zeros, soft):
     with monkeypatch.context() as patch:
         if as_on_gpu:
             patch.setattr(Ranking, "__init__", like_on_gpu)
+            patch.setattr(Group, "_is_plain", lambda self: plain)
+            patch.setattr(ranking, "_SORTED", ranking._SORTED if sort else -1)
         pruner = Pruner(model, "gradual", 100, sparsity=zeros, soft=soft)
         for _ in range(100):
             pruner.step()
@@ -37,8 +41,21 @@ def masks_of(monkeypatch, as_on_gpu, scores, zeros, soft):
 )
 def test_masks_and_thresholds_are_those_of_a_cpu(monkeypatch, scores, zeros, soft):
     wanted, thresholds = masks_of(monkeypatch, False, scores, zeros, soft)
-    got, theirs = masks_of(monkeypatch, True, scores, zeros, soft)
-    assert theirs == thresholds
-    assert all(got[name].equal(wanted[name]) for name in wanted)
     size = sum(mask.numel() for mask in wanted.values())
-    assert sum(int(mask.sum()) for mask in got.values()) == size - round(zeros * size)
+    for plain, sort in ((False, False), (True, True)):
+        got, theirs = masks_of(monkeypatch, True, scores, zeros, soft, plain, sort)
+        assert theirs == thresholds
+        assert all(got[name].equal(wanted[name]) for name in wanted)
+        assert sum(int(mask.sum()) for mask in got.values()) == size - round(zeros * size)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scores_of_all_refuse_what_has_diverged(monkeypatch, value):
+    monkeypatch.setattr(Group, "_is_plain", lambda self: True)
+    model = nn.GRU(30, 40, 2)
+    pruner = Pruner(model, "gradual", 100)
+    with torch.no_grad():
+        model.weight_hh_l1[7, 3] = value
+    pruner.itr = pruner.method.updates[0] - 1
+    with pytest.raises(UserError, match="weight_hh_l1 holds weights that are NaN or infinite"):
+        pruner.step()

@@ -1,15 +1,24 @@
 """What was measured on a card: which form of a kernel runs, and in what sizes.
 
 The defaults of ``Tuning`` are for an NVIDIA H100 80GB HBM3, and so are the times beside them unless they name another
-card; docs/results/gpu.md has the tables. Every card takes them until it has a row in ``TUNINGS``.
+card; docs/results/gpu.md has the tables. Those of ``BOUNDS``, where a form loses to another on a card whose memory and
+tensor cores are in another proportion, are measured by ``srnn doctor --tune``, and kept in the cache folder under the
+name of the card. The others follow from what all cards since Volta have: registers, warps, bytes of a load.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+
+from srnn.kernels.remembering import recall
+from srnn.kernels.timing import hardware
+
+_log = logging.getLogger("srnn.kernels")
 
 # How often a thread looks for its input before it gives up. No matter of the card: how long it takes was not measured.
 TRIES = 1 << 20
@@ -106,10 +115,34 @@ class Tuning:
     tiles_of_fp32: Mapping[int, int] = field(default_factory=lambda: {128: 32})
 
 
-# Name of a card, as ``torch.cuda.get_device_name`` says it -> its numbers, such as ``Tuning(few_rows=8)``.
-TUNINGS: dict[str, Tuning] = {}
+# What ``srnn doctor --tune`` measures, and the least and the most that is believed.
+BOUNDS: dict[str, tuple[int, int]] = {"few_rows": (0, 8), "few_rows_of_blocks": (1, 8), "dense_from": (32, 3200)}
+KEPT = "tuning"  # its name in the cache, under the hardware
 
 
 def tuning_of(device: torch.device) -> Tuning:
-    """The numbers of a device: its row of ``TUNINGS``, or an H100's."""
-    return TUNINGS.get(torch.cuda.get_device_name(device), Tuning()) if device.type == "cuda" else Tuning()
+    """The numbers of a device: those that were measured on its kind and kept, else an H100's."""
+    return tuned(_kept(device) or {})
+
+
+def is_measured(device: torch.device) -> bool:
+    """Whether ``srnn doctor --tune`` has measured on a device of its kind."""
+    return _kept(device) is not None
+
+
+def _kept(device: torch.device) -> dict[str, Any] | None:
+    return recall(hardware(device), KEPT) if device.type == "cuda" else None
+
+
+def tuned(measured: Mapping[str, Any]) -> Tuning:
+    """An H100's numbers but for those measured. What no measurement gives, as in a damaged file, is passed over."""
+    sound = {name: value for name, value in measured.items() if _is_sound(name, value)}
+    if odd := measured.keys() - sound.keys():
+        names = ", ".join(sorted(map(str, odd)))
+        _log.warning("%s in kernels.json is passed over: run srnn doctor --tune again", names)
+    return replace(Tuning(), **sound)
+
+
+def _is_sound(name: str, value: Any) -> bool:
+    least, most = BOUNDS.get(name, (1, 0))
+    return type(value) is int and least <= value <= most
