@@ -1,8 +1,9 @@
 """Speech networks on a GPU: the recurrence against cuDNN's layers, full-size training steps, real-time factors.
 
-    python docs/bench_speech.py FOLDER
+    python docs/bench_speech.py FOLDER [PART ...]
 
-It writes speech_recurrence.csv, speech_fullsize.csv and speech_realtime.csv there, in two to three minutes.
+It writes speech_recurrence.csv, speech_fullsize.csv and speech_realtime.csv there, in two to three minutes; a part is
+one of recurrence, fullsize and realtime.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def recurrences() -> Iterable[dict[str, Any]]:
                 torch.cuda.empty_cache()
                 options = {"nonlinearity": "relu"} if cell == "relu" else {}
                 layer = kind(hidden, hidden, bias=False, **options).to("cuda", dtype)
+                layer.flatten_parameters()
                 x = torch.randn(STEPS, BATCH, hidden, device="cuda", dtype=dtype, requires_grad=True)
                 zero = (torch.zeros(BATCH, hidden, device="cuda", dtype=dtype),) * (1 + (cell == "lstm"))
                 yield from compared(layer, x, zero, cell)
@@ -173,13 +175,16 @@ def streamed(network: nn.Module, x_TI: Tensor) -> None:
     stream.finish().tolist()
 
 
-def main(folder: Path) -> None:
-    """All three."""
+PARTS = {"recurrence": recurrences, "fullsize": full_size, "realtime": real_time}
+
+
+def main(folder: Path, *parts: str) -> None:
+    """Those parts, or all three."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("recurrence", recurrences), ("fullsize", full_size), ("realtime", real_time)):
-        write(folder / f"speech_{name}.csv", rows())
+    for name in parts or PARTS:
+        write(folder / f"speech_{name}.csv", PARTS[name]())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

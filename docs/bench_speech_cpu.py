@@ -2,8 +2,9 @@
 
     python docs/bench_speech_cpu.py OUTPUT.csv [RUN FSDD]
 
-RUN is a run of model=deepspeech2_small on spoken digits with dataset.normalise=running, FSDD its recordings; without
-them only the paper's network is measured. Best of several rounds, in turns: other load makes single ones longer.
+RUN is a run of model=deepspeech2_small on strings of digits with dataset.normalise=running, FSDD its recordings;
+without them only the paper's network is measured. Best of several rounds, in turns: other load makes single ones
+longer.
 """
 
 from __future__ import annotations
@@ -114,40 +115,45 @@ def streamed(network: nn.Module, x_TI: Tensor) -> None:
 
 
 def first_words(run: Path, recordings: str) -> Iterator[dict[str, Any]]:
-    """When the first partial comes, and when the word is whole, after its end: audio heard till then, and computing."""
+    """When the first text comes, and when the first word is whole, after that word's end in strings of the run's own
+    test: audio heard till then, and computing."""
     torch.set_num_threads(1)
-    data = SpokenDigits(recordings, normalise="running")
+    options = json.loads((run / "report.json").read_text(encoding="utf-8"))["config"]["dataset"]
+    data = SpokenDigits(**{name: value for name, value in options.items() if name != "name"} | {"path": recordings})
     data.setup()
     write = srnn.load(run / "model.safetensors", kernel="csr").transcriber()
-    delays: dict[str, list[float]] = {"first partial": [], "whole word": []}
-    computing, wrong = [], 0
-    words = data.utterances()["test"]
-    for utterance in words[:: max(1, len(words) // UTTERANCES)]:
-        ends = len(utterance.samples()) / RATE
-        x_N = torch.cat([utterance.samples(), 0.001 * torch.randn(RATE)])  # a quiet room after it
-        found = heard(write, x_N, utterance.text, computing)
-        wrong += found["whole word"] is None
+    delays: dict[str, list[float]] = {"first partial": [], "first word": []}
+    computing, wrong = [], {"first word never right": 0, "whole string not right": 0}
+    strings = data.utterances()["test"]
+    strings = strings[:: max(1, len(strings) // UTTERANCES)]
+    for string in strings:
+        ends = len(data.recording(string.names[0])) / RATE
+        x_N = torch.cat([data.samples_of(string), 0.001 * torch.randn(RATE)])  # a quiet room after it
+        found, text = heard(write, x_N, string.text.split()[0], computing)
+        wrong["first word never right"] += found["first word"] is None
+        wrong["whole string not right"] += text != string.text
         for case, at in found.items():
             if at is not None:
                 delays[case].append(at - ends)
+    row = {"part": "after the first word's end", "kernel": "csr", "threads": 1}
     for case, several in delays.items():
         several.sort()
         for share in (0.5, 0.9, 1):
             late = several[min(len(several) - 1, int(share * len(several)))]
-            yield {
-                "part": "after the word's end", "kernel": "csr", "threads": 1, "case": f"{case}, {share:.0%}",
-                "seconds": round(late, 3), "utterances": len(several),
-            }  # fmt: skip
-    yield {
-        "part": "after the word's end", "kernel": "csr", "threads": 1, "case": "computing for a piece of 0.1 s",
-        "seconds": round3(sorted(computing)[len(computing) // 2]), "utterances": len(computing),
+            yield row | {"case": f"{case}, {share:.0%}", "seconds": round(late, 3), "utterances": len(several)}
+    spent = round3(sorted(computing)[len(computing) // 2])
+    yield row | {"case": "computing for a piece of 0.1 s", "seconds": spent, "utterances": len(computing)}
+    for case, count in wrong.items():
+        yield row | {"case": f"{case}, of {len(strings)}", "utterances": count}
+    yield row | {
+        "case": "computing in all", "seconds": round3(sum(computing)),
+        "real_time_factor": round3(sum(computing) / (len(computing) * PIECE / RATE)),
     }  # fmt: skip
-    yield {"part": "after the word's end", "case": "word never right", "utterances": wrong}
 
 
-def heard(write: Any, x_N: Tensor, word: str, computing: list[float]) -> dict[str, float | None]:
-    """Seconds from the beginning of the audio till a text was there, and till it was the word."""
-    listener, found = write.stream(), dict.fromkeys(("first partial", "whole word"))
+def heard(write: Any, x_N: Tensor, word: str, computing: list[float]) -> tuple[dict[str, float | None], str]:
+    """Seconds from the beginning of the audio till a text was there, and till it began with the word; the last text."""
+    listener, found = write.stream(), dict.fromkeys(("first partial", "first word"))
     for number, piece in enumerate(x_N.split(PIECE), start=1):
         began = time.perf_counter()
         text = listener.hear(piece).strip()
@@ -156,15 +162,17 @@ def heard(write: Any, x_N: Tensor, word: str, computing: list[float]) -> dict[st
         at = number * PIECE / RATE + spent
         if text and found["first partial"] is None:
             found["first partial"] = at
-        if text.startswith(word) and found["whole word"] is None:
-            found["whole word"] = at
-    return found
+        if text.startswith(word) and found["first word"] is None:
+            found["first word"] = at
+    return found, listener.finish().strip()
 
 
 def main(output: str, run: str = "", recordings: str = "") -> None:
     """All parts, into one file."""
     rows: list[dict[str, Any]] = list(gated())
     if run:
+        size = (Path(run) / "model.safetensors").stat().st_size
+        rows.append({"part": "packed file", "case": "size", "megabytes": round(size / 1e6, 3)})
         rows += [*starts(Path(run) / "model.safetensors"), *first_words(Path(run), recordings)]
     load = f"{os.getloadavg()[1]:.1f}"
     rows = [{"cpu": processor(torch.device("cpu")), "cores": os.cpu_count(), "load": load} | row for row in rows]

@@ -5,7 +5,7 @@
  *
  * The processor is told to fault where a program asks what it can do (CPUID), and the answer is given here, without
  * AVX-512, VNNI and AMX. onnxruntime has no other switch. Where processor or system cannot do that, nothing changes, and
- * a line says so.
+ * a line says so. What handles faults itself, as pytest's faulthandler does, is in the way.
  */
 #define _GNU_SOURCE
 #include <signal.h>

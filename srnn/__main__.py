@@ -141,8 +141,8 @@ def _dispatch(argv: list[str]) -> int:
 
 def _load_plugins(argv: list[str]) -> None:
     from srnn.commands.options import unquoted
-    from srnn.config.composing import passed_over, plugin_folders
     from srnn.registry import register
+    from srnn.registry.plugins import passed_over, plugin_folders
 
     said = [unquoted(word.partition("=")[2]) for word in argv if word.startswith("srnn.plugins=")]
     wanted = said[-1] if said else "auto"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -66,6 +67,8 @@ def read_audio(source: str | Path | BinaryIO, name: str = "") -> Tensor:
         return _soundfile().read(file, dtype="float32", always_2d=True)
 
     samples, rate = _read(read, source, name)
+    if not np.isfinite(samples).all():  # as files of floats can have; frames of NaN would be padding
+        raise UserError(f"{name or source} is no audio that can be read: it has samples that are not finite.")
     return resample(torch.from_numpy(samples.mean(axis=1)), rate)
 
 

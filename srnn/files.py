@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -72,18 +74,25 @@ def nearest_there(path: Path) -> Path:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: beside it first, then moved into place. Makes the folder.
 
+    Where ``path`` is a symbolic link, the file it leads to is written, and the link stays.
+
     Raises:
-        OSError: the folder cannot be written or the disk is full; an older file is still there.
+        OSError: the folder cannot be written or the disk is full; an older file is still there. Or something else than
+            a file stands there, such as a device or a pipe, which moving a file into place would remove.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "is no file, but a folder, a device or a pipe, and is left as it is", str(path))
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         # Made by the system call itself, so that the umask decides who may read it, as for any other file.
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):

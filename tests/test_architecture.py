@@ -134,7 +134,7 @@ def functions():
 
 def is_built_by_options(decorated, name):
     """Whether its arguments are the options of a registered component, or of a command."""
-    return "register." in decorated or name in ("__init__", "build")
+    return "register." in decorated or "command" in decorated.split() or name in ("__init__", "build")
 
 
 def test_files_and_functions_stay_small():

@@ -91,3 +91,6 @@ def test_what_is_no_audio_is_named(tmp_path):
     for path in (tmp_path / "a.wav", tmp_path / "missing.wav"):
         with pytest.raises(UserError, match=f"{path.name} is no audio that can be read"):
             read_audio(path)
+    soundfile.write(tmp_path / "b.wav", [0.1, float("nan")], 16_000, subtype="FLOAT")
+    with pytest.raises(UserError, match=r"b.wav is no audio that can be read: it has samples that are not finite"):
+        read_audio(tmp_path / "b.wav")

@@ -14,10 +14,11 @@ import torch
 import srnn
 from srnn.__main__ import COMMANDS, main
 from srnn.config.command_line import check_command_line
-from srnn.config.composing import conf_folder, plugin_folders, presets
+from srnn.config.composing import conf_folder, presets
 from srnn.datasets import PennTreebank
 from srnn.inference.weights import read_weights
 from srnn.registry import KINDS, register
+from srnn.registry.plugins import plugin_folders
 from tests.conftest import QUIET, ROOT, SMALL
 
 FILES = ["README.md", "CONTRIBUTING.md", "SECURITY.md"]

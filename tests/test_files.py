@@ -53,6 +53,41 @@ def test_the_umask_decides_who_may_read(tmp_path, umask, mode):
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
 
 
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "runs").mkdir()
+    first, latest, to_come = tmp_path / "runs/first", tmp_path / "latest", tmp_path / "to_come"
+    first.write_bytes(b"old")
+    latest.symlink_to("runs/first")
+    to_come.symlink_to("runs/second")
+    write_atomically(latest, b"new")
+    write_atomically(to_come, b"new")
+    assert latest.is_symlink()
+    assert to_come.is_symlink()
+    assert first.read_bytes() == (tmp_path / "runs/second").read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["first", "latest", "runs", "second", "to_come"]
+
+
+def test_what_is_no_file_is_never_replaced(tmp_path, monkeypatch):
+    pipe, link, folder, loop = (tmp_path / name for name in ("pipe", "link", "folder", "loop"))
+    os.mkfifo(pipe)
+    link.symlink_to("pipe")
+    folder.mkdir()
+    loop.symlink_to("loop")
+    device = tmp_path / "device"
+    device.write_bytes(b"stands for one")
+    of_device = os.stat_result([stat.S_IFCHR | 0o666, *[0] * 9])
+    status = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **how: of_device if path == device else status(path, **how))
+    for path in (pipe, link, folder, loop, device):
+        with pytest.raises(OSError, match=r"no file, but|symbolic links") as refused:
+            write_atomically(path, b"data")
+        assert refused.value.filename == str(path)
+    monkeypatch.undo()
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert device.read_bytes() == b"stands for one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["device", "folder", "link", "loop", "pipe"]
+
+
 def test_what_a_killed_process_left_is_swept(tmp_path):
     code = (
         "import os, sys; from pathlib import Path; from srnn import files; "

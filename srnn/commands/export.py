@@ -146,7 +146,7 @@ def _in_words(of_run: TrainedRun, scores: Mapping[str, float]) -> str:
 def _target(output: str | None, default: Path) -> Path:
     """The file to write; its folder is made and tried before anything is scored."""
     target = expanded(output or default)
-    if target.is_dir() or target.suffix != default.suffix:
+    if target.suffix != default.suffix or (target.exists() and not target.is_file()):
         raise UserError(f"export: --output={target} must be a file named *{default.suffix}.")
     output_folder(target.parent)
     return target

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from srnn.config.composing import parse_override
 from srnn.errors import UserError, cannot_be_written
 from srnn.files import expanded
 from srnn.registry import Component, Option, Range
@@ -199,6 +198,8 @@ def unquoted(value: str) -> str:
     """A value as Hydra reads it: a pair of quotes around all of it is no part of it. Raises UserError."""
     if len(value) < 2 or value[0] not in ("'", '"') or value[-1] != value[0]:
         return value
+    from srnn.config.composing import parse_override  # not before: most commands run without Hydra
+
     return str(parse_override(f"value={value}").value())
 
 

@@ -18,12 +18,13 @@ from omegaconf import DictConfig
 
 from srnn.commands.resume import main as resume_run
 from srnn.config.command_line import check_command_line
-from srnn.config.composing import conf_folder, connect_hydra, plugin_folders, settings_of
+from srnn.config.composing import conf_folder, connect_hydra, settings_of
 from srnn.config.settings import Settings
 from srnn.config.sweeps import identity, identity_of, outcome
 from srnn.errors import JobFailed, UserError, cannot_be_written
 from srnn.files import nearest_there, write_atomically
 from srnn.registry import register
+from srnn.registry.plugins import plugin_folders
 from srnn.run_folder import RunFolder
 from srnn.terminal import console, logged
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from srnn.comparing.runs import FinishedRun
@@ -32,6 +33,7 @@ ABOUT_TIMES = (
     "the best dense kernels, the two timed in turns in that run; both vary from run to run, also of dense networks."
 )
 
+MOST_COLUMNS = 4  # of options in a terminal: more stand below the table, a line a setting
 HOW_READ = ("batch_size", "sequence_length", "eval_streams")  # options of data that leave text and tokens as they are
 
 
@@ -60,6 +62,12 @@ class Setting:
         """The sample standard deviation over the seeds; None for fewer than two."""
         values = self.values(key)
         return statistics.stdev(values) if len(values) > 1 else None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its runs prune nothing."""
+        pruning = self.runs[0].config.get("pruning")
+        return isinstance(pruning, Mapping) and pruning.get("name") == "none"
 
     def label(self, without: Sequence[str] = ()) -> str:
         """The options in short, for legends."""
@@ -98,6 +106,17 @@ class Comparison:
     def options(self) -> list[str]:
         """The options that differ, in the order of the config."""
         return list(dict.fromkeys(key for setting in self.settings for key in setting.options))
+
+    @property
+    def best_dense(self) -> Setting | None:
+        """The first in rank of those that prune nothing, if others do: what those are measured by."""
+        dense = [setting for setting in self.settings if setting.is_dense]
+        return dense[0] if 0 < len(dense) < len(self.settings) else None
+
+    def over_dense(self, setting: Setting) -> float | None:
+        """How much higher its mean score is than the best dense setting's, as a share; None where there is none."""
+        own, dense = setting.mean(self.key), self.best_dense and self.best_dense.mean(self.key)
+        return own / dense - 1 if own is not None and dense else None
 
     @property
     def notes(self) -> str:
@@ -185,7 +204,9 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if not prefix and key in APART:
             continue
         if isinstance(value, Mapping) and not prefix:
-            yield from _flat(value, f"{key}.")
+            # What a teacher's part weighs says nothing where there is no teacher.
+            silent = key == "distill" and not value.get("teacher")
+            yield from _flat({"teacher": None} if silent else value, f"{key}.")
         else:
             yield (prefix.rstrip(".") if prefix and key == "name" else f"{prefix}{key}"), value
 
@@ -205,6 +226,9 @@ def _cells(comparison: Comparison, setting: Setting) -> list[_Cell]:
     mean, deviation = setting.mean(comparison.key), setting.deviation(comparison.key)
     score = f"{mean:.4f}" if mean is not None else ""
     row.append((comparison.words, score + (f" ± {deviation:.4f}" if deviation is not None else "")))
+    if comparison.best_dense is not None:
+        over = comparison.over_dense(setting)
+        row.append(("over dense", "" if over is None else f"{100 * over:+.1f} %"))
     row.append(("seeds", str(len(setting.runs))))
     for title, (key, digits, factor) in MEASURED.items():
         value = setting.mean(key)
@@ -227,10 +251,16 @@ def _plain(value: Any) -> str:
 def rich_table(comparison: Comparison) -> Table:
     """For the terminal."""
     rows = [_cells(comparison, setting) for setting in comparison.settings]
+    options, lines = len(comparison.options), []
+    if options > MOST_COLUMNS:
+        told = [" ".join(f"{title}={text}" for title, text in row[:options] if text) for row in rows]
+        lines = [f"{number}: {text}" for number, text in enumerate(told, 1)]
+        rows = [[("setting", str(number)), *row[options:]] for number, row in enumerate(rows, 1)]
+        options = 1
     table = Table(title=f"{comparison.words}, test: mean ± standard deviation over seeds", title_justify="left")
-    table.caption, table.caption_justify = comparison.notes, "left"
+    table.caption, table.caption_justify = "\n".join([*map(escape, lines), comparison.notes]), "left"
     for index, (title, _) in enumerate(rows[0]):
-        option, score = index < len(comparison.options), index == len(comparison.options)
+        option, score = index < options, index == options
         table.add_column(title, justify="left" if option else "right", overflow="fold", no_wrap=score)
     for row in rows:
         table.add_row(*(text for _, text in row))
@@ -259,6 +289,7 @@ def setting_rows(comparison: Comparison) -> list[Row]:
         spread = {"mean": setting.mean(comparison.key), "std": setting.deviation(comparison.key)}
         spread |= {"min": min(values), "max": max(values)}
         scores = {f"{comparison.metric}_{name}": value for name, value in spread.items()}
+        scores |= {"over_dense": comparison.over_dense(setting)} if comparison.best_dense is not None else {}
         options = {name: setting.options.get(name) for name in comparison.options}
         return {**options, "seeds": len(values), **scores} | {key: setting.mean(key) for key in measured}
 

@@ -60,8 +60,11 @@ def _read_run(folder: RunFolder) -> FinishedRun:
         if wrong := [name for name, value in summary.items() if name != "objective" and not _is_number(value)]:
             raise ValueError(f"{wrong[0]} is no number")
         return FinishedRun(folder.path.name, config, summary, curves)
+    except UserError:  # which names the file
+        raise
     except Exception as error:  # whatever files made by hand bring about
-        raise UserError(f"{folder}: its report or metrics are damaged: {type(error).__name__}: {error}.") from None
+        why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder}: its report or metrics are damaged: {why}.") from None
 
 
 def _is_number(value: Any) -> bool:

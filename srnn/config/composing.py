@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 from srnn.config.hydra_internals import apply_overrides
 from srnn.config.settings import COMPONENTS, GROUPS, Settings
 from srnn.errors import UserError, did_you_mean
-from srnn.files import PACKAGE, expanded
+from srnn.files import PACKAGE
 from srnn.registry import register
-from srnn.registry.plugins import plugin_files
 
 # What a command line takes beside the keys of a config.
 BESIDE = ("experiment", "resume", "hydra")
@@ -46,51 +43,6 @@ def conf_folder() -> Path:
     """The folder with the YAML files: inside an installed package, or beside it in a checkout."""
     inside = PACKAGE / "conf"
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
-
-
-def plugin_folders(wanted: str = "auto") -> list[Path]:
-    """The folders whose files are plug-ins of a run: at most one.
-
-    Args:
-        wanted: ``srnn.plugins``: ``auto`` (what ``plugins`` under ``[tool.srnn]`` in the ``pyproject.toml`` of the
-            working directory names; without it none), ``on`` (``plugins/`` there), ``off``, or a folder.
-
-    Raises:
-        UserError: a folder that is named is not there.
-    """
-    if wanted == "off":
-        return []
-    named: object = _plugins_of_project() if wanted == "auto" else "plugins" if wanted == "on" else wanted
-    if named is None:
-        return []
-    source = "pyproject.toml: tool.srnn.plugins" if wanted == "auto" else "srnn.plugins"
-    if not isinstance(named, str):
-        raise UserError(f"{source}={named!r} must be the name of a folder.")
-    folder = Path(os.path.abspath(expanded(named)))
-    if not folder.is_dir():
-        raise UserError(f"{source}={wanted if wanted != 'auto' else named}: there is no folder {folder}.")
-    return [folder]
-
-
-def _plugins_of_project() -> object:
-    try:
-        project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or not a file that any tool can read
-        return None
-    tools = project.get("tool")
-    of_srnn = tools.get("srnn") if isinstance(tools, dict) else None
-    return of_srnn.get("plugins") if isinstance(of_srnn, dict) else None
-
-
-def passed_over(wanted: str) -> str | None:
-    """A line on the files in ``plugins/`` of the working directory, which nobody asked for; None if there are none."""
-    folder = Path.cwd() / "plugins"
-    if wanted != "auto" or plugin_folders() or not any(plugin_files([folder])):
-        return None
-    return (
-        f"the plug-ins in {folder} are passed over: add srnn.plugins=on, or the line 'plugins = \"plugins\"' under "
-        f"[tool.srnn] in pyproject.toml."
-    )
 
 
 def conf_folders() -> list[Path]:

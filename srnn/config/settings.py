@@ -54,9 +54,9 @@ class PackedConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """A trained network to learn from."""
+    """A trained network to learn from, or several."""
 
-    teacher: str | None = None
+    teacher: str | list[str] | None = None
     temperature: Positive = 2.0
     weight: Annotated[float, Range(gt=0, le=1)] = 0.5
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import zlib
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from srnn.audio import RATE, FeatureKind, Features, Normalising, audio_seconds, frames_of, read_audio
+from srnn.audio import RATE, FeatureKind, Features, Normalising, audio_seconds, frames_of, read_audio, resample
 from srnn.datasets.base import SPLITS, Batch, Batches, DataModule, Split
 from srnn.datasets.text import IGNORED
 from srnn.errors import UserError
@@ -55,6 +56,20 @@ class Utterance:
         raise NotImplementedError
 
 
+class _Played(Utterance):
+    """An utterance at another speed, to a hundredth: its pitch changes too."""
+
+    def __init__(self, of: Utterance, speed: float) -> None:
+        super().__init__(f"{of.name} at speed {speed:g}", of.text)
+        self.of, self.speed = of, speed
+
+    def seconds(self) -> float:
+        return self.of.seconds() / self.speed
+
+    def samples(self) -> Tensor:
+        return resample(self.of.samples(), round(100 * self.speed) * RATE // 100)
+
+
 class AudioFile(Utterance):
     """A recording in a file of its own.
 
@@ -83,6 +98,14 @@ class _Part:
     utterances: list[Utterance]
     frames: list[int]
     targets: list[Tensor]
+
+    @classmethod
+    def of(cls, frames: dict[Utterance, int], vocabulary: Vocabulary) -> _Part:
+        """Of utterances and their frames."""
+        ordered = sorted(frames, key=lambda u: frames[u])
+        return cls(
+            ordered, [frames[u] for u in ordered], [torch.from_numpy(vocabulary.encode(u.text)) for u in ordered]
+        )
 
 
 @dataclass(eq=False, repr=False)
@@ -113,7 +136,7 @@ class SpeechData(DataModule):
         (torch.Size([4, 49, 161]), torch.Size([4, 4]), {'input_size': 161, 'output_size': 7})
 
     Attributes:
-        vocabulary: the characters of the training transcripts, or the one given to ``setup``. Its number 0, else the
+        vocabulary: of ``characters``, or the one given to ``setup``. Its number 0, else the
             unknown character, is CTC's blank.
         audio: what makes samples into frames.
 
@@ -122,9 +145,13 @@ class SpeechData(DataModule):
         normalise: by each ``utterance`` as a whole, or ``running``, by what was heard so far.
         band_masks: of SpecAugment (Park et al. 2019): so many runs of bands of each training utterance become 0.
         time_masks: the same of frames.
+        speed_copies: training hears each utterance at these speeds too, pitch and all (Ko et al. 2015); a copy whose
+            transcript is longer than its frames is left out.
+        noise_db: white noise is so many dB below each utterance, always the same; None for none.
         buckets: so many lengths that training batches are padded to; 1 pads all of them to the longest utterance, which
             ``trainer.cuda_graph=true`` wants.
         batch_size: B.
+        characters: the alphabet, as ``abc '``; None takes all characters that training transcripts have.
         unusable: what becomes of files that cannot be read, of empty transcripts, of unknown characters, and of
             transcripts that are longer than their frames: ``refuse`` stops the run, ``skip`` leaves them out.
 
@@ -140,8 +167,11 @@ class SpeechData(DataModule):
     normalise: Normalising = "utterance"
     band_masks: Masks = 0
     time_masks: Masks = 0
+    speed_copies: list[Annotated[float, Range(ge=0.5, le=2)]] = field(default_factory=list)
+    noise_db: Annotated[float, Range(ge=-20, le=60)] | None = None
     buckets: Count = 8
     batch_size: Count = 16
+    characters: str | None = None
     unusable: Unusable = "refuse"
 
     def __post_init__(self) -> None:
@@ -168,15 +198,19 @@ class SpeechData(DataModule):
         if self._parts:
             return
         found = self.utterances()
-        known = vocabulary or Vocabulary.build("characters", "".join(u.text for u in found["train"]))
+        alphabet = self.characters or "".join(u.text for u in found["train"])
+        known = vocabulary or Vocabulary.build("characters", alphabet)
         self.vocabulary, bad, reasons = known, [], Counter[str]()
         for split in SPLITS:
-            frames = {u: self._frames(u, known) for u in found[split]}
-            usable = sorted((u for u in found[split] if isinstance(frames[u], int)), key=lambda u: frames[u])
-            bad += [f"{u.name} ({frames[u]})" for u in found[split] if not isinstance(frames[u], int)]
-            reasons.update(str(why).partition(":")[0] for why in frames.values() if not isinstance(why, int))
-            targets = [torch.from_numpy(known.encode(u.text)) for u in usable]
-            self._parts[split] = _Part(usable, [int(frames[u]) for u in usable], targets)
+            looked = {u: self._frames(u, known) for u in found[split]}
+            frames = {u: count for u, count in looked.items() if isinstance(count, int)}
+            bad += [f"{u.name} ({why})" for u, why in looked.items() if not isinstance(why, int)]
+            reasons.update(why.partition(":")[0] for why in looked.values() if not isinstance(why, int))
+            if split == "train":
+                copies = [_Played(u, speed) for u in frames for speed in self.speed_copies]
+                heard = ((u, self._frames(u, known)) for u in copies)
+                frames |= {u: count for u, count in heard if isinstance(count, int)}
+            self._parts[split] = _Part.of(frames, known)
         if bad:
             self._report(bad)
         for split in SPLITS:
@@ -220,11 +254,19 @@ class SpeechData(DataModule):
         """x_TI of the ``index``-th shortest utterance of a split; kept while there is room."""
         if (kept := self._kept.get((split, index))) is not None:
             return kept
-        x_TI = self.audio(self._parts[split].utterances[index].samples())
+        x_TI = self.audio(self.samples_of(self._parts[split].utterances[index]))
         if x_TI.nbytes <= self._room:
             self._room -= x_TI.nbytes
             self._kept[split, index] = x_TI
         return x_TI
+
+    def samples_of(self, utterance: Utterance) -> Tensor:
+        """x_N at 16 kHz, with the noise asked for."""
+        x_N = utterance.samples()
+        if self.noise_db is None:
+            return x_N
+        noise_N = torch.randn(len(x_N), generator=torch.Generator().manual_seed(zlib.crc32(utterance.name.encode())))
+        return x_N + noise_N * x_N.square().mean().sqrt() * 10 ** (-self.noise_db / 20)
 
     def checksum(self, split: Split) -> str:
         """Of names, transcripts and lengths, and of the frames of a few: a corpus is too long to be read twice."""

@@ -177,23 +177,16 @@ _GAP = RATE // 10  # samples: silence between digits is 0.05 to 0.15 s long
 
 
 class _String(Utterance):
-    """Recordings of a speaker one after the other, with noise that is always the same."""
+    """Recordings of a speaker one after the other."""
 
     def __init__(self, data: SpokenDigits, names: Sequence[str], seed: int) -> None:
         super().__init__(" + ".join(names), " ".join(DIGITS[int(Path(name).name[0])] for name in names))
         self.data, self.names, self.seed = data, names, seed
 
     def seconds(self) -> float:
-        return len(self._clean()) / RATE
+        return len(self.samples()) / RATE
 
     def samples(self) -> Tensor:
-        x_N = self._clean()
-        if self.data.noise_db is None:
-            return x_N
-        noise_N = torch.randn(len(x_N), generator=torch.Generator().manual_seed(self.seed))
-        return x_N + noise_N * x_N.square().mean().sqrt() * 10 ** (-self.data.noise_db / 20)
-
-    def _clean(self) -> Tensor:
         pieces = [self.data.recording(name) for name in self.names]
         if len(pieces) == 1:
             return pieces[0]
@@ -217,7 +210,6 @@ class SpokenDigits(SpeechData):
     digits: Annotated[int, Range(ge=1, le=20)] = 1
     strings: Count = 3000
     held_out: list[str] = field(default_factory=list)
-    noise_db: Annotated[float, Range(ge=-20, le=60)] | None = None
     data_seed: Annotated[int, Range(ge=0, le=2**31)] = 0
 
     def __post_init__(self) -> None:

@@ -252,8 +252,9 @@ def read_text(path: Path, option: str = "dataset.path") -> str:
     except OSError as error:
         raise UserError(f"{option}: {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
+        levels = ", which every dataset.level reads, bytes too" if option == "dataset.path" else ""
         raise UserError(
-            f"{option}: {path} is not UTF-8 text (byte {error.start}): convert it{_or_name_others(option)}."
+            f"{option}: {path} is not UTF-8 text (byte {error.start}){levels}: convert it{_or_name_others(option)}."
         ) from None
     # Zero bytes are valid UTF-8, and no text has them.
     if "\0" in text:

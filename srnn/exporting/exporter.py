@@ -75,8 +75,10 @@ def export(
             raise UserError(f"format={format} takes no {name}: its options are {', '.join(takes) or 'none'}.")
     chosen.check(**options)
     target = expanded(path)
-    if target.is_dir() or target.suffix != chosen.suffix:
-        raise UserError(f"{target} must be a file named *{chosen.suffix}.")
+    if target.suffix != chosen.suffix or (target.exists() and not target.is_file()):
+        meant = [name for name, other in EXPORT_FORMATS.items() if name != format and other.suffix == target.suffix]
+        instead = "".join(f' For a *{target.suffix} file give format="{name}".' for name in meant)
+        raise UserError(f'{target} must be a file named *{chosen.suffix}, with format="{format}".{instead}')
     with _in_eval_mode(model):
         return chosen.write(model, target, ExportRequest(example, about, tell), **options)
 

@@ -36,7 +36,7 @@ def open_session(model: Path | bytes) -> Any:
     options.inter_op_num_threads = 1
     # Its threads would go on spinning after a call, at the cost of what is run, and timed, next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 4  # what is fatal: errors are raised, and some trials of an export are to fail
     source = model if isinstance(model, bytes) else str(model)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 

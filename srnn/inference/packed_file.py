@@ -74,6 +74,11 @@ def read(path: Path) -> PackedModel:
         UserError: no such file, not a packed file, of a newer format, truncated or damaged.
     """
     path = Path(path)
+    if path.is_dir():
+        there = ", ".join(str(file) for file in sorted(path.glob("*.safetensors"))[:3])
+        raise UserError(
+            f"{path} is a folder: give a packed file, {there or 'RUN/model.safetensors of a finished run'}."
+        )
     if not path.is_file():
         raise UserError(f"{path}: no such packed model file.")
     try:

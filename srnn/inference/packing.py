@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from srnn.cells import CELL_TYPES, GATES, gates_of
+from srnn.cells import CELL_TYPES, GATES, cell_of, gates_of
 from srnn.errors import UserError
 from srnn.formats import DTYPES, PACKED_STRUCTURES, PackedStructure, Values
 from srnn.models.recurring import Recurring
@@ -203,6 +203,19 @@ def _buffer(tensor: Tensor) -> Tensor:
         if bool(same.all()):
             return wide.contiguous().clone()
     return tensor.contiguous().clone()
+
+
+def recurrent_layers(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Name of each recurrent layer -> what its weights' names and shapes do not tell: ``cell``, ``batch_first``."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.RNNBase):
+            found[name] = {"cell": cell_of(layer), "batch_first": layer.batch_first}
+        elif isinstance(layer, nn.RNNCell):
+            found[name] = {"cell": layer.nonlinearity}
+        elif type(layer) is Recurring:
+            found[name] = {"cell": layer.cell}
+    return found
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:

@@ -11,7 +11,7 @@ from srnn.formats import Values
 from srnn.inference.base import SparseModule
 from srnn.inference.checking import check_layouts, check_network
 from srnn.inference.packed_file import write
-from srnn.inference.packing import WantedStructure, pack
+from srnn.inference.packing import WantedStructure, pack, recurrent_layers
 from srnn.inference.sparsify import desparsify
 
 
@@ -50,8 +50,10 @@ def save(model: nn.Module, path: str | Path, values: Values = "fp32", structure:
         if isinstance(module, SparseModule)
         for name, matrix in module.matrices().items()
     }
-    packed = pack(desparsify(model) if kept else model, {}, {}, values, structure)
+    dense_model = desparsify(model) if kept else model
+    packed = pack(dense_model, {}, {}, values, structure)
     # As they are: to round int8 values again would not give the same numbers.
     matrices = packed.matrices | {name: matrix for name, matrix in kept.items() if name not in packed.tied}
     dense = {name: tensor for name, tensor in packed.dense.items() if name not in kept}
-    write(path, replace(packed, matrices=matrices, dense=dense))
+    about = {"layers": recurrent_layers(dense_model)}
+    write(path, replace(packed, matrices=matrices, dense=dense, about=about))

@@ -89,7 +89,7 @@ class SparseRecurrent(SparseModule):
         Raises:
             RuntimeError: shapes do not fit; also backward through the outputs.
         """
-        usual = self._ready.get("usual")
+        usual = None if torch.compiler.is_compiling() else self._ready.get("usual")
         done = None if usual is None else usual(input, hx)
         if done is not None:
             return done

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from srnn.formats import Values
 from srnn.inference.copying import replaced
 from srnn.inference.example_calls import example_input
 from srnn.inference.modules import replaceable, sparse_module
-from srnn.inference.packing import PackedModel, matrix_gates
+from srnn.inference.packing import PackedModel, matrix_gates, recurrent_layers
 from srnn.inference.sparsify import desparsify, report_kernels
 from srnn.inference.whole_network import choose_for_network
 from srnn.kernels.contract import Kernel
@@ -48,6 +49,7 @@ def unpack(
     if into is not None:
         skeleton = desparsify(into)
         _check_fit(packed, skeleton)
+        _check_layers(packed, skeleton)
     else:
         skeleton = _skeleton(packed)
     if kernel is None:
@@ -155,11 +157,8 @@ def _check_fit(packed: PackedModel, module: nn.Module) -> None:
     given |= {name: given[source] for name, source in packed.tied.items() if source in given}
     wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
     if wrong:
-        name = wrong[0]
-        raise UserError(
-            f"the packed weights do not fit the model they name: {name} has shape {given.get(name)}, "
-            f"{packed.model.get('name', type(module).__name__)} wants {wanted.get(name)}."
-        )
+        why = _wrapped(given.keys(), wanted.keys()) or _in_one_only(wrong[0], given, wanted, packed, module)
+        raise UserError(f"the packed weights do not fit the model they name: {why}")
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     if not parameters >= packed.tied.keys() | set(packed.tied.values()):
         raise UserError("the packed weights do not fit the model they name: what is tied is no parameter.")
@@ -169,3 +168,57 @@ def _check_fit(packed: PackedModel, module: nn.Module) -> None:
             older = isinstance(child, nn.RNNCellBase) and matrix is not None and matrix.gates == 1
             if matrix is not None and matrix.gates != matrix_gates(name, child) and not older:
                 raise UserError(f"the packed weights do not fit the model they name: gates of {prefix}.{name}.")
+
+
+def _in_one_only(
+    name: str, given: Mapping[str, Any], wanted: Mapping[str, Any], packed: PackedModel, module: nn.Module
+) -> str:
+    """How a weight differs in the file and in the network, or where it is missing."""
+    network = packed.model.get("name", type(module).__name__)
+    if name in given and name in wanted:
+        return f"{name} has shape {given[name]}, {network} wants {wanted[name]}."
+    return f"the file has {name}, {network} has not." if name in given else f"{network} has {name}, the file has not."
+
+
+def _wrapped(given: Collection[str], wanted: Collection[str]) -> str | None:
+    """What to say where the names differ only by what a wrapper puts before them; None if it is not that."""
+    if inside := _prefix(given, wanted):
+        return (
+            f"the file's names begin with {inside!r}, as those of a network that was saved inside a wrapper "
+            f"(DataParallel, torch.compile, AveragedModel). Save the network inside it, or load into one wrapped alike."
+        )
+    if inside := _prefix(wanted, given):
+        return (
+            f"the network's names begin with {inside!r}, as those of a network inside a wrapper (DataParallel, "
+            f"torch.compile, AveragedModel), and the file's do not. Give the network inside it, as into=model.module."
+        )
+    return None
+
+
+def _prefix(longer: Collection[str], shorter: Collection[str]) -> str | None:
+    """What stands before every one of the shorter names among the longer; None if nothing does."""
+    first = min(shorter, default="")
+    prefixes = (name.removesuffix(first) for name in longer if first and name.endswith(f".{first}"))
+    return next((p for p in prefixes if all(f"{p}{name}" in longer for name in shorter)), None)
+
+
+def _check_layers(packed: PackedModel, network: nn.Module) -> None:
+    """Raise UserError where a layer has the saved weights' shapes and would compute something else with them; warn
+    where it reads its inputs otherwise. Files of older versions do not say what their layers are."""
+    saved = packed.about.get("layers")
+    for name, layer in recurrent_layers(network).items():
+        was = saved.get(name) if isinstance(saved, Mapping) else None
+        if not isinstance(was, Mapping):
+            continue
+        named = name or type(network).__name__
+        if (cell := was.get("cell", layer["cell"])) != layer["cell"]:
+            raise UserError(
+                f"{named} was saved with the cell {str(cell)[:20]!r}, and the network given has {layer['cell']!r}: "
+                f"with these weights it would compute something else. Build it as it was, as nn.RNN(nonlinearity=...)."
+            )
+        if "batch_first" in layer and (first := was.get("batch_first", layer["batch_first"])) != layer["batch_first"]:
+            warnings.warn(
+                f"{named} was saved with batch_first={str(first)[:20]}, and the network given has "
+                f"batch_first={layer['batch_first']}: it reads time and batch of its inputs the other way round.",
+                stacklevel=4,
+            )

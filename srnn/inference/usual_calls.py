@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled
 
 from srnn.inference.base import SparseModule
 from srnn.kernels.choosing import length_class
@@ -48,9 +48,8 @@ class UsualCalls:
             and part.watcher is None
             and torch.get_num_threads() == self.threads
             and (not self.versions or part.given_out.versions() == self.versions)
-            and not torch.is_autocast_enabled("cpu")
+            and not is_autocast_enabled("cpu")
             and not (input.requires_grad and torch.is_grad_enabled())
-            and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
         )
 

@@ -174,6 +174,8 @@ class RecurrentLayer(nn.Module):
         super().__init__()
         self.input = nn.Linear(inputs, GATES[cell] * hidden_size, bias=False)
         self.input.layer_type = "recurrent"  # type: ignore[assignment]  # its threshold is that of recurrent matrices
+        # So is its scale, which means nothing to the norm: under one threshold nearly all of a smaller one would go.
+        nn.init.uniform_(self.input.weight, -(hidden_size**-0.5), hidden_size**-0.5)
         self.norm = StepNorm(GATES[cell] * hidden_size)
         self.recurrence = Recurring(cell, hidden_size, bidirectional)
 

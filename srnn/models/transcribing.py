@@ -36,6 +36,12 @@ class Transcriber:
     def __init__(self, model: Any, vocabulary: Vocabulary, audio: Features) -> None:
         self.model, self.vocabulary, self.audio = model, vocabulary, audio
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs; sound becomes features, and outputs become text, on the CPU."""
+        where: torch.device = self.model.norm.running_mean.device
+        return where
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -59,7 +65,8 @@ class Transcriber:
         x_N = source if isinstance(source, Tensor) else read_audio(source)
         if not frames_of(len(x_N)):
             return ""
-        logits_BTV, lengths_B = self.model(self.audio(x_N)[None])
+        outputs = self.model(self.audio(x_N.cpu())[None].to(self.device))
+        logits_BTV, lengths_B = (part.cpu() for part in outputs)
         if phrases is not None:
             return self.vocabulary.decode(phrases(logits_BTV[0]))
         if words is None and beam == 1:
@@ -140,10 +147,10 @@ class Listener:
         """The text so far, after more samples at 16 kHz, fp32 in -1 .. 1. Raises ValueError of several channels."""
         if x_N.dim() != 1:
             raise ValueError(f"sound to hear must be one channel of samples, [N], not of shape {tuple(x_N.shape)}")
-        self._samples = torch.cat([self._samples, x_N])
+        self._samples = torch.cat([self._samples, x_N.cpu()])
         x_TI = self.transcriber.audio.logarithms(self._samples)
         self._samples = self._samples[len(x_TI) * HOP_SAMPLES :]
-        return self._write(self._network.feed(self._running(x_TI)) if len(x_TI) else None)
+        return self._write(self._network.feed(self._running(x_TI).to(self.transcriber.device)) if len(x_TI) else None)
 
     @torch.inference_mode()
     def finish(self) -> str:

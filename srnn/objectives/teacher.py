@@ -5,7 +5,7 @@ Hinton, Vinyals and Dean, *Distilling the knowledge in a neural network*, 2015.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,26 @@ class Teacher:
         outputs, state = self.call(inputs, self.state)
         self.state = self.carried(state)
         return outputs
+
+
+class Several(nn.Module):
+    """Networks that are asked together: the mean of their outputs, of logits the geometric mean of distributions.
+
+    Args:
+        models: each as a ``Teacher`` wants it.
+    """
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, inputs: Tensor, states: Sequence[Any] | None = None) -> tuple[Tensor, tuple[Any, ...]]:
+        """Their mean, and the state of each."""
+        each = states if states is not None else [None] * len(self.models)
+        outputs, after = zip(
+            *(model(inputs, state) for model, state in zip(self.models, each, strict=True)), strict=True
+        )
+        return torch.stack(outputs).mean(0), after
 
 
 def softened_cross_entropy(logits: Tensor, teachers: Tensor, temperature: float) -> Tensor:

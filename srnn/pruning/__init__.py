@@ -3,6 +3,7 @@
 from srnn.formats import Structure
 from srnn.pruning.groups import Group
 from srnn.pruning.methods import (
+    OBD,
     Block,
     Cubic,
     Fixed,
@@ -23,6 +24,6 @@ from srnn.pruning.report_rows import ReportRow as Row  # as it was called before
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import prunable
 
-__all__ = ["Block", "Cubic", "Fixed", "Gradual", "Group", "Hard", "NoPruning", "PruneReport", "Pruner",
+__all__ = ["OBD", "Block", "Cubic", "Fixed", "Gradual", "Group", "Hard", "NoPruning", "PruneReport", "Pruner",
            "PrunerView", "PruningMethod", "Random", "ReportRow", "RigL", "Row", "RunLength", "Shared", "Structure",
            "Structured", "prunable", "prune"]  # fmt: skip

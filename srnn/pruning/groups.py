@@ -30,7 +30,8 @@ def _refuse_infinite(pieces: list[Piece], largest: Tensor) -> None:
         if not math.isfinite(value):
             raise UserError(
                 f"{piece.part.name} holds weights that are NaN or infinite, and cannot be ranked: the training has "
-                f"diverged; lower optimizer.lr, or clip gradients with trainer.gradient_clip_val."
+                f"diverged; lower the learning rate, or clip gradients (on the command line optimizer.lr, "
+                f"trainer.gradient_clip_val)."
             )
 
 

@@ -32,7 +32,7 @@ from srnn.pruning.other_pruners import OtherPruners
 from srnn.pruning.parts import Part, count, some_of
 from srnn.pruning.report_rows import ReportRow, nothing_left, report_rows
 from srnn.pruning.schedules import RunLength
-from srnn.pruning.scope import in_a_pattern, masks_of
+from srnn.pruning.scope import in_a_scope, masks_of
 from srnn.pruning.state_masks import StateMasks, mask_all, state_beside
 from srnn.pruning.watched_masks import WatchedMasks
 
@@ -144,9 +144,8 @@ class Pruner:
 
     @torch.no_grad()
     def _start(self) -> None:
-        """Apply the masks that a method starts with, to weights alone: whoever resumes from a checkpoint may have
-        loaded weights and optimiser already. ``load_state_dict`` gives back the weights they take, until the first
-        step."""
+        """Apply the masks that a method starts with, to weights alone: whoever resumes may have loaded weights already.
+        ``load_state_dict`` gives back those that they take, until the first step."""
         self._gradient_masks.attach(self._parameters)
         if self.itr <= self.method.dense_until:
             return
@@ -234,8 +233,7 @@ class Pruner:
         if self.method.updates and (empty := nothing_left(self.parts, self._masks)):
             warnings.warn(
                 f"pruning left no weight of {some_of(empty)}: nothing passes through them any more. "
-                f"Lower pruning.sparsity, or give them a lower one of their own: "
-                f"pruning.scope='{{{in_a_pattern(empty[0])}: {{sparsity: ...}}}}'.",
+                f"Lower the sparsity, or give them a lower one of their own: {in_a_scope(empty[0])}.",
                 stacklevel=2,
             )
 
@@ -257,6 +255,7 @@ class Pruner:
         return written
 
     def _update(self) -> None:
+        self.method.before_update(self)
         comes_back = self.method.soft or self.method.regrows
         for group in self.groups:
             before = [part.of(part.mask).clone() for part in group.parts] if comes_back else []

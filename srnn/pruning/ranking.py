@@ -81,7 +81,7 @@ class Ranking:
     def kth_smallest(self, k: int) -> float:
         """The ``k``-th smallest score, counted from 1."""
         if self._on_gpu and not (self._held is not None and self._held[0].dtype == torch.float64):
-            return _kth_on_gpu(lambda: (scores.float() for scores in self._scores()), k)
+            return _kth_on_gpu(lambda: (scores.float() for scores in self._scores()), k, self.units)
         if self._held is None:
             return _kth_by_bits((scores for _, scores in self), (scores for _, scores in self), k)
         scores = torch.cat(self._held)
@@ -199,23 +199,21 @@ def _kth_by_bits(first: Iterator[Tensor], second: Iterator[Tensor], k: int) -> f
     return float(torch.tensor([pattern], dtype=torch.int32).view(torch.float32))
 
 
-def _kth_on_gpu(passes: Callable[[], Iterator[Tensor]], k: int) -> float:
-    """The same: a histogram of 8192 bins, then those of one bin, sorted; of more than fit, two more histograms.
+def _kth_on_gpu(passes: Callable[[], Iterator[Tensor]], k: int, units: int) -> float:
+    """The same of so many: a histogram of 8192 bins, then those of one bin, sorted; of more than fit, two histograms.
 
     Each waits for the GPU once. Threads that count into one bin wait for each other. What is pruned, 90 % of all
-    weights towards the end, would all fall into one: it is counted by comparison instead, and bins are of the bits less
-    1, which 0 and -1 lie below.
+    weights towards the end, would all fall into one: bins are of the bits less 1, which 0 and -1 lie below, and those
+    are all that is in no bin.
     """
-    low = _sum(torch.stack([(scores < 0).sum(), (scores == 0).sum()]) for scores in passes())
     first, base = 0, 0  # what is below, and the bits less 1 that it ends at
     for shift in (18, 5, 0):
-        inside = _sum(_in_bins((_bits(scores) - (1 + base)) >> shift) for scores in passes())
-        counts = torch.cat([low, inside]).cpu() if shift == 18 else inside.cpu()
+        counts = _sum(_in_bins((_bits(scores) - (1 + base)) >> shift) for scores in passes()).cpu()
         if shift == 18:
-            negative, zero = counts[:2].tolist()
-            if k <= negative + zero:
+            first = units - int(counts.sum())
+            if k <= first:
+                negative = int(_sum((scores < 0).sum() for scores in passes()))
                 return -1.0 if k <= negative else 0.0
-            first, counts = negative + zero, counts[2:]
         place, below = _bin_of(counts, k - first)
         first, base = first + below, base + (place << shift)
         if shift == 18 and int(counts[place]) <= _SORTED:

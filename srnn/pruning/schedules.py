@@ -229,7 +229,7 @@ def resolve_gradual(
     if not start_itr <= ramp_itr <= end_itr or start_itr == end_itr:
         raise UserError(
             f"{got} are out of order in {run}: they must rise, start_itr <= ramp_itr <= end_itr, and start_itr < "
-            f"end_itr."
+            f"end_itr{_also(start_itr=start, ramp_itr=ramp, end_itr=end)}."
         )
     chosen = _resolve_freq(freq, start_itr, end_itr, ended, run)
     _check_threshold_moves_often(chosen, start_itr, end_itr)
@@ -252,7 +252,7 @@ def resolve_cubic(start: When, end: When, freq: Freq, initial: float, run: RunLe
     if start_itr >= end_itr:
         raise UserError(
             f"{given('pruning.start_itr', start, start_itr)}, {ended} are out of order in {run}: they must rise, "
-            f"start_itr < end_itr."
+            f"start_itr < end_itr{_also(start_itr=start, end_itr=end)}."
         )
     chosen = _resolve_freq(freq, start_itr, end_itr, ended, run)
     return CubicSchedule(start_itr, start_itr + (end_itr - start_itr) // chosen * chosen, chosen, initial)
@@ -276,7 +276,9 @@ def resolve_cosine(end: When, freq: Freq, drop_fraction: float, run: RunLength) 
 def _resolve_freq(freq: Freq, start_itr: int, end_itr: int, ended: str, run: RunLength) -> int:
     """The one asked for; ``auto`` is 100, but at most 1/50 of end - start."""
     if end_itr > run.total_steps:
-        raise UserError(f"{ended} is after the end of {run}; lower it, or train for longer (trainer.max_epochs).")
+        raise UserError(
+            f"{ended} is after the end of {run}; lower it, or train longer (on the command line trainer.max_epochs)."
+        )
     span = end_itr - start_itr
     chosen = min(100, max(1, span // UPDATES)) if freq == "auto" else int(freq)
     if chosen > span:
@@ -285,6 +287,12 @@ def _resolve_freq(freq: Freq, start_itr: int, end_itr: int, ended: str, run: Run
             f"leave it at auto."
         )
     return chosen
+
+
+def _also(**options: When) -> str:
+    """Advice where some were given and others stayed at ``auto``, which does not look at those given."""
+    left = [name for name, when in options.items() if when == "auto"]
+    return f"; give {' and '.join(left)} too" if 0 < len(left) < len(options) else ""
 
 
 def _check_threshold_moves_often(freq: int, start_itr: int, end_itr: int) -> None:

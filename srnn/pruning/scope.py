@@ -262,7 +262,7 @@ def _warn_of_frozen(names: Sequence[str]) -> None:
     if names:
         warnings.warn(
             f"pruning leaves {some_of(names)} dense, also if they are trained later: they are {FROZEN}. "
-            f"To prune them, name them in pruning.scope='{{{in_a_pattern(names[0])}: {{sparsity: ...}}}}'.",
+            f"To prune them, name them: {in_a_scope(names[0])}.",
             stacklevel=2,
         )
 
@@ -367,11 +367,13 @@ def masks_of(groups: Sequence[Group]) -> dict[str, Tensor]:
     return {part.parameter_name: part.mask for group in groups for part in group.parts}
 
 
-def in_a_pattern(name: str) -> str:
-    """A part's name as a key of ``pruning.scope`` on the command line, where brackets are escaped.
+def in_a_scope(name: str, sparsity: str = "...") -> str:
+    """How to give a part a sparsity of its own, in Python and on the command line, where brackets are escaped.
 
     Example:
-        >>> in_a_pattern("weight_hh_l0[z]")
-        'weight_hh_l0\\\\[z\\\\]'
+        >>> print(in_a_scope("w[z]"))
+        scope={"w[z]": {"sparsity": ...}}, on the command line pruning.scope='{w\\[z\\]: {sparsity: ...}}'
     """
-    return name.replace("[", "\\[").replace("]", "\\]")
+    escaped = name.replace("[", "\\[").replace("]", "\\]")
+    in_python = f'scope={{"{name}": {{"sparsity": {sparsity}}}}}'
+    return f"{in_python}, on the command line pruning.scope='{{{escaped}: {{sparsity: {sparsity}}}}}'"

@@ -14,16 +14,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from srnn.datasets.base import SPLITS, DataModule
 from srnn.errors import UserError
 from srnn.files import PACKAGE, write_atomically
 from srnn.registry import register
 from srnn.registry.registry import KINDS
 from srnn.run_folder import RunFolder, read_json
+
+if TYPE_CHECKING:
+    from srnn.datasets.base import DataModule  # which needs Lightning: a packed file is run without it
 
 LONGEST_PATCH = 1 << 20  # bytes of uncommitted changes that are kept
 
@@ -49,6 +51,8 @@ def environment(command: Sequence[str], config: Mapping[str, Any] = MappingProxy
 
 def data_checksums(data: DataModule) -> dict[str, str]:
     """Part -> SHA-256 of its data."""
+    from srnn.datasets.base import SPLITS
+
     return {part: data.checksum(part) for part in SPLITS}
 
 

@@ -217,7 +217,9 @@ def log_tables(run: Any, tables: Mapping[str, Sequence[Mapping[str, Any]]], plot
 
     for name, rows in tables.items():
         columns: list[str | int] = list(dict.fromkeys(key for row in rows for key in row))
-        run.log({name: wandb.Table(columns=columns, data=[[row.get(str(key)) for key in columns] for row in rows])})
+        data = [[row.get(str(key)) for key in columns] for row in rows]
+        # An option may be a word in one run and a number in another: pruning.start_itr=auto, 0.3.
+        run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
     run.log({path.stem: wandb.Image(str(path)) for path in plots})
 
 

@@ -119,8 +119,15 @@ class Registry:
         if name not in names:
             raise UserError(
                 f"{kind}={name}: no such {kind}.{did_you_mean(str(name), names)} There are: {', '.join(sorted(names))}."
+                f"{self._how_plugins_come()}"
             )
         return self.components[kind, name]
+
+    def _how_plugins_come(self) -> str:
+        if self.plugin_folders is not None:
+            return ""
+        here = 'register.load_plugins([pathlib.Path("plugins")])'
+        return f" Plug-ins are not loaded: in Python {here} does it, on the command line srnn.plugins=on."
 
     def check(self, kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
         """Check ``config``, which has ``name`` and options, and return it with the defaults of what was left out.

@@ -63,4 +63,4 @@ class _Call(nn.Module):
 
 
 def _map(function: Any, state: Any) -> Any:
-    return tuple(map(function, state)) if isinstance(state, tuple) else function(state)
+    return tuple(_map(function, each) for each in state) if isinstance(state, tuple) else function(state)

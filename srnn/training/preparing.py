@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from srnn.config.settings import PackedConfig, Settings, TrackingConfig, TrainerConfig
@@ -23,6 +25,7 @@ from srnn.pruning.methods import PruningMethod
 from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import RunLength
 from srnn.registry import register
+from srnn.run_folder import RunFolder
 from srnn.terminal import console
 from srnn.training.averaging import RunningAverage
 from srnn.training.cuda_graph import Graphed
@@ -153,13 +156,27 @@ class TrainedRun:
 
 
 def read_back(path: Path) -> TrainedRun:
-    """The run of a packed file. Raises UserError if the file does not say which data it is of."""
+    """The run of a packed file. Raises UserError if the file does not say which data it is of.
+
+    Sets the run's seed, as ``prepare`` did: data may be drawn at random, and the order of training data is.
+    """
     packed = read(path)
     if not isinstance(packed.about.get("dataset"), Mapping):
         raise UserError(f"{path} does not say which data it was trained on.")
+    if (seed := _seed_of(packed, path)) is not None:
+        pl.seed_everything(seed, workers=True, verbose=False)
     data = build_data(packed.about["dataset"], packed.vocabulary, from_file=True)
     objective: Any = register.get("objective", data.objective).factory
     return TrainedRun(packed, data, objective)
+
+
+def _seed_of(packed: PackedModel, path: Path) -> int | None:
+    """The seed of a packed file's run; of a file that does not say it, as older ones, the one in the run's config."""
+    seed = packed.about.get("seed")
+    if "seed" not in packed.about:
+        with suppress(Exception):  # a config that is not there, or was damaged since
+            seed = OmegaConf.load(RunFolder(path.parent).config).seed
+    return seed if type(seed) is int and 0 <= seed < 2**32 else None
 
 
 def build_data(config: Mapping[str, Any], vocabulary: Vocabulary | None = None, from_file: bool = False) -> DataModule:

@@ -34,7 +34,7 @@ from srnn.training.fitting import check_devices, fit, quiet
 from srnn.training.preparing import Run, prepare
 from srnn.training.processes import Place
 from srnn.training.prune_only import prune_only
-from srnn.training.teaching import SELF
+from srnn.training.teaching import teachers_of
 from srnn.training.verifying import pack_and_verify, rehearse, score
 
 
@@ -55,8 +55,8 @@ def train(
     """
     tracking = replace(settings.tracking, group=settings.tracking.group or group)
     settings = replace(settings, tracking=tracking)
-    if settings.distill.teacher not in (None, SELF):  # a resumed run may be started from another folder
-        teacher = str(Path(settings.distill.teacher).expanduser().resolve())
+    if teachers := teachers_of(settings.distill.teacher):
+        teacher = teachers[0] if isinstance(settings.distill.teacher, str) else teachers
         settings = replace(settings, distill=replace(settings.distill, teacher=teacher))
     home = RunFolder(folder)
     if home.begun:
@@ -156,13 +156,14 @@ def _finish(run: Run, folder: RunFolder, recorder: Recorder) -> dict[str, Any]:
     packed_bytes = folder.packed.stat().st_size
     report = build_report(run.config, run.data.objective, run.model, packed, packed_bytes, scores, recorder)
     token = run.data.vocabulary.level.removesuffix("s") if run.data.vocabulary else None
+    learned_from = next(iter(teachers_of(run.config["distill"]["teacher"])), run.config["init_from"])
     return (
         report
         | {"latency": latency, "init_from": run.match, "limits": dict(run.data.limits), "token": token}
         | {
             "unit": run.data.unit,
             "left_out": run.data.left_out,
-            "beside": run_beside(run.config["distill"]["teacher"] or run.config["init_from"], folder),
+            "beside": run_beside(learned_from, folder),
         }
     )
 

@@ -20,7 +20,7 @@ from srnn.inference.packed_file import read
 from srnn.inference.unpacking import unpack
 from srnn.inference.weights import read_checkpoint, weights_of
 from srnn.objectives import Objective
-from srnn.objectives.teacher import Teacher
+from srnn.objectives.teacher import Several, Teacher
 from srnn.registry import register
 from srnn.run_folder import RunFolder
 from srnn.training.cuda_graph import Graphed
@@ -41,7 +41,7 @@ def teacher_of(chosen: DistillConfig, objective: Objective, example: Tensor | No
     Raises:
         UserError: there is no network, or it is of other data, or the objective cannot learn from one.
     """
-    if chosen.teacher is None:
+    if not chosen.teacher:
         return None
     if type(objective).imitation is Objective.imitation:
         raise UserError(
@@ -49,12 +49,37 @@ def teacher_of(chosen: DistillConfig, objective: Objective, example: Tensor | No
             f"cannot learn from a teacher."
         )
     own = chosen.teacher == SELF
-    model = copy.deepcopy(objective.model) if own else _read_network(chosen.teacher, objective.data)
-    _check_steps(chosen.teacher, model, objective.model)
+    names = [chosen.teacher] if isinstance(chosen.teacher, str) else chosen.teacher
+    models = [copy.deepcopy(objective.model) if own else _read_network(name, objective.data) for name in names]
+    for name, model in zip(names, models, strict=True):
+        _check_steps(name, model, objective.model)
+    model, carried = (models[0], objective.carried) if len(models) == 1 else (Several(models), _each(objective.carried))
     call = Graphed(model, example) if example is not None else None
-    teacher = Teacher(model, objective.carried, chosen.temperature, chosen.weight, call)
+    teacher = Teacher(model, carried, chosen.temperature, chosen.weight, call)
     teacher.ready = not own
     return teacher
+
+
+def _each(carried: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """What several networks carry to the next batch."""
+
+    def all_of(states: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        kept = tuple(carried(state) for state in states)
+        return None if all(state is None for state in kept) else kept
+
+    return all_of
+
+
+def teachers_of(given: str | list[str] | None) -> list[str]:
+    """The networks that ``distill.teacher`` names, which a resumed run may look for from another folder.
+
+    Raises:
+        UserError: the network itself is among several.
+    """
+    names = [given] if isinstance(given, str) else given or []
+    if len(names) > 1 and SELF in names:
+        raise UserError(f"distill.teacher={names}: self teaches alone: leave it out, or name no other teacher.")
+    return [str(Path(name).expanduser().resolve()) for name in names if name not in ("", SELF)]
 
 
 class OwnTeacher(pl.Callback):

@@ -105,6 +105,7 @@ def _packed(run: Run, values: Any) -> PackedModel:
     about = {
         "dataset": run.data.located(dict(run.config["dataset"])),
         "pruning": run.config["pruning"],
+        "seed": run.seed,
         "srnn": srnn.__version__,
     }
     energies = calibration(run.model, run.data) if values == "int8" else None

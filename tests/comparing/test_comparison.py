@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srnn.__main__ import main
-from srnn.comparing.comparison import ABOUT_TIMES, Setting, compare, markdown, pareto, setting_rows
+from srnn.comparing.comparison import ABOUT_TIMES, Setting, compare, markdown, pareto, rich_table, setting_rows
 from srnn.comparing.comparison_plots import aligned
 from srnn.comparing.runs import FinishedRun, read_runs
 from srnn.comparing.wandb_projects import read_project
@@ -79,6 +79,11 @@ def test_compare(sweep, tmp_path, capsys):
         score = f"{float(row['bits_per_character_mean']):.4f} ± {float(row['bits_per_character_std']):.4f}"
         assert score in shown
         assert score in (output / "comparison.md").read_text()
+        over = float(row["bits_per_character_mean"]) / next(
+            float(other["bits_per_character_mean"]) for other in rows if other["pruning"] == "none"
+        )
+        assert float(row["over_dense"]) == pytest.approx(over - 1)
+        assert f"{100 * (over - 1):+.1f} %" in shown
     with (output / "runs.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 6
     plots = {path.stem for path in output.glob("*.png") if path.read_bytes().startswith(PNG)}
@@ -141,16 +146,18 @@ def test_wandb_gives_the_same_comparison(sweep, monkeypatch, tmp_path, capsys):
 def test_mistakes(sweep, tmp_path, capsys):
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/config.yaml").write_text("seed: 0")
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    (damaged / "config.yaml").write_text("seed: 0")
-    (damaged / "report.json").write_text("{}")
+    damaged, cut = tmp_path / "damaged", tmp_path / "cut"
+    for folder, text in ((damaged, "{}"), (cut, '{"a')):
+        folder.mkdir()
+        (folder / "config.yaml").write_text("seed: 0")
+        (folder / "report.json").write_text(text)
     for arguments, words in (
         ([], "Give folders, as `srnn compare outputs/SWEEP`"),
         ([sweep, "--wandb", "me/srnn"], "which runs? Give folders"),
         ([tmp_path / "none"], "no run is there"),
         ([tmp_path / "begun"], "none of these runs is finished"),
         ([damaged], "its report or metrics are damaged"),
+        ([cut], f"srnn: {cut}/report.json is damaged: Unterminated string"),
         ([sweep, "--metric", "accuracy"], "no such score; they have bits_per_character, loss, perplexity"),
     ):
         assert main(["compare", *map(str, arguments)]) == 2
@@ -180,6 +187,23 @@ def test_settings_are_told_apart_by_what_differs_but_the_seed():
     assert [s.mean("test/accuracy") for s in compare(accurate).settings] == [0.9, 0.5, 0.1]
     with pytest.raises(UserError, match="learn classification and next_token"):
         compare([*runs, *accurate])
+
+
+def test_many_options_stand_below_the_table():
+    wide = {"optimizer": {"lr": 1, "beta1": 2, "beta2": 3}, "pruning": {"name": "cubic", "end_itr": "auto"}}
+    other = {"optimizer": {"lr": 4, "beta1": 5, "beta2": 6}, "pruning": {"name": "hard", "end_itr": 0.3}}
+    comparison = compare([run(2.0, 0, **wide), run(1.0, 0, **other)])
+    assert comparison.best_dense is None
+    table = rich_table(comparison)
+    assert [str(column.header) for column in table.columns][:3] == ["setting", "bits per character", "seeds"]
+    first, second, *_ = str(table.caption).splitlines()
+    assert first == "1: lr=4 beta1=5 beta2=6 pruning=hard end_itr=0.3"
+    assert second == "2: lr=1 beta1=2 beta2=3 pruning=cubic end_itr=auto"
+
+
+def test_a_teacher_that_is_not_there_makes_no_difference():
+    alone = [run(2.0, 0, distill={"teacher": None, "weight": w}, optimizer={"lr": w}) for w in (0.5, 0.6)]
+    assert compare(alone).options == ["optimizer.lr"]
 
 
 def test_folders_are_named_by_their_ends():

@@ -3,9 +3,9 @@
 import pytest
 
 from srnn.__main__ import main
-from srnn.config.composing import passed_over, plugin_folders
 from srnn.errors import UserError
 from srnn.registry import register
+from srnn.registry.plugins import passed_over, plugin_folders
 
 ASKS = '[tool.srnn]\nplugins = "{}"\n'
 

@@ -64,6 +64,26 @@ def test_masks_leave_what_is_kept_alone(listed):
     assert torch.equal(data.features_of("train", 0), before)
 
 
+def test_copies_at_other_speeds_are_for_training_alone(listed, tmp_path):
+    data = manifest(listed, speed_copies=[0.8, 1.25])
+    assert data.counts == {"train": 36, "valid": 12, "test": 12}
+    part = data._parts["train"]
+    assert part.frames == sorted(part.frames)
+    seconds = {u.name.partition(" at speed ")[2]: u.seconds() for u in part.utterances if u.text == "abba"}
+    assert seconds["0.8"] == pytest.approx(seconds[""] / 0.8)
+    loudest = {}
+    for utterance, frames in zip(part.utterances, part.frames, strict=True):
+        if utterance.text == "c":  # a tone of 1,600 Hz
+            x_N = utterance.samples()
+            assert abs(frames - len(data.audio(x_N))) <= 1
+            loudest[utterance.name.partition(" at speed ")[2]] = int(torch.fft.rfft(x_N, 16_000).abs().argmax())
+    assert loudest == {"": 1600, "0.8": 1280, "1.25": 2000}
+    packed = write_speech(tmp_path)
+    with packed.open("a") as file:
+        file.write("0.wav,abcabcabc\n")  # 9 characters in 12 steps: a copy of 6 steps is no fault of the recording
+    assert manifest(packed, speed_copies=[2]).counts["train"] == 13 + 12
+
+
 def test_evaluation_has_all_utterances_the_shortest_first(listed):
     data = manifest(listed, batch_size=5)
     batches = list(data.val_dataloader())
@@ -101,6 +121,9 @@ def test_characters_that_training_lacks(tmp_path):
     data = Manifest(str(known), str(other), str(known), batch_size=4)
     with pytest.raises(UserError, match=r"1 utterances cannot be used: .*0.wav \(unknown character: 'd'\)"):
         data.setup()
+    assert manifest(known, characters=" abcd").sizes["output_size"] == 1 + 5
+    with pytest.raises(UserError, match=r"unknown character: 'c'"):
+        manifest(known, characters="ab ")
 
 
 def test_lists_may_be_json_lines(tmp_path, listed):
@@ -171,8 +194,8 @@ def test_strings_of_digits_with_noise(digits):
     string = data._parts["train"].utterances[-1]
     assert len(string.text.split()) == 4
     assert len({name.split("_")[1] for name in string.names}) == 1
-    clean, noisy = string._clean(), string.samples()
-    assert torch.equal(noisy, string.samples())
+    clean, noisy = string.samples(), data.samples_of(string)
+    assert torch.equal(noisy, data.samples_of(string))
     db = 10 * torch.log10(clean.square().mean() / (noisy - clean).square().mean())
     assert db == pytest.approx(10, abs=0.3)
     again = SpokenDigits(str(digits), **options)

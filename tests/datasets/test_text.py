@@ -125,7 +125,7 @@ def test_a_bad_file_of_a_corpus_names_the_option_that_gave_it(tmp_path, encoding
         (None, ["no such file or folder"]),
         (b"", ["is empty"]),
         (b" \n\n ", ["is empty"]),
-        (b"abc\xff\xfe", ["not UTF-8", "byte 3"]),
+        (b"abc\xff\xfe", ["not UTF-8", "byte 3", "which every dataset.level reads, bytes too"]),
         (b"abc\0def", ["is binary"]),
         (b"tiny", ["too few", "batch_size"]),
     ],

@@ -382,6 +382,7 @@ def test_it_says_so_where_there_is_no_compiler(tmp_path, monkeypatch):
             "format=c takes no speed: its options are values, structure, name, verify",
         ),
         ("net.h", {}, r"must be a file named \*\.c"),
+        ("net.onnx", {}, r"For a \*\.onnx file give format=\"onnx\""),
     ],
 )
 def test_mistakes_are_told(file, options, message, tmp_path):

@@ -261,7 +261,8 @@ def test_what_is_no_chain_is_named(network, message, tmp_path):
 @pytest.mark.parametrize(
     ("path", "options", "message"),
     [
-        ("net.bin", {}, r"must be a file named \*\.onnx"),
+        ("net.bin", {}, r"must be a file named \*\.onnx, with format=\"onnx\"\.$"),
+        ("net.c", {}, r"\*\.onnx, with format=\"onnx\"\. For a \*\.c file give format=\"c\"\.$"),
         ("net.onnx", {"format": "onyx"}, r"format='onyx': there are onnx.*Did you mean 'onnx'"),
         ("net.onnx", {"values": "fp16"}, "values=fp16 must be fp32, or int8"),
         ("net.onnx", {"structure": "16x1"}, "format=onnx takes no structure: its options are values"),
@@ -279,12 +280,13 @@ def test_without_the_packages_it_says_how_to_get_them(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_is_no_chain_is_written_by_torch(tmp_path):
+def test_what_is_no_chain_is_written_by_torch(tmp_path, capfd):
     network = srnn.sparsify(pruned(Skips()), kernel="csr")
     state = torch.randn(1, 2, 4)
     report = srnn.export(network, tmp_path / "net.onnx", example=(torch.randn(2, 5, 4), state))
     assert report.difference < 1e-5
     assert "Skips computes something else" in str(report)
+    assert capfd.readouterr().err == "", "onnxruntime tells of trials that are to fail"
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
     x, h = torch.randn(3, 9, 4), torch.randn(1, 3, 4)
     names = [given.name for given in session.get_inputs()]

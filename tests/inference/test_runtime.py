@@ -88,8 +88,13 @@ import sys, torch, srnn
 model = srnn.load({str(path)!r}, kernel="cpu")
 assert "torch._dynamo" not in sys.modules, "which takes seconds to import"
 model.step(torch.tensor([1]))
-heavy = {{'pytorch_lightning', 'hydra', 'omegaconf', 'wandb', 'matplotlib', 'pydantic', 'rich'}} & set(sys.modules)
-assert not heavy, heavy
+heavy = {{'pytorch_lightning', 'hydra', 'omegaconf', 'wandb', 'matplotlib', 'pydantic', 'rich'}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+import os, srnn.__main__
+os.chdir({str(path.parent)!r})  # where no project names plug-ins, which may import anything
+assert srnn.__main__.main(["generate", {str(path)!r}, "--length=2", "--kernel=cpu"]) == 0
+heavy -= {{'rich'}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

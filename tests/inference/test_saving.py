@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,6 +7,9 @@ from torch import nn
 
 import srnn
 from srnn.errors import UserError
+from srnn.inference.packed_file import write
+from srnn.inference.packing import pack
+from srnn.models.recurring import Recurring
 from tests.inference.test_sparsify import Network, pruned
 
 
@@ -50,6 +54,58 @@ def test_what_does_not_fit_is_a_sentence(tmp_path):
         srnn.load(tmp_path / "a", into=nn.GRU(16, 33))
     with pytest.raises(UserError, match="do not fit"):
         srnn.load(tmp_path / "a", into=nn.LSTM(16, 32))
+    with pytest.raises(UserError, match=r"GRU has bias_hh_l0_reverse, the file has not\."):
+        srnn.load(tmp_path / "a", into=nn.GRU(16, 32, bidirectional=True))
+    with pytest.raises(UserError, match=r"is a folder: give a packed file, RUN/model\.safetensors of a finished run"):
+        srnn.load(tmp_path)
+
+
+def test_a_wrapper_is_named(tmp_path):
+    layer, average = nn.GRU(4, 8), torch.optim.swa_utils.AveragedModel(nn.GRU(4, 8))
+    for wrapper in (average, nn.Sequential(nn.Sequential(layer))):
+        srnn.save(wrapper, tmp_path / "a")
+        before = "module." if wrapper is average else r"0\.0\."
+        with pytest.raises(UserError, match=f"file's names begin with '{before}'.* Save the network inside"):
+            srnn.load(tmp_path / "a", into=layer)
+        assert type(srnn.load(tmp_path / "a", into=wrapper)) is type(wrapper)
+    srnn.save(layer, tmp_path / "a")
+    with pytest.raises(UserError, match=r"network's names begin with 'module\.'.* into=model\.module\."):
+        srnn.load(tmp_path / "a", into=average)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "tanh", "relu"),
+    [
+        (nn.RNN, {}, {"nonlinearity": "relu"}),
+        (nn.RNNCell, {}, {"nonlinearity": "relu"}),
+        (Recurring, {"cell": "tanh"}, {"cell": "relu"}),
+    ],
+)
+def test_weights_of_another_cell_are_refused(tmp_path, kind, tanh, relu, sparse):
+    network, other = (nn.ModuleDict({"core": kind(hidden_size=24, **_sizes(kind), **one)}) for one in (tanh, relu))
+    pruned(network)
+    srnn.save(srnn.sparsify(network, kernel="csr") if sparse else network, tmp_path / "a")
+    srnn.load(tmp_path / "a", into=network)
+    with pytest.raises(UserError, match="core was saved with the cell 'tanh', and the network given has 'relu'"):
+        srnn.load(tmp_path / "a", into=other)
+
+
+def _sizes(kind):
+    return {} if kind is Recurring else {"input_size": 16}
+
+
+def test_another_order_of_dimensions_is_told(tmp_path):
+    srnn.save(pruned(nn.GRU(16, 32, batch_first=True)), tmp_path / "a")
+    with pytest.warns(UserWarning, match="GRU was saved with batch_first=True, and the network given has .*=False"):
+        srnn.load(tmp_path / "a", into=nn.GRU(16, 32))
+
+
+@pytest.mark.parametrize("about", [{}, {"layers": None}, {"layers": {"": 3}}, {"layers": {"": {"else": "relu"}}}])
+def test_files_that_do_not_say_what_their_layers_are(tmp_path, about):
+    network = pruned(nn.RNN(16, 32))
+    write(tmp_path / "a", replace(pack(network, {}, {}), about=about))
+    assert isinstance(srnn.load(tmp_path / "a", kernel="csr", into=network), nn.Module)
 
 
 @pytest.mark.parametrize("make", [lambda: [nn.Embedding(30, 16), nn.Linear(16, 30)], lambda: [nn.GRU(16, 16)] * 2])

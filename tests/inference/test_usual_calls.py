@@ -101,6 +101,15 @@ def test_hooks_see_every_call_and_threads_may_change(taken):
     assert taken == [True, False, True]
 
 
+def test_a_graph_holds_none_of_them(taken):
+    sparse, x = srnn.sparsify(made(nn.GRU), kernel="cpu"), torch.randn(1, 5, 13)
+    wanted = sparse(x)
+    sparse(x)
+    compiled = torch.compile(lambda x: sparse(x), fullgraph=True, backend="eager")
+    near(compiled(x), wanted)
+    assert taken == [True]
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 30), (4, 5)])
 def test_rows_of_a_linear_layer(shape, taken):
     torch.manual_seed(0)

@@ -16,10 +16,7 @@ from srnn.kernels.triton.backend import Triton
 from srnn.sparse import SparseMatrix
 from tests.kernels.triton_cases import DEVICE, INTERPRETED, check, check_both, here, layer, on_gpu, state_of, use_chip
 
-FILES = [
-    Path(__file__).with_name(f"test_{name}.py")
-    for name in ("triton", "vectors", "slices", "gates", "products", "handing")
-]
+FILES = [Path(__file__).with_name(f"test_{name}.py") for name in ("triton", "vectors", "slices", "gates", "products")]
 FILES += [Path(__file__).parents[1] / name for name in ("pruning/test_masking.py", "models/test_recurring.py")]
 
 

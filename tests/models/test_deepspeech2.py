@@ -162,6 +162,14 @@ def test_what_is_pruned():
     assert sum(p.name == "layers.0.recurrence.weight_hh[z]" for group in part for p in group.parts) == 1
 
 
+def test_one_threshold_takes_as_much_of_each_matrix_of_its_layers():
+    torch.manual_seed(0)
+    model = deepspeech2_small(input_size=161, output_size=17)
+    prune(model, sparsity=0.9, structure="16x1")
+    shares = {n: (p == 0).float().mean().item() for n, p in model.layers.named_parameters() if p.dim() == 2}
+    assert all(0.85 < share < 0.95 for share in shares.values()), shares
+
+
 @pytest.mark.parametrize(
     ("kernel", "options"),
     [

@@ -1,5 +1,6 @@
 """Decoding, and writing speech down in pieces and as a whole."""
 
+import copy
 import itertools
 import math
 
@@ -8,8 +9,10 @@ import torch
 
 from srnn.audio import Features
 from srnn.errors import UserError
+from srnn.inference.sparsify import sparsify
 from srnn.models import Transcriber, deepspeech2
 from srnn.models.decoding import Phrases, WordSequences, beam_search, greedy
+from srnn.pruning.once import prune
 from srnn.vocabulary import Characters
 from tests.speech_files import spoken
 
@@ -121,6 +124,22 @@ def test_a_stream_writes_what_the_whole_says(listening, milliseconds):
     assert all(whole.startswith(text) for text in partial)
     assert all(waiting.shape[1] < 80 for waiting in stream._network._waiting.values())
     assert len(stream._samples) < 480
+
+
+@pytest.mark.gpu
+def test_a_gpu_writes_the_same(listening):
+    x_N = torch.from_numpy(spoken("abc ab", seed=3))
+    model = copy.deepcopy(listening.model).cuda()
+    there = Transcriber(model, listening.vocabulary, listening.audio)
+    assert there(x_N) == listening(x_N)
+    assert there(x_N.cuda(), beam=3) == listening(x_N, beam=3)
+    prune(model, sparsity=0.5)
+    for kernel in ("dense", "triton"):
+        sparse = Transcriber(sparsify(model, kernel=kernel), listening.vocabulary, listening.audio)
+        stream = sparse.stream()
+        for piece in x_N.split(1600):
+            stream.hear(piece)
+        assert stream.finish() == sparse(x_N)
 
 
 def test_how_long_a_pause_is(listening):

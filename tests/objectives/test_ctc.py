@@ -249,11 +249,21 @@ def test_transcribe(run, listed, capsys, monkeypatch):
     (folder / "phrases.txt").write_text(f"{TEXTS[0]}\n\n{TEXTS[3]}\n")
     assert main(["transcribe", str(run), "--audio", str(one), f"--phrases={folder}/phrases.txt"]) == 0
     assert capsys.readouterr().out == TEXTS[3] + "\n"
+    assert main(["transcribe", str(run), "--audio", str(one), f"--words={folder}/phrases.txt"]) == 0
+    assert set(capsys.readouterr().out.split()) == {TEXTS[3]}
     quiet = np.zeros(32_000, np.int16).tobytes()
     monkeypatch.setattr("sys.stdin", type("Pipe", (), {"buffer": io.BytesIO(raw + quiet + raw + quiet)}))
     assert main(["transcribe", str(run), "--audio", "-", "--stream=true", "--pause=0.5"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert srnn.load(run / "model.safetensors").transcriber()(one) == lines[str(one)]
+    few = folder / "few"
+    few.mkdir()
+    (few / "0.wav").write_bytes(b"RIFF")
+    (few / "1.wav").write_bytes(one.read_bytes())
+    assert main(["transcribe", str(run), "--audio", str(few)]) == 2
+    told = capsys.readouterr()
+    assert told.out == f"{few / '1.wav'}\t{lines[str(one)]}\n"
+    assert f"1 of 2 recordings are left out: {few / '0.wav'} is no audio" in told.err
 
 
 def test_transcribe_says_what_is_wrong(run, text_run, tmp_path, capsys):
@@ -265,6 +275,12 @@ def test_transcribe_says_what_is_wrong(run, text_run, tmp_path, capsys):
         ([str(run), "--audio", "-", "--stream=true", "--beam=3"], "looks at whole recordings"),
         ([str(run), "--audio", "-", "--stream=true", "--phrases=X"], "--phrases=X looks at whole recordings"),
         ([str(run), "--audio", "-", "--phrases=X", "--beam=3"], "exact without a beam"),
+        ([str(run), "--audio", "-", "--phrases=X", "--words=Y"], "--phrases=X are whole texts"),
+        (
+            [str(run), "--audio", "-", f"--words={tmp_path}/wrong.txt"],
+            "wrong.txt: this network does not write 'z'",
+        ),
+        ([str(run), "--audio", "-", "--device=moon"], "device='moon' cannot be used"),
         ([str(run), "--audio", "-", f"--phrases={tmp_path}/X"], "No such file"),
         ([str(run), "--audio", "-", f"--phrases={tmp_path}/wrong.txt"], "does not write 'z', which is in 'zab'"),
         ([str(run), "--audio", "-", f"--phrases={tmp_path}/empty.txt"], "must have some"),

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from srnn.config.composing import plugin_folders
 from srnn.errors import UserError
 from srnn.pruning import Pruner, RunLength
 from srnn.registry import register
+from srnn.registry.plugins import plugin_folders
 from tests.pruning.test_zero import METHODS, OPTIMIZERS, Net, method_of, train
 
 pytestmark = [

@@ -1,5 +1,6 @@
 """Each method against its own definition, on weights that change at random."""
 
+import copy
 import math
 
 import pytest
@@ -8,11 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from srnn.config.composing import plugin_folders
 from srnn.errors import UserError
 from srnn.pruning import Block, Cubic, Gradual, Hard, Pruner, Random, RigL, RunLength
 from srnn.pruning.methods.rigl import allocate, densities
 from srnn.registry import register
+from srnn.registry.plugins import plugin_folders
 
 RUN = RunLength(400, 20)
 
@@ -305,6 +306,54 @@ def test_a_density_of_its_own_stays_out_of_the_budget():
     others = [group for group in pruner.groups if group is not own]
     left = sum(group.size - group.pruned for group in others)
     assert left == round(0.1 * sum(group.size for group in others))
+
+
+def test_obd_keeps_the_largest_by_adams_second_moments():
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 6)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+    pruner = Pruner(layer, "obd", 10, optimizer, sparsity=0.75, start_itr=1, end_itr=3, freq=1)
+    for _ in range(3):
+        weight = layer.weight.detach().clone()  # zeros where it is pruned, so that these are the smallest
+        layer.weight.grad = torch.randn(6, 8) * torch.logspace(-3, 3, 8)
+        optimizer.step()
+        weight = torch.where(weight != 0, layer.weight.detach(), 0.0)
+        squares = optimizer.state[layer.weight]["exp_avg_sq"].clone()
+        pruner.step()
+    loss = weight.square() * squares.sqrt()  # h w^2, twice what the loss rises by
+    assert (pruner.masks()["weight"].flatten() == (loss.flatten() >= loss.flatten().sort().values[36])).all()
+    by_size = weight.abs().flatten() >= weight.abs().flatten().sort().values[36]
+    assert (pruner.masks()["weight"].flatten() != by_size).any()
+
+
+def test_obd_keeps_a_mean_of_its_own_beside_an_optimizer_without_one():
+    torch.manual_seed(0)
+    layer, twin = nn.Linear(8, 6), nn.Linear(8, 6)
+    twin.load_state_dict(layer.state_dict())
+    adam = torch.optim.Adam(twin.parameters(), lr=0.0)
+    options = {"sparsity": 0.75, "start_itr": 5, "end_itr": 6, "freq": 1}
+    plain, reference = Pruner(layer, "obd", 10, **options), Pruner(twin, "obd", 10, adam, **options)
+    for _ in range(6):
+        layer.weight.grad = torch.randn(6, 8) * torch.logspace(-3, 3, 8)
+        twin.weight.grad = layer.weight.grad.clone()
+        adam.step()
+        plain.step(), reference.step()
+        if plain.itr == 3:
+            saved, weights = plain.state_dict(), copy.deepcopy(layer.state_dict())
+            (held,) = saved["method"].values()
+            before, layer = held.clone(), nn.Linear(8, 6)
+            layer.load_state_dict(weights)
+            plain = Pruner(layer, "obd", 10, **options)
+            plain.load_state_dict(saved)
+            assert torch.equal(plain.method.state_dict()["weight"], before)
+    assert torch.equal(held, before), "what was saved stays as it was"
+    assert not plain.method.state_dict(), "pruning is over"
+    same = (plain.masks()["weight"] == reference.masks()["weight"]).float().mean()
+    assert plain.reached()
+    assert same > 0.9
+    bare = Pruner(nn.Linear(8, 6), "obd", 10, **options)
+    with pytest.raises(UserError, match="weight has none: call pruner"):
+        bare.step()
 
 
 METHODS = {"gradual": Gradual, "block": Block, "cubic": Cubic, "hard": Hard, "random": Random, "rigl": RigL}

@@ -93,7 +93,10 @@ def test_expected_sparsity_of_n_of_m(keep, of):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"start": 900}, ["start_itr=900, ", "ramp_itr=auto (step 500)", "out of order"]),
+        (
+            {"start": 900},
+            ["start_itr=900, ", "ramp_itr=auto (step 500)", "out of order", "; give ramp_itr and end_itr"],
+        ),
         ({"end": 0.1}, ["end_itr=0.1 (step 200)", "out of order"]),
         (
             {"start": "6 epochs", "ramp": "6 epochs", "end": "3 epochs"},

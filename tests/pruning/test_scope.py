@@ -208,7 +208,10 @@ def frozen_embedding():
 def test_frozen_weights_are_left_alone_unless_a_pattern_names_them(share):
     model = frozen_embedding()
     before = model["emb"].weight.clone()
-    with pytest.warns(UserWarning, match=r"leaves emb\.weight dense.*frozen.*pruning\.scope='\{emb\.weight"):
+    with pytest.warns(
+        UserWarning,
+        match=r"leaves emb\.weight dense.*frozen.*: scope=\{\"emb\.weight\": .*pruning\.scope='\{emb\.weight",
+    ):
         pruner = Pruner(model, "cubic", 100, sparsity=0.75, share=share)
     assert set(pruner.masks()) == {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "out.weight"}
     for _ in range(100):

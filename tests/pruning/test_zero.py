@@ -30,6 +30,7 @@ METHODS = {
     "hard": {"prune_itr": 15},
     "block": {"structure": "4x4", "group_lasso": 0.01},
     "random": {},
+    "obd": {},
     "rigl": {},
     "rigl random 4x1": {"grow": "random", "structure": "4x1"},
 }

@@ -49,6 +49,17 @@ def test_a_taken_name_raises(registry):
         registry.model("gru")(lambda: None)
 
 
+def test_what_a_plugin_brings_has_to_be_loaded_first(tmp_path):
+    registry = Registry()
+    with pytest.raises(
+        UserError, match=r"no such pruning.* not loaded: in Python register\.load_plugins\(\[.*plugins=on"
+    ):
+        registry.build("pruning", {"name": "lottery"})
+    registry.plugin_folders = []
+    with pytest.raises(UserError, match=r"There are: \.$"):
+        registry.build("pruning", {"name": "lottery"})
+
+
 def test_unknown_names_and_kinds(registry):
     with pytest.raises(
         UserError, match=r"model=grru: no such model\. Did you mean 'gru'\? There are: deepspeech2, .*gru, lstm, rnn"

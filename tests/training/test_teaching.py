@@ -16,12 +16,12 @@ from srnn.inference.weights import read_weights
 from srnn.models import gru, lstm
 from srnn.models.recurrent import detach
 from srnn.objectives import Objective
-from srnn.objectives.teacher import Teacher, softened_cross_entropy
+from srnn.objectives.teacher import Several, Teacher, softened_cross_entropy
 from srnn.recording.report import run_beside
 from srnn.run_folder import RunFolder
 from srnn.training.cuda_graph import Graphed
 from srnn.training.preparing import prepare
-from srnn.training.teaching import OwnTeacher
+from srnn.training.teaching import OwnTeacher, _each, teachers_of
 from tests.conftest import QUIET
 from tests.training.test_resume import RUN, check_same_run, interrupt_after
 
@@ -122,6 +122,21 @@ def test_the_same_teacher_from_a_folder_a_checkpoint_and_a_packed_file(text_run)
     assert all(torch.equal(start[name], weight) for name, weight in alone.items()), "a teacher draws no numbers"
 
 
+def test_several_teach_what_they_say_on_average(text_run):
+    names = [text_run, text_run / "checkpoints/best-dense.ckpt"]
+    batches, alone = [torch.randint(0, 90, (2, steps)) for steps in (5, 3)], []
+    for name in names:
+        teacher = prepare(compose_settings([*QUIET, f"distill.teacher={name}"])).objective.teacher
+        alone.append([teacher(batch) for batch in batches])
+    both = prepare(compose_settings([*QUIET, f"distill.teacher=[{names[0]},{names[1]}]"])).objective.teacher
+    for batch, *one in zip(batches, *alone, strict=True):
+        torch.testing.assert_close(both(batch), (one[0] + one[1]) / 2)
+    each = [gru(7, 5, vocabulary_size=9) for _ in range(2)]
+    whole = Teacher(Several(each), _each(lambda state: None), 2.0, 0.5)  # sequences that are read whole carry nothing
+    whole(torch.zeros(2, 4, dtype=torch.long))
+    assert whole.state is None
+
+
 def test_who_cannot_teach(tmp_path, text_run, monkeypatch):
     (tmp_path / "a.txt").write_text("abcdefgh ijklm nop.\n" * 300)
     other = [*QUIET, "dataset=text", f"dataset.path={tmp_path}/a.txt"]
@@ -136,6 +151,8 @@ def test_who_cannot_teach(tmp_path, text_run, monkeypatch):
     ):
         with pytest.raises(UserError, match=words):
             prepare(compose_settings([*chosen, f"distill.teacher={teacher}"]))
+    with pytest.raises(UserError, match="self teaches alone"):
+        teachers_of(["self", str(text_run)])
     settings = compose_settings([*QUIET, f"distill.teacher={text_run}"])
     monkeypatch.setattr("srnn.objectives.NextToken.imitation", Objective.imitation)
     with pytest.raises(UserError, match="the objective next_token has no `imitation`"):
@@ -204,10 +221,14 @@ def test_a_config_of_before_has_no_teacher():
     config = compose_settings(QUIET).as_dict()
     del config["distill"]
     assert prepare(Settings.check(config)).objective.teacher is None
+    assert (
+        prepare(Settings.check(config | {"distill": {"teacher": ""}})).objective.teacher is None
+    )  # `distill.teacher=`
 
 
 def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, text_run, capsys):
-    chosen = [*RUN, f"distill.teacher={text_run}", "distill.weight=0.8", "averaging=ema", "schedule=cosine"]
+    teachers = f"[{text_run},{text_run}/checkpoints/best-dense.ckpt]"
+    chosen = [*RUN, f"distill.teacher={teachers}", "distill.weight=0.8", "averaging=ema", "schedule=cosine"]
     before = read_weights(text_run / "checkpoints/best.ckpt")
     assert main([*chosen, f"hydra.run.dir={tmp_path}/one"]) == 0
     with monkeypatch.context() as patch:

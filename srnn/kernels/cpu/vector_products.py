@@ -20,6 +20,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
+from srnn.kernels.cpu.compiled import processor_features
 from srnn.kernels.cpu.shapes import COLUMNS_AT, ROW_POINTERS_AT, SCALES_AT, VALUES_AT
 from srnn.kernels.cpu.vector_code import F32, I32, I64, STORED, VectorCode
 
@@ -36,6 +37,9 @@ UNROLLED = {
     (16, 4): 1,
     (32, 2): 1,
 }
+# With AVX-512, whose 32 registers hold sixteen numbers each: 0.80 and 0.74 times the time for GRU 1024 at 90 % with 16
+# streams.
+UNROLLED_WIDE = {(16, 4): 2, (32, 2): 2}
 NEIGHBOURS = 8  # entries of a row that one stream multiplies at a time
 
 
@@ -44,7 +48,8 @@ class RowProduct(VectorCode):
 
     def __init__(self, builder: Any, lanes: int, kind: str, wide: bool, tile: int, arguments: list[Any]) -> None:
         super().__init__(builder, kind, tile, arguments)
-        self.lanes, self.unrolled = lanes, UNROLLED[lanes, tile]
+        unrolled = UNROLLED | (UNROLLED_WIDE if processor_features().get("avx512f") else {})
+        self.lanes, self.unrolled = lanes, unrolled[lanes, tile]
         self.values = self.pointer(self.number(VALUES_AT), STORED[kind])
         self.columns = self.pointer(self.number(COLUMNS_AT), ir.IntType(32 if wide else 16))
         self.row_pointers = self.pointer(self.number(ROW_POINTERS_AT), I32)

@@ -7,8 +7,9 @@ from srnn.pruning.methods.fixed import Fixed
 from srnn.pruning.methods.gradual import Gradual
 from srnn.pruning.methods.hard import Hard
 from srnn.pruning.methods.none import NoPruning
+from srnn.pruning.methods.obd import OBD
 from srnn.pruning.methods.random import Random
 from srnn.pruning.methods.rigl import RigL
 
-__all__ = ["Block", "Cubic", "Fixed", "Gradual", "Hard", "NoPruning", "PrunerView", "PruningMethod", "Random",
+__all__ = ["OBD", "Block", "Cubic", "Fixed", "Gradual", "Hard", "NoPruning", "PrunerView", "PruningMethod", "Random",
            "RigL", "Shared", "Structured"]  # fmt: skip

@@ -128,6 +128,14 @@ class PruningMethod(ABC):
         """Whether masks are updated after iteration ``itr``."""
         return itr in self.updates
 
+    def before_update(self, pruner: PrunerView) -> None:
+        """Before groups are updated: what it looks up to rank by, such as the optimiser's state.
+
+        Args:
+            pruner: the ``Pruner``, after the optimiser's step.
+        """
+        return
+
     @abstractmethod
     def update(self, itr: int, group: Group) -> None:
         """Set the group's masks and ``epsilon``; called only where ``is_update`` says so.

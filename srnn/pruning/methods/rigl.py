@@ -20,6 +20,7 @@ from srnn.pruning.methods.base import Seed, Structured
 from srnn.pruning.parts import Piece
 from srnn.pruning.ranking import Scorer
 from srnn.pruning.schedules import CosineSchedule, Freq, RunLength, When, resolve_cosine
+from srnn.pruning.scope import in_a_scope
 from srnn.pruning.scores import random_scores, unit_scores
 from srnn.registry import register
 from srnn.registry.option_types import PositiveShare
@@ -108,11 +109,11 @@ class RigL(Structured):
             gradient = piece.part.parameter.grad
             if gradient is None:
                 name, trains = piece.part.parameter_name, piece.part.parameter.requires_grad
-                frozen = f"it is frozen; leave it out by pruning.scope={{{name}: {{sparsity: 0}}}}"
+                frozen = f"it is frozen; leave it out: {in_a_scope(name, '0')}"
                 raise UserError(
                     f"pruning=rigl grows where gradients are large, and {name} has none: "
                     f"{'call pruner.step() before optimizer.zero_grad()' if trains else frozen}, or choose "
-                    f"pruning.grow=random."
+                    f"grow=random."
                 )
             # What overflowed in a step that mixed precision skips tells nothing.
             finite = piece.of(gradient.detach()).abs().nan_to_num(0.0, 0.0, 0.0)
