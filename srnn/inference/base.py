@@ -137,7 +137,7 @@ class SparseModule(nn.Module):
 
     def follow(self) -> None:
         """Forget what was made of its tensors if others have written to them since."""
-        if self.given_out.seen and self.given_out.written():
+        if self.given_out.seen and not torch.compiler.is_compiling() and self.given_out.written():
             self.forget()
 
     def _dense(self, name: str) -> Tensor:
