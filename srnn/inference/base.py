@@ -5,7 +5,7 @@ Shapes: N rows, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
+from srnn.inference.given_out import GivenOut
 from srnn.inference.operator import call_operator, described, refuse_onnx
 from srnn.kernels.choosing import Auto, about, choices_made, length_class
 from srnn.kernels.contract import Kernel, LayerWeights
@@ -100,12 +101,17 @@ class SparseModule(nn.Module):
         # For code that makes its tensors like ``next(model.parameters())``. It is empty, and part of no file.
         device = next(self.buffers()).device
         self.register_parameter(_LIKE, nn.Parameter(torch.empty(0, device=device).float(), requires_grad=False))
+        self.given_out = GivenOut(self)
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
         """Python asks here for what it did not find: parameters, buffers, modules; packed weights are given dense."""
         packed = self.__dict__.get("_modules", {}).get(f"{name}{_PACKED}")
-        return super().__getattr__(name) if packed is None else self._dense(name)
+        if packed is not None:
+            return self._dense(name)
+        if name in self.__dict__.get("_buffers", ()) or name.endswith(_PACKED):
+            self._give_out(for_good=True)
+        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses to replace a packed weight, which the kernel would not see. Raises UserError."""
@@ -115,6 +121,24 @@ class SparseModule(nn.Module):
                 "(srnn.desparsify) and sparsify it again."
             )
         super().__setattr__(name, value)
+        if name in self.__dict__.get("_buffers", ()):
+            self.forget()
+
+    def named_modules(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As torch's; all that lists buffers comes here, too."""
+        self._give_out()
+        return super().named_modules(*arguments, **options)
+
+    def _give_out(self, for_good: bool = False) -> None:
+        """Its tensors go to others, who may write to them before the next call."""
+        given_out = self.__dict__.get("given_out")
+        if given_out is not None and not torch.compiler.is_compiling():
+            given_out.begin(for_good)
+
+    def follow(self) -> None:
+        """Forget what was made of its tensors if others have written to them since."""
+        if self.given_out.seen and not torch.compiler.is_compiling() and self.given_out.written():
+            self.forget()
 
     def _dense(self, name: str) -> Tensor:
         """A packed weight dense, kept, because a forward that reads it does so at every call."""
@@ -188,7 +212,8 @@ class SparseModule(nn.Module):
         reason = None if x.is_floating_point() else f"inputs are {x.dtype}, and have to be floats"
         reason = reason or self.kernel.supports(weights, x.device, x.dtype, batch)
         if reason is not None:
-            raise UserError(f"{type(self).__name__} cannot run: {reason}.")
+            advice = ": give it x.float()" if x.dtype in (torch.float64, torch.float16, torch.bfloat16) else ""
+            raise UserError(f"{type(self).__name__} cannot run: {reason}{advice}.")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseModule:
         """Moves between devices; what values are stored as was decided when they were packed."""
@@ -211,6 +236,7 @@ class SparseModule(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._give_out()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(prefix + _LIKE, None)
 
@@ -227,10 +253,11 @@ class SparseModule(nn.Module):
             self._parameters[_LIKE] = like
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_ready": {}, "recorder": None, "watcher": None}
+        return self.__dict__ | {"_ready": {}, "recorder": None, "watcher": None, "given_out": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"decided": {}, "watcher": None} | state)  # those of older versions had neither
+        self.given_out = GivenOut(self)
         self.describe()
 
     def tensors(self) -> list[Tensor]:
@@ -291,6 +318,7 @@ def marks_of(network: nn.Module) -> list[Any] | None:
         if isinstance(module, SparseModule):
             if module.recorder is not None or module.watcher is not None:
                 return None
+            module.follow()
             marks.append(module._ready.setdefault("mark", object()))
         else:
             waiting += [child for child in module._modules.values() if child is not None]

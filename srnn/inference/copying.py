@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -48,6 +49,24 @@ def replaced(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     except (TypeError, RuntimeError, AttributeError) as error:
         raise UserError(f"{type(model).__name__} cannot be copied: {error}. Remove that part first.") from error
     return copied.eval()
+
+
+def set_apart(network: nn.Module, shared: Iterable[Any]) -> nn.Module:
+    """A copy that may be called without a trace in buffers and attributes of a network.
+
+    Args:
+        network: what is copied.
+        shared: what the copy shares with it, as it does all parameters.
+    """
+    memo: dict[int, Any] = {id(part): part for part in (*network.parameters(), *shared)}
+    for tensor in kept_tensors(network):
+        if not tensor.is_leaf:
+            memo[id(tensor)] = tensor.detach().clone()
+    try:
+        copied: nn.Module = copy.deepcopy(network, memo)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{type(network).__name__} cannot be copied: {error}. Remove that part first.") from error
+    return copied
 
 
 def _take_along(old: nn.Module, new: nn.Module, memo: dict[int, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srnn.errors import UserError
 from srnn.inference.base import SparseModule, Use
 from srnn.inference.sparse_cell import SparseCell
 from srnn.inference.sparse_recurrent import SparseRecurrent
@@ -41,12 +42,25 @@ class ExampleCalls:
 
     Attributes:
         streams: of the example.
+
+    Raises:
+        UserError: the network cannot be called with the example, or the example holds nothing.
     """
 
     def __init__(self, network: nn.Module, parts: Mapping[str, SparseModule], example: Any) -> None:
         self.network, self.parts = network, parts
-        self.inputs: tuple[Any, ...] = example if isinstance(example, tuple) else (example,)
-        seen = self._seen(partial(network, *self.inputs))
+        # Tuples with names of their own, such as a PackedSequence, are one input.
+        self.inputs: tuple[Any, ...] = example if type(example) is tuple else (example,)
+        for given in self.inputs:
+            if isinstance(given, Tensor) and not given.numel():
+                raise UserError(f"the example has shape {tuple(given.shape)} and holds nothing: give one that does.")
+        try:
+            seen = self._seen(partial(network, *self.inputs))
+        except Exception as error:  # whatever a network does with what it cannot read
+            raise UserError(
+                f"the network cannot be called with the example, {_kinds(self.inputs)}: {error}. An example is an "
+                f"input of the network, or a tuple of all its inputs."
+            ) from error
         recurrent = [name for name in seen if isinstance(parts[name], SparseRecurrent | SparseCell)]
         first = next(iter(recurrent or seen), None)
         self.streams = seen[first][0][0][1] if first is not None else 1
@@ -104,6 +118,10 @@ class ExampleCalls:
         with _watched(self.parts, found):
             call()
         return found
+
+
+def _kinds(inputs: tuple[Any, ...]) -> str:
+    return ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in inputs)
 
 
 def _steps(seen: Mapping[str, Sequence[tuple[Use, int]]], part: str | None) -> int:

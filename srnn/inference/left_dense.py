@@ -18,28 +18,47 @@ FEW_ZEROS = "has too few zeros to be smaller in a sparse format"
 
 @dataclass
 class Replacements:
-    """Names of modules: those replaced, with their class; those left dense, with the reason; and which were pruned."""
+    """Names of modules: those replaced, with their class; those left dense, with the reason; and which were pruned.
+
+    Then those that were sparse before, and those replaced whose weights were float64.
+    """
 
     sparse: dict[str, str] = field(default_factory=dict)
     dense: dict[str, str] = field(default_factory=dict)
     pruned: set[str] = field(default_factory=set)
+    already: list[str] = field(default_factory=list)
+    wide: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         # A layer that is the whole network has no name, and is called what it is.
         sparse = [name if name == kind else f"{name} ({kind})" for name, kind in self.sparse.items()]
         dense = [f"{name} ({reason})" for name, reason in self.dense.items()]
         lines = [f"sparse: {', '.join(sparse) or 'nothing'}", f"left dense: {', '.join(dense)}" if dense else ""]
+        lines.append(f"sparse before: {', '.join(self.already)}" if self.already else "")
         return "\n".join(line for line in lines if line)
 
     def warning(self) -> str | None:
         """What its user may not expect: pruned matrices that stay dense, or that nothing was replaced."""
+        found = []
+        if self.already:
+            found.append(
+                f"sparsify left {', '.join(self.already)} as is, on the kernel it has, for it is sparse already: "
+                f"sparsify the dense network, which srnn.desparsify gives, for another kernel, structure or values."
+            )
+        if self.wide:
+            found.append(
+                f"sparsify keeps the float64 weights of {', '.join(self.wide)} in fp32 at most: outputs are as exact "
+                f"as these; give inputs in fp32, x.float()."
+            )
         left = {name: reason for name, reason in self.dense.items() if name in self.pruned}
         if left:
-            return "sparsify left dense, though pruned: " + "; ".join(f"{n} {why}" for n, why in left.items()) + "."
-        if not self.sparse:
+            found.append(
+                "sparsify left dense, though pruned: " + "; ".join(f"{n} {why}" for n, why in left.items()) + "."
+            )
+        elif not self.sparse and not self.already:
             why = "; ".join(f"{name} {reason}" for name, reason in self.dense.items()) or "it has no matrices"
-            return f"sparsify replaced nothing: {why}."
-        return None
+            found.append(f"sparsify replaced nothing: {why}.")
+        return " ".join(found) or None
 
 
 def unmasked(module: nn.Module) -> nn.Module:
@@ -60,6 +79,12 @@ def matrices_of(module: nn.Module) -> Mapping[str, Tensor]:
         used: Any = module.parametrizations
         found |= {name: weight for name in used if (weight := getattr(module, name).detach()).ndim == 2}
     return found
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether it multiplies by weights of its own: matrices, or those of a convolution, say."""
+    own = (weight.ndim > 2 for weight in module._parameters.values() if weight is not None)
+    return bool(matrices_of(module)) or any(own)
 
 
 def has_zeros(module: nn.Module, packer: Packer) -> bool:

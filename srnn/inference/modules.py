@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from srnn.errors import UserError
+from srnn.inference.autocast import is_autocast, without_autocast
 from srnn.inference.base import TORCH, SparseModule, Weights, no_grad, refuse_tracing, without_gradient
 from srnn.inference.operator import rebuilders
 from srnn.inference.sparse_cell import SparseCell
@@ -44,12 +45,15 @@ class SparseLinear(SparseModule):
         if done is not None:
             return done
         refuse_tracing()
+        if is_autocast(input):
+            return without_autocast(self.forward, input)
         if input.shape[-1] != self.in_features:
             raise RuntimeError(f"input must have {self.in_features} features, not {input.shape[-1]}")
         return self._outputs([input])[0]
 
     def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """The same as ``forward``."""
+        self.follow()
         (input,) = inputs
         name = self._decision(input, 1, input.shape[:-1].numel())
         by_torch = name == TORCH and self.recorder is None and input.dtype == torch.float32
@@ -111,6 +115,7 @@ class SparseEmbedding(SparseModule):
 
     def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """The same as ``forward``."""
+        self.follow()
         (input,) = inputs
         table = self.table(any_size=input.is_cuda)  # rows of a size not known ahead cannot be recorded in a graph
         if table is not None:

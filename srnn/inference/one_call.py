@@ -37,6 +37,10 @@ class OneCall:
         self.run: NetworkStep | None = None
         self.tried = False
         for part, _ in self.sparse:
+            part.follow()
+        versions = [part.given_out.versions() for part, _ in self.sparse]
+        self.versions = versions if any(versions) else []
+        for part, _ in self.sparse:
             part._ready[self.key] = self  # gone when its weights have changed
 
     @staticmethod
@@ -51,6 +55,8 @@ class OneCall:
         for part, decided in self.sparse:
             if part.decided is not decided or part._ready.get(self.key) is not self:
                 return False
+        if self.versions and [part.given_out.versions() for part, _ in self.sparse] != self.versions:
+            return False
         return all(weight.data_ptr() == address for weight, address in self.dense)
 
     def __call__(self, input: Tensor, hx: Any) -> tuple[Tensor, Any] | None:
@@ -140,10 +146,13 @@ class _TorchsStep:
         self.table, self.time = table, 1 if layers.batch_first else 0
         self.layers, self.lstm = layers, layers.cell == "lstm"
         self.weight = None if after is None else after.weight.detach()
-        self.bias = None if after is None else after.bias
+        # Not as an attribute, which a sparse module would take for read by someone who may write to it.
+        self.bias = None if after is None else (after._buffers | after._parameters).get("bias")
 
     def __call__(self, x: Tensor, state: State) -> tuple[Tensor, State] | None:
         """Whatever torch takes."""
+        if torch.is_autocast_enabled("cpu"):
+            return None
         with no_grad():
             if self.table is not None:
                 x = torch.embedding(self.table, x)

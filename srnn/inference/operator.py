@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from srnn.errors import UserError
+from srnn.inference.given_out import version
 
 # Makes a module from its description and its tensors; ``srnn.inference.modules`` puts its own here.
 Rebuild = Callable[[dict[str, Any], list[Tensor]], Any]
@@ -71,7 +72,7 @@ def _found(weights: list[Tensor], description: str) -> Any:
     # A program may have been given other weights than those of the module it was made from.
     if module is not None and tuple(weight.data_ptr() for weight in module.tensors()) == pointers:
         return module
-    key = (description, pointers)
+    key = (description, pointers, tuple(version(weight) for weight in weights))
     found = _rebuilt.get(key)
     if found is None:
         made = _rebuild(about, weights)

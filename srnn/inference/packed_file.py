@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from srnn.audio import Features
 from srnn.errors import UserError
 from srnn.files import named_in_utf8, write_atomically
+from srnn.inference.checking import check_network, kernel_given
 from srnn.inference.packing import PackedModel, matrix_gates
 from srnn.inference.unpacking import unpack
 from srnn.kernels.contract import Kernel
@@ -146,8 +147,10 @@ def load(
         >>> logits_BV.shape
         torch.Size([1, 50])
     """
+    if into is not None:
+        check_network(into, "srnn.load(into=...)")
     packed = read(Path(path))
-    chosen = register.rebuild("kernel", {"name": kernel}) if isinstance(kernel, str) else kernel
+    chosen = kernel_given(kernel, "srnn.load")
     model = unpack(packed, chosen, into, _usable(device))
     if into is not None and packed.vocabulary is None:
         return model

@@ -9,6 +9,7 @@ from torch import nn
 
 from srnn.formats import Values
 from srnn.inference.base import SparseModule
+from srnn.inference.checking import check_layouts, check_network
 from srnn.inference.packed_file import write
 from srnn.inference.packing import WantedStructure, pack, recurrent_layers
 from srnn.inference.sparsify import desparsify
@@ -24,7 +25,8 @@ def save(model: nn.Module, path: str | Path, values: Values = "fp32", structure:
         structure: the blocks of their matrices; ``auto`` takes the fewest bytes for each.
 
     Raises:
-        UserError: a weight is not finite, too large for the values asked for, or not pruned in these blocks.
+        UserError: a weight is not finite, too large for the values asked for, not pruned in these blocks, or has no
+            values yet.
         OSError: the file cannot be written.
 
     Example:
@@ -40,6 +42,8 @@ def save(model: nn.Module, path: str | Path, values: Values = "fp32", structure:
         >>> (sparse(tokens_TB)[0] - model.eval()(tokens_TB)[0]).abs().max().item() < 1e-5
         True
     """
+    check_network(model, "srnn.save")
+    check_layouts(model)
     kept = {
         f"{prefix}.{name}" if prefix else name: matrix.to("cpu")
         for prefix, module in model.named_modules()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from srnn.cells import CELL_TYPES, Cell
+from srnn.inference.autocast import is_autocast, without_autocast
 from srnn.inference.base import TORCH, SparseModule, Weights, no_grad, refuse_tracing, without_gradient
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, State
 
@@ -34,6 +35,8 @@ class SparseCell(SparseModule):
             RuntimeError: sizes do not fit; also backward through the outputs.
         """
         refuse_tracing()
+        if is_autocast(input):
+            return without_autocast(self.forward, input, hx)
         name = self.kind.__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
@@ -65,6 +68,7 @@ class SparseCell(SparseModule):
 
     def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """The next state of x_BI and the state."""
+        self.follow()
         x_BI, *state = inputs
         if not x_BI.shape[0]:
             return tuple(part.clone() for part in state)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from srnn.cells import Cell, cell_of
+from srnn.inference.autocast import is_autocast, without_autocast
 from srnn.inference.base import TORCH, SparseModule, Weights, marks_of, no_grad, refuse_tracing, without_gradient
 from srnn.inference.one_call import OneCall
 from srnn.inference.usual_calls import UsualSequences
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, State, equal_lengths
 from srnn.kernels.replay import Recordable, ReplayedLayer, Replays
+from srnn.models.stepping import one_stream, with_a_stream
 
 
 class SparseRecurrent(SparseModule):
@@ -53,11 +56,29 @@ class SparseRecurrent(SparseModule):
             self.cell,
             self._matrix(f"weight_ih{suffix}"),
             self._matrix(f"weight_hh{suffix}"),
-            getattr(self, f"bias_ih{suffix}", None),
-            getattr(self, f"bias_hh{suffix}", None),
+            self._buffers.get(f"bias_ih{suffix}"),
+            self._buffers.get(f"bias_hh{suffix}"),
             self._matrix(f"weight_hr{suffix}") if self.proj_size else None,
             suffix.endswith("_reverse"),
         )
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """As torch's: the weights of each layer and direction, packed ones as dense copies."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [weight for weights in self.all_weights for weight in weights]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        return [name for names in self._all_weights for name in names]
+
+    @property
+    def _all_weights(self) -> list[list[str]]:
+        of_one = ["weight_ih", "weight_hh", *["bias_ih", "bias_hh"] * self.bias, *["weight_hr"] * bool(self.proj_size)]
+        return [[f"{name}{suffix}" for name in of_one] for suffix in self.suffixes]
 
     def flatten_parameters(self) -> None:
         """Nothing to do; for code that calls it on torch's modules."""
@@ -73,6 +94,9 @@ class SparseRecurrent(SparseModule):
         if done is not None:
             return done
         refuse_tracing()
+        if is_autocast(input):
+            return without_autocast(self.forward, input, hx)
+        self.follow()
         if type(input) is Tensor and input.is_cpu:  # nothing is replayed there, and a small network feels each question
             return self._plain(input, hx)
         replayed = self._replayed("sequence", input, hx, self._plain)
@@ -84,6 +108,7 @@ class SparseRecurrent(SparseModule):
             if done is not None:
                 return done
         if isinstance(input, PackedSequence):
+            _check_packed(input)
             begin = self._state(hx, int(input.batch_sizes[0]), input.data, input.sorted_indices)
             y_NP, state = self._run(input.data, input.batch_sizes, begin)
             if input.unsorted_indices is not None:
@@ -94,7 +119,7 @@ class SparseRecurrent(SparseModule):
             raise ValueError(f"input must have 2 or 3 dimensions, not {input.dim()}")
         batched = input.dim() == 3
         if not batched:
-            hx = hx if hx is None else tuple(p[:, None] for p in hx) if isinstance(hx, tuple | list) else hx[:, None]
+            hx = with_a_stream(hx)
         x_TBI = input[:, None] if not batched else input.transpose(0, 1) if self.batch_first else input
         steps, streams, _ = x_TBI.shape
         if steps == 0:
@@ -108,14 +133,24 @@ class SparseRecurrent(SparseModule):
     def step(self, x_BI: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
         """One step of B streams: y_BP and the next state, as torch shapes it; None starts from zero.
 
-        Safe to call from several threads, each with a state of its own.
+        Of one stream without a dimension for it, x_I, also: then y_P, and states of two dimensions. Safe to call from
+        several threads, each with a state of its own.
+
+        Raises:
+            ValueError: the input or the state has another number of dimensions.
+            RuntimeError: sizes do not fit, or the layers are bidirectional.
         """
+        if not isinstance(x_BI, Tensor) or x_BI.dim() != 2:
+            return one_stream(self.step, x_BI, hx, 2)
         refuse_tracing()
         if self.bidirectional:
             raise RuntimeError("a bidirectional network sees the end of a sequence first: it cannot run step by step")
         at_once = OneCall.of(None, self, None)(x_BI, hx) if hx is not None and x_BI.is_cpu else None
         if at_once is not None:
             return at_once
+        if is_autocast(x_BI):
+            return without_autocast(self.step, x_BI, hx)
+        self.follow()
         time = 1 if self.batch_first else 0
         if self._forward_hooks or self._forward_pre_hooks:  # which see sequences, as those of torch's modules do
             y, state = self(x_BI.unsqueeze(time), hx)
@@ -255,6 +290,7 @@ class SparseRecurrent(SparseModule):
 
     def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """y_TBP and the state of x_TBI and the state before."""
+        self.follow()
         x_TBI, *state = inputs
         steps, streams, _ = x_TBI.shape
         rows = x_TBI.reshape(steps * streams, x_TBI.shape[-1])
@@ -347,3 +383,14 @@ class SparseRecurrent(SparseModule):
     def extra_repr(self) -> str:
         """The cell, and what was chosen for it."""
         return "\n".join(filter(None, (f"{self.cell}, {self.input_size}, {self.hidden_size}", super().extra_repr())))
+
+
+def _check_packed(input: PackedSequence) -> None:
+    """Raises RuntimeError of rows that are not those of the streams at each step: addresses are made of these."""
+    sizes = input.batch_sizes.tolist()
+    falls = all(after <= before for before, after in pairwise(sizes))
+    if input.data.dim() != 2 or not sizes or sum(sizes) != len(input.data) or sizes[-1] < 1 or not falls:
+        raise RuntimeError(
+            f"a PackedSequence must hold [rows, features], as many rows as its batch_sizes add up to, which must not "
+            f"rise: not {tuple(input.data.shape)} with batch_sizes {sizes[:8]}"
+        )

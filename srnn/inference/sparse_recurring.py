@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from srnn.cells import GATES
+from srnn.inference.autocast import is_autocast, without_autocast
 from srnn.inference.base import SparseModule, Weights, no_grad, refuse_tracing, without_gradient
 from srnn.kernels.contract import Kernel, LayerWeights, Recurrence, equal_lengths
 from srnn.models.recurring import Recurring, RecurringState
@@ -29,14 +31,32 @@ class SparseRecurring(SparseModule):
     ) -> tuple[Tensor, RecurringState]:
         """As ``Recurring``; what comes after a sequence's end is 0."""
         refuse_tracing()
+        if is_autocast(u_BTG):
+            return without_autocast(self.forward, u_BTG, lengths_B, state)
+        self._check_shapes(u_BTG, lengths_B, state)
         if state is None:
             zero = u_BTG.new_zeros(2 if self.bidirectional else 1, len(u_BTG), self.hidden_size)
             state = (zero,) * (2 if self.cell == "lstm" else 1)
         y_BTH, *after = self._outputs([u_BTG, lengths_B, *state])
         return y_BTH, tuple(after)
 
+    def _check_shapes(self, u_BTG: Tensor, lengths_B: Tensor, state: RecurringState | None) -> None:
+        """Raises RuntimeError of what kernels would read beyond its end."""
+        products = GATES[self.cell] * self.hidden_size
+        if u_BTG.dim() != 3 or u_BTG.shape[2] != products or lengths_B.shape != u_BTG.shape[:1]:
+            raise RuntimeError(
+                f"products must have shape [streams, steps, {products}], and lengths be as many as streams, not "
+                f"{tuple(u_BTG.shape)} with lengths of {tuple(lengths_B.shape)}"
+            )
+        shape = (2 if self.bidirectional else 1, len(u_BTG), self.hidden_size)
+        wanted = [shape] * (2 if self.cell == "lstm" else 1)
+        given = wanted if state is None else [tuple(part.shape) for part in state]
+        if given != wanted:
+            raise RuntimeError(f"the state must have shape {wanted}, not {given}")
+
     def compute(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """y_BTH and the state."""
+        self.follow()
         u_BTG, lengths_B, *state = inputs
         lengths_B = lengths_B.cpu()
         if bool((lengths_B == u_BTG.shape[1]).all()):

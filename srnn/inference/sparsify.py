@@ -7,20 +7,21 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from srnn.errors import UserError
 from srnn.formats import Values
 from srnn.inference.base import SparseModule, Weights, kernel_config
+from srnn.inference.checking import check_network, kernel_given
 from srnn.inference.copying import replaced
-from srnn.inference.left_dense import FEW_ZEROS, Replacements, has_zeros, matrices_of, unmasked, why_dense
+from srnn.inference.left_dense import FEW_ZEROS, Replacements, has_zeros, is_layer, matrices_of, unmasked, why_dense
 from srnn.inference.modules import sparse_module
 from srnn.inference.packing import Energies, Packer, WantedStructure, matrix_gates
 from srnn.inference.whole_network import choose_for_network
 from srnn.kernels.choosing import Choice
 from srnn.kernels.contract import Kernel
-from srnn.registry import register
 
 
 def sparsify(
@@ -49,14 +50,15 @@ def sparsify(
         energies: parameter name -> mean square of what each column multiplies, from ``record_inputs``; for int8.
         example: an input of the network, or a tuple of all its inputs, for ``auto``: of as many streams as it is to be
             run with. It is cut and repeated along the time axis of the first input, to 1, 16, 100 and 400 steps. It
-            decides for its number of streams and for torch's number of threads.
+            decides for its number of streams and for torch's number of threads. What the network keeps of its calls
+            in buffers or attributes stays as it is.
 
     Returns:
         The copy, in eval mode. Backward through its outputs raises.
 
     Raises:
-        UserError: a matrix is not pruned in the blocks asked for, holds numbers that are not finite, or the kernel
-            cannot run here.
+        UserError: a matrix is not pruned in the blocks asked for, holds numbers that are not finite, the kernel cannot
+            run here, or the network cannot be called with the example.
 
     Example:
         >>> import torch, srnn
@@ -68,7 +70,7 @@ def sparsify(
         >>> (sparse(x_TBI)[0] - gru(x_TBI)[0]).abs().max().item() < 1e-5
         True
     """
-    chosen = register.rebuild("kernel", {"name": kernel}) if isinstance(kernel, str) else kernel
+    chosen = kernel_given(kernel, "srnn.sparsify")
     copied, replacements = sparsified(model, Packer(structure, values, energies), chosen)
     report_kernels(copied, [] if example is None else choose_for_network(copied, example))
     warning = replacements.warning()
@@ -79,6 +81,7 @@ def sparsify(
 
 def sparsified(model: nn.Module, packer: Packer, kernel: Kernel) -> tuple[nn.Module, Replacements]:
     """What ``sparsify`` returns, and what was replaced in it. Raises UserError as ``sparsify`` does."""
+    check_network(model, "srnn.sparsify")
     names = {id(weight): name for name, weight in model.named_parameters()}
     memo: dict[int, Any] = {}
     found = Replacements()
@@ -88,8 +91,12 @@ def sparsified(model: nn.Module, packer: Packer, kernel: Kernel) -> tuple[nn.Mod
         if pruned and reason is None:
             memo[id(module)] = sparse_module(plain, _weights(plain, packer, names, prefix), kernel)
             found.sparse[named] = type(module).__name__
-        elif matrices_of(plain) and not isinstance(module, ParametrizationList):
-            found.dense[named] = reason if pruned and reason is not None else FEW_ZEROS
+            found.wide += [named] * any(weight.dtype == torch.float64 for weight in matrices_of(plain).values())
+        elif isinstance(module, SparseModule):
+            found.already.append(named)
+        elif is_layer(plain) and not isinstance(module, ParametrizationList):
+            counts = pruned or not matrices_of(plain)
+            found.dense[named] = reason if counts and reason is not None else FEW_ZEROS
             found.pruned |= {named} if pruned else set()
     for made in memo.values():
         for matrix in made.matrices().values():
@@ -142,10 +149,24 @@ def desparsify(model: nn.Module) -> nn.Module:
         >>> torch.equal(dense.weight, linear.weight)
         True
     """
+    check_network(model, "srnn.desparsify")
     copied = replaced(model, {id(m): m.original() for m in model.modules() if isinstance(m, SparseModule)})
+    _tie(model, copied)
     if vars(copied).pop("sparsify_report", None) is not None:
         vars(copied).pop("extra_repr", None)
     return copied
+
+
+def _tie(model: nn.Module, copied: nn.Module) -> None:
+    """Make one parameter again of weights that sparse modules of ``model`` share."""
+    first: dict[tuple[int, int], nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, SparseModule):
+            owner = copied.get_submodule(prefix)
+            for name, matrix in module.matrices().items():
+                if matrix.values.data_ptr():  # there is none of a matrix without entries
+                    own = owner.get_parameter(name)
+                    setattr(owner, name, first.setdefault((matrix.values.data_ptr(), matrix.gates), own))
 
 
 def _weights(module: nn.Module, packer: Packer, names: dict[int, str], prefix: str) -> Weights:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled
 
 from srnn.inference.base import SparseModule
 from srnn.kernels.choosing import length_class
@@ -26,6 +26,7 @@ class UsualCalls:
     def __init__(self, part: SparseModule) -> None:
         self.part, self.decided, self.threads = part, part.decided, torch.get_num_threads()
         self.found: dict[int, Any] = {}
+        self.versions = part.given_out.versions()
 
     @classmethod
     def keep(cls, part: SparseModule, steps: int, found: Layer | Product) -> None:
@@ -46,6 +47,8 @@ class UsualCalls:
             and part.recorder is None
             and part.watcher is None
             and torch.get_num_threads() == self.threads
+            and (not self.versions or part.given_out.versions() == self.versions)
+            and not is_autocast_enabled("cpu")
             and not (input.requires_grad and torch.is_grad_enabled())
             and not torch.jit.is_tracing()
         )

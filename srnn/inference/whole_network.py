@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from srnn.inference.base import TORCH, SparseModule, Use
+from srnn.inference.copying import set_apart
 from srnn.inference.example_calls import ExampleCalls
 from srnn.kernels.choosing import DENSE, Choice, described_matrix, measuring
 from srnn.kernels.remembering import busy, recall, remember
@@ -46,7 +47,8 @@ def choose_for_network(network: nn.Module, example: Any) -> list[Choice]:
     """Decide what runs each sparse module of a network whose kernel is ``auto``, by timing the network.
 
     Args:
-        network: with sparse modules; decisions are kept in them.
+        network: with sparse modules; decisions are kept in them. Calls are made of a copy that shares all
+            weights, and torch's random numbers go on as if there had been none.
         example: what it is called with; see ``ExampleCalls``.
 
     Returns:
@@ -63,8 +65,13 @@ def choose_for_network(network: nn.Module, example: Any) -> list[Choice]:
     if again is not None:
         return again
     kept: list[dict[str, Any]] = []
-    with measuring, torch.inference_mode():
-        examples = ExampleCalls(network, parts, example)
+    devices = [device] if device.type == "cuda" else []
+    with measuring, torch.inference_mode(), torch.random.fork_rng(devices):
+        # Not of the network itself: what it keeps of its calls would stay in it.
+        apart = set_apart(network, [one for part in parts.values() for one in (part.kernel, *part.tensors())])
+        originals, of_copy = parts, dict(apart.named_modules())
+        parts = {name: m for name in originals if isinstance(m := of_copy[name], SparseModule)}
+        examples = ExampleCalls(apart, parts, example)
         found: list[Choice] = []
         lost, warm = set[str](), set[str]()
         for lengths in examples.classes(LENGTHS):
@@ -79,6 +86,9 @@ def choose_for_network(network: nn.Module, example: Any) -> list[Choice]:
                 # Of sequences only: a step may cost a candidate more than it does within a sequence.
                 lost = decision.lost if device.type == "cpu" and lengths[0] > 1 else set()
                 warm = decision.warm if device.type == "cpu" and lengths[0] > 1 else set()  # steps compile less
+    for name, part in originals.items():
+        part.decided = parts[name].decided
+        part.forget()
     if kept and given is not None and not busy():
         remember(decision.key, uses_of, {"classes": kept})
     return found

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from srnn.errors import UserError
 from srnn.models.generating import generate
+from srnn.models.stepping import one_stream
 from srnn.registry import register
 from srnn.registry.option_types import Count, Positive, Share
 
@@ -39,9 +40,16 @@ def _step(rnn: Any, x_BI: Tensor, state: TorchState | None) -> tuple[Tensor, Tor
 
 
 def _step_of(
-    network: nn.Module, plain: Callable[[Tensor, TorchState | None], Any], x: Tensor, state: TorchState | None
+    network: Any,
+    plain: Callable[[Tensor, TorchState | None], Any],
+    x: Tensor,
+    state: TorchState | None,
+    dimensions: int,
 ) -> tuple[Tensor, TorchState]:
     """A step of a whole network. Sparse layers run it in one piece: from a graph on a GPU, in one call on a CPU."""
+    if not isinstance(x, Tensor) or x.dim() != dimensions:
+        alone: tuple[Tensor, TorchState] = one_stream(network.step, x, state, dimensions)
+        return alone
     parts = network._modules  # attributes of a module cost a microsecond
     rnn: Any = parts["rnn"]
     done: tuple[Tensor, TorchState] | None = None
@@ -132,13 +140,18 @@ class LanguageModel(nn.Module):
         """One token of each stream.
 
         Args:
-            tokens_B: token numbers, int64.
+            tokens_B: token numbers, int64; of one stream also a tensor without dimensions.
             state: what the previous call returned; None starts from zero.
 
         Returns:
-            logits_BV for the token after it, and the state to continue from.
+            logits_BV for the token after it, and the state to continue from; of a tensor without dimensions logits_V
+            and a state without one for streams.
+
+        Raises:
+            TypeError: no tensor is given.
+            ValueError: it has more dimensions: whole sequences are for the call itself.
         """
-        return _step_of(self, self._plain_step, tokens_B, state)
+        return _step_of(self, self._plain_step, tokens_B, state, 1)
 
     def _plain_step(self, tokens_B: Tensor, state: TorchState | None) -> tuple[Tensor, TorchState]:
         x_BE = self.embedding(tokens_B)
@@ -214,12 +227,15 @@ class SequenceModel(nn.Module):
     def step(self, x_BI: Tensor, state: TorchState | None = None) -> tuple[Tensor, TorchState]:
         """One step of each stream: outputs_BO as if the sequence ended here, and the state to continue from.
 
+        Of x_I, one stream without a dimension for it, outputs_O and a state without one.
+
         Raises:
+            ValueError: the input has another number of dimensions.
             RuntimeError: the layers are bidirectional: they have to see the end first.
         """
         if self.directions > 1:
             raise RuntimeError("bidirectional layers cannot step: they read a sequence from its end too")
-        return _step_of(self, self._plain_step, x_BI, state)
+        return _step_of(self, self._plain_step, x_BI, state, 2)
 
     def _plain_step(self, x_BI: Tensor, state: TorchState | None) -> tuple[Tensor, TorchState]:
         y_BH, state = _step(self.rnn, x_BI, state)

@@ -144,7 +144,9 @@ class Listener:
 
     @torch.inference_mode()
     def hear(self, x_N: Tensor) -> str:
-        """The text so far, after more samples at 16 kHz, fp32 in -1 .. 1."""
+        """The text so far, after more samples at 16 kHz, fp32 in -1 .. 1. Raises ValueError of several channels."""
+        if x_N.dim() != 1:
+            raise ValueError(f"sound to hear must be one channel of samples, [N], not of shape {tuple(x_N.shape)}")
         self._samples = torch.cat([self._samples, x_N.cpu()])
         x_TI = self.transcriber.audio.logarithms(self._samples)
         self._samples = self._samples[len(x_TI) * HOP_SAMPLES :]
@@ -209,7 +211,14 @@ class NetworkStream:
         self._states: list[Any] = [None] * len(model.layers)
 
     def feed(self, x_TI: Tensor) -> Tensor:
-        """logits_TV of the steps that are complete with these frames; there may be none."""
+        """logits_TV of the steps that are complete with these frames; there may be none.
+
+        Raises:
+            ValueError: they are no frames of the network's bands.
+        """
+        bands = self.model.convolutions[0].bands
+        if x_TI.dim() != 2 or x_TI.shape[1] != bands:
+            raise ValueError(f"frames must have shape [frames, {bands}], not {tuple(x_TI.shape)}")
         return self._run(x_TI, last=False)
 
     def finish(self) -> Tensor:

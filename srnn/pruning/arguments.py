@@ -50,6 +50,42 @@ def differing(then: str, now: str) -> str:
     return ", ".join(f"{name} was {one.get(name, 'not there')} and is {two.get(name, 'not there')}" for name in changed)
 
 
+def check_state(
+    state: Any, masks: Mapping[str, Tensor], thresholds: Mapping[str, float], method: PruningMethod
+) -> None:
+    """Raise UserError if a ``state_dict`` is not of such a pruner; warn if its schedule ends at another step."""
+    check_argument("state", state, (Mapping,), "what state_dict() gave")
+    if missing := {"itr", "masks", "thresholds", "revived", "method"} - state.keys():
+        raise UserError(f"the pruning state is of another version of srnn: it has no {', '.join(sorted(missing))}.")
+    if state["masks"].keys() != masks.keys():
+        raise UserError("the pruning state belongs to another model: its masks are named differently.")
+    if wrong := [name for name, mask in masks.items() if len(state["masks"][name]) != -(-mask.numel() // 8)]:
+        raise UserError(
+            f"the pruning state belongs to another model: its masks of {', '.join(wrong)} are of other sizes."
+        )
+    if state["thresholds"].keys() != thresholds.keys():
+        raise UserError(
+            f"the pruning state belongs to other settings: its thresholds are of {', '.join(state['thresholds'])}, "
+            f"and these of {', '.join(thresholds)}."
+        )
+    if state.get("settings", method.settings) != method.settings:
+        raise UserError(
+            f"the pruning state belongs to other settings: {differing(state['settings'], method.settings)}."
+        )
+    if state.get("done_from", method.done_from) != method.done_from:
+        warnings.warn(
+            f"the pruning state is of a schedule that ends at step {state['done_from']}, and this one ends at step "
+            f"{method.done_from}, as the run is of another length: from here on this one counts.",
+            stacklevel=3,
+        )
+
+
+def packed_in(model: nn.Module) -> str:
+    """What to add for a model whose weights are packed already; nothing for others."""
+    packed = any(name.endswith("_packed.row_pointers") for name, _ in model.named_buffers())
+    return ", or packed: srnn.desparsify(model) gives weights that can be pruned" if packed else ""
+
+
 def _options(settings: str) -> dict[str, str]:
     """Name -> text of each option, and ``method``, of a method's settings or of a callback's state key; none of
     others."""

@@ -21,12 +21,14 @@ from srnn.pruning.arguments import (
     check_argument,
     check_optimizers,
     check_parameters,
-    differing,
+    check_state,
+    packed_in,
     unwrapped,
 )
 from srnn.pruning.gradient_masks import GradientMasks, mask_gradient, mask_on_gpu
 from srnn.pruning.masking import GpuMasking
 from srnn.pruning.methods.base import PruningMethod
+from srnn.pruning.other_pruners import OtherPruners
 from srnn.pruning.parts import Part, count, some_of
 from srnn.pruning.report_rows import ReportRow, nothing_left, report_rows
 from srnn.pruning.schedules import RunLength
@@ -110,7 +112,7 @@ class Pruner:
         if self.method.layer_types and not self.groups:
             raise UserError(
                 f"pruning.layer_types={list(self.method.layer_types)}: the model has no weights of these types to "
-                f"prune, or all of them are frozen or left out."
+                f"prune, or all of them are frozen or left out{packed_in(self._model)}."
             )
         for group in self.groups:
             group.importance = self.method.ranked_by()
@@ -122,6 +124,7 @@ class Pruner:
         self._parameters = {part.parameter_name: part.parameter for part in self.parts}
         check_optimizers(self.optimizers, self._parameters)
         self._averaged = averaged(average, self._parameters)
+        self._others = OtherPruners()
         self._held_bits: dict[tuple[str, int], Tensor] = {}
         self._gpu_gradient_masking = GpuMasking()
         self._state_masks, self._gpu_masks = StateMasks(), WatchedMasks()
@@ -171,7 +174,7 @@ class Pruner:
         With a method that is ``delayed`` the order is Algorithm 1's: masks found here act from the next step on.
 
         Returns:
-            Whether this was an update.
+            Whether this was an update. Warns if another ``Pruner`` masks the same weights in turn.
 
         Raises:
             UserError: the training has diverged; ranks differ; the model's parameters were exchanged or moved; a
@@ -190,6 +193,7 @@ class Pruner:
             self._checked = True
             self._gradient_masks.attach(self._parameters)  # some may have been frozen
             check_parameters(self._model, self._parameters, self._masks)
+            self._others.look(self._parameters)
             check_equal(self._compared(), self.itr)
         if update and not self.method.delayed:
             if self.method.regrows:
@@ -357,37 +361,23 @@ class Pruner:
         return {
             "itr": self.itr, "seconds": self.seconds, "thresholds": self.thresholds, "masks": packed,
             "revived": revived, "method": self.method.state_dict(), "settings": self.method.settings,
+            "done_from": self.method.done_from,
         }  # fmt: skip
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a ``state_dict``: weights and optimiser may be loaded before or after.
 
+        Warns if its schedule ends at another step, as that of a shorter run does.
+
         Raises:
             UserError: it belongs to another model, settings or version of srnn.
         """
-        if missing := {"itr", "masks", "thresholds", "revived", "method"} - state.keys():
-            raise UserError(f"the pruning state is of another version of srnn: it has no {', '.join(sorted(missing))}.")
-        if state["masks"].keys() != self._masks.keys():
-            raise UserError("the pruning state belongs to another model: its masks are named differently.")
-        packed = {name: state["masks"][name].cpu().numpy() for name in self._masks}
-        if wrong := [name for name, mask in self._masks.items() if len(packed[name]) != -(-mask.numel() // 8)]:
-            raise UserError(
-                f"the pruning state belongs to another model: its masks of {', '.join(wrong)} are of other sizes."
-            )
-        if state["thresholds"].keys() != self.thresholds.keys():
-            raise UserError(
-                f"the pruning state belongs to other settings: its thresholds are of {', '.join(state['thresholds'])}, "
-                f"and these of {', '.join(self.thresholds)}."
-            )
-        if state.get("settings", self.method.settings) != self.method.settings:
-            raise UserError(
-                f"the pruning state belongs to other settings: {differing(state['settings'], self.method.settings)}."
-            )
+        check_state(state, self._masks, self.thresholds, self.method)
         self._give_back()
         self.itr, self.seconds = int(state["itr"]), float(state["seconds"])
         for name, mask in self._masks.items():
-            bits = np.unpackbits(packed[name], count=mask.numel())
+            bits = np.unpackbits(state["masks"][name].cpu().numpy(), count=mask.numel())
             mask.copy_(torch.from_numpy(bits).view(mask.shape))
         for group in self.groups:
             group.epsilon = float(state["thresholds"][group.name])

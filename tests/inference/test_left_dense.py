@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import srnn
+from srnn.errors import UserError
 from tests.inference.test_sparsify import Network, pruned
 
 
@@ -94,3 +95,20 @@ def test_masks_of_torch_are_taken(kind):
     assert [prune.is_pruned(m) for m in (model, sparse)] == [True, False]
     dense = srnn.desparsify(sparse)(x)
     torch.testing.assert_close(dense if kind is nn.Linear else dense[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_sparse_already_and_layers_without_matrices_are_named():
+    sparse = srnn.sparsify(pruned(nn.GRU(16, 32)), kernel="csr")
+    with pytest.warns(UserWarning, match=r"left GRU|left SparseRecurrent.* as is, on the kernel it has.*desparsify"):
+        again = srnn.sparsify(sparse, kernel="cpu")
+    assert "sparse before" in repr(again)
+    for layer in (nn.Conv1d(8, 8, 3), nn.Bilinear(8, 8, 8)):
+        with pytest.warns(UserWarning, match=f"replaced nothing: {type(layer).__name__} is a .*no sparse counterpart"):
+            srnn.sparsify(layer)
+
+
+def test_float64_is_named_when_it_is_packed_and_when_it_is_run():
+    with pytest.warns(UserWarning, match=r"float64 weights of GRU in fp32 at most.*x\.float\(\)"):
+        sparse = srnn.sparsify(pruned(nn.GRU(16, 32)).double(), kernel="cpu")
+    with pytest.raises(UserError, match=r"not torch\.float64: give it x\.float\(\)"):
+        sparse(torch.zeros(3, 1, 16, dtype=torch.float64))

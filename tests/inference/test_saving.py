@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -105,3 +106,45 @@ def test_files_that_do_not_say_what_their_layers_are(tmp_path, about):
     network = pruned(nn.RNN(16, 32))
     write(tmp_path / "a", replace(pack(network, {}, {}), about=about))
     assert isinstance(srnn.load(tmp_path / "a", kernel="csr", into=network), nn.Module)
+
+
+@pytest.mark.parametrize("make", [lambda: [nn.Embedding(30, 16), nn.Linear(16, 30)], lambda: [nn.GRU(16, 16)] * 2])
+def test_tied_weights_of_sparse_layers_are_saved_once(tmp_path, make):
+    def tied():
+        first, second = (copy.deepcopy(layer) for layer in make())
+        name = "weight_hh_l0" if isinstance(first, nn.GRU) else "weight"
+        setattr(second, name, getattr(first, name))
+        return nn.ModuleList([first, second])
+
+    network = pruned(tied())
+    sparse = srnn.sparsify(network, kernel="csr")
+    back = srnn.desparsify(sparse)
+    assert len(list(back.parameters())) == len(list(network.parameters()))
+    srnn.save(sparse, tmp_path / "sparse")
+    srnn.save(network, tmp_path / "dense")
+    assert (tmp_path / "sparse").stat().st_size == (tmp_path / "dense").stat().st_size
+    loaded = srnn.load(tmp_path / "sparse", kernel="csr", into=tied())
+    srnn.save(loaded, tmp_path / "again")
+    for name, weight in srnn.desparsify(loaded).state_dict().items():
+        assert torch.equal(weight, network.state_dict()[name])
+
+
+def test_what_is_no_network_or_has_no_values_is_a_sentence(tmp_path):
+    holds_sparse = nn.Linear(4, 4)
+    holds_sparse.register_buffer("adjacency", torch.eye(4).to_sparse())
+    path, rnn = tmp_path / "a", pruned(nn.GRU(16, 32))
+    srnn.save(rnn, path)
+    for call, message in (
+        (lambda: srnn.sparsify(rnn.state_dict()), "wants a network, a torch module, not a OrderedDict: make one"),
+        (lambda: srnn.desparsify(None), "srnn.desparsify wants a network"),
+        (lambda: srnn.save([rnn], path), "srnn.save wants a network, a torch module, not a list"),
+        (lambda: srnn.load(path, into=nn.GRU), "not the class GRU: make one"),
+        (lambda: srnn.sparsify(rnn, kernel=None), "kernel=None must be one of .*csr"),
+        (lambda: srnn.load(path, kernel=3, into=rnn), "kernel=3 must be one of"),
+        (lambda: srnn.save(nn.Sequential(nn.LazyLinear(3)), path), "0.weight has no shape yet"),
+        (lambda: srnn.sparsify(nn.Sequential(nn.LazyLinear(3))), "0.weight has no shape yet"),
+        (lambda: srnn.save(nn.GRU(3, 4, device="meta"), path), "weight_ih_l0 has no values.*to_empty"),
+        (lambda: srnn.save(holds_sparse, path), "adjacency is a sparse_coo tensor"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()

@@ -272,3 +272,14 @@ def test_an_lstms_state_may_be_a_list():
     for x, shape in ((torch.randn(7, 32), (1, 48)), (torch.randn(7, 2, 32), (1, 2, 48))):
         state = [torch.randn(shape), torch.randn(shape)]
         torch.testing.assert_close(sparse(x, state)[0], lstm(x, tuple(state))[0].detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rnn", [nn.GRU(8, 12, 2, bidirectional=True), nn.LSTM(8, 12, proj_size=4), nn.RNN(8, 12, bias=False)]
+)
+def test_lists_of_all_weights(rnn):
+    sparse = srnn.sparsify(pruned(rnn), kernel="csr")
+    assert sparse._flat_weights_names == rnn._flat_weights_names
+    for one, other in zip(sparse.all_weights, rnn.all_weights, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert len(sparse._flat_weights) == len(rnn._flat_weights)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import srnn
+from srnn.errors import UserError
 from srnn.inference import whole_network
 from srnn.inference.base import TORCH
 from srnn.inference.example_calls import ExampleCalls, example_input
@@ -320,3 +321,46 @@ def test_choosing_for_a_large_network_takes_few_passes_of_it(of_decoder, monkeyp
     sparse = srnn.sparsify(pruned(Tagger()), example=torch.randn(50, 1, 12))
     assert decisions(sparse) == {"first": ["cpu"] * 3, "second": ["cpu"] * 3, "decoder": [of_decoder] * 3}
     assert passed[0] < 12 * 3
+
+
+class Stateful(nn.Module):
+    """Goes on where its last call ended, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.state, self.seen = nn.GRU(12, 33), None, []
+        self.register_buffer("calls", torch.zeros(()))
+        self.rnn.register_forward_hook(self.see)
+
+    def see(self, layer, inputs, outputs):
+        self.seen.append(1)
+
+    def forward(self, x_TBI):
+        self.calls += 1
+        y_TBH, self.state = self.rnn(x_TBI, self.state)
+        return y_TBH
+
+
+def test_measuring_leaves_no_trace_in_the_network():
+    x_TBI, network = torch.randn(7, 3, 12), pruned(Stateful())
+    torch.manual_seed(0)
+    after = torch.randn(3)
+    torch.manual_seed(0)
+    sparse = srnn.sparsify(network, example=x_TBI)
+    assert torch.equal(torch.randn(3), after)
+    assert (sparse.state, sparse.seen, float(sparse.calls)) == (None, [], 0)
+    assert sparse.rnn.decided
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(x_TBI), network(x_TBI), rtol=1e-5, atol=1e-6)
+
+
+def test_examples_that_cannot_be_run_are_a_sentence():
+    rnn, x_TBI = pruned(nn.GRU(12, 33)), torch.randn(7, 3, 12)
+    srnn.sparsify(rnn, example=nn.utils.rnn.pack_sequence([torch.randn(5, 12)]))
+    for example, message in (({"x": x_TBI}, "a dict"), ([x_TBI], "a list"), (torch.randn(7, 3, 11), r"\(7, 3, 11\)")):
+        with pytest.raises(
+            UserError, match=f"the network cannot be called with the example, {message}.*an input of the net"
+        ):
+            srnn.sparsify(rnn, example=example)
+    with pytest.raises(UserError, match="holds nothing"):
+        srnn.sparsify(rnn, example=torch.zeros(7, 0, 12))

@@ -1,9 +1,11 @@
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
+import srnn
 from srnn.errors import UserError
 from srnn.pruning import Gradual, Hard, NoPruning, Pruner, RunLength
 
@@ -263,3 +265,42 @@ def test_on_a_gpu_masks_are_the_same_and_cudnn_keeps_its_flat_memory(soft):
         results.append({name: mask.cpu() for name, mask in pruner.masks().items()})
         assert pruner.reached()
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_packed_models_and_states_that_are_none_are_a_sentence():
+    model = nn.GRU(16, 32)
+    srnn.prune(model)
+    sparse = srnn.sparsify(model, kernel="csr")
+    for call in (lambda: Pruner(sparse, "cubic", 60), lambda: srnn.prune(sparse)):
+        with pytest.raises(UserError, match=r"or packed: srnn\.desparsify\(model\) gives"):
+            call()
+    with pytest.raises(UserError, match=r"Pruner: state=None must be what state_dict\(\) gave"):
+        Pruner(model, "cubic", 60).load_state_dict(None)
+
+
+def in_turn(*pruners):
+    for _ in range(30):
+        for pruner in pruners:
+            pruner.step()
+
+
+def test_another_pruner_of_the_same_weights_is_named():
+    model = nn.GRU(16, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for sparsity in (0.5, 0.9):  # one after the other
+            in_turn(Pruner(model, "cubic", 60, sparsity=sparsity))
+    both = [Pruner(model, "cubic", 60, sparsity=s) for s in (0.5, 0.9)]
+    with pytest.warns(UserWarning, match="another Pruner or callback masks weight_ih_l0, weight_hh_l0, too") as told:
+        in_turn(*both)
+    assert len(told) == 2  # once each
+
+
+def test_a_state_of_another_schedule_is_named():
+    model = nn.GRU(16, 32)
+    state = Pruner(model, "cubic", 60).state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Pruner(model, "cubic", 60).load_state_dict(state)
+    with pytest.warns(UserWarning, match="a schedule that ends at step .* and this one ends at step"):
+        Pruner(model, "cubic", 90).load_state_dict(state)
