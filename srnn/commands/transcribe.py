@@ -24,7 +24,7 @@ def main(
     stream: Annotated[bool, Help("write while it listens: true or false")] = False,
     beam: Annotated[int, Range(ge=1, le=1000), Help("width of the prefix beam search; 1 is greedy")] = 1,
     phrases: Annotated[str, Help("file of all that can be said, a line each: the text is one of them")] = "",
-    words: Annotated[str, Help("file of words: the text consists of them; its beam is 20 wide unless given")] = "",
+    words: Annotated[str, Help("file of words: the text consists of them; a beam of 1 is 20 wide then")] = "",
     pause: Annotated[float, Range(ge=0.02, le=60), Help("seconds of silence that end an utterance of a stream")] = 0.6,
     kernel: KernelOption = "auto",
     device: Annotated[str, Help("where it runs, such as cuda")] = "cpu",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import math
 import zlib
 from abc import abstractmethod
 from collections import Counter
@@ -61,13 +62,13 @@ class _Played(Utterance):
 
     def __init__(self, of: Utterance, speed: float) -> None:
         super().__init__(f"{of.name} at speed {speed:g}", of.text)
-        self.of, self.speed = of, speed
+        self.of, self.rate = of, round(100 * speed) * RATE // 100  # of its samples, were they played so
 
     def seconds(self) -> float:
-        return self.of.seconds() / self.speed
+        return math.ceil(round(self.of.seconds() * RATE) * RATE / self.rate) / RATE
 
     def samples(self) -> Tensor:
-        return resample(self.of.samples(), round(100 * self.speed) * RATE // 100)
+        return resample(self.of.samples(), self.rate)
 
 
 class AudioFile(Utterance):
@@ -228,7 +229,7 @@ class SpeechData(DataModule):
         if unknown := vocabulary.unknown(text):
             return f"unknown character: {''.join(unknown)!r}"
         try:
-            frames = frames_of(int(utterance.seconds() * RATE))
+            frames = frames_of(round(utterance.seconds() * RATE))
         except UserError:
             return "cannot be read"
         # CTC puts a blank between two equal characters; networks halve the frames.

@@ -61,7 +61,7 @@ class UsualSequences(UsualCalls):
         super().__init__(layers)
         self.time, self.inputs, self.units = int(layers.batch_first), layers.input_size, layers.hidden_size
         self.lstm, self.shape = layers.cell == "lstm", (len(layers.suffixes), 1, layers.hidden_size)
-        self.zeros: State = (torch.zeros(self.shape),) * (2 if self.lstm else 1)
+        self.zeros: State = (torch.zeros(self.shape, dtype=torch.float32, device="cpu"),) * (2 if self.lstm else 1)
 
     def __call__(self, input: Tensor, hx: Any) -> tuple[Tensor, Any] | None:
         """As ``SparseRecurrent.forward``; None of what is not usual."""

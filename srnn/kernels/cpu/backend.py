@@ -48,7 +48,7 @@ Plan = tuple[Compiled, int, Array]  # a compiled call, where the numbers that it
 class Cpu(Kernel):
     """One compiled loop over time for element and N x 1 matrices, on as many threads as torch uses.
 
-    Needs numba, which is imported and, the first time on a machine, compiles when a layer is first run.
+    Needs numba, which compiles the first time on a machine. One stream on one thread needs no more than what it made.
     """
 
     def supports(
