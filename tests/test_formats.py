@@ -145,7 +145,7 @@ def test_the_kth_smallest_by_bits_is_that_of_sorting(values, data):
     halves = [torch.tensor(values[: len(values) // 2]), torch.tensor(values[len(values) // 2 :])]
     wanted = sorted(torch.tensor(values).tolist())[k - 1]
     assert _kth_by_bits(iter(halves), iter(halves), k) == wanted
-    assert _kth_on_gpu(lambda: iter(halves), k) == wanted
+    assert _kth_on_gpu(lambda: iter(halves), k, len(values)) == wanted
 
 
 @given(st.lists(numbers, min_size=1, max_size=60), st.data())
