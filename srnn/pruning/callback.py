@@ -151,7 +151,7 @@ class PruningCallback(pl.Callback):
             automatic = pl_module.automatic_optimization
             self.pruner.itr = trainer.global_step if automatic else _manual_itr(trainer, run)
         self._warn_of_half_pruned(trainer.checkpoint_callbacks)
-        if _only_clips(trainer, pl_module):
+        if self.pruner.groups and _only_clips(trainer, pl_module):
             # Nothing sees gradients before they are clipped: they are masked there, which saves a pass over them.
             plugin = trainer.precision_plugin
             clip = self._clip = self.pruner.clips()
