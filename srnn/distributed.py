@@ -96,7 +96,9 @@ def check_equal(tensors: Mapping[str, Tensor], itr: int) -> None:
     """
     if not tensors or ranks() == 1:
         return
-    mine = torch.stack([digest(tensor) for tensor in tensors.values()])
+    # On a GPU, if there is one among them: what NCCL exchanges.
+    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), torch.device("cpu"))
+    mine = torch.stack([digest(tensor).to(device) for tensor in tensors.values()])
     everyone = [torch.empty_like(mine) for _ in range(ranks())]
     dist.all_gather(everyone, mine)
     for rank, theirs in enumerate(everyone):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from srnn.errors import UserError
 from srnn.inference.given_out import GivenOut
 from srnn.inference.operator import call_operator, described, refuse_onnx
+from srnn.inference.packed_weight import PackedWeight
 from srnn.kernels.choosing import Auto, about, choices_made, length_class
 from srnn.kernels.contract import Kernel, LayerWeights
 from srnn.meta_device import without_memory
@@ -28,46 +29,6 @@ InputRecorder = Callable[[str, Tensor], None]
 # What a choice of kernels is good for: type of device, about how many streams, class of lengths, threads.
 Use = tuple[str, int, int, int]
 TORCH = "torch"  # of the candidates of ``auto``, the one that runs as torch's own module
-
-
-class PackedWeight(nn.Module):
-    """A sparse matrix as buffers, so that it is part of its module's ``state_dict``."""
-
-    def __init__(self, matrix: SparseMatrix) -> None:
-        super().__init__()
-        self.shape, self.gates = matrix.shape, matrix.gates
-        for name in ("values", "columns", "row_pointers", "scales"):
-            self.register_buffer(name, matrix.parts.get(name))
-
-    @property
-    def matrix(self) -> SparseMatrix:
-        """The matrix; shares memory."""
-        b = self._buffers
-        values, columns, pointers = b["values"], b["columns"], b["row_pointers"]
-        assert values is not None
-        assert columns is not None
-        assert pointers is not None
-        return SparseMatrix(self.shape, self.gates, values, columns, pointers, b["scales"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        # As signed numbers of the same bits: torch writes unsigned ones into a plain pickle, and cannot read them.
-        state = dict(self.__dict__)
-        columns = state["_buffers"]["columns"]
-        if columns is not None and columns.dtype == torch.uint16:
-            state["_buffers"] = state["_buffers"] | {"columns": columns.view(torch.int16)}
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        columns = self._buffers["columns"]
-        if columns is not None and columns.dtype == torch.int16:
-            self._buffers["columns"] = columns.view(torch.uint16)
-
-    def extra_repr(self) -> str:
-        """Shape, format, density."""
-        matrix, (rows, columns) = self.matrix, self.shape
-        density = matrix.entries / max(1, rows * columns)
-        return f"{rows}x{columns}, {matrix.structure}, {matrix.values_name}, density={density:.3f}"
 
 
 _LIKE = "like"  # the parameter of a sparse module, never trained
@@ -102,6 +63,7 @@ class SparseModule(nn.Module):
         device = next(self.buffers()).device
         self.register_parameter(_LIKE, nn.Parameter(torch.empty(0, device=device).float(), requires_grad=False))
         self.given_out = GivenOut(self)
+        self._own()
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
@@ -158,6 +120,10 @@ class SparseModule(nn.Module):
         found = {name: child for name, child in self._modules.items() if isinstance(child, PackedWeight)}
         return {name.removesuffix(_PACKED): child for name, child in found.items()}
 
+    def _own(self) -> None:
+        for child in self._packed().values():
+            child.owners.add(self)
+
     def construction(self) -> tuple[type[nn.Module], dict[str, Any]]:
         """The class of torch's module that it stands for, and the arguments that make one."""
         raise NotImplementedError
@@ -195,7 +161,10 @@ class SparseModule(nn.Module):
         return "\n".join(filter(None, (vars(self).get("sparsify_report"), *chosen)))
 
     def forget(self) -> None:
-        """Drop what was made ready for calls; the next ones make it anew."""
+        """Drop what was made ready for calls, here and where weights are shared; the next ones make it anew."""
+        for child in self._packed().values():
+            for owner in child.owners:
+                owner._ready.clear()
         self._ready.clear()
 
     def kernel_named(self, name: str | None) -> Kernel:
@@ -232,7 +201,7 @@ class SparseModule(nn.Module):
         like = self._parameters.get(_LIKE)
         if like is not None:
             like.data = like.data.to(next(self.buffers()).device)
-        self._ready.clear()
+        self.forget()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -241,7 +210,7 @@ class SparseModule(nn.Module):
         destination.pop(prefix + _LIKE, None)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        self._ready.clear()
+        self.forget()
         for name in self._packed():  # as older versions called them
             for part in ("values", "columns", "row_pointers", "scales"):
                 if f"{prefix}{name}.{part}" in state:
@@ -258,6 +227,7 @@ class SparseModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"decided": {}, "watcher": None} | state)  # those of older versions had neither
         self.given_out = GivenOut(self)
+        self._own()
         self.describe()
 
     def tensors(self) -> list[Tensor]:
@@ -302,6 +272,17 @@ class SparseModule(nn.Module):
                 )
             return call_operator(inputs, self.tensors(), self.description)
         return self.compute(inputs)
+
+
+def share_packed(network: nn.Module) -> None:
+    """Make one packed weight of those that hold the same tensors, as a shared parameter is one: so it stays shared when
+    the network is moved, copied or pickled."""
+    first: dict[tuple[int, int], PackedWeight] = {}
+    for module in network.modules():
+        if isinstance(module, SparseModule):
+            for name, child in module._packed().items():
+                module._modules[f"{name}{_PACKED}"] = first.setdefault((id(child.values), child.gates), child)
+            module._own()
 
 
 def marks_of(network: nn.Module) -> list[Any] | None:

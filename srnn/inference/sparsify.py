@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from srnn.errors import UserError
 from srnn.formats import Values
-from srnn.inference.base import SparseModule, Weights, kernel_config
+from srnn.inference.base import SparseModule, Weights, kernel_config, share_packed
 from srnn.inference.checking import check_network, kernel_given
 from srnn.inference.copying import replaced
 from srnn.inference.left_dense import FEW_ZEROS, Replacements, has_zeros, is_layer, matrices_of, unmasked, why_dense
@@ -105,6 +105,7 @@ def sparsified(model: nn.Module, packer: Packer, kernel: Kernel) -> tuple[nn.Mod
                 name = next((c["name"] for c in [kernel_config(kernel)] if c), type(kernel).__name__)
                 raise UserError(f"kernel={name} cannot run on {matrix.device}: {reason}.")
     copied = replaced(model, memo)
+    share_packed(copied)
     _report(copied, str(found))
     return copied, found
 

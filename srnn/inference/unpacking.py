@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from srnn.errors import UserError
 from srnn.formats import Values
+from srnn.inference.base import share_packed
 from srnn.inference.copying import replaced
 from srnn.inference.example_calls import example_input
 from srnn.inference.modules import replaceable, sparse_module
@@ -95,6 +96,7 @@ def _sparse(packed: PackedModel, kernel: Kernel, skeleton: nn.Module) -> nn.Modu
                 rest.pop(full, None)
     rest |= {name: m.to_dense() for name, m in packed.matrices.items() if not _inside(name, skeleton, memo)}
     sparse = replaced(skeleton, memo)
+    share_packed(sparse)
     sparse.load_state_dict(_typed(rest, sparse), strict=False, assign=True)
     return sparse.requires_grad_(False)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from srnn.errors import UserError
 from srnn.files import named_in_utf8
 from srnn.inference.packed_file import read
-from srnn.vocabulary import Vocabulary
+from srnn.inference.packing import PackedModel
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -28,8 +28,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights_of(read_checkpoint(path), path)
 
 
-def read_packed_or_plain(path: Path) -> tuple[dict[str, Tensor], Vocabulary | None]:
-    """Weights and vocabulary of a packed file; of any other safetensors file the weights. Raises UserError."""
+def read_packed_or_plain(path: Path) -> tuple[dict[str, Tensor], PackedModel | None]:
+    """Weights of a packed file and what it holds beside them; of any other safetensors file the weights alone.
+
+    Raises:
+        UserError: it is damaged.
+    """
     weights = None
     try:
         with named_in_utf8(path) as name, safe_open(name, framework="pt") as file:
@@ -41,7 +45,7 @@ def read_packed_or_plain(path: Path) -> tuple[dict[str, Tensor], Vocabulary | No
         _check_kinds(weights, path)
         return weights, None
     packed = read(path)
-    return packed.state_dict(), packed.vocabulary
+    return packed.state_dict(), packed
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -84,7 +84,8 @@ class Group:
     @property
     def pruned(self) -> int:
         """Number of weights whose mask is zero."""
-        return self.size - int(sum(count(part.of(part.mask)) for part in self.parts))  # of a GPU awaited once
+        counts = [count(part.of(part.mask)) for part in self.parts]
+        return self.size - int(sum(one.to(counts[0].device) for one in counts))  # of a GPU awaited once
 
     @property
     def largest_unit(self) -> int:
@@ -169,7 +170,8 @@ class Group:
             for piece in pieces:
                 self._scores(piece)
         if pieces:
-            _refuse_infinite(pieces, torch.stack([largest for _, largest in self._unchecked]))
+            first = self._unchecked[0][1].device
+            _refuse_infinite(pieces, torch.stack([largest.to(first) for _, largest in self._unchecked]))
         self._unchecked.clear()
 
     def kept_units(self, piece: Piece) -> Tensor:

@@ -125,7 +125,7 @@ class Pruner:
         check_optimizers(self.optimizers, self._parameters)
         self._averaged = averaged(average, self._parameters)
         self._others = OtherPruners()
-        self._held_bits: dict[tuple[str, int], Tensor] = {}
+        self._held_bits: dict[tuple[str, int, torch.device], Tensor] = {}
         self._gpu_gradient_masking = GpuMasking()
         self._state_masks, self._gpu_masks = StateMasks(), WatchedMasks()
         self._before: dict[str, Tensor] = {}
@@ -283,10 +283,12 @@ class Pruner:
             weights = [parameter, *self._averaged.get(name, ())]
             state = self.state_of(parameter) if with_state else []
             if parameter.is_cuda:
-                on_gpu.append((self._masks[name], weights + state))
-            else:
-                mask_all((self._bits(name, tensor.itemsize), tensor) for tensor in weights)
-                on_cpu += [(self._bits(name, tensor.itemsize), tensor) for tensor in state]
+                here = [tensor for tensor in weights + state if tensor.device == parameter.device]
+                on_gpu.append((self._masks[name], here))
+                # Lightning keeps an average on the CPU unless told otherwise.
+                weights, state = [tensor for tensor in weights + state if tensor.device != parameter.device], []
+            mask_all((self._bits(name, tensor), tensor) for tensor in weights)
+            on_cpu += [(self._bits(name, tensor), tensor) for tensor in state]
         self._state_masks(on_cpu)
         if on_gpu:
             self._gpu_masks(on_gpu)
@@ -297,7 +299,7 @@ class Pruner:
         if self._wants_gradients() or gradient.device != mask.device:  # the last ``step`` refuses
             return
         began = time.perf_counter()
-        mask_gradient(gradient, mask, None if mask.is_cuda else self._bits(name, gradient.itemsize))
+        mask_gradient(gradient, mask, None if mask.is_cuda else self._bits(name, gradient))
         self.seconds += time.perf_counter() - began
 
     def _mask_gradients_on_gpu(self) -> None:
@@ -316,11 +318,12 @@ class Pruner:
         """The optimisers' tensors that go with a parameter, element for element."""
         return state_beside(self.optimizers, parameter)
 
-    def _bits(self, name: str, size: int) -> Tensor:
-        """The mask as numbers of so many bytes, of all ones where it keeps a weight; held until the next update."""
-        if (name, size) not in self._held_bits:
-            self._held_bits[name, size] = self._masks[name].to(INTEGERS[size]).neg_()
-        return self._held_bits[name, size]
+    def _bits(self, name: str, tensor: Tensor) -> Tensor:
+        """The mask as numbers of a tensor's size, of all ones where it keeps a weight; held until the next update."""
+        key = name, tensor.itemsize, tensor.device
+        if key not in self._held_bits:
+            self._held_bits[key] = self._masks[name].to(tensor.device, INTEGERS[tensor.itemsize]).neg_()
+        return self._held_bits[key]
 
     def _compared(self) -> dict[str, Tensor]:
         """What has to be equal on all ranks."""

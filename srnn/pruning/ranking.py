@@ -46,17 +46,18 @@ class Ranking:
     ) -> None:
         self.pieces = pieces
         self.structure = structure
-        self.scorer = scorer
+        home = pieces[0].part.parameter.device  # of all scores, where weights are on several
+        self.scorer: Scorer = lambda piece: scorer(piece).to(home)
         self.units = sum(structure.units(piece.shape) for piece in pieces)
         self.size = sum(piece.shape[0] * piece.shape[1] * piece.shape[2] for piece in pieces)
-        self._on_gpu = any(piece.part.parameter.is_cuda for piece in pieces)
+        self._on_gpu = home.type == "cuda"
         few = self.units <= (_HELD_ON_GPU if self._on_gpu else PIECE)
         self._together: Tensor | None = None  # all that are held, in one: fewer launches
         self._held: list[Tensor] | None = None
         if few and scorer_of_all is not None:
             self._together = scorer_of_all(pieces)
         elif few:
-            self._held = [scorer(piece) for piece in pieces]
+            self._held = [self.scorer(piece) for piece in pieces]
             if self._on_gpu and all(one.dtype == self._held[0].dtype for one in self._held):
                 self._together = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
         if self._together is not None:
@@ -169,7 +170,8 @@ class Ranking:
         """The masks of some pieces, or of all, from the units [U] to keep of each."""
         pieces = self.pieces if pieces is None else pieces
         spread = [self.structure.spread(keep_U, piece.shape) for keep_U, piece in zip(keep, pieces, strict=True)]
-        torch._foreach_copy_([piece.mask for piece in pieces], spread)
+        masks = [piece.mask for piece in pieces]
+        torch._foreach_copy_(masks, [new.to(mask.device) for new, mask in zip(spread, masks, strict=True)])
 
 
 def _kth_by_partition(scores: np.ndarray, k: int) -> float:

@@ -32,7 +32,7 @@ from srnn.training.cuda_graph import Graphed
 from srnn.training.init_vocabulary import TokenRows, read_tokens
 from srnn.training.moments import Moments
 from srnn.training.processes import Place
-from srnn.training.start_from import Initial, load_weights, read_initial
+from srnn.training.start_from import Initial, check_recurrence, load_weights, read_initial
 from srnn.training.step_size import attach
 from srnn.training.teaching import SELF, check_own_teacher, teacher_of
 from srnn.vocabulary import ORDER, UNKNOWN, Vocabulary
@@ -270,6 +270,7 @@ def _start_from(
 ) -> dict[str, Any]:
     unknown = rows.check(data, settings.init_partly) if rows else None
     match = load_weights(model, initial, settings.init_partly, settings.init_map, rows)
+    check_recurrence(initial, match, model, settings.model)
     vocabulary = data.vocabulary
     console.print(f"init_from {initial.path}: {match.lines()[0]}", soft_wrap=True)
     for line in match.lines()[1:]:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srnn.config.composing import read_plain
 from srnn.errors import UserError
 from srnn.files import expanded
+from srnn.inference.packing import recurrent_layers
 from srnn.inference.weights import read_checkpoint, read_packed_or_plain, weights_of
 from srnn.run_folder import RunFolder
 from srnn.training.init_map import follow_map, layer_name, suggested_map
@@ -21,11 +23,21 @@ from srnn.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Initial:
-    """An existing network: its weights by name, and its vocabulary if it is known."""
+    """An existing network.
+
+    Attributes:
+        path: its file.
+        weights: by name.
+        vocabulary: None where it is not known.
+        model: the config it was built of; empty where it is not known.
+        layers: name of a recurrent layer -> what ``recurrent_layers`` said of it, where the file says it.
+    """
 
     path: Path
     weights: dict[str, Tensor]
     vocabulary: Vocabulary | None
+    model: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,9 +84,21 @@ def read_initial(path: str) -> Initial:
     if not file.is_file():
         raise UserError(f"init_from={path}: no such file; give a checkpoint, a packed file or a state_dict.")
     if file.suffix == ".safetensors":
-        return Initial(file, *read_packed_or_plain(file))
+        weights, packed = read_packed_or_plain(file)
+        if packed is None:
+            return Initial(file, weights, None)
+        layers = packed.about.get("layers")
+        known = layers if isinstance(layers, Mapping) else {}
+        return Initial(file, weights, packed.vocabulary, packed.model, known)
     checkpoint = read_checkpoint(file)
-    return Initial(file, weights_of(checkpoint, file), _vocabulary(checkpoint))
+    return Initial(file, weights_of(checkpoint, file), _vocabulary(checkpoint), _model_config(file))
+
+
+def _model_config(checkpoint: Path) -> Mapping[str, Any]:
+    """Of a checkpoint in a run's folder."""
+    config = RunFolder(checkpoint.resolve().parent.parent).config
+    found = read_plain(config).get("model") if config.is_file() else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def _vocabulary(checkpoint: Mapping[str, Any]) -> Vocabulary | None:
@@ -139,6 +163,41 @@ def load_weights(
     match.unused = [name for name in left if name not in tied]
     _refuse_what_hardly_fits(match, initial, wanted, partly)
     return match
+
+
+def check_recurrence(initial: Initial, match: Match, model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Refuse weights that fit and would compute something else, as those of a ReLU's recurrence with tanh.
+
+    Args:
+        initial: where the weights come from.
+        match: what became of them.
+        model: the network that took them.
+        config: what it was built of.
+
+    Raises:
+        UserError: an option that is a name differs in two networks of the same kind and shapes, or a layer's cell.
+    """
+    go_on = "its weights fit, and would compute something else"
+    anyway = "or, if that is meant, give its weights alone, in a state_dict file"
+    if initial.model.get("name") == config.get("name") and not (match.fresh or match.unused):
+        for option, theirs in initial.model.items():
+            ours = config.get(option, theirs)
+            if isinstance(theirs, str) and isinstance(ours, str) and theirs != ours:
+                raise UserError(
+                    f"init_from={initial.path}: its network has model.{option}={theirs[:40]}, and this one {ours}: "
+                    f"{go_on}. Set model.{option}={theirs[:40]}, {anyway}."
+                )
+    here = recurrent_layers(model)
+    for name in (*match.loaded, *match.renamed):
+        layer, there = (n.rpartition(".")[0] for n in (name, match.renamed.get(name, name)))
+        was = initial.layers.get(there)
+        cell = was.get("cell") if isinstance(was, Mapping) else None
+        if layer in here and cell is not None and cell != here[layer]["cell"]:
+            raise UserError(
+                f"init_from={initial.path}: {there or 'the network'} has the cell {str(cell)[:20]!r}, and {layer} here "
+                f"{here[layer]['cell']!r}: {go_on}. Choose a model with that cell (model=rnn has model.nonlinearity), "
+                f"{anyway}."
+            )
 
 
 def _by_token(parameters: Mapping[str, Tensor], rows: TokenRows | None) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
 import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 import srnn
 from srnn.errors import UserError
 from srnn.inference.packed_file import write
+from srnn.inference.packed_weight import PackedWeight
 from srnn.inference.packing import pack
 from srnn.models.recurring import Recurring
 from tests.inference.test_sparsify import Network, pruned
@@ -124,9 +126,28 @@ def test_tied_weights_of_sparse_layers_are_saved_once(tmp_path, make):
     srnn.save(network, tmp_path / "dense")
     assert (tmp_path / "sparse").stat().st_size == (tmp_path / "dense").stat().st_size
     loaded = srnn.load(tmp_path / "sparse", kernel="csr", into=tied())
+    apart = nn.ModuleList([sparse, loaded])
+    for network_there in (*apart, *copy.deepcopy(apart), *pickle.loads(pickle.dumps(apart))):
+        network_there.to("cpu").load_state_dict(sparse.state_dict())
+        network_there._apply(torch.clone)  # as moving to another device: each buffer is another tensor then
+        shared = [m for layer in network_there for m in layer.modules() if isinstance(m, PackedWeight)]
+        assert len(shared) == 1 + len(set(map(id, shared))), "one is in both layers"
+        assert len(list(srnn.desparsify(network_there).parameters())) == len(list(network.parameters()))
     srnn.save(loaded, tmp_path / "again")
     for name, weight in srnn.desparsify(loaded).state_dict().items():
         assert torch.equal(weight, network.state_dict()[name])
+
+
+def test_what_is_loaded_into_one_layer_is_run_by_another_that_shares_the_weight():
+    embedding, decoder = nn.Embedding(30, 16), nn.Linear(16, 30, bias=False)
+    decoder.weight = embedding.weight
+    sparse = copy.deepcopy(srnn.sparsify(pruned(nn.ModuleList([embedding, decoder])), kernel="csr"))
+    x_BI = torch.randn(2, 16)
+    before, rows = sparse[1](x_BI), sparse[0](torch.arange(30))
+    weights = sparse[0].state_dict()
+    sparse[0].load_state_dict({n: w * 2 if n.endswith("values") else w.clone() for n, w in weights.items()})
+    torch.testing.assert_close(sparse[1](x_BI), 2 * before)
+    torch.testing.assert_close(sparse[0](torch.arange(30)), 2 * rows)
 
 
 def test_what_is_no_network_or_has_no_values_is_a_sentence(tmp_path):

@@ -353,6 +353,28 @@ def test_obd_keeps_a_mean_of_its_own_beside_an_optimizer_without_one():
     bare = Pruner(nn.Linear(8, 6), "obd", 10, **options)
     with pytest.raises(UserError, match="no weight has any: call pruner"):
         bare.step()
+    zeroed = nn.Linear(8, 6)
+    zeroed.weight.grad = torch.zeros_like(zeroed.weight)  # by zero_grad(set_to_none=False)
+    bare = Pruner(zeroed, "obd", 10, **options | {"start_itr": 1})
+    with pytest.raises(UserError, match="no weight has any: call pruner"):
+        bare.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_obd_passes_over_a_step_that_mixed_precision_skips(fused):
+    layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.0, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    pruner = Pruner(layers, "obd", 10, optimizer, sparsity=0.5, start_itr=8, end_itr=9)
+    for step in range(4):
+        optimizer.zero_grad()
+        scaler.scale(sum(layer(torch.ones(1, 4)).sum() for layer in layers)).backward()
+        if step in (0, 2):  # a fused optimiser leaves the gradients of the others as they were scaled then
+            layers[1].bias.grad[1] = torch.inf
+        scaler.step(optimizer), scaler.update()
+        pruner.step()
+    for mean in pruner.method.state_dict().values():
+        torch.testing.assert_close(mean, torch.full((4, 4), 1 - 0.999**2))
 
 
 @pytest.mark.parametrize("adam", [False, True])

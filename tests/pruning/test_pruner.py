@@ -267,6 +267,50 @@ def test_on_a_gpu_masks_are_the_same_and_cudnn_keeps_its_flat_memory(soft):
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+SPREAD = {
+    "gradual": {"share": "global"},
+    "cubic": {"share": "global", "structure": "16x1"},
+    "obd": {},
+    "rigl": {"end_itr": 50, "freq": 10},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("homes", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda:0", "cuda:1")])
+@pytest.mark.parametrize("method", SPREAD)
+def test_weights_on_several_devices_are_ranked_together(method, homes):
+    """And an average that is on another device than what it averages, as Lightning's may be, is masked."""
+    if "cuda:1" in homes and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    results = []
+    for devices in (("cpu", "cpu"), homes):
+        torch.manual_seed(1)
+        layers = nn.ModuleList([nn.Embedding(40, 32), nn.GRU(32, 32)])
+        for layer, device in zip(layers, devices, strict=True):
+            layer.to(device)
+        average = torch.optim.swa_utils.AveragedModel(layers, device="cpu")
+        optimizer = torch.optim.SGD(layers.parameters(), lr=0.1, momentum=0.9)
+        pruner = Pruner(layers, method, RunLength(100, 10), optimizer, average=average, sparsity=0.9, **SPREAD[method])
+        for _ in range(100):
+            for parameter in layers.parameters():
+                parameter.grad = torch.randn(parameter.shape).to(parameter.device)
+            optimizer.step()
+            with torch.no_grad():  # weights of equal value on all devices: rounding must not decide which are pruned
+                for parameter in layers.parameters():
+                    parameter.copy_(torch.randn(parameter.shape))
+            average.update_parameters(layers)
+            before = {name: mask.clone() for name, mask in pruner.masks().items()}  # some act after the next step
+            pruner.step()
+            for name, mask in pruner.masks().items():
+                gone = ~(mask | before[name]).cpu()
+                for weight in (layers.get_parameter(name), average.module.get_parameter(name)):
+                    assert not weight.detach().cpu()[gone].any()
+        assert pruner.reached()
+        results.append({name: mask.cpu() for name, mask in pruner.masks().items()} | pruner.sparsities())
+    for name, one in results[0].items():
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(results[1][name])), name
+
+
 def test_packed_models_and_states_that_are_none_are_a_sentence():
     model = nn.GRU(16, 32)
     srnn.prune(model)

@@ -7,13 +7,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import srnn
 from srnn.__main__ import main
 from srnn.errors import UserError
-from srnn.inference.packed_file import read
+from srnn.inference.packed_file import read, write
+from srnn.inference.packing import pack
 from srnn.inference.weights import read_weights
-from srnn.models import gru
+from srnn.models import gru, rnn
 from srnn.training.init_vocabulary import read_tokens
-from srnn.training.start_from import load_weights, read_initial
+from srnn.training.start_from import check_recurrence, load_weights, read_initial
 from tests.conftest import QUIET, train
 
 
@@ -330,6 +332,32 @@ def test_what_cannot_be_started_from(tmp_path, content, words):
         torch.save(content, path)
     with pytest.raises(UserError, match=words):
         load_weights(gru(5, 4, vocabulary_size=9), read_initial(str(path)))
+
+
+@pytest.mark.parametrize("kind", ["run", "packed", "saved", "plain"])
+def test_weights_of_another_nonlinearity_are_refused(tmp_path, kind):
+    theirs, config = rnn(5, 4, vocabulary_size=9, nonlinearity="relu"), {"name": "rnn", "dropout": 0.5}
+    path = tmp_path / "of.safetensors"
+    if kind in ("run", "plain"):
+        path = tmp_path / "checkpoints" / "best.ckpt"
+        path.parent.mkdir()
+        torch.save({"state_dict": theirs.state_dict()}, path)
+        if kind == "run":
+            (tmp_path / "config.yaml").write_text("model: {name: rnn, dropout: 0.5, nonlinearity: relu}")
+    elif kind == "packed":
+        write(path, pack(theirs, config | {"nonlinearity": "relu"}, {"vocabulary_size": 9}))
+    else:
+        srnn.save(theirs, path)
+    initial = read_initial(str(path))
+    for ours in ("tanh", "relu"):
+        model = rnn(5, 4, vocabulary_size=9, nonlinearity=ours)
+        match = load_weights(model, initial)
+        chosen = config | {"nonlinearity": ours, "dropout": 0.0}
+        if ours == "relu" or kind == "plain":
+            check_recurrence(initial, match, model, chosen)
+            continue
+        with pytest.raises(UserError, match=r"its weights fit, .* something else.*model\.nonlinearity"):
+            check_recurrence(initial, match, model, chosen)
 
 
 def test_a_folder_without_a_run_and_a_network_without_zeros(tmp_path, capsys):

@@ -7,7 +7,7 @@ h here and costs nothing to know. (Theis et al. 2018 take v itself, the diagonal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,8 @@ class OBD(Cubic):
     """Prune the weights that the loss misses least, by Adam's second moments (LeCun et al. 1989), as fast as cubic.
 
     Its scores are parts of the loss whatever matrix a weight is in, so all weights share one threshold unless told
-    otherwise: where the sparsity goes is found. Beside an optimiser that keeps no mean of squared gradients it keeps
-    one of its own, as large as the weights, until pruning is over.
+    otherwise: where the sparsity goes is found. What is pruned stays so. Beside an optimiser that keeps no mean of
+    squared gradients it keeps one of its own, in fp32 and as large as the weights, until pruning is over.
     """
 
     share: Sharing = "global"
@@ -49,8 +49,11 @@ class OBD(Cubic):
             UserError: there are no gradients to look at.
         """
         left = self._without(pruner)
-        own = {name: self._own[name].to(p.device) if name in self._own else _next(None, p) for name, p in left.items()}
+        new = self._with_this_step(pruner, {name: p for name, p in left.items() if name not in self._own})
+        own = {name: self._own[name].to(p.device) if name in self._own else new[name] for name, p in left.items()}
         self._moments = {**_of_optimizers(pruner), **own}
+        if not any(bool(moment.any()) for moment in self._moments.values()):
+            raise _no_gradients()  # they were set to zero: all scores would be, too
 
     def after_masks(self, pruner: PrunerView) -> None:
         """Take in the step's gradients, and let go of what is the optimiser's.
@@ -60,22 +63,24 @@ class OBD(Cubic):
         """
         self._moments = {}
         left = self._without(pruner) if pruner.itr < self.done_from else {}
-        self._own = {name: _next(self._own.get(name), parameter) for name, parameter in left.items()}
+        self._own = self._with_this_step(pruner, left)
+
+    def _with_this_step(self, pruner: PrunerView, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Its own means of some parameters, with the gradients of this step."""
+        finite = _are_finite([*parameters.values(), *_all_of(pruner.optimizers)]) if parameters else []
+        return {name: _next(self._own.get(name), parameter, finite) for name, parameter in parameters.items()}
 
     def _without(self, pruner: PrunerView) -> dict[str, nn.Parameter]:
         """The parameters of which no optimiser keeps a mean of squared gradients."""
         theirs, parameters = _of_optimizers(pruner), {part.parameter_name: part.parameter for part in pruner.parts}
         if not theirs and all(parameter.grad is None for parameter in parameters.values()):
-            raise UserError(
-                "pruning=obd ranks by squared gradients, and no weight has any: call pruner.step() before "
-                "optimizer.zero_grad(), or choose pruning=cubic."
-            )
+            raise _no_gradients()
         return {name: parameter for name, parameter in parameters.items() if name not in theirs}
 
     def importance(self, piece: Piece) -> Tensor:
         """The root of w^2 sqrt(v): |w| v^(1/4)."""
         moment = piece.of(self._moments[piece.part.parameter_name])
-        return (piece.weight.abs() * moment.pow(0.25)).to(piece.weight.dtype)
+        return piece.weight.abs() * moment.pow(0.25)
 
     def state_dict(self) -> dict[str, Any]:
         """Its own means of squared gradients."""
@@ -93,12 +98,39 @@ def _of_optimizers(pruner: PrunerView) -> dict[str, Tensor]:
     return {name: moment for name, moment in kept.items() if moment is not None}
 
 
-def _next(before: Tensor | None, parameter: nn.Parameter) -> Tensor:
-    """A mean of squared gradients after one more step, in fp32: bfloat16 would round each small change away."""
+def _no_gradients() -> UserError:
+    return UserError(
+        "pruning=obd ranks by squared gradients, and no weight has any: call pruner.step() before "
+        "optimizer.zero_grad(), or choose pruning=cubic."
+    )
+
+
+def _all_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[nn.Parameter]:
+    return [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
+
+
+def _are_finite(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Whether all their gradients are, bool [], one answer a device; nobody waits for it.
+
+    Where one is not, mixed precision skips the step, and a fused optimiser leaves the others as they were scaled.
+    """
+    sums: dict[torch.device, list[Tensor]] = {}
+    for parameter in dict.fromkeys(parameters):
+        if parameter.grad is not None:
+            gradient = parameter.grad.detach()
+            total = (gradient._values() if gradient.is_sparse else gradient).sum(dtype=torch.float32)
+            sums.setdefault(total.device, []).append(total)
+    return [torch.stack(each).isfinite().all() for each in sums.values()]
+
+
+def _next(before: Tensor | None, parameter: nn.Parameter, finite: Sequence[Tensor]) -> Tensor:
+    """A mean of squared gradients after one more step, if they are finite; in fp32, as bfloat16 would round each small
+    change away."""
     mean = torch.zeros_like(parameter, dtype=torch.float32) if before is None else before.to(parameter.device)
     if parameter.grad is None:  # of a branch that was not taken
         return mean.mul_(DECAY)
     gradient = parameter.grad.detach()
     gradient = (gradient.to_dense() if gradient.is_sparse else gradient).float()
-    gradient = gradient.nan_to_num(0.0, 0.0, 0.0)  # what overflowed in a step that mixed precision skips tells nothing
-    return mean.mul_(DECAY).addcmul_(gradient, gradient, value=1 - DECAY)
+    taken = torch.stack([each.to(mean.device) for each in finite]).all()
+    gradient = torch.where(taken, gradient, 0.0)
+    return mean.mul_(torch.where(taken, DECAY, 1.0)).addcmul_(gradient, gradient, value=1 - DECAY)
