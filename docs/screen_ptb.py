@@ -239,9 +239,10 @@ class Training:
         self._record()
         took = seconds_of(self.step, changing(self.stack, self.state))
         needed = BESIDE * took * len(self.batches) * self.epochs
-        left, count = self.limit - (time.perf_counter() - BEGAN), len(self.networks)
+        start, count = time.perf_counter() - BEGAN, len(self.networks)
+        left = self.limit - start
         print(f"{count} networks: {1000 * took:.3f} ms a step, {needed:.0f} s in all, {left:.0f} s left", flush=True)
-        return count if needed <= left else max(1, int(count * left / needed))
+        return count if needed <= left else max(1, int(count * (left - start) / needed))  # which start again
 
     def train(self, scores: Path) -> None:
         """All epochs, or as many as there is time for; then the test part."""
