@@ -15,6 +15,7 @@ into ``seconds`` is left out from the end of the list; a training that still tak
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import shlex
@@ -47,6 +48,7 @@ from srnn.training.preparing import build_data
 BEGAN = time.perf_counter()
 TOLERANCE = 0.02  # relative, of what two steps change: of kernels against plain torch
 BESIDE = 1.15  # of a step: pruning and validation take a share of its time
+OWN = ("seconds", "precision", "graph", "kernels")  # options that are no recipe's
 AFTER = 20.0  # seconds for the test part and for saving
 
 
@@ -124,7 +126,8 @@ class Training:
         dataset, clip = settings[0].dataset, settings[0].trainer.gradient_clip_val
         averages = [network.averages for network in self.networks]
         models = [network.model for network in self.networks]
-        self.stack = Stack(models, self.device, self.dtype, clip or math.inf, averages, kernels.CAN_FUSE)
+        fused = kernels.CAN_FUSE and self.options.get("kernels", "true") == "true"
+        self.stack = Stack(models, self.device, self.dtype, clip or math.inf, averages, fused)
         self.state = State(self.stack, dataset["sequence_length"], dataset["batch_size"])
         self.held_out = State(self.stack, dataset["sequence_length"], dataset["eval_streams"])
         self.nats = torch.zeros(len(models), dtype=torch.float64, device=self.device)
@@ -236,12 +239,14 @@ class Training:
         self._record()
         took = seconds_of(self.step, changing(self.stack, self.state))
         needed = BESIDE * took * len(self.batches) * self.epochs
-        left, count = self.limit - (time.perf_counter() - BEGAN), len(self.networks)
+        start, count = time.perf_counter() - BEGAN, len(self.networks)
+        left = self.limit - start
         print(f"{count} networks: {1000 * took:.3f} ms a step, {needed:.0f} s in all, {left:.0f} s left", flush=True)
-        return count if needed <= left else max(1, int(count * left / needed))
+        return count if needed <= left else max(1, int(count * (left - start) / needed))  # which start again
 
     def train(self, scores: Path) -> None:
         """All epochs, or as many as there is time for; then the test part."""
+        torch.manual_seed(0)  # of dropout
         began = time.perf_counter()
         for epoch in range(1, self.epochs + 1):
             self.state.restart()
@@ -331,7 +336,7 @@ def _check(settings: Sequence[Settings]) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Train all recipes."""
     recipes, scores, *rest = arguments
-    own = dict(part.split("=", 1) for part in rest if part.split("=", 1)[0] in ("seconds", "precision", "graph"))
+    own = dict(part.split("=", 1) for part in rest if part.split("=", 1)[0] in OWN)
     common = [part for part in rest if part.split("=", 1)[0] not in own]
     warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -341,7 +346,8 @@ def main(arguments: Sequence[str]) -> None:
     fitting = training.fitting()
     if fitting < len(wanted):
         print(f"left out: {[recipe['name'] for recipe in wanted[fitting:]]}", flush=True)
-        del training  # with its memory
+        del training
+        gc.collect()  # with its memory, and its graphs
         training = Training(wanted[:fitting], own, common)
         training.fitting()
     training.train(Path(scores))
