@@ -1,12 +1,13 @@
 """Pruning's share of training on a GPU: a run with it and one without, in turns, a pass at a time.
 
     python docs/bench_pruning.py FOLDER [PAIRS]
+    python docs/bench_pruning.py FOLDER busy
 
-It writes pruning_share.csv there, a row a pass, and pruning_share_device.csv: for how long the GPU is busy in a step
-and in an update, whatever else the host does. Two minutes for five pairs. Networks are Penn Treebank's medium and large
-ones, on random words of a vocabulary as large, and a language model of 2,560 GRU units; each with CUDA graphs and
-eagerly. All are trained in bfloat16. A pass has 100 steps and one update of the masks, as every 100 steps of a run of
-hours. The first pass is left out: it compiles, records graphs, and waits for memory.
+The first writes pruning_share.csv there, a row a pass, in two minutes for five pairs. The second writes
+pruning_share_busy.csv: for how long the GPU is busy in a step and in an update, whatever else the host does. Networks
+are Penn Treebank's medium and large ones, on random words of a vocabulary as large, and a language model of 2,560 GRU
+units; each with CUDA graphs and eagerly. All are trained in bfloat16. A pass has 100 steps and one update of the masks,
+as every 100 steps of a run of hours. The first pass is left out: it compiles, records graphs, and waits for memory.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from srnn.training.fitting import quiet, trainer_for
 from srnn.training.preparing import prepare
 
 TRY = bool(os.environ.get("TRY"))  # tiny, on a CPU, to see that all runs
-STEPS = 10 if TRY else 100  # of a pass
+BUSY = sys.argv[2:] == ["busy"]
+STEPS = 10 if TRY else 40 if BUSY else 100  # of a pass
 UPDATE = STEPS // 2  # the step of a pass in which masks are updated
-WINDOW = 2 if TRY else 20  # steps that are profiled
+WINDOW = 2 if TRY else 10  # steps that are profiled
+WATCHED = [ProfilerActivity.CPU if TRY else ProfilerActivity.CUDA]
 GRU = ["model.hidden_size=2560", "dataset.batch_size=64", "dataset.sequence_length=150"]
 CASES = {"ptb_large": ["experiment=ptb_large"], "ptb_medium": ["experiment=ptb_medium"], "gru 2560": GRU}
-COLUMNS = ("device", "case", "cuda_graph", "pair", "loop", "steps", "ms_per_step", "inside_ms_per_step")
-BUSY = ("device", "case", "cuda_graph", "loop", "steps", "busy_ms_per_step", "busy_ms_more_with_an_update")
 
 
 def make_text(folder: Path) -> None:
@@ -95,7 +96,7 @@ class Turns:
 
 
 class PassClock(Clock):
-    """Wall time of each pass and what was spent inside pruning; the last pass is profiled instead."""
+    """Wall time of each pass and what was spent inside pruning; or what the GPU does in the last pass."""
 
     def __init__(self, pruning: PruningCallback, turns: Turns, me: int, passes: int) -> None:
         super().__init__()
@@ -106,8 +107,9 @@ class PassClock(Clock):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Begin a window in the last pass."""
-        if trainer.current_epoch == self.passes - 1 and batch_idx in (UPDATE - 2 * WINDOW, UPDATE - WINDOW // 2):
-            self._profile = profile(activities=[ProfilerActivity.CPU if TRY else ProfilerActivity.CUDA])
+        last = BUSY and trainer.current_epoch == self.passes - 1
+        if last and batch_idx in (UPDATE - 2 * WINDOW, UPDATE - WINDOW // 2):
+            self._profile = profile(activities=WATCHED)
             self._profile.start()
             self._until = batch_idx + WINDOW - 1
 
@@ -177,43 +179,50 @@ def train_both(options: list[str], passes: int) -> list[PassClock]:
     return clocks  # type: ignore[return-value]
 
 
-def rows_of(loop: str, clock: PassClock, pairs: int) -> Iterable[dict[str, Any]]:
-    """Of all passes but the first and the one that was profiled."""
-    for pair in range(1, pairs + 1):
+def rows_of(clock: PassClock) -> Iterable[dict[str, Any]]:
+    """Of all passes but the first; or of the one that was profiled."""
+    if BUSY:
+        usual, update = clock.busy
+        yield {
+            "steps": WINDOW,
+            "busy_ms_per_step": f"{usual / WINDOW:.4f}",
+            "busy_ms_more_with_an_update": f"{update - usual:.4f}",
+        }
+    for pair in range(1, 0 if BUSY else len(clock.seconds)):
         inside = clock.inside[pair] - clock.inside[pair - 1]
         yield {
-            "pair": pair - 1, "loop": loop, "steps": STEPS, "ms_per_step": f"{1e3 * clock.seconds[pair] / STEPS:.4f}",
+            "pair": pair - 1, "steps": STEPS, "ms_per_step": f"{1e3 * clock.seconds[pair] / STEPS:.4f}",
             "inside_ms_per_step": f"{1e3 * inside / STEPS:.4f}",
         }  # fmt: skip
 
 
-def main(folder: Path, pairs: int) -> None:
+def main(folder: Path, passes: int) -> None:
     """All cases, each as soon as it is known."""
     schedules.UPDATES = 3  # so short a run would have to update more often
     quiet()
     make_text(folder)
     device = hardware(torch.device("cpu" if TRY else "cuda"))
-    with (
-        (folder / "pruning_share.csv").open("w", newline="", buffering=1) as walls,
-        (folder / "pruning_share_device.csv").open("w", newline="", buffering=1) as busy,
-    ):
-        tables = [csv.DictWriter(file, names, lineterminator="\n") for file, names in ((walls, COLUMNS), (busy, BUSY))]
-        for table in tables:
-            table.writeheader()
+    if BUSY:
+        os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}  # as graphs need it
+        with profile(activities=WATCHED):  # which the main thread has to begin with
+            torch.zeros(1, device="cpu" if TRY else "cuda")
+    name = "pruning_share_busy.csv" if BUSY else "pruning_share.csv"
+    with (folder / name).open("w", newline="", buffering=1) as file:
+        table = None
         for graph in (True, False):
             for case in CASES:
                 began = time.monotonic()
-                clocks = train_both(options_of(case, graph, folder, pairs + 2), pairs + 2)
-                same = {"device": device, "case": case, "cuda_graph": graph}
+                clocks = train_both(options_of(case, graph, folder, passes), passes)
                 for loop, clock in zip(("dense", "pruned"), clocks, strict=True):
-                    tables[0].writerows(same | row for row in rows_of(loop, clock, pairs))
-                    usual, update = clock.busy
-                    busy_ms = {"busy_ms_per_step": usual / WINDOW, "busy_ms_more_with_an_update": update - usual}
-                    row = {name: f"{value:.4f}" for name, value in busy_ms.items()}
-                    tables[1].writerow(same | {"loop": loop, "steps": WINDOW} | row)
+                    for row in rows_of(clock):
+                        row = {"device": device, "case": case, "cuda_graph": graph, "loop": loop} | row
+                        if table is None:
+                            table = csv.DictWriter(file, list(row), lineterminator="\n")
+                            table.writeheader()
+                        table.writerow(row)
                 print(f"{case}, cuda_graph={graph}: {time.monotonic() - began:.0f} s", flush=True)
                 torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 5)
+    main(Path(sys.argv[1]), 5 if BUSY else 1 + int(sys.argv[2] if len(sys.argv) > 2 else 5))
