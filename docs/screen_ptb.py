@@ -237,7 +237,8 @@ class Training:
         """How many of the networks there is time for, as long as a step takes."""
         self.flags: Any = None
         self._record()
-        took = seconds_of(self.step, changing(self.stack, self.state))
+        windows = {} if self.device.type == "cuda" else {"times": 1, "windows": 1}
+        took = seconds_of(self.step, changing(self.stack, self.state), **windows)
         needed = BESIDE * took * len(self.batches) * self.epochs
         start, count = time.perf_counter() - BEGAN, len(self.networks)
         left = self.limit - start
