@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -117,6 +118,23 @@ def show_what_can_be_shown() -> None:
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) == "strict":
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+@contextmanager
+def warnings_in_words() -> Iterator[None]:
+    """Print warnings of this package as sentences while inside: from which line they come helps no user."""
+    before, package = warnings.formatwarning, f"{Path(__file__).parent}{os.sep}"
+
+    def told(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+        if filename.startswith(package):
+            return f"srnn: {message}\n"
+        return before(message, category, filename, lineno, line)
+
+    warnings.formatwarning = told
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def plural(count: int, word: str) -> str:

@@ -228,13 +228,13 @@ class Pruner:
                 warnings.warn(
                     f"pruning ended{ended} with {100 * have / group.size:.2f} % of the {group.name} weights at zero, "
                     f"and {100 * want / group.size:.2f} % were asked for.",
-                    stacklevel=2,
+                    stacklevel=3,  # torch's decorator is between
                 )
         if self.method.updates and (empty := nothing_left(self.parts, self._masks)):
             warnings.warn(
                 f"pruning left no weight of {some_of(empty)}: nothing passes through them any more. "
                 f"Lower the sparsity, or give them a lower one of their own: {in_a_scope(empty[0])}.",
-                stacklevel=2,
+                stacklevel=3,  # torch's decorator is between
             )
 
     @torch.no_grad()
