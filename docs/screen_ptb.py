@@ -1,232 +1,359 @@
-"""Recipes for the medium LSTM of Penn Treebank, trained side by side on one GPU: a first look at many, with one seed.
+"""Train many medium LSTMs of Penn Treebank at once on one GPU: how the tables of docs/results/quality.md are repeated.
 
-    python docs/screen_ptb.py recipes.json scores.jsonl data=FOLDER epochs=28 [teacher=weights.pt]
+    python docs/screen_ptb.py recipes.json scores.jsonl [seconds=540] [precision=fp16] [graph=true] [OPTION=VALUE ...]
 
-The file has a list of recipes: {"name": ..., "method": "gradual", "pruning": {"sparsity": 0.9}, "schedule": ["preset"],
-"dropout": 0.5, "distill": [weight, temperature], "mask_gradients": true, "save": "weights.pt"}. All that is left out is
-as in conf/experiment/ptb_medium.yaml. The whole step of all networks is one CUDA graph, so nothing of a Trainer is in
-the way; masks come from srnn's own ``Pruner``. Only the validation part is read. Matrix products may use TF32.
+It is not the command: no Lightning, no run folders. Data, first weights, step sizes, teachers and pruning are srnn's
+own, and a recipe is what the command takes: {"name": ..., "options": "experiment=ptb_medium_sparse pruning=obd"}. With
+"save": FILE its best weights are written to a packed file. More OPTION=VALUE hold for all recipes.
+Random numbers of dropout are others, and products take 16 bits (precision=fp16), TF32 or fp32 (precision=fp32).
+
+All networks make each step together, in one CUDA graph (``stacked_lstm.py``). After each epoch the validation part is
+read, and scores.jsonl written anew; at the end the test part, once, with each network's best weights. What does not fit
+into ``seconds`` is left out from the end of the list; a training that still takes longer ends after an epoch.
 """
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import math
+import shlex
 import sys
 import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
+import stacked_lstm_kernels as kernels
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from stacked_lstm import Stack, State, changing, largest_difference, recorded, seconds_of
+from torch import Tensor
 
+import srnn
+from srnn.config.composing import compose_settings
+from srnn.config.settings import Settings
+from srnn.errors import UserError
+from srnn.files import write_atomically
+from srnn.inference.packed_file import read, write
+from srnn.inference.packing import pack
+from srnn.inference.unpacking import unpack
 from srnn.pruning import Pruner, RunLength
+from srnn.registry import register
+from srnn.training.preparing import build_data
 
-B, T, H = 20, 35, 650  # streams, steps of a batch, units
-LR, CLIP = 35.0, 5 / 35
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-State = list[tuple[Tensor, ...]]
-
-
-def read(folder: Path) -> tuple[Tensor, Tensor, int]:
-    """The tokens of the training and the validation part, and how many different ones there are."""
-    words: dict[str, int] = {}
-    parts = []
-    for part in ("train", "valid"):
-        lines = (folder / f"ptb.{part}.txt").read_text().splitlines()
-        tokens = [words.setdefault(word, len(words)) for line in lines for word in [*line.split(), "<eos>"]]
-        parts.append(torch.tensor(tokens))
-    return parts[0], parts[1], len(words)
+BEGAN = time.perf_counter()
+TOLERANCE = 0.02  # relative, of what two steps change: of kernels against plain torch
+BESIDE = 1.15  # of a step: pruning and validation take a share of its time
+OWN = ("seconds", "precision", "graph", "kernels")  # options that are no recipe's
+AFTER = 20.0  # seconds for the test part and for saving
 
 
-def streams(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and targets as B streams, [time, B]."""
-    length = (len(tokens) - 1) // B
-    inputs, targets = tokens[: length * B], tokens[1 : length * B + 1]
-    return inputs.view(B, length).t().contiguous().to(DEVICE), targets.view(B, length).t().contiguous().to(DEVICE)
+class Network:
+    """A network of the stack, and what the command would have beside it."""
+
+    def __init__(self, recipe: dict[str, Any], settings: Settings, sizes: dict[str, int]) -> None:
+        self.recipe, self.settings = recipe, settings
+        pl.seed_everything(settings.seed, workers=True, verbose=False)
+        self.model = register.build("model", settings.model, **sizes)
+        self.history: list[float] = []
+        self.best, self.best_epoch, self.test = math.inf, 0, None
+        self.pruner: Any = None
+        self.seconds = 0.0
+
+    def prune_with(self, run: RunLength) -> None:
+        """Build the optimiser, which tells the step size, and the pruner: parameters are where they stay."""
+        built = register.build(
+            "optimizer", self.settings.optimizer, parameters=list(self.model.parameters()), fused=False
+        )
+        self.optimizer = built["optimizer"] if isinstance(built, dict) else built
+        self.schedule = built["lr_scheduler"] if isinstance(built, dict) else None
+        method = register.build("pruning", self.settings.pruning)
+        if self.settings.pruning["name"] == "random":  # drawn on a CPU, and the same at each update
+            drawn, drawing = {}, method.importance
+            method.importance = lambda piece: drawn[piece.key] if piece.key in drawn else drawn.setdefault(
+                piece.key, drawing(piece)
+            )  # fmt: skip
+        self.pruner = Pruner(self.model, method, run, self.optimizer)
+        self.pruner._gradient_masks.remove()  # hooks do not act in a graph; the stack masks gradients
+
+    @property
+    def averages(self) -> bool:
+        """Whether it needs a mean of squared gradients."""
+        return bool(self.settings.pruning["name"] == "obd")
+
+    def row(self, epochs: int, together: int, skipped: float) -> dict[str, Any]:
+        """What is known of it by now."""
+        pruner = self.pruner
+        masks = pruner.masks().values()
+        dense = sum(parameter.numel() for parameter in self.model.parameters())
+        return {
+            "name": self.recipe["name"], "options": self.recipe["options"], "epochs": len(self.history),
+            "complete": len(self.history) == epochs, "best_epoch": self.best_epoch,
+            "valid_perplexity": round(self.best, 3) if self.best_epoch else None, "test_perplexity": self.test,
+            "sparsity": round(pruner.sparsity, 5), "nonzeros": dense - sum(int((~mask).sum()) for mask in masks),
+            "done_from": pruner.method.done_from, "pruning_seconds": round(pruner.seconds, 1),
+            "seconds": round(self.seconds, 1), "together": together, "skipped_steps": int(skipped),
+            "valid": [round(value, 3) for value in self.history],
+            "sparsities": {name: round(value, 4) for name, value in pruner.sparsities().items()},
+        }  # fmt: skip
 
 
-def zero_state() -> State:
-    """That of two layers."""
-    return [tuple(torch.zeros(1, B, H, device=DEVICE) for _ in range(2)) for _ in range(2)]
+class Training:
+    """All networks, trained together."""
 
+    def __init__(self, recipes: Sequence[dict[str, Any]], options: dict[str, str], common: Sequence[str]) -> None:
+        self.options, self.limit = options, float(options.get("seconds", "inf")) - AFTER
+        settings = [compose_settings([*shlex.split(recipe["options"]), *common]) for recipe in recipes]
+        _check(settings)
+        self.data = build_data(settings[0].dataset)
+        self.networks = [Network(r, s, self.data.sizes) for r, s in zip(recipes, settings, strict=True)]
+        if (limits := settings[0].trainer).limit_train_batches is not None:
+            self.data.limits["train"] = limits.limit_train_batches
+        if limits.limit_eval_batches is not None:
+            self.data.limits |= {"valid": limits.limit_eval_batches, "test": limits.limit_eval_batches}
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.batches = [(a.to(self.device), b.to(self.device)) for a, b in self.data.limited("train")]
+        self.epochs = settings[0].trainer.epochs
+        half = options.get("precision", "fp16") == "fp16" and self.device.type == "cuda"
+        self.dtype = torch.float16 if half else torch.float32
+        self._build(settings)
 
-def keep(state: State, new: State) -> None:
-    """Write a state where the next batch finds it."""
-    for old, found in zip(state, new, strict=True):
-        for to, value in zip(old, found, strict=True):
-            to.copy_(value)
+    def _build(self, settings: list[Settings]) -> None:
+        dataset, clip = settings[0].dataset, settings[0].trainer.gradient_clip_val
+        averages = [network.averages for network in self.networks]
+        models = [network.model for network in self.networks]
+        fused = kernels.CAN_FUSE and self.options.get("kernels", "true") == "true"
+        self.stack = Stack(models, self.device, self.dtype, clip or math.inf, averages, fused)
+        self.state = State(self.stack, dataset["sequence_length"], dataset["batch_size"])
+        self.held_out = State(self.stack, dataset["sequence_length"], dataset["eval_streams"])
+        self.nats = torch.zeros(len(models), dtype=torch.float64, device=self.device)
+        self.state.batch(*self.batches[0])
+        self._teach(settings)
+        run = RunLength(len(self.batches) * self.epochs, len(self.batches))
+        for k, network in enumerate(self.networks):
+            network.prune_with(run)
+            if network.averages:  # the stack's own, which the step keeps up
+                row = int(self.stack.mean_row[k])
+                network.pruner.method._own = {name: mean[row] for name, mean in self.stack.means.items()}
+            self.stack.decay[k] = network.settings.optimizer["weight_decay"]
+            self._written(k)
+        self.best = {name: weight.clone() for name, weight in self.stack.weights.items()}
 
-
-class Lstm(nn.Module):
-    """The network of Zaremba et al. 2014."""
-
-    def __init__(self, vocabulary: int, dropout: float) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, H)
-        self.rnn = nn.ModuleList([nn.LSTM(H, H), nn.LSTM(H, H)])
-        self.decoder = nn.Linear(H, vocabulary)
-        self.dropout = dropout
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -0.05, 0.05)
-
-    def forward(self, tokens_TB: Tensor, state: State) -> tuple[Tensor, State]:
-        """Logits, and the state after."""
-        y, after = F.dropout(self.embedding(tokens_TB), self.dropout, self.training), []
-        for layer, before in zip(self.rnn, state, strict=True):
-            y, new = layer(y, before)
-            y = F.dropout(y, self.dropout, self.training)
-            after.append(new)
-        return self.decoder(y), after
-
-
-class Recipe:
-    """A network, and all that its training keeps, at addresses that stay."""
-
-    def __init__(self, config: dict[str, Any], vocabulary: int, run: RunLength) -> None:
-        self.config, self.run = config, run
-        torch.manual_seed(config.get("seed", 0))
-        self.model = Lstm(vocabulary, config.get("dropout", 0.5)).to(DEVICE)
-        self.parameters = dict(self.model.named_parameters())
-        self.masks = {name: torch.ones_like(parameter) for name, parameter in self.parameters.items()}
-        self.lr = torch.zeros((), device=DEVICE)
-        self.state = zero_state()
-        self.history: list[tuple[int, float, float]] = []
-        self.pruner = None
-        self.end = run.total_steps // 2
-        if "method" in config:
-            self.pruner = Pruner(self.model, config["method"], run, **config.get("pruning", {}))
-            self.end = self.pruner.method.done_from
-            self.pruner._gradient_masks.remove()  # hooks do not act in a graph; ``step`` masks gradients
-
-    def factor(self, itr: int) -> float:
-        """Of the step size: ``["preset"]``, ``["cosine"]`` or ``["step", decay]`` from the end of pruning on."""
-        name, *options = self.config.get("schedule", ["preset"])
-        if name == "preset":
-            return float(0.8333 ** max(0, itr // self.run.steps_per_epoch + 1 - 6))
-        since = max(0, itr - self.end)
-        if name == "step":
-            return float(options[0] ** (since // self.run.steps_per_epoch))
-        return (1 + math.cos(math.pi * since / (self.run.total_steps - self.end))) / 2
-
-    def step(self, inputs: Tensor, targets: Tensor, taught: Tensor | None) -> None:
-        """One optimiser step, all of it on the GPU."""
-        logits, new = self.model(inputs, self.state)
-        logits, wanted = logits.flatten(0, 1), targets.flatten()
-        loss = F.cross_entropy(logits, wanted)
-        if "distill" in self.config:
-            assert taught is not None
-            weight, t = self.config["distill"]
-            soft = torch.softmax(taught.flatten(0, 1) / t, -1)
-            loss = (1 - weight) * loss + weight * t * t * F.cross_entropy(logits / t, soft)
-        parameters: list[Tensor] = list(self.parameters.values())
-        masks: list[Any] = list(self.masks.values())
-        gradients = list(torch.autograd.grad(loss, parameters))
-        masked_first = self.config.get("mask_gradients", True)
-        with torch.no_grad():
-            if masked_first:
-                torch._foreach_mul_(gradients, masks)
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            torch._foreach_mul_(gradients, self.lr * (CLIP / (norm + 1e-6)).clamp(max=1.0))
-            torch._foreach_sub_(parameters, gradients)
-            if not masked_first:
-                torch._foreach_mul_(parameters, masks)
-            keep(self.state, new)
-
-    @torch.no_grad()
-    def prune(self, itr: int) -> None:
-        """After step ``itr``: new masks, if it is time."""
-        if self.pruner is None or not self.pruner.method.is_update(itr):
-            return
-        self.pruner.itr = itr - 1
-        self.pruner.step()
-        for name, mask in self.pruner.masks().items():
-            self.masks[name].copy_(mask)
-            self.parameters[name].mul_(self.masks[name])
+    def _teach(self, settings: list[Settings]) -> None:
+        """The teachers' log probabilities of all batches: without dropout they are the same in each epoch."""
+        named = [[s.distill.teacher] if isinstance(s.distill.teacher, str) else s.distill.teacher for s in settings]
+        different = [list(one) for one in dict.fromkeys(tuple(one) for one in named if one)]
+        for k, (names, each) in enumerate(zip(named, settings, strict=True)):
+            if names:
+                self.stack.teacher[k] = different.index(names)
+                self.stack.weight[k], self.stack.temperature[k] = each.distill.weight, each.distill.temperature
+        self.lessons = [self._lessons(names) for names in different]
+        if different:
+            self.stack.taught = torch.stack([lesson[0] for lesson in self.lessons])
 
     @torch.no_grad()
-    def validate(self, inputs: Tensor, targets: Tensor, epoch: int) -> None:
-        """Perplexity of the validation part."""
-        self.model.eval()
-        state, nats = zero_state(), torch.zeros((), dtype=torch.float64, device=DEVICE)
-        for at in range(0, len(inputs), 2 * T):
-            logits, state = self.model(inputs[at : at + 2 * T], state)
-            nats += F.cross_entropy(logits.flatten(0, 1), targets[at : at + 2 * T].flatten(), reduction="sum")
-        self.model.train()
-        sparsity = self.pruner.sparsity if self.pruner else 0.0
-        self.history.append((epoch, round(math.exp(float(nats) / targets.numel()), 2), round(sparsity, 4)))
+    def _lessons(self, names: Sequence[str]) -> list[Tensor]:
+        """Of each batch [N, V]: the mean of several teachers' logits, as srnn's ``Several``, normalised."""
+        packed = [read(Path(name)) for name in names]
+        for name, one in zip(names, packed, strict=True):
+            if one.vocabulary is None or one.vocabulary.to_dict() != self.data.vocabulary.to_dict():
+                raise UserError(f"distill.teacher={name}: its vocabulary is not this run's.")
+        models = [unpack(one).to(self.device).eval() for one in packed]
+        states, lessons = [None] * len(models), []
+        for tokens_BT, _ in self.batches:
+            outputs = [model(tokens_BT, state) for model, state in zip(models, states, strict=True)]
+            states = [state for _, state in outputs]
+            logits = torch.stack([logits_BTV for logits_BTV, _ in outputs]).mean(0).transpose(0, 1).flatten(0, 1)
+            missing = self.state.T * self.state.B - len(logits)
+            lessons.append(torch.nn.functional.pad(logits.log_softmax(1), (0, 0, 0, missing)).half())
+        return lessons
+
+    def _written(self, k: int) -> None:
+        """The pruner has written weights and masks."""
+        for name, mask in self.networks[k].pruner.masks().items():
+            self.stack.keep[name][k].copy_(mask)
+        for name in self.stack.matrices:
+            self.stack.refresh(name, k)
+
+    def _record(self) -> None:
+        """The steps as CUDA graphs, after a look at the kernels."""
+        stack = self.stack
+        self.step: Any = lambda: stack.step(self.state)
+        self.evaluate: Any = lambda: stack.evaluate(self.held_out, self.nats)
+        self._set_rates()
+        if stack.fused:
+            try:
+                difference = largest_difference(stack, self.state)
+            except Exception as problem:
+                difference, stack.fused = math.inf, False
+                print(f"kernels: {problem!r}"[:2000], flush=True)
+            stack.fused = difference < TOLERANCE
+            print(f"kernels: {difference:.3g} from plain torch, {'used' if stack.fused else 'NOT used'}", flush=True)
+        if self.device.type == "cuda" and self.options.get("graph", "true") == "true":
+            try:
+                self.step = recorded(self.step, changing(stack, self.state))
+                self.evaluate = recorded(self.evaluate, [self.nats, *self.held_out.y, *self.held_out.c])
+            except Exception as problem:
+                raise SystemExit(f"graph=true: {problem!r}: start it again with graph=false") from problem
+
+    def _set_rates(self) -> None:
+        rates = [network.optimizer.param_groups[0]["lr"] for network in self.networks]
+        self.stack.lr.copy_(torch.tensor(rates))
+
+    def _set_flags(self) -> list[Network]:
+        """What is special about the step that comes; the networks whose masks are updated after it."""
+        pruners = [network.pruner for network in self.networks]
+        due = [pruner.method.is_update(pruner.itr + 1) for pruner in pruners]
+        wants = [pruner._wants_gradients() for pruner in pruners]
+        free = [one and two for one, two in zip(due, wants, strict=True)]
+        # At an update the method itself takes in the step's gradients, after it has ranked by those before.
+        averages = [
+            network.averages and not now and network.pruner.itr < network.pruner.method.done_from
+            for network, now in zip(self.networks, due, strict=True)
+        ]
+        if (flags := (wants, free, averages)) != self.flags:
+            self.flags = flags
+            for to, values in zip((self.stack.wants, self.stack.free, self.stack.averages), flags, strict=True):
+                to.copy_(torch.tensor(values))
+        return [network for network, now in zip(self.networks, due, strict=True) if now]
+
+    def _prune(self, due: Sequence[Network]) -> None:
+        """After a step: new masks, where it is time."""
+        for k, network in enumerate(self.networks):
+            if network not in due:
+                network.pruner.itr += 1
+                continue
+            for name, parameter in network.model.named_parameters():
+                parameter.grad = self.stack.gradient(name, k) if name in self.stack.keep else None
+            network.pruner.step()
+            network.model.zero_grad()
+            self._written(k)
+
+    def fitting(self) -> int:
+        """How many of the networks there is time for, as long as a step takes."""
+        self.flags: Any = None
+        self._record()
+        windows = {} if self.device.type == "cuda" else {"times": 1, "windows": 1}
+        took = seconds_of(self.step, changing(self.stack, self.state), **windows)
+        needed = BESIDE * took * len(self.batches) * self.epochs
+        start, count = time.perf_counter() - BEGAN, len(self.networks)
+        left = self.limit - start
+        print(f"{count} networks: {1000 * took:.3f} ms a step, {needed:.0f} s in all, {left:.0f} s left", flush=True)
+        return count if needed <= left else max(1, int(count * (left - start) / needed))  # which start again
+
+    def train(self, scores: Path) -> None:
+        """All epochs, or as many as there is time for; then the test part."""
+        torch.manual_seed(0)  # of dropout
+        began = time.perf_counter()
+        for epoch in range(1, self.epochs + 1):
+            self.state.restart()
+            self._set_rates()
+            for index, batch in enumerate(self.batches):
+                self.state.batch(*batch)
+                for m, lesson in enumerate(self.lessons):
+                    self.stack.taught[m].copy_(lesson[index])
+                due = self._set_flags()
+                self.step()
+                self._prune(due)
+            self._validate(epoch)
+            elapsed = time.perf_counter() - began
+            for network in self.networks:
+                network.seconds = elapsed
+                if network.schedule is not None:
+                    network.schedule.step()
+            self.write(scores)
+            print(f"{epoch}: {elapsed:.1f} s", [round(network.history[-1], 2) for network in self.networks], flush=True)
+            if time.perf_counter() - BEGAN + elapsed / epoch > self.limit:
+                break
+        self._test()
+        self.write(scores)
+
+    def _perplexities(self, part: Any) -> list[float]:
+        self.held_out.restart()
+        self.nats.zero_()
+        count = 0
+        for tokens_BT, targets_BT in self.data.limited(part):
+            self.held_out.batch(tokens_BT.to(self.device), targets_BT.to(self.device))
+            self.evaluate()
+            count += int((targets_BT != kernels.IGNORED).sum())
+        return [math.exp(min(nats / count, 700.0)) if math.isfinite(nats) else math.inf for nats in self.nats.tolist()]
+
+    def _validate(self, epoch: int) -> None:
+        """Keep the best weights of those that are sparse enough, as the command does."""
+        for k, (network, perplexity) in enumerate(zip(self.networks, self._perplexities("valid"), strict=True)):
+            network.history.append(perplexity)
+            if perplexity < network.best and network.pruner.reached():
+                network.best, network.best_epoch = perplexity, epoch
+                for name, weight in self.stack.weights.items():
+                    self.best[name][k].copy_(weight[k])
+
+    def _test(self) -> None:
+        """Score the test part, once, and save what was asked for."""
+        for name, weight in self.stack.weights.items():
+            weight.copy_(self.best[name])
+        for name in self.stack.matrices:
+            for k in range(self.stack.K):
+                self.stack.refresh(name, k)
+        for network, perplexity in zip(self.networks, self._perplexities("test"), strict=True):
+            network.test = round(perplexity, 3) if network.best_epoch else None
+            if "save" in network.recipe and network.best_epoch:
+                self._save(network)
+
+    def _save(self, network: Network) -> None:
+        """A packed file, as that of a run."""
+        settings = network.settings
+        about = {
+            "dataset": self.data.located(dict(settings.dataset)), "pruning": settings.pruning,
+            "seed": settings.seed, "srnn": srnn.__version__,
+        }  # fmt: skip
+        packed = pack(copy.deepcopy(network.model).cpu(), settings.model, self.data.sizes, "fp16")
+        write(network.recipe["save"], replace(packed, vocabulary=self.data.vocabulary, about=about))
+
+    def write(self, scores: Path) -> None:
+        """A line for each recipe."""
+        skipped = self.stack.skipped.tolist()
+        rows = [n.row(self.epochs, len(skipped), s) for n, s in zip(self.networks, skipped, strict=True)]
+        write_atomically(scores, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def recorded(step: Any, recipes: list[Recipe]) -> Any:
-    """The step as a CUDA graph; the few that it takes to record leave no trace in weights. As it is on a CPU."""
-    if DEVICE.type == "cpu":
-        return step
-    before = [[parameter.detach().clone() for parameter in recipe.parameters.values()] for recipe in recipes]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    with torch.no_grad():
-        for recipe, weights in zip(recipes, before, strict=True):
-            for parameter, weight in zip(recipe.parameters.values(), weights, strict=True):
-                parameter.copy_(weight)
-    return graph.replay
+def _check(settings: Sequence[Settings]) -> None:
+    """Refuse what is not here, and what all networks must share. Raises UserError."""
+    first = settings[0]
+    for each in settings:
+        named = (each.schedule["name"], each.averaging["name"], each.optimizer["name"], each.model["name"])
+        if named != ("constant", "none", "sgd", "lstm") or each.optimizer["momentum"] or each.init_from:
+            raise UserError(f"{named}: only SGD without momentum, averaging or a schedule, of LSTMs from the start.")
+        if each.pruning.get("group_lasso") or each.distill.teacher == "self":
+            raise UserError("pruning.group_lasso and distill.teacher=self are the command's.")
+        alike = {"dropout": 0.0, "embedding_dropout": 0.0}
+        if (each.dataset, each.trainer, each.model | alike) != (first.dataset, first.trainer, first.model | alike):
+            raise UserError("all recipes have to share data, epochs, clipping and the size of networks.")
 
 
-def main() -> None:
-    """Train all recipes; write a line for each, anew after each validation."""
-    recipes_file, scores_file, *rest = sys.argv[1:]
-    options = dict(part.split("=", 1) for part in rest)
+def main(arguments: Sequence[str]) -> None:
+    """Train all recipes."""
+    recipes, scores, *rest = arguments
+    own = dict(part.split("=", 1) for part in rest if part.split("=", 1)[0] in OWN)
+    common = [part for part in rest if part.split("=", 1)[0] not in own]
+    warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
     torch.backends.cuda.matmul.allow_tf32 = True
-    train, valid, vocabulary = read(Path(options["data"]))
-    (all_inputs, all_targets), held_out = streams(train), streams(valid)
-    batches, epochs = len(all_inputs) // T, int(options["epochs"])
-    run = RunLength(batches * epochs, batches)
-    recipes = [Recipe(config, vocabulary, run) for config in json.loads(Path(recipes_file).read_text())]
-    inputs, targets = all_inputs[:T].clone(), all_targets[:T].clone()
-    teacher, teachers_state, taught = None, zero_state(), None
-    if "teacher" in options:
-        teacher = Lstm(vocabulary, 0.0).to(DEVICE).requires_grad_(False)
-        teacher.load_state_dict(torch.load(options["teacher"], map_location=DEVICE))
-        taught = torch.zeros(T, B, vocabulary, device=DEVICE)
-
-    def step() -> None:
-        if teacher is not None and taught is not None:
-            with torch.no_grad():
-                logits, new = teacher(inputs, teachers_state)
-                taught.copy_(logits)
-                keep(teachers_state, new)
-        for recipe in recipes:
-            recipe.step(inputs, targets, taught)
-
-    run_step, began, itr = recorded(step, recipes), time.time(), 0
-    for epoch in range(1, epochs + 1):
-        for state in (teachers_state, *(recipe.state for recipe in recipes)):
-            keep(state, zero_state())
-        for batch in range(batches):
-            inputs.copy_(all_inputs[batch * T : (batch + 1) * T])
-            targets.copy_(all_targets[batch * T : (batch + 1) * T])
-            for recipe in recipes:
-                recipe.lr.fill_(LR * recipe.factor(itr))
-            run_step()
-            itr += 1
-            for recipe in recipes:
-                recipe.prune(itr)
-        for recipe in recipes:
-            recipe.validate(*held_out, epoch)
-        scores = [{"config": r.config, "seconds": round(time.time() - began), "valid": r.history} for r in recipes]
-        Path(scores_file).write_text("".join(json.dumps(line) + "\n" for line in scores))
-        print(epoch, [(r.config["name"], *r.history[-1][1:]) for r in recipes], flush=True)
-    for recipe in recipes:
-        if "save" in recipe.config:
-            torch.save(recipe.model.state_dict(), recipe.config["save"])
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    wanted = json.loads(Path(recipes).read_text())
+    training = Training(wanted, own, common)
+    fitting = training.fitting()
+    if fitting < len(wanted):
+        print(f"left out: {[recipe['name'] for recipe in wanted[fitting:]]}", flush=True)
+        del training
+        gc.collect()  # with its memory, and its graphs
+        training = Training(wanted[:fitting], own, common)
+        training.fitting()
+    training.train(Path(scores))
 
 
 if __name__ == "__main__":
-    main()
+    with torch.no_grad():
+        main(sys.argv[1:])

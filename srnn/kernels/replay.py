@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -290,20 +291,54 @@ class ReplayedLayer(Layer):
     def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         """As the layer."""
         rows = x_NI.shape[0]
-        if rows and rows == len(batch_sizes) * state[0].shape[-2]:
-
-            def run(given: list[Tensor]) -> list[Tensor]:
-                y_NP, end = self.inner.run(given[0], batch_sizes, tuple(given[1:]))
-                return [y_NP, *end]
-
-            done = self.replays("run", [x_NI, *state], run, lambda: self.recordable(rows))
-            if done is not None:
-                return done[0], tuple(done[1:])
-        return self.inner.run(x_NI, batch_sizes, state)
+        return _replayed(self.replays, self.inner.run, (x_NI, batch_sizes, state), lambda: self.recordable(rows))
 
     def recordable(self, rows: int) -> Recordable:
         """What there is to know of a call with so many rows."""
         return Recordable(rows * self.row_bytes, () if self.check is None else (self.check,))
+
+
+class ReplayedRecurrence(Recurrence):
+    """A recurrence whose calls with sequences of equal length are replayed, see ``Replays``.
+
+    Args:
+        inner: the recurrence.
+        weights: its weights.
+        dtype: of its inputs.
+        check: called before each replay; raises if an earlier one failed.
+    """
+
+    def __init__(self, inner: Recurrence, weights: LayerWeights, dtype: torch.dtype, check: Callable[[], None]) -> None:
+        self.inner, self.replays = inner, Replays()
+        # Products, with a copy in another order; states, outputs, and the latter in another order.
+        self.row_bytes = (2 * weights.w_hh.shape[0] + 3 * weights.hidden_size) * dtype.itemsize
+        self.checks = (check,)
+
+    def __call__(self, u_NG: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+        """As the recurrence."""
+        memory = u_NG.shape[0] * self.row_bytes
+        about = partial(Recordable, memory, self.checks)
+        return _replayed(self.replays, self.inner, (u_NG, batch_sizes, state), about)
+
+
+def _replayed(
+    replays: Replays,
+    inner: Callable[[Tensor, Tensor, State], tuple[Tensor, State]],
+    inputs: tuple[Tensor, Tensor, State],
+    about: Callable[[], Recordable],
+) -> tuple[Tensor, State]:
+    """A call of a layer or recurrence with rows, sizes of steps and a state; replayed where all are of one length."""
+    rows, batch_sizes, state = inputs
+    if rows.shape[0] and rows.shape[0] == len(batch_sizes) * state[0].shape[-2]:
+
+        def run(given: list[Tensor]) -> list[Tensor]:
+            y_NP, end = inner(given[0], batch_sizes, tuple(given[1:]))
+            return [y_NP, *end]
+
+        done = replays("run", [rows, *state], run, about)
+        if done is not None:
+            return done[0], tuple(done[1:])
+    return inner(rows, batch_sizes, state)
 
 
 class Replayed(Kernel):

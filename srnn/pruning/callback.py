@@ -15,16 +15,24 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from pytorch_lightning.plugins.precision import MixedPrecision, Precision
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from srnn.errors import UserError
 from srnn.pruning.arguments import build_method, differing, unwrapped
 from srnn.pruning.checkpoint_while import CheckpointWhile
+from srnn.pruning.clipping import MaskingClip
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.parts import some_of
 from srnn.pruning.pruner import Pruner
 from srnn.pruning.schedules import RunLength
 
+# Where a module or callback could look at gradients between the backward pass and Lightning's clipping.
+_BETWEEN = (
+    "backward", "on_after_backward", "on_before_optimizer_step", "optimizer_step", "configure_gradient_clipping",
+    "clip_gradients",
+)  # fmt: skip
 # Stands for the run whose first steps ``fast_dev_run`` tries out: long enough for any schedule.
 _DEV_RUN = RunLength(10_000_000, 10_000)
 
@@ -89,6 +97,7 @@ class PruningCallback(pl.Callback):
         self.pruner: Pruner | None = None
         self._restored: dict[str, Any] | None = None
         self._seen = 0  # optimiser steps up to the last batch
+        self._clip: MaskingClip | None = None
 
     def checkpoint(self, **options: Any) -> ModelCheckpoint:
         """Lightning's ``ModelCheckpoint`` that keeps no network from before pruning was over.
@@ -142,6 +151,18 @@ class PruningCallback(pl.Callback):
             automatic = pl_module.automatic_optimization
             self.pruner.itr = trainer.global_step if automatic else _manual_itr(trainer, run)
         self._warn_of_half_pruned(trainer.checkpoint_callbacks)
+        if self.pruner.groups and _only_clips(trainer, pl_module):
+            # Nothing sees gradients before they are clipped: they are masked there, which saves a pass over them.
+            plugin = trainer.precision_plugin
+            clip = self._clip = self.pruner.clips()
+            by_norm = lambda optimizer, clip_val: clip(plugin.main_params(optimizer), clip_val)  # noqa: E731
+            vars(plugin)["clip_grad_by_norm"] = by_norm
+
+    def _give_clipping_back(self, trainer: pl.Trainer) -> None:
+        if self._clip is not None:
+            self._clip.end()
+            self._clip = None
+            vars(trainer.precision_plugin).pop("clip_grad_by_norm", None)
 
     def _warn_of_half_pruned(self, callbacks: Sequence[pl.Callback]) -> None:
         """Warn of what may keep, as the best network, one from before pruning is over: it is usually the better one."""
@@ -189,8 +210,18 @@ class PruningCallback(pl.Callback):
         for _step in range(steps):
             self.pruner.step()
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What is scored, and may be saved as the best, is masked."""
+        if self.pruner is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.pruner.mask_now()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the Trainer as it was."""
+        self._give_clipping_back(trainer)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Masks found in the very last step still have to be applied."""
+        self._give_clipping_back(trainer)
         if self.pruner is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.pruner.finalize()
 
@@ -229,6 +260,24 @@ class PruningCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until training starts, when the pruner is built."""
         self._restored = state_dict or None
+
+
+def _only_clips(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    """Whether gradients, on one GPU, are clipped by their norm in Lightning's own way, and nothing sees them before."""
+    plugin, strategy = trainer.precision_plugin, trainer.strategy
+    by_norm = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm in (None, "norm")
+    # A scaler looks whether gradients are finite, of pruned weights too.
+    usual = type(plugin) in (Precision, MixedPrecision) and getattr(plugin, "scaler", None) is None
+    alone = type(strategy) is SingleDeviceStrategy and strategy.root_device.type == "cuda"
+    free = pl_module.automatic_optimization and "clip_grad_by_norm" not in vars(plugin)  # of another such callback
+    there = [pl_module, *trainer.callbacks]  # type: ignore[attr-defined]
+    return by_norm and usual and alone and free and not any(map(_looks_between, there))
+
+
+def _looks_between(one: pl.LightningModule | pl.Callback) -> bool:
+    plain = pl.LightningModule if isinstance(one, pl.LightningModule) else pl.Callback
+    hooks = [(getattr(one, hook, None), getattr(plain, hook, None)) for hook in _BETWEEN]
+    return any(getattr(own, "__func__", own) is not usual for own, usual in hooks)
 
 
 def _run_length(trainer: pl.Trainer, automatic: bool) -> RunLength:

@@ -30,6 +30,10 @@ class GradientMasks:
         owner: whose methods are called.
         mask: called with the owner, a parameter's name, and its gradient to mask in place.
         mask_all: called with the owner, to mask those of all parameters on a GPU.
+
+    Attributes:
+        clip_masks: someone has promised to clip gradients on a GPU before they are used, which masks them.
+        unmasked: there have been such gradients since they were clipped.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class GradientMasks:
         self._owner = weakref.ref(owner)
         self._mask, self._mask_all = mask, mask_all
         self._handles: dict[str, RemovableHandle] = {}
+        self.clip_masks = self.unmasked = False
         self._backward = -1  # torch's number of the backward pass whose end is waited for
 
     def attach(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -66,8 +71,15 @@ class GradientMasks:
 
     @torch.no_grad()
     def _at_the_end(self) -> None:
-        if (pruner := self._owner()) is not None:
+        if self.clip_masks:
+            self.unmasked = True
+        elif (pruner := self._owner()) is not None:
             self._mask_all(pruner)
+
+    def were_left(self) -> bool:
+        """Whether someone who has promised to clip did not, since the last time this was asked."""
+        left, self.unmasked = self.unmasked, False
+        return left
 
     def remove(self) -> None:
         """Take the hooks off."""

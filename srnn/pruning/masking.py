@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ _TIMES = 3  # that a set of tensors comes before its launches are recorded
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether it is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -37,8 +38,8 @@ class GpuMasking:
     """
 
     def __init__(self, mostly_zero: bool = False, found: Tensor | None = None, kept: int = _KEPT) -> None:
-        self.mostly_zero, self.found, self.kept = mostly_zero, found, kept
-        self._known: OrderedDict[tuple[Any, ...], _Launches] = OrderedDict()
+        self.mostly_zero, self.found = mostly_zero, found
+        self._recent = RecentLaunches(kept)
 
     def __reduce__(self) -> tuple[type[GpuMasking], tuple[bool]]:
         return GpuMasking, (self.mostly_zero,)  # addresses are no good elsewhere
@@ -47,33 +48,60 @@ class GpuMasking:
         """Zero them. Returns whether ``found`` would tell of all."""
         several = [tensor for mask, tensors in masked for tensor in (mask, *tensors)]
         key = tuple([(tensor.data_ptr(), tensor.itemsize, tensor.is_contiguous()) for tensor in several])
-        launches = self._known.get(key)
-        if launches is None:
-            launches = self._known[key] = _Launches(masked, self.mostly_zero, self.found)
-            if len(self._known) > self.kept:
-                self._known.popitem(last=False)
+        launches, apart = self._recent.get(key, lambda: self._launches(masked))
         launches.run()
-        for row, place in launches.apart:
+        for row, place in apart:
             mask, tensors = masked[row]
             tensors[place].masked_fill_(~mask, 0)
-        return not launches.apart
+        return not apart
 
-
-class _Launches:
-    """Those for a set of tensors; as a graph from the third time on."""
-
-    def __init__(self, masked: Sequence[Masked], mostly_zero: bool, found: Tensor | None) -> None:
-        alike = _has_triton()
-        # Places, not tensors: gradients are not to be kept.
-        self.apart = [
+    def _launches(self, masked: Sequence[Masked]) -> tuple[Launches, list[tuple[int, int]]]:
+        """For a set of tensors: its launches, and the places of those that these leave, as gradients are not kept."""
+        alike = has_triton()
+        apart = [
             (row, place)
             for row, (mask, tensors) in enumerate(masked)
             for place, tensor in enumerate(tensors)
             if not (alike and _lies_alike(mask, tensor))
         ]
-        self._launches = list(_launches(masked, mostly_zero, found)) if alike else []
-        self._device = masked[0][0].device
-        self._recordable = self._device.type == "cuda" and all(mask.device == self._device for mask, _ in masked)
+        several = list(_launches(masked, self.mostly_zero, self.found)) if alike else []
+        device = masked[0][0].device
+        return Launches(several, device if all(mask.device == device for mask, _ in masked) else None), apart
+
+
+class RecentLaunches:
+    """What was made for the last few sets of tensors, by their addresses.
+
+    Args:
+        kept: how many.
+    """
+
+    def __init__(self, kept: int = _KEPT) -> None:
+        self.kept = kept
+        self._known: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What there is for a set, or is made now."""
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = make()
+            if len(self._known) > self.kept:
+                self._known.popitem(last=False)
+        return found
+
+
+class Launches:
+    """Those for a set of tensors; as a graph from the third time on.
+
+    Args:
+        launches: each launches a kernel.
+        device: of all of them; None for several, which are not recorded.
+    """
+
+    def __init__(self, launches: Sequence[Callable[[], None]], device: torch.device | None) -> None:
+        self._launches = launches
+        self._device = device
+        self._recordable = device is not None and device.type == "cuda"
         self._times = 0
         self._graph: Any = None
 
@@ -125,9 +153,24 @@ def _launches(masked: Sequence[Masked], mostly_zero: bool, found: Tensor | None)
             flag = 0 if found is None else found.data_ptr()
             several = [[*(t.data_ptr() for t in ts), *[0] * (most - len(ts))] for _, ts in rows]
             table = [[m.data_ptr(), m.numel(), flag, *own] for (m, _), own in zip(rows, several, strict=True)]
-            programs = torch.tensor([-(-mask.numel() // BLOCK) for mask, _ in rows])
-            owners = torch.arange(len(rows)).repeat_interleave(programs)
-            tables = [torch.tensor(table), owners.int(), (programs.cumsum(0) - programs).int()]
-            # From pinned memory, so that the host does not wait for what the device does.
-            pinned = [one.pin_memory() if device.type == "cuda" else one for one in tables]
-            yield partial(launch, size, most, look, *(one.to(device, non_blocking=True) for one in pinned))
+            sizes = [mask.numel() for mask, _ in rows]
+            yield partial(launch, size, most, look, put(table, device), *blocks_of(sizes, BLOCK, device))
+
+
+def put(numbers: Any, device: torch.device) -> Tensor:
+    """Numbers on a device, from pinned memory, so that the host does not wait for what a GPU does."""
+    made = torch.as_tensor(numbers)
+    return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
+
+
+def blocks_of(sizes: Sequence[int], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tensor that each program of a launch has a block of, [programs], and the first program of each tensor, [M].
+
+    Args:
+        sizes: [M] elements of each tensor, at least 1.
+        block: elements of a program.
+        device: which reads it.
+    """
+    programs = torch.tensor([-(-size // block) for size in sizes])
+    owners = torch.arange(len(sizes)).repeat_interleave(programs)
+    return put(owners.int(), device), put((programs.cumsum(0) - programs).int(), device)

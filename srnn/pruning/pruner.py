@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from types import NoneType
@@ -25,14 +24,15 @@ from srnn.pruning.arguments import (
     packed_in,
     unwrapped,
 )
+from srnn.pruning.clipping import MaskingClip
 from srnn.pruning.gradient_masks import GradientMasks, mask_gradient, mask_on_gpu
 from srnn.pruning.masking import GpuMasking
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.other_pruners import OtherPruners
-from srnn.pruning.parts import Part, count, some_of
-from srnn.pruning.report_rows import ReportRow, nothing_left, report_rows
+from srnn.pruning.parts import Part, count
+from srnn.pruning.report_rows import ReportRow, report_rows, warn_of_the_end
 from srnn.pruning.schedules import RunLength
-from srnn.pruning.scope import in_a_scope, masks_of
+from srnn.pruning.scope import masks_of
 from srnn.pruning.state_masks import StateMasks, mask_all, state_beside
 from srnn.pruning.watched_masks import WatchedMasks
 
@@ -183,6 +183,8 @@ class Pruner:
         self.itr += 1
         self._before.clear()
         update = self.method.is_update(self.itr)
+        if self._gradient_masks.were_left():
+            self._restart()
         if update:
             # An update waits for the device anyway; the waiting for what was queued before is not pruning's.
             for device in {mask.device for mask in self._masks.values() if mask.is_cuda}:
@@ -221,21 +223,21 @@ class Pruner:
         self._apply()
         self._gradient_masks.remove()
         check_equal(self._compared(), self.itr)
-        for group in self.groups:
-            want, have = self.method.wanted(group), group.pruned
-            if want is not None and abs(have - want) > group.tolerance:
-                ended = "" if self.itr >= self.method.done_from else f" before step {self.method.done_from}"
-                warnings.warn(
-                    f"pruning ended{ended} with {100 * have / group.size:.2f} % of the {group.name} weights at zero, "
-                    f"and {100 * want / group.size:.2f} % were asked for.",
-                    stacklevel=3,  # torch's decorator is between
-                )
-        if self.method.updates and (empty := nothing_left(self.parts, self._masks)):
-            warnings.warn(
-                f"pruning left no weight of {some_of(empty)}: nothing passes through them any more. "
-                f"Lower the sparsity, or give them a lower one of their own: {in_a_scope(empty[0])}.",
-                stacklevel=3,  # torch's decorator is between
-            )
+        warn_of_the_end(self.method, self.itr, self.groups, self._masks)
+
+    @torch.no_grad()
+    def mask_now(self) -> None:
+        """Zero all that is pruned, before it is saved or scored: a step on a GPU looks at one parameter, in turn."""
+        if self.method.soft or (self.method.delayed and self.method.is_update(self.itr)):
+            return  # masked at each step; and masks that were found at this one act from the next on
+        if all(parameter.device == self._masks[name].device for name, parameter in self._parameters.items()):
+            self._restart()
+            self._apply()
+
+    def clips(self) -> MaskingClip:
+        """What a loop promises to clip all gradients by from now on, before it uses them: it masks them on its way."""
+        wanted, mask_all = lambda: not self._wants_gradients(), self._mask_gradients_on_gpu
+        return MaskingClip(self._gradient_masks, self._parameters, self._masks, wanted, mask_all)
 
     @torch.no_grad()
     def mask_again(self) -> list[str]:
@@ -358,7 +360,11 @@ class Pruner:
         return self.itr >= self.method.done_from and all(want is None or have >= want for have, want in wanted)
 
     def state_dict(self) -> dict[str, Any]:
-        """What it takes to resume: iteration, seconds, thresholds, and the masks at one bit a weight."""
+        """What it takes to resume: iteration, seconds, thresholds, and the masks at one bit a weight.
+
+        All that is pruned is zeroed, as the weights are saved beside it.
+        """
+        self.mask_now()
         packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in self._masks.items()}
         revived = {part.name: part.revived.tolist() for part in self.parts}
         return {

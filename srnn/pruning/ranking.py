@@ -8,17 +8,20 @@ copies (values, 64-bit indices and scratch), just when a large model has filled 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from srnn.formats import Structure
+from srnn.pruning.masking import has_triton
 from srnn.pruning.parts import PIECE, Piece
 
 Scorer = Callable[[Piece], Tensor]  # the scores of a piece's units, [U]
 _HELD_ON_GPU = 1 << 26  # scores: 256 MB beside a network of as much; computing them anew costs launches
-_GPU_BINS = 1 << 13  # of which a histogram fits the memory that threads share
+_GPU_BINS = 1 << 13  # of which torch's histogram fits the memory that threads share
+_KERNEL_BINS = 1 << 8  # our own counts by votes: 32 times as many would take 32 times as long
 _SORTED = 1 << 22  # of one bin: 64 MB
 BINS = 1 << 16  # half of the 32 bits of a score: two passes find it, and a histogram takes 0.5 MB
 
@@ -100,8 +103,8 @@ class Ranking:
         return max(float(scores.max()) for scores in self._scores())
 
     def count_at_least(self, epsilon: float) -> int:
-        """How many units reach a threshold."""
-        return sum(int((scores >= epsilon).sum()) for scores in self._scores())
+        """How many units reach a threshold, of at least 0."""
+        return sum(_count_at_least(scores, epsilon) for scores in self._scores())
 
     def _split(self, units: Tensor) -> Sequence[Tensor]:
         """Something of all units, by pieces."""
@@ -147,7 +150,7 @@ class Ranking:
         boundary = self.kth_smallest(self.units - count + 1)
         # All above the boundary stay, and as many of its equals as are still missing: a matrix of equal scores, such as
         # zeros, is cut to the exact count too.
-        left = count - sum(int((scores > boundary).sum()) for scores in self._scores())
+        left = count - sum(_count_at_least(scores, boundary, above=True) for scores in self._scores())
         kept = self._kept(boundary, left)
         if self._together is not None:
             self._set_all(self._split(next(kept)))
@@ -202,26 +205,53 @@ def _kth_by_bits(first: Iterator[Tensor], second: Iterator[Tensor], k: int) -> f
 
 
 def _kth_on_gpu(passes: Callable[[], Iterator[Tensor]], k: int, units: int) -> float:
-    """The same of so many: a histogram of 8192 bins, then those of one bin, sorted; of more than fit, two histograms.
+    """The same of so many: four histograms of 256 bins; without Triton one of 8192, then the scores of one bin, sorted.
 
     Each waits for the GPU once. Threads that count into one bin wait for each other. What is pruned, 90 % of all
     weights towards the end, would all fall into one: bins are of the bits less 1, which 0 and -1 lie below, and those
     are all that is in no bin.
     """
+    kernel = _has_kernel(next(passes()))
     first, base = 0, 0  # what is below, and the bits less 1 that it ends at
-    for shift in (18, 5, 0):
-        counts = _sum(_in_bins((_bits(scores) - (1 + base)) >> shift) for scores in passes()).cpu()
-        if shift == 18:
+    for number, shift in enumerate((23, 15, 7, 0) if kernel else (18, 5, 0)):
+        counts = _counts(passes(), 1 + base, shift)
+        if number == 0:
             first = units - int(counts.sum())
             if k <= first:
                 negative = int(_sum((scores < 0).sum() for scores in passes()))
                 return -1.0 if k <= negative else 0.0
         place, below = _bin_of(counts, k - first)
         first, base = first + below, base + (place << shift)
-        if shift == 18 and int(counts[place]) <= _SORTED:
+        if number == 0 and int(counts[place]) <= _SORTED and not kernel:
             bits = [bits[(bits - 1) >> shift == place] for bits in map(_bits, passes())]
             return float(torch.cat(bits).sort().values[k - first - 1].view(torch.float32))
     return float(torch.tensor([base + 1], dtype=torch.int32).view(torch.float32))
+
+
+def _has_kernel(scores: Tensor) -> bool:
+    return scores.is_cuda and scores.dtype == torch.float32 and has_triton()
+
+
+def _counts(several: Iterator[Tensor], base: int, shift: int) -> Tensor:
+    """How many scores have ``bits - base >> shift`` in each bin, int64 [bins] on the CPU; others are left out."""
+    first = next(several)
+    if not _has_kernel(first):
+        return _sum(_in_bins((_bits(scores) - base) >> shift) for scores in chain([first], several)).cpu()
+    from srnn.pruning.ranking_kernel import count_in_bins  # here, because Triton may be missing
+
+    counts = torch.zeros(_KERNEL_BINS, dtype=torch.int32, device=first.device)
+    for scores in chain([first], several):
+        count_in_bins(_bits(scores), base, shift, counts)
+    return counts.cpu().long()
+
+
+def _count_at_least(scores: Tensor, least: float, above: bool = False) -> int:
+    """How many scores reach a number of at least 0, or are above any."""
+    if not _has_kernel(scores):
+        return int((scores > least if above else scores >= least).sum())
+    # To add flags up, torch makes numbers of 8 bytes of them. As bits the order is the same.
+    base = int(np.float32(least).view(np.int32)) + above if least >= 0 else 0
+    return int(_counts(iter([scores]), base, 31)[0])
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:

@@ -1,7 +1,8 @@
-"""The report of a pruner: a row for each parameter, and for each gate of a recurrent one."""
+"""What came of pruning: a row for each parameter, and for each gate of a recurrent one; and what did not."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from srnn.cells import GATE_LETTERS
 from srnn.pruning.groups import Group
-from srnn.pruning.parts import Part, count
+from srnn.pruning.methods.base import PruningMethod
+from srnn.pruning.parts import Part, count, some_of
+from srnn.pruning.scope import in_a_scope
 
 
 @dataclass(frozen=True)
@@ -82,3 +85,29 @@ def nothing_left(parts: Sequence[Part], masks: Mapping[str, Tensor]) -> list[str
         named = zip(GATE_LETTERS[gates[name]], kept, strict=False)
         found += [f"{name}[{gate}]" for gate, left in named if not left] if any(kept) else [name]
     return found
+
+
+def warn_of_the_end(method: PruningMethod, itr: int, groups: Sequence[Group], masks: Mapping[str, Tensor]) -> None:
+    """Warn if the sparsity asked for was missed, and if nothing is left of a matrix or gate.
+
+    Args:
+        method: that pruned.
+        itr: the step it ended at.
+        groups: what it pruned.
+        masks: by the names of parameters.
+    """
+    for group in groups:
+        want, have = method.wanted(group), group.pruned
+        if want is not None and abs(have - want) > group.tolerance:
+            ended = "" if itr >= method.done_from else f" before step {method.done_from}"
+            warnings.warn(
+                f"pruning ended{ended} with {100 * have / group.size:.2f} % of the {group.name} weights at zero, "
+                f"and {100 * want / group.size:.2f} % were asked for.",
+                stacklevel=4,  # of whoever finalizes, through torch's no_grad
+            )
+    if method.updates and (empty := nothing_left([part for group in groups for part in group.parts], masks)):
+        warnings.warn(
+            f"pruning left no weight of {some_of(empty)}: nothing passes through them any more. "
+            f"Lower the sparsity, or give them a lower one of their own: {in_a_scope(empty[0])}.",
+            stacklevel=4,
+        )

@@ -66,7 +66,7 @@ def recurrence_of(dense, structure, values="fp16", cell="gru"):
     from srnn.sparse import SparseMatrix
 
     matrix = SparseMatrix.from_dense(dense, structure, values, {"gru": 3, "tanh": 1}[cell])
-    return Triton().recurrence(LayerWeights(cell, matrix, matrix), torch.device("cuda"), torch.float16)
+    return Triton()._launched(LayerWeights(cell, matrix, matrix), torch.device("cuda"), torch.float16)
 
 
 def microseconds(recurrence, streams, steps=256):

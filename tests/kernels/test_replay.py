@@ -11,7 +11,7 @@ from torch import nn
 from srnn.inference.sparsify import sparsify
 from srnn.kernels import replay
 from srnn.kernels.contract import Layer, equal_lengths
-from srnn.kernels.replay import MOST_MEMORY, MOST_SHAPES, RESTING, ReplayedLayer, nothing_recorded
+from srnn.kernels.replay import MOST_MEMORY, MOST_SHAPES, RESTING, ReplayedLayer, ReplayedRecurrence, nothing_recorded
 from tests.kernels.common import prune
 from tests.kernels.triton_cases import layer, on_gpu
 
@@ -183,6 +183,34 @@ def test_a_failure_is_told_of_before_a_replay(streams):
     call(ready, 5)
 
 
+def test_a_recurrence_is_replayed_too(streams):
+    """Its inputs may be columns of something larger; and what failed before is told of."""
+    calls, failed = [], []
+
+    def inner(u_NG, batch_sizes, state):
+        calls.append(len(u_NG))
+        return 2 * u_NG, state
+
+    def check():
+        if failed:
+            raise RuntimeError(failed.pop())
+
+    ready = ReplayedRecurrence(inner, layer("gru", 3, 4), torch.float32, check)
+    for index in range(6):
+        u_NG, state = torch.randn(12, 10).T, (torch.randn(2, 4),)
+        y, end = ready(u_NG, equal_lengths(5, 2), state)
+        assert y.equal(2 * u_NG)
+        assert end[0].equal(state[0])
+        if index == 1:
+            recorded = len(calls)
+    assert len(calls) == recorded
+    failed.append("gave up")
+    with pytest.raises(RuntimeError, match="gave up"):
+        ready(u_NG, equal_lengths(5, 2), state)
+    ready(u_NG[:3], torch.tensor([2, 1]), state)
+    assert calls[-1] == 3
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_a_module_knows_which_calls_may_be_recorded(batch_first):
     """Those of which all layers are replayed; the memory is that of the layer that takes most."""
@@ -243,6 +271,25 @@ def test_replays_are_the_calls(cell, height, streams):
     assert len(ready.replays.recorded) == 1
     for a, b in zip(got, wanted, strict=True):
         same(a, b)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize(("height", "streams"), [(1, 1), (16, 1), (16, 16)])
+def test_replays_of_a_recurrence_are_the_calls(height, streams):
+    """As networks with norms between their halves run it, piece by piece."""
+    ready = on_a_gpu(height=height).inner.recurrence
+    weights = ready.weights
+    wrapped = ReplayedRecurrence(ready, weights, torch.float16, ready.check)
+    u = torch.randn(streams * 60, 3 * 256, device="cuda", dtype=torch.float16)
+    state = (torch.zeros(streams, 256, device="cuda", dtype=torch.float16),)
+    whole, end = ready(u, equal_lengths(60, streams), state)
+    pieces = []
+    for piece in u.split(10 * streams):
+        y, state = wrapped(piece, equal_lengths(10, streams), state)
+        pieces.append(y)
+    assert len(wrapped.replays.recorded) == 1
+    same((torch.cat(pieces), state), (whole, end))
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ def test_precisions_of_fp32(precision, tiles, monkeypatch):
     """On tensor cores more values fit the registers."""
     use_chip(monkeypatch, processors=40)
     weights = layer("gru", 8, 300, 32, density=1.0)
-    assert Triton(precision).recurrence(weights, DEVICE, torch.float32).slices(9).plan.tiles == tiles
+    assert Triton(precision)._launched(weights, DEVICE, torch.float32).slices(9).plan.tiles == tiles
     check(weights, torch.float32, equal_lengths(2, 9), precision)
 
 
@@ -68,7 +68,7 @@ def test_many_streams_that_wait_in_vain_give_up_too(name, streams, height, hidde
     whole = getattr(kernels, name)
     dtype = torch.float32 if name == "recur_slices" else torch.float16
     weights = layer("gru", 64, hidden, height, density=0.1, values="fp32" if dtype == torch.float32 else "fp16")
-    recurrence = Triton().recurrence(weights, DEVICE, dtype)
+    recurrence = Triton()._launched(weights, DEVICE, dtype)
     u, sizes = torch.randn(5 * streams, 3 * hidden, device=DEVICE, dtype=dtype), equal_lengths(5, streams)
     state = (torch.zeros(streams, hidden, device=DEVICE, dtype=dtype),)
     monkeypatch.setattr(kernels, name, OneShort())

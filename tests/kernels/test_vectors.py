@@ -80,7 +80,7 @@ def test_programs_get_equal_shares():
 @on_gpu
 def test_a_kernel_that_waits_in_vain_gives_up_and_says_so():
     weights = layer("gru", 64, 500, density=0.1)
-    recurrence = Triton().recurrence(weights, DEVICE, torch.float32)
+    recurrence = Triton()._launched(weights, DEVICE, torch.float32)
     whole = recurrence.layout(1)
     programs = whole.plan.programs
     assert programs > 2

@@ -82,6 +82,37 @@ def check_resuming(name, stops):
         assert rows[0] == rows[1], itr
 
 
+@pytest.mark.parametrize("name", ["gradual", "gradual soft", "rigl", "cubic 4x1", "obd"])
+def test_to_save_at_each_step_changes_nothing(name):
+    ends = []
+    for saves in (True, False):
+        torch.manual_seed(3)
+        model = Net()
+        optimizer, pruner = start(name, model)
+        train(model, optimizer, pruner, STEPS, after=pruner.state_dict if saves else lambda: None)
+        ends.append(nn.utils.parameters_to_vector(model.parameters()))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_was_written_behind_torchs_back_is_not_saved(device):
+    """On a GPU a step looks through one parameter, in turn; nothing counts what is written to ``data``."""
+    torch.manual_seed(0)
+    model = nn.GRU(9, 11, 2).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    pruner = Pruner(model, "hard", 90, optimizer, sparsity=0.8, prune_itr=1)
+    for step in range(24):
+        optimizer.zero_grad()
+        model(torch.randn(5, 3, 9, device=device))[0].square().mean().backward()
+        optimizer.step()
+        pruner.step()
+        if step >= 12:
+            name = list(pruner.masks())[step % 4]
+            model.get_parameter(name).data += 1
+            weights, _ = model.state_dict(), pruner.state_dict()
+            assert not any(weights[name][~mask].any() for name, mask in pruner.masks().items())
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_checkpoint_grows_by_a_bit_a_weight(name):
     model = nn.GRU(128, 256)

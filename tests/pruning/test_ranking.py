@@ -8,6 +8,7 @@ from srnn.errors import UserError
 from srnn.pruning import Pruner, ranking
 from srnn.pruning.groups import Group
 from srnn.pruning.ranking import Ranking
+from tests.kernels.triton_cases import DEVICE, here
 
 
 def masks_of(monkeypatch, as_on_gpu, scores, zeros, soft, plain=False, sort=True):
@@ -59,3 +60,53 @@ def test_scores_of_all_refuse_what_has_diverged(monkeypatch, value):
     pruner.itr = pruner.method.updates[0] - 1
     with pytest.raises(UserError, match="weight_hh_l1 holds weights that are NaN or infinite"):
         pruner.step()
+
+
+@pytest.mark.gpu
+@here
+def test_bits_are_counted_as_by_hand():
+    from srnn.pruning.ranking_kernel import count_in_bins
+
+    generator = torch.Generator().manual_seed(0)
+    for size in (0, 1, 5000, 9000):
+        scores = torch.randn(size, generator=generator).abs()
+        scores[::3] = -1.0
+        scores[::7] = 0.0
+        scores[1:2] = torch.inf
+        bits = scores.view(torch.int32)
+        top = max(70_000, int(bits.max())) if size else 70_000
+        for base, shift in ((1, 23), (top - 70_000, 7), (top, 0), (0, 31)):
+            counts = torch.zeros(256, dtype=torch.int32, device=DEVICE)
+            count_in_bins(bits.to(DEVICE), base, shift, counts)
+            places = (bits[bits >= base].long() - base) >> shift
+            assert counts.cpu().equal(torch.bincount(places[places < 256], minlength=256).int())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("values", ["numbers", "equals", "pruned", "zeros"])
+def test_on_a_gpu_masks_and_thresholds_are_those_of_a_cpu(values):
+    """Of many units, and with fewer left than are to go."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(700, 900, generator=generator)
+    if values == "equals":
+        weights = (4 * weights).round() / 4
+    if values == "zeros":
+        weights[:, 1:] = 0
+    found = []
+    for device in ("cpu", "cuda"):
+        model = nn.Linear(900, 700)
+        with torch.no_grad():
+            model.weight.copy_(weights)
+        pruner = Pruner(model.to(device), "gradual", 100, sparsity=0.9)
+        (group,) = pruner.groups
+        if values == "pruned":
+            group.prune_to(500_000)
+        ranking = group.ranking()
+        ks = (1, 100_000, 315_000, 567_001, 630_000)
+        numbers = [ranking.kth_smallest(k) for k in ks]
+        numbers += [ranking.count_at_least(number) for number in numbers if number >= 0]
+        numbers += [ranking.count_at_least(0.3), ranking.keep_largest(63_000)]
+        found.append((numbers, group.parts[0].mask.cpu().clone()))
+    assert found[0][0] == found[1][0]
+    assert found[0][1].equal(found[1][1])
+    assert int(found[0][1].sum()) == 63_000

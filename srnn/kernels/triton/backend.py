@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from srnn.kernels.contract import Kernel, Layer, LayerWeights, State
-from srnn.kernels.replay import ReplayedLayer
+from srnn.kernels.contract import Kernel, Layer, LayerWeights, Recurrence, State
+from srnn.kernels.replay import ReplayedLayer, ReplayedRecurrence
 from srnn.kernels.triton.chip import chip_of, interpreted
 from srnn.kernels.triton.products.layout import TritonProduct
 from srnn.kernels.triton.recurrence import TritonRecurrence
@@ -30,8 +30,8 @@ def _missing() -> str | None:
 class Triton(Kernel):
     """A whole sequence in one launch, the weights on the chip.
 
-    Values of fp16, bf16 or fp32, sums in fp32; docs/kernels.md says what runs in which form. Layers are replayed as
-    CUDA graphs from the second call of a shape on, see ``ReplayedLayer``.
+    Values of fp16, bf16 or fp32, sums in fp32; docs/kernels.md says what runs in which form. Layers and
+    recurrences are replayed as CUDA graphs from the second call of a shape on, see ``ReplayedLayer``.
 
     Args:
         precision: of products of fp32 with several streams or many rows: ``tf32x3`` makes three of tf32 of one where
@@ -92,8 +92,12 @@ class Triton(Kernel):
         precision = "ieee" if self.precision == "tf32x3" else self.precision
         return TritonProduct(matrix.to(device), bias, dtype, precision, chip_of(device).tuning)
 
-    def recurrence(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> TritonRecurrence:
+    def recurrence(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Recurrence:
         """One launch a sequence."""
+        recurrence = self._launched(weights, device, dtype)
+        return ReplayedRecurrence(recurrence, weights, dtype, recurrence.check) if device.type == "cuda" else recurrence
+
+    def _launched(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> TritonRecurrence:
         return TritonRecurrence((self._laid_out(weights),), device, dtype, self.precision, chip_of(device))
 
     def _laid_out(self, weights: LayerWeights) -> LayerWeights:
@@ -107,7 +111,7 @@ class Triton(Kernel):
     def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """The product hands its outputs on in the order in which the recurrence reads them."""
         product = self.product(weights.w_ih, weights.input_bias, device, dtype)
-        return _replayed(_Layer(product, self.recurrence(weights, device, dtype)), (weights,), device)
+        return _replayed(_Layer(product, self._launched(weights, device, dtype)), (weights,), device)
 
     def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
         """In one launch, where weights are stored alike and both directions fit the device."""
