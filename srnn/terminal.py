@@ -79,19 +79,28 @@ def screen() -> Screen:
 def logged(path: Path, title: str, bar: bool) -> Iterator[None]:
     """Print into a file, and show nothing but progress, while inside: what a sweep's job prints nobody reads at once.
 
+    Warnings go into the file, and are shown with the title before them.
+
     Args:
         path: the file; what it holds stays.
         title: what stands before the progress.
         bar: whether a terminal may show it as a bar; not if several processes write to it.
     """
-    beside = _console()
+    beside, show = _console(), warnings.showwarning
+
+    def warn(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
+        text = warnings.formatwarning(message, category, filename, lineno)
+        console.print(text, end="", soft_wrap=True)
+        print(f"{title}: {text}", end="", file=sys.stderr)
+
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         _jobs.append(Screen(beside, f"{title}: ", bar and beside.is_terminal))
         console.instead = _console(file)
+        warnings.showwarning = warn  # type: ignore[assignment]
         try:
             yield
         finally:
-            console.instead = None
+            console.instead, warnings.showwarning = None, show
             _jobs.pop()
 
 

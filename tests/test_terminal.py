@@ -29,13 +29,14 @@ def test_what_a_job_of_a_sweep_prints_is_in_its_log(tmp_path, capsys):
     log = tmp_path / "log.txt"
     log.write_text("before\n")
     assert (screen().console, screen().title) == (console, "")
-    with logged(log, "job", bar=True):
+    with logged(log, "job", bar=True), warnings_in_words():
+        warnings.showwarning("Few weights.", UserWarning, terminal.__file__, 1)
         console.print("inside", style="bold")
         screen().console.print(f"{screen().title}step 1")
         assert not screen().bar, "there is no terminal"
     console.print("after")
-    assert log.read_text() == "before\ninside\n"
-    assert capsys.readouterr().out == "job: step 1\nafter\n"
+    assert log.read_text() == "before\nsrnn: Few weights.\ninside\n"
+    assert capsys.readouterr() == ("job: step 1\nafter\n", "job: srnn: Few weights.\n")
     assert screen().console is console
 
 
