@@ -13,7 +13,7 @@ from typing import Any
 
 from srnn import __version__
 from srnn.errors import UserError, did_you_mean, in_words
-from srnn.terminal import close_output, open_closed_streams, show_what_can_be_shown
+from srnn.terminal import close_output, open_closed_streams, show_what_can_be_shown, warnings_in_words
 
 COMMANDS = {
     "train": "train, prune, pack, measure, report (the default)",
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_what_can_be_shown()
     _pass_over_what_ends_imports()
     try:
-        with _no_interrupt_lost():
+        with _no_interrupt_lost(), warnings_in_words():
             return _dispatch(argv)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         close_output()

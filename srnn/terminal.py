@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -78,19 +79,28 @@ def screen() -> Screen:
 def logged(path: Path, title: str, bar: bool) -> Iterator[None]:
     """Print into a file, and show nothing but progress, while inside: what a sweep's job prints nobody reads at once.
 
+    Warnings go into the file, and are shown with the title before them.
+
     Args:
         path: the file; what it holds stays.
         title: what stands before the progress.
         bar: whether a terminal may show it as a bar; not if several processes write to it.
     """
-    beside = _console()
+    beside, show = _console(), warnings.showwarning
+
+    def warn(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
+        text = warnings.formatwarning(message, category, filename, lineno)
+        console.print(text, end="", soft_wrap=True)
+        print(f"{title}: {text}", end="", file=sys.stderr)
+
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         _jobs.append(Screen(beside, f"{title}: ", bar and beside.is_terminal))
         console.instead = _console(file)
+        warnings.showwarning = warn  # type: ignore[assignment]
         try:
             yield
         finally:
-            console.instead = None
+            console.instead, warnings.showwarning = None, show
             _jobs.pop()
 
 
@@ -117,6 +127,23 @@ def show_what_can_be_shown() -> None:
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) == "strict":
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+@contextmanager
+def warnings_in_words() -> Iterator[None]:
+    """Print warnings of this package as sentences while inside: from which line they come helps no user."""
+    before, package = warnings.formatwarning, f"{Path(__file__).parent}{os.sep}"
+
+    def told(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+        if filename.startswith(package):
+            return f"srnn: {message}\n"
+        return before(message, category, filename, lineno, line)
+
+    warnings.formatwarning = told
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def plural(count: int, word: str) -> str:

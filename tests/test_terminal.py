@@ -3,8 +3,13 @@
 import os
 import subprocess
 import sys
+import warnings
 
-from srnn.terminal import console, logged, screen
+import torch
+
+import srnn
+from srnn import terminal
+from srnn.terminal import console, logged, screen, warnings_in_words
 
 SAY = "from srnn.terminal import *; show_what_can_be_shown(); {}"
 
@@ -24,14 +29,27 @@ def test_what_a_job_of_a_sweep_prints_is_in_its_log(tmp_path, capsys):
     log = tmp_path / "log.txt"
     log.write_text("before\n")
     assert (screen().console, screen().title) == (console, "")
-    with logged(log, "job", bar=True):
+    with logged(log, "job", bar=True), warnings_in_words():
+        warnings.showwarning("Few weights.", UserWarning, terminal.__file__, 1)
         console.print("inside", style="bold")
         screen().console.print(f"{screen().title}step 1")
         assert not screen().bar, "there is no terminal"
     console.print("after")
-    assert log.read_text() == "before\ninside\n"
-    assert capsys.readouterr().out == "job: step 1\nafter\n"
+    assert log.read_text() == "before\nsrnn: Few weights.\ninside\n"
+    assert capsys.readouterr() == ("job: step 1\nafter\n", "job: srnn: Few weights.\n")
     assert screen().console is console
+
+
+def test_warnings_are_sentences_and_name_the_callers_line():
+    with warnings_in_words():
+        assert warnings.formatwarning("Few weights.", UserWarning, terminal.__file__, 1) == "srnn: Few weights.\n"
+        assert "elsewhere.py:1: UserWarning" in warnings.formatwarning("Few.", UserWarning, "elsewhere.py", 1)
+    assert "terminal.py:1: UserWarning" in warnings.formatwarning("Few.", UserWarning, terminal.__file__, 1)
+    pruner = srnn.Pruner(torch.nn.Linear(4, 4), "hard", 9, sparsity=0.5, prune_itr=8)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        pruner.finalize()
+    assert [(warning.filename, "were asked for" in str(warning.message)) for warning in told] == [(__file__, True)]
 
 
 def test_what_the_output_cannot_show_is_escaped():

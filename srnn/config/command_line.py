@@ -67,6 +67,7 @@ def check_command_line(argv: Sequence[str]) -> CommandLine:
     arguments, argv = _parse([_literal(word) for word in argv])
     overrides = [parse_override(text) for text in arguments.overrides]
     for override in overrides:
+        _check_given(override)
         _check_installed(override)
         if override.key_or_group == "experiment" and not override.is_sweep_override():
             check_choice(override)
@@ -189,6 +190,13 @@ def _folder_name(overrides: Sequence[Override]) -> str:
     readable = slug("_".join(shown))[:60].strip("-._")
     swept = " ".join(text for text, _ in ours).encode(errors="surrogateescape")
     return f"sweep_{readable}_{hashlib.sha256(swept).hexdigest()[:6]}"
+
+
+def _check_given(override: Override) -> None:
+    """Refuse an option without a value: a shell leaves that of a variable that is not set. Raises UserError."""
+    key, _, value = str(override.input_line).partition("=")
+    if not value and not override.is_delete():
+        raise UserError(f"{key}=: no value is given. {key}=null stands for none, and {key}=\"''\" for an empty text.")
 
 
 def _check_installed(override: Override) -> None:

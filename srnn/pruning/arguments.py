@@ -76,7 +76,7 @@ def check_state(
         warnings.warn(
             f"the pruning state is of a schedule that ends at step {state['done_from']}, and this one ends at step "
             f"{method.done_from}, as the run is of another length: from here on this one counts.",
-            stacklevel=3,
+            stacklevel=4,  # torch's decorator is between
         )
 
 

@@ -28,7 +28,7 @@ class OtherPruners:
             warnings.warn(
                 f"another Pruner or callback masks {some_of(both)}, too: together they zero more weights than either "
                 f"was asked for. Use one, with a scope for each part.",
-                stacklevel=3,
+                stacklevel=4,  # of ``Pruner.step``, and torch's decorator is between
             )
         for name, parameter in parameters.items():
             _last[parameter] = self

@@ -178,7 +178,7 @@ class RunProgress(ProgressBar):
         if not pruner.groups:
             return ""
         kind, epsilon = next(iter(pruner.thresholds.items()))
-        return f"  sparsity {100 * pruner.sparsity:.1f} %  threshold {epsilon:.4f} ({kind})"
+        return f"  sparsity {100 * pruner.sparsity:.1f} %  threshold {epsilon:.3g} ({kind})"
 
     def _stop(self) -> None:
         if self._progress is not None:
