@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,6 +122,15 @@ class RunFolder:
     def begun(self) -> bool:
         """Whether a run trained here, to its end or not."""
         return self.checkpoints.exists()
+
+    def warn_unless_finished(self, option: str) -> None:
+        """Warn, in the words of an option that names it, that this run has more to learn: it may be training still."""
+        if not self.finished:
+            warnings.warn(
+                f"{option}={self.path}: this run has not ended, so its best checkpoint until now is taken. "
+                f"`srnn resume {self.path}` goes on with it.",
+                stacklevel=3,
+            )
 
     def read_report(self) -> dict[str, Any]:
         """The report. Raises OSError if it is not there, UserError if it is damaged."""

@@ -29,7 +29,8 @@ OTHERS = {
 ADVICE = {
     "pruning": """Which one? Bits per character of the main job at 90 % zeros (dense: 2.53), and how
 many times as fast as the best dense one a GRU of 1024 units is on a CPU thread:
-  for the best score: pruning=cubic (2.68, 3.6x) or gradual (2.69, 3.6x)
+  for the best score: pruning=obd (2.61 by experiment=main_obd)
+  by magnitude:       pruning=cubic (2.68, 3.6x) or gradual (2.69, 3.6x)
   for speed:          pruning=cubic pruning.structure=16x1 (2.86, 11.6x)
 """,
 }
@@ -53,6 +54,8 @@ def main(
             console.print("srnn list others: what the options of no group mean; srnn list all: everything")
     elif name in ("all", "others"):
         console.print(Group(*map(_full, (*GROUPS, "others") if name == "all" else (name,))))
+    elif name in OTHERS:
+        console.print(_full("others", name))
     else:
         console.print(Group(*(_meanings(group, one) for group, one in _found(name))))
     return 0
@@ -87,11 +90,12 @@ def _menu(groups: Iterable[str]) -> Table:
     return table
 
 
-def _full(group: str) -> Table:
+def _full(group: str, only: str | None = None) -> Table:
     table = _table(_title(group), "name", "options = default (allowed)", "what and where from", lines=True)
     table.columns[1].ratio = 3
     for row in _rows(group):
-        table.add_row(*row)
+        if only in (None, row[0]):
+            table.add_row(*row)
     return table
 
 
@@ -103,7 +107,7 @@ def _found(name: str) -> list[tuple[str, str]]:
         return [(group, one)]
     found = [(group, name) for group in GROUPS if name in presets(group) and not equals]
     if not found:
-        names = [*GROUPS, "others", "all", *(name for group in GROUPS for name in presets(group))]
+        names = [*GROUPS, *OTHERS, "others", "all", *(name for group in GROUPS for name in presets(group))]
         raise UserError(f"list: {name}: no group or name.{did_you_mean(name, names)} `srnn list` shows all there are.")
     return found
 

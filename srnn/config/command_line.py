@@ -196,7 +196,7 @@ def _check_given(override: Override) -> None:
     """Refuse an option without a value: a shell leaves that of a variable that is not set. Raises UserError."""
     key, _, value = str(override.input_line).partition("=")
     if not value and not override.is_delete():
-        raise UserError(f"{key}=: no value is given. {key}=null stands for none, and {key}=\"''\" for an empty text.")
+        raise UserError(f"{key}=: no value is given. Leave it out for its default; null means none, where allowed.")
 
 
 def _check_installed(override: Override) -> None:

@@ -25,7 +25,7 @@ class ReportRow:
         layer_type: of its layer.
         weights: how many there are.
         zeros: how many of them are pruned.
-        threshold: of its group, at the last update; in the unit of the weights.
+        threshold: of its group, at the last update; in the unit of what ranks weights, as their magnitude.
         revived: how many weights came back, over all updates.
         structure: what is kept or zeroed as a whole.
         blocks: how many units it falls into.

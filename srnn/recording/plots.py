@@ -139,7 +139,7 @@ def _thresholds(metrics: dict[str, Points], phases: Mapping[str, int], path: Pat
             axes.plot(*points, label=name.removeprefix("threshold/"), marker=".", markersize=4)
     _mark_phases(axes, phases)
     # Embeddings' thresholds are ten times the recurrent ones.
-    axes.set(xlabel="step", ylabel="threshold epsilon", yscale="log", title="Threshold of each layer type")
+    axes.set(xlabel="step", ylabel="threshold epsilon", yscale="log", title="Thresholds")
     axes.legend(loc="lower right")
     return save_figure(figure, path)
 

@@ -80,6 +80,7 @@ def read_initial(path: str) -> Initial:
         found = [path for path in (run.best, run.packed) if path.is_file()]
         if not found:
             raise UserError(f"init_from={path}: this folder is no finished run: it has no best checkpoint.")
+        run.warn_unless_finished("init_from")
         file = found[0]
     if not file.is_file():
         raise UserError(f"init_from={path}: no such file; give a checkpoint, a packed file or a state_dict.")

@@ -132,10 +132,12 @@ def _read_network(given: str, data: DataModule) -> nn.Module:
         found = [file for file in (run.packed, run.best) if file.is_file()]
         if not found:
             raise UserError(f"distill.teacher={given}: this folder is no finished run: it has no packed file.")
+        run.warn_unless_finished("distill.teacher")
         path = found[0]
     if not path.is_file():
         raise UserError(
-            f"distill.teacher={given}: no such file; give a run's folder, one of its checkpoints, or a packed file."
+            f"distill.teacher={given}: no such file; give a run's folder, one of its checkpoints, or a packed file. A "
+            f"preset's first lines have the command that trains its teacher; distill.teacher=null learns without one."
         )
     if path.suffix == ".safetensors":
         packed = read(path)

@@ -348,6 +348,10 @@ def test_list_shows_the_options_of_no_component(capsys):
     assert "optimizer=sgd" in shown
     assert main(["list", "others"]) == 0
     assert "gradual" not in capsys.readouterr().out
+    assert main(["list", "distill"]) == 0
+    shown = capsys.readouterr().out
+    assert "temperature = 2.0" in shown
+    assert "init_from" not in shown
 
 
 def test_help(capsys):

@@ -21,6 +21,7 @@ from srnn.recording.report import run_beside
 from srnn.run_folder import RunFolder
 from srnn.training.cuda_graph import Graphed
 from srnn.training.preparing import prepare
+from srnn.training.start_from import read_initial
 from srnn.training.teaching import OwnTeacher, _each, teachers_of
 from tests.conftest import QUIET
 from tests.training.test_resume import RUN, check_same_run, interrupt_after
@@ -151,6 +152,14 @@ def test_who_cannot_teach(tmp_path, text_run, monkeypatch):
     ):
         with pytest.raises(UserError, match=words):
             prepare(compose_settings([*chosen, f"distill.teacher={teacher}"]))
+    shutil.copytree(text_run, unfinished := tmp_path / "unfinished")
+    for name in ("report.json", "model.safetensors"):
+        (unfinished / name).unlink()
+    told = "this run has not ended, so its best checkpoint until now is taken"
+    with pytest.warns(UserWarning, match=f"distill.teacher=.*unfinished: {told}"):
+        prepare(compose_settings([*QUIET, f"distill.teacher={unfinished}"]))
+    with pytest.warns(UserWarning, match=f"init_from=.*unfinished: {told}"):
+        read_initial(str(unfinished))
     with pytest.raises(UserError, match="self teaches alone"):
         teachers_of(["self", str(text_run)])
     settings = compose_settings([*QUIET, f"distill.teacher={text_run}"])
