@@ -7,6 +7,7 @@ h here and costs nothing to know. (Theis et al. 2018 take v itself, the diagonal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,15 @@ class OBD(Cubic):
     def _with_this_step(self, pruner: PrunerView, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Its own means of some parameters, with the gradients of this step."""
         finite = _are_finite([*parameters.values(), *_all_of(pruner.optimizers)]) if parameters else []
-        return {name: _next(self._own.get(name), parameter, finite) for name, parameter in parameters.items()}
+        means = {
+            # In fp32, as bfloat16 would round each small change away.
+            name: self._own[name].to(p.device) if name in self._own else torch.zeros_like(p, dtype=torch.float32)
+            for name, p in parameters.items()
+        }
+        for device in {mean.device for mean in means.values()}:
+            here = {name: mean for name, mean in means.items() if mean.device == device}
+            _take_in(here, {name: _gradient(parameters[name]) for name in here}, [each.to(device) for each in finite])
+        return means
 
     def _without(self, pruner: PrunerView) -> dict[str, nn.Parameter]:
         """The parameters of which no optimiser keeps a mean of squared gradients."""
@@ -109,28 +118,37 @@ def _all_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[nn.Parameter]:
     return [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
 
 
+def _gradient(parameter: nn.Parameter) -> Tensor | None:
+    """Its gradient, dense; None of a branch that was not taken."""
+    gradient = None if parameter.grad is None else parameter.grad.detach()
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
+
+
 def _are_finite(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """Whether all their gradients are, bool [], one answer a device; nobody waits for it.
 
     Where one is not, mixed precision skips the step, and a fused optimiser leaves the others as they were scaled.
     """
-    sums: dict[torch.device, list[Tensor]] = {}
+    places: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for parameter in dict.fromkeys(parameters):
         if parameter.grad is not None:
             gradient = parameter.grad.detach()
-            total = (gradient._values() if gradient.is_sparse else gradient).sum(dtype=torch.float32)
-            sums.setdefault(total.device, []).append(total)
-    return [torch.stack(each).isfinite().all() for each in sums.values()]
+            values = gradient._values() if gradient.is_sparse else gradient
+            if values.numel():
+                places.setdefault((values.device, values.dtype), []).append(values)
+    return [torch.stack(torch._foreach_norm(each, math.inf)).isfinite().all() for each in places.values()]
 
 
-def _next(before: Tensor | None, parameter: nn.Parameter, finite: Sequence[Tensor]) -> Tensor:
-    """A mean of squared gradients after one more step, if they are finite; in fp32, as bfloat16 would round each small
-    change away."""
-    mean = torch.zeros_like(parameter, dtype=torch.float32) if before is None else before.to(parameter.device)
-    if parameter.grad is None:  # of a branch that was not taken
-        return mean.mul_(DECAY)
-    gradient = parameter.grad.detach()
-    gradient = (gradient.to_dense() if gradient.is_sparse else gradient).float()
-    taken = torch.stack([each.to(mean.device) for each in finite]).all()
-    gradient = torch.where(taken, gradient, 0.0)
-    return mean.mul_(torch.where(taken, DECAY, 1.0)).addcmul_(gradient, gradient, value=1 - DECAY)
+def _take_in(means: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None], finite: Sequence[Tensor]) -> None:
+    """One more step for means of squared gradients, all on one device, if that step's gradients are finite.
+
+    For all of them at once, because a training loop on a GPU has no time for many launches.
+    """
+    if not finite:
+        return
+    taken = torch.stack(list(finite)).all()
+    torch._foreach_mul_(list(means.values()), torch.where(taken, DECAY, 1.0))
+    there = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    if there:
+        several = [torch.where(taken, gradient.float(), 0.0) for gradient in there.values()]
+        torch._foreach_addcmul_([means[name] for name in there], several, several, value=1 - DECAY)
