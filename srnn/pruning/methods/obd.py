@@ -66,9 +66,17 @@ class OBD(Cubic):
         self._own = self._with_this_step(pruner, left)
 
     def _with_this_step(self, pruner: PrunerView, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Its own means of some parameters, with the gradients of this step."""
-        finite = _are_finite([*parameters.values(), *_all_of(pruner.optimizers)]) if parameters else []
-        return {name: _next(self._own.get(name), parameter, finite) for name, parameter in parameters.items()}
+        """Its own means of some parameters, with the gradients of this step if all are finite.
+
+        Where one is not, mixed precision skips the step, and a fused optimiser leaves the others as they were scaled.
+        """
+        means = {name: _mean(self._own.get(name), parameter) for name, parameter in parameters.items()}
+        trained = dict.fromkeys([*parameters.values(), *_all_of(pruner.optimizers)])
+        finite = _are_finite([p.grad.detach() for p in trained if p.grad is not None]) if means else []
+        for device in {mean.device for mean in means.values()}:
+            here = [(mean, parameters[name].grad) for name, mean in means.items() if mean.device == device]
+            _take_in([(m, g.detach()) for m, g in here if g is not None], [m for m, g in here if g is None], finite)
+        return means
 
     def _without(self, pruner: PrunerView) -> dict[str, nn.Parameter]:
         """The parameters of which no optimiser keeps a mean of squared gradients."""
@@ -109,28 +117,36 @@ def _all_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[nn.Parameter]:
     return [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
 
 
-def _are_finite(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Whether all their gradients are, bool [], one answer a device; nobody waits for it.
+def _are_finite(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Whether all are, bool [], one answer a device; nobody waits for it."""
+    if not gradients:
+        return []
+    dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+    norms = torch._foreach_norm(dense, 2, dtype=torch.float32)  # one pass, and on a GPU one launch for all
+    return [torch.stack([n for n in norms if n.device == one]).isfinite().all() for one in {n.device for n in norms}]
 
-    Where one is not, mixed precision skips the step, and a fused optimiser leaves the others as they were scaled.
+
+def _mean(before: Tensor | None, parameter: nn.Parameter) -> Tensor:
+    """A mean of squared gradients, where it is to be taken further; in fp32: bfloat16 would lose each small change."""
+    return torch.zeros_like(parameter, dtype=torch.float32) if before is None else before.to(parameter.device)
+
+
+def _take_in(seen: Sequence[tuple[Tensor, Tensor]], unseen: list[Tensor], finite: Sequence[Tensor]) -> None:
+    """One more step of means on a device.
+
+    Args:
+        seen: means with their gradients.
+        unseen: means of branches that were not taken.
+        finite: whether the step counts, one answer a device.
     """
-    sums: dict[torch.device, list[Tensor]] = {}
-    for parameter in dict.fromkeys(parameters):
-        if parameter.grad is not None:
-            gradient = parameter.grad.detach()
-            total = (gradient._values() if gradient.is_sparse else gradient).sum(dtype=torch.float32)
-            sums.setdefault(total.device, []).append(total)
-    return [torch.stack(each).isfinite().all() for each in sums.values()]
-
-
-def _next(before: Tensor | None, parameter: nn.Parameter, finite: Sequence[Tensor]) -> Tensor:
-    """A mean of squared gradients after one more step, if they are finite; in fp32, as bfloat16 would round each small
-    change away."""
-    mean = torch.zeros_like(parameter, dtype=torch.float32) if before is None else before.to(parameter.device)
-    if parameter.grad is None:  # of a branch that was not taken
-        return mean.mul_(DECAY)
-    gradient = parameter.grad.detach()
-    gradient = (gradient.to_dense() if gradient.is_sparse else gradient).float()
-    taken = torch.stack([each.to(mean.device) for each in finite]).all()
-    gradient = torch.where(taken, gradient, 0.0)
-    return mean.mul_(torch.where(taken, DECAY, 1.0)).addcmul_(gradient, gradient, value=1 - DECAY)
+    if unseen:
+        torch._foreach_mul_(unseen, DECAY)
+    if not seen:
+        return
+    means = [mean for mean, _ in seen]
+    taken = torch.stack([each.to(means[0].device) for each in finite]).all()
+    gradients = [(g.to_dense() if g.is_sparse else g).float() for _, g in seen]
+    gradients = [torch.where(taken, gradient, 0.0) for gradient in gradients]
+    # A launch for all of them: this is done at each step.
+    torch._foreach_mul_(means, torch.where(taken, DECAY, 1.0).float())
+    torch._foreach_addcmul_(means, gradients, gradients, 1 - DECAY)
