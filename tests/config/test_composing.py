@@ -51,12 +51,9 @@ def test_a_preset_of_a_preset():
     settings = compose_settings(["experiment=ptb_medium_sparse", "pruning.sparsity=0.95"])
     medium = compose_settings(["experiment=ptb_medium"])
     assert settings.model == medium.model | {"dropout": 0.35, "embedding_dropout": 0.35}
-    assert (settings.optimizer, settings.dataset, settings.trainer) == (
-        medium.optimizer,
-        medium.dataset,
-        medium.trainer,
-    )
-    assert settings.pruning == medium.pruning | {"sparsity": 0.95}
+    assert settings.optimizer == medium.optimizer | {"lr_decay_after": 13}
+    assert (settings.dataset, settings.trainer) == (medium.dataset, medium.trainer)
+    assert (settings.pruning["name"], settings.pruning["sparsity"]) == ("obd", 0.95)
     assert (settings.distill.teacher, settings.distill.weight) == ("outputs/ptb_medium", 0.6)
 
 

@@ -56,8 +56,9 @@ def check_resuming(name, stops):
     files = {}
 
     def save():
+        """At each step: to ask for its state masks, and must change nothing, as those that go on ask no more."""
+        state = (model.state_dict(), optimizer.state_dict(), pruner.state_dict(), torch.get_rng_state())
         if pruner.itr in stops:
-            state = (model.state_dict(), optimizer.state_dict(), pruner.state_dict(), torch.get_rng_state())
             torch.save(state, files.setdefault(pruner.itr, io.BytesIO()))
 
     train(model, optimizer, pruner, STEPS, after=save)
@@ -80,18 +81,6 @@ def check_resuming(name, stops):
         assert resumed.thresholds == pruner.thresholds, itr
         rows = [[vars(row) for row in one.report()] for one in (pruner, resumed)]
         assert rows[0] == rows[1], itr
-
-
-@pytest.mark.parametrize("name", ["gradual", "gradual soft", "rigl", "cubic 4x1", "obd"])
-def test_to_save_at_each_step_changes_nothing(name):
-    ends = []
-    for saves in (True, False):
-        torch.manual_seed(3)
-        model = Net()
-        optimizer, pruner = start(name, model)
-        train(model, optimizer, pruner, STEPS, after=pruner.state_dict if saves else lambda: None)
-        ends.append(nn.utils.parameters_to_vector(model.parameters()))
-    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

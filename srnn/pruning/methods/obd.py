@@ -66,16 +66,16 @@ class OBD(Cubic):
         self._own = self._with_this_step(pruner, left)
 
     def _with_this_step(self, pruner: PrunerView, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Its own means of some parameters, with the gradients of this step if all are finite.
-
-        Where one is not, mixed precision skips the step, and a fused optimiser leaves the others as they were scaled.
-        """
-        means = {name: _mean(self._own.get(name), parameter) for name, parameter in parameters.items()}
-        trained = dict.fromkeys([*parameters.values(), *_all_of(pruner.optimizers)])
-        finite = _are_finite([p.grad.detach() for p in trained if p.grad is not None]) if means else []
+        """Its own means of some parameters, with the gradients of this step."""
+        finite = _are_finite([*parameters.values(), *_all_of(pruner.optimizers)]) if parameters else []
+        means = {
+            # In fp32, as bfloat16 would round each small change away.
+            name: self._own[name].to(p.device) if name in self._own else torch.zeros_like(p, dtype=torch.float32)
+            for name, p in parameters.items()
+        }
         for device in {mean.device for mean in means.values()}:
-            here = [(mean, parameters[name].grad) for name, mean in means.items() if mean.device == device]
-            _take_in([(m, g.detach()) for m, g in here if g is not None], [m for m, g in here if g is None], finite)
+            here = {name: mean for name, mean in means.items() if mean.device == device}
+            _take_in(here, {name: _gradient(parameters[name]) for name in here}, [each.to(device) for each in finite])
         return means
 
     def _without(self, pruner: PrunerView) -> dict[str, nn.Parameter]:
@@ -117,36 +117,39 @@ def _all_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[nn.Parameter]:
     return [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
 
 
-def _are_finite(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Whether all are, bool [], one answer a device; nobody waits for it."""
-    if not gradients:
-        return []
-    dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
-    norms = torch._foreach_norm(dense, 2, dtype=torch.float32)  # one pass, and on a GPU one launch for all
-    return [torch.stack([n for n in norms if n.device == one]).isfinite().all() for one in {n.device for n in norms}]
+def _gradient(parameter: nn.Parameter) -> Tensor | None:
+    """Its gradient, dense; None of a branch that was not taken."""
+    gradient = None if parameter.grad is None else parameter.grad.detach()
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
 
 
-def _mean(before: Tensor | None, parameter: nn.Parameter) -> Tensor:
-    """A mean of squared gradients, where it is to be taken further; in fp32: bfloat16 would lose each small change."""
-    return torch.zeros_like(parameter, dtype=torch.float32) if before is None else before.to(parameter.device)
+def _are_finite(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Whether all their gradients are, bool [], one answer a device; nobody waits for it.
 
-
-def _take_in(seen: Sequence[tuple[Tensor, Tensor]], unseen: list[Tensor], finite: Sequence[Tensor]) -> None:
-    """One more step of means on a device.
-
-    Args:
-        seen: means with their gradients.
-        unseen: means of branches that were not taken.
-        finite: whether the step counts, one answer a device.
+    Where one is not, mixed precision skips the step, and a fused optimiser leaves the others as they were scaled.
     """
-    if unseen:
-        torch._foreach_mul_(unseen, DECAY)
-    if not seen:
+    places: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter in dict.fromkeys(parameters):
+        if parameter.grad is not None:
+            gradient = parameter.grad.detach()
+            values = gradient._values() if gradient.is_sparse else gradient
+            if values.numel():
+                places.setdefault((values.device, values.dtype), []).append(values)
+    # The root of the sum of squares: on a CPU an eighth of the largest one's time.
+    norms = [torch.stack(torch._foreach_norm(each, 2, dtype=torch.float32)) for each in places.values()]
+    return [norm.isfinite().all() for norm in norms]
+
+
+def _take_in(means: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None], finite: Sequence[Tensor]) -> None:
+    """One more step for means of squared gradients, all on one device, if that step's gradients are finite.
+
+    For all of them at once, because a training loop on a GPU has no time for many launches.
+    """
+    if not finite:
         return
-    means = [mean for mean, _ in seen]
-    taken = torch.stack([each.to(means[0].device) for each in finite]).all()
-    gradients = [(g.to_dense() if g.is_sparse else g).float() for _, g in seen]
-    gradients = [torch.where(taken, gradient, 0.0) for gradient in gradients]
-    # A launch for all of them: this is done at each step.
-    torch._foreach_mul_(means, torch.where(taken, DECAY, 1.0).float())
-    torch._foreach_addcmul_(means, gradients, gradients, 1 - DECAY)
+    taken = torch.stack(list(finite)).all()
+    torch._foreach_mul_(list(means.values()), torch.where(taken, DECAY, 1.0))
+    there = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    if there:
+        several = [torch.where(taken, gradient.float(), 0.0) for gradient in there.values()]
+        torch._foreach_addcmul_([means[name] for name in there], several, several, value=1 - DECAY)
