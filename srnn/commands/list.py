@@ -29,7 +29,7 @@ OTHERS = {
 ADVICE = {
     "pruning": """Which one? Bits per character of the main job at 90 % zeros (dense: 2.53), and how
 many times as fast as the best dense one a GRU of 1024 units is on a CPU thread:
-  for the best score: pruning=obd (2.61 by experiment=main_obd)
+  for the best score: pruning=obd, as in experiment=main_obd
   by magnitude:       pruning=cubic (2.68, 3.6x) or gradual (2.69, 3.6x)
   for speed:          pruning=cubic pruning.structure=16x1 (2.86, 11.6x)
 """,
