@@ -195,7 +195,7 @@ def _folder_name(overrides: Sequence[Override]) -> str:
 def _check_given(override: Override) -> None:
     """Refuse an option without a value: a shell leaves that of a variable that is not set. Raises UserError."""
     key, _, value = str(override.input_line).partition("=")
-    if not value and not override.is_delete():
+    if not value.strip() and not override.is_delete():
         raise UserError(f"{key}=: no value is given. Leave it out for its default; null means none, where allowed.")
 
 

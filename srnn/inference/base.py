@@ -92,10 +92,10 @@ class SparseModule(nn.Module):
         return super().named_modules(*arguments, **options)
 
     def _give_out(self, for_good: bool = False) -> None:
-        """Its tensors go to others, who may write to them before the next call."""
-        given_out = self.__dict__.get("given_out")
-        if given_out is not None and not torch.compiler.is_compiling():
-            given_out.begin(for_good)
+        """Its tensors go to others, who may write to them before the next call of any that shares them."""
+        if self.__dict__.get("given_out") is not None and not torch.compiler.is_compiling():
+            for one in self._sharing():
+                one.given_out.begin(for_good, one is self)
 
     def follow(self) -> None:
         """Forget what was made of its tensors if others have written to them since."""
@@ -123,6 +123,10 @@ class SparseModule(nn.Module):
     def _own(self) -> None:
         for child in self._packed().values():
             child.owners.add(self)
+
+    def _sharing(self) -> set[SparseModule]:
+        """Itself, and those that hold one of its packed weights, too."""
+        return {self, *(owner for child in self._packed().values() for owner in child.owners)}
 
     def construction(self) -> tuple[type[nn.Module], dict[str, Any]]:
         """The class of torch's module that it stands for, and the arguments that make one."""
@@ -162,10 +166,8 @@ class SparseModule(nn.Module):
 
     def forget(self) -> None:
         """Drop what was made ready for calls, here and where weights are shared; the next ones make it anew."""
-        for child in self._packed().values():
-            for owner in child.owners:
-                owner._ready.clear()
-        self._ready.clear()
+        for one in self._sharing():
+            one._ready.clear()
 
     def kernel_named(self, name: str | None) -> Kernel:
         """A candidate of its kernel, or the kernel itself for None."""

@@ -25,15 +25,18 @@ class GivenOut:
     Attributes:
         seen: each tensor with its version, and a copy if it is a bias; nothing while no one else has them.
         for_good: the tensors, once one of them was read by its name: who has it may write to it at any time.
+        biases: whether its biases were given out, and not its packed weights alone, by a module that shares one.
     """
 
     def __init__(self, module: Any) -> None:
         self.module = module
         self.seen: list[tuple[Tensor, int, Tensor | None]] = []
         self.for_good: list[Tensor] = []
+        self.biases = False
 
-    def begin(self, for_good: bool) -> None:
+    def begin(self, for_good: bool, biases: bool) -> None:
         """From here on something may be written."""
+        self.biases |= biases
         for key in CALLS:
             self.module._ready.pop(key, None)
         if for_good:
@@ -53,7 +56,7 @@ class GivenOut:
         return [version(tensor) for tensor in self.for_good]
 
     def _look(self) -> list[tuple[Tensor, int, Tensor | None]]:
-        biases = {id(buffer) for buffer in self.module._buffers.values()}
+        biases = {id(buffer) for buffer in self.module._buffers.values()} if self.biases else set()
         return [(t, version(t), t.detach().clone() if id(t) in biases else None) for t in self.module.tensors()]
 
 
@@ -63,6 +66,8 @@ def version(tensor: Tensor) -> int:
 
 
 def _same(now: tuple[Tensor, int, Tensor | None], before: tuple[Tensor, int, Tensor | None]) -> bool:
-    if now[0] is not before[0] or now[1] != before[1] or now[2] is None or before[2] is None:
+    # A tensor that torch.export lets stand for others has no numbers, and a type of its own.
+    numbers = type(now[2]) is type(before[2]) is Tensor
+    if now[0] is not before[0] or now[1] != before[1] or not numbers or now[2] is None or before[2] is None:
         return now[0] is before[0] and now[1] == before[1]
     return torch.equal(now[2].view(torch.int32), before[2].view(torch.int32))  # bits: NaN is equal to itself

@@ -120,6 +120,7 @@ def test_every_choice_composes():
         (["init_from=[1]"], r"init_from=\[1\] must be str or null"),
         (["seed=x"], r"seed='x' must be int"),
         (["init_from="], r"init_from=: no value is given\. Leave it out for its default"),
+        (["init_from= "], r"init_from=: no value is given"),
         (["-m", "seed=0,1", "hydra.run.dir="], r"hydra\.run\.dir=: no value is given"),
         (["tracking.mode=off"], r"tracking\.mode='off' must be 'online' or 'offline' or 'disabled'"),
         (["model.hidden_size"], r"model\.hidden_size: not an override such as"),

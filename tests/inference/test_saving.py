@@ -150,6 +150,19 @@ def test_what_is_loaded_into_one_layer_is_run_by_another_that_shares_the_weight(
     torch.testing.assert_close(sparse[0](torch.arange(30)), 2 * rows)
 
 
+@pytest.mark.parametrize("written_by", [0, 1])
+def test_what_is_written_to_one_layers_weight_is_run_by_another_that_shares_it(written_by):
+    embedding, decoder = nn.Embedding(30, 16), nn.Linear(16, 30)
+    decoder.weight = embedding.weight
+    sparse = srnn.sparsify(pruned(nn.ModuleList([embedding, decoder])), kernel="csr")
+    inputs = torch.arange(30), torch.randn(2, 16)
+    before = [layer(x) for layer, x in zip(sparse, inputs, strict=True)]
+    sparse[written_by].weight_packed.values.mul_(2)
+    other = 1 - written_by
+    bias = decoder.bias.detach() if other else 0
+    torch.testing.assert_close(sparse[other](inputs[other]) - bias, 2 * (before[other] - bias))
+
+
 def test_what_is_no_network_or_has_no_values_is_a_sentence(tmp_path):
     holds_sparse = nn.Linear(4, 4)
     holds_sparse.register_buffer("adjacency", torch.eye(4).to_sparse())
