@@ -13,7 +13,7 @@ from torch import nn
 
 from srnn import PruningCallback
 from srnn.pruning import Pruner, callback, clipping
-from tests.kernels.triton_cases import DEVICE, here
+from tests.kernels.triton_cases import DEVICE, here, on_gpu
 
 SHAPES = [(70, 100), (5,), (4097,), (0, 3), (1,), (3, 8, 5)]  # less than a program's, more, and nothing
 
@@ -133,6 +133,7 @@ def test_where_it_cannot_be_done_at_once_a_loop_gets_the_same(monkeypatch, stops
 
 
 @pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}], ids=str)
 def test_on_a_gpu_training_is_what_it_is_with_masks_apart(monkeypatch, options):
     """To the bit where no clip binds; the masks too, which follow from the weights."""
@@ -149,6 +150,7 @@ def test_on_a_gpu_training_is_what_it_is_with_masks_apart(monkeypatch, options):
 
 
 @pytest.mark.gpu
+@on_gpu
 def test_on_a_gpu_a_loop_that_breaks_its_promise_still_has_zeros():
     torch.manual_seed(0)
     model = nn.GRU(17, 19).cuda()

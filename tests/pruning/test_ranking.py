@@ -8,7 +8,7 @@ from srnn.errors import UserError
 from srnn.pruning import Pruner, ranking
 from srnn.pruning.groups import Group
 from srnn.pruning.ranking import Ranking
-from tests.kernels.triton_cases import DEVICE, here
+from tests.kernels.triton_cases import DEVICE, here, on_gpu
 
 
 def masks_of(monkeypatch, as_on_gpu, scores, zeros, soft, plain=False, sort=True):
@@ -83,6 +83,7 @@ def test_bits_are_counted_as_by_hand():
 
 
 @pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("values", ["numbers", "equals", "pruned", "zeros"])
 def test_on_a_gpu_masks_and_thresholds_are_those_of_a_cpu(values):
     """Of many units, and with fewer left than are to go."""
