@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from srnn.errors import UserError
 from srnn.pruning.arguments import build_method, differing, unwrapped
@@ -153,10 +154,14 @@ class PruningCallback(pl.Callback):
         self._warn_of_half_pruned(trainer.checkpoint_callbacks)
         if self.pruner.groups and _only_clips(trainer, pl_module):
             # Nothing sees gradients before they are clipped: they are masked there, which saves a pass over them.
-            plugin = trainer.precision_plugin
-            clip = self._clip = self.pruner.clips()
-            by_norm = lambda optimizer, clip_val: clip(plugin.main_params(optimizer), clip_val)  # noqa: E731
-            vars(plugin)["clip_grad_by_norm"] = by_norm
+            self._take_clipping(trainer.precision_plugin, self.pruner.clips())
+
+    def _take_clipping(self, plugin: Precision, clip: MaskingClip) -> None:
+        def by_norm(optimizer: Optimizer, clip_val: float) -> None:
+            clip(plugin.main_params(optimizer), clip_val)
+
+        self._clip = clip
+        vars(plugin)["clip_grad_by_norm"] = by_norm
 
     def _give_clipping_back(self, trainer: pl.Trainer) -> None:
         if self._clip is not None:

@@ -1,6 +1,5 @@
 """Each method against its own definition, on weights that change at random."""
 
-import copy
 import math
 
 import pytest
@@ -305,103 +304,6 @@ def test_a_density_of_its_own_stays_out_of_the_budget():
     others = [group for group in pruner.groups if group is not own]
     left = sum(group.size - group.pruned for group in others)
     assert left == round(0.1 * sum(group.size for group in others))
-
-
-def test_obd_keeps_the_largest_by_adams_second_moments():
-    torch.manual_seed(0)
-    layer = nn.Linear(8, 6)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
-    pruner = Pruner(layer, "obd", 10, optimizer, sparsity=0.75, start_itr=1, end_itr=3, freq=1)
-    for _ in range(3):
-        weight = layer.weight.detach().clone()  # zeros where it is pruned, so that these are the smallest
-        layer.weight.grad = torch.randn(6, 8) * torch.logspace(-3, 3, 8)
-        optimizer.step()
-        weight = torch.where(weight != 0, layer.weight.detach(), 0.0)
-        squares = optimizer.state[layer.weight]["exp_avg_sq"].clone()
-        pruner.step()
-    loss = weight.square() * squares.sqrt()  # h w^2, twice what the loss rises by
-    assert (pruner.masks()["weight"].flatten() == (loss.flatten() >= loss.flatten().sort().values[36])).all()
-    by_size = weight.abs().flatten() >= weight.abs().flatten().sort().values[36]
-    assert (pruner.masks()["weight"].flatten() != by_size).any()
-
-
-def test_obd_keeps_a_mean_of_its_own_beside_an_optimizer_without_one():
-    torch.manual_seed(0)
-    layer, twin = nn.Linear(8, 6), nn.Linear(8, 6)
-    twin.load_state_dict(layer.state_dict())
-    adam = torch.optim.Adam(twin.parameters(), lr=0.0)
-    options = {"sparsity": 0.75, "start_itr": 5, "end_itr": 6, "freq": 1}
-    plain, reference = Pruner(layer, "obd", 10, **options), Pruner(twin, "obd", 10, adam, **options)
-    for _ in range(6):
-        layer.weight.grad = torch.randn(6, 8) * torch.logspace(-3, 3, 8)
-        twin.weight.grad = layer.weight.grad.clone()
-        adam.step()
-        plain.step(), reference.step()
-        if plain.itr == 3:
-            saved, weights = plain.state_dict(), copy.deepcopy(layer.state_dict())
-            (held,) = saved["method"].values()
-            before, layer = held.clone(), nn.Linear(8, 6)
-            layer.load_state_dict(weights)
-            plain = Pruner(layer, "obd", 10, **options)
-            plain.load_state_dict(saved)
-            assert torch.equal(plain.method.state_dict()["weight"], before)
-    assert torch.equal(held, before), "what was saved stays as it was"
-    assert not plain.method.state_dict(), "pruning is over"
-    same = (plain.masks()["weight"] == reference.masks()["weight"]).float().mean()
-    assert plain.reached()
-    assert same > 0.9
-    bare = Pruner(nn.Linear(8, 6), "obd", 10, **options)
-    with pytest.raises(UserError, match="no weight has any: call pruner"):
-        bare.step()
-    zeroed = nn.Linear(8, 6)
-    zeroed.weight.grad = torch.zeros_like(zeroed.weight)  # by zero_grad(set_to_none=False)
-    bare = Pruner(zeroed, "obd", 10, **options | {"start_itr": 1})
-    with pytest.raises(UserError, match="no weight has any: call pruner"):
-        bare.step()
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_obd_passes_over_a_step_that_mixed_precision_skips(fused):
-    layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-    optimizer = torch.optim.SGD(layers.parameters(), lr=0.0, fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    pruner = Pruner(layers, "obd", 10, optimizer, sparsity=0.5, start_itr=8, end_itr=9)
-    for step in range(4):
-        optimizer.zero_grad()
-        scaler.scale(sum(layer(torch.ones(1, 4)).sum() for layer in layers)).backward()
-        if step in (0, 2):  # a fused optimiser leaves the gradients of the others as they were scaled then
-            layers[1].bias.grad[1] = torch.inf
-        scaler.step(optimizer), scaler.update()
-        pruner.step()
-    for mean in pruner.method.state_dict().values():
-        torch.testing.assert_close(mean, torch.full((4, 4), 1 - 0.999**2))
-
-
-@pytest.mark.parametrize("adam", [False, True])
-def test_obd_with_branches_not_taken_sparse_gradients_and_bfloat16(adam):
-    torch.manual_seed(0)
-    network = nn.ModuleDict({"used": nn.Linear(8, 8), "unused": nn.Linear(8, 8)})
-    optimizer = torch.optim.Adam(network.parameters(), 0.01) if adam else torch.optim.SGD(network.parameters(), 0.01)
-    pruner = Pruner(network, "obd", 10, optimizer, sparsity=0.5, start_itr=1, end_itr=4, freq=1)
-    for _ in range(5):
-        optimizer.zero_grad()
-        network["used"](torch.randn(4, 8)).square().mean().backward()
-        optimizer.step()
-        pruner.step()
-    assert pruner.reached()
-    assert pruner.sparsities()["unused.weight"] > pruner.sparsities()["used.weight"]
-    embedding = nn.Embedding(20, 8, sparse=True)
-    pruner = Pruner(embedding, "obd", 10, sparsity=0.5, start_itr=1, end_itr=4, freq=1)
-    for _ in range(5):
-        embedding(torch.tensor([1, 2])).sum().backward()
-        pruner.step()
-    assert pruner.masks()["weight"][1:3].all()
-    layer = nn.Linear(4, 4).bfloat16()
-    layer.weight.grad = torch.ones_like(layer.weight)
-    pruner = Pruner(layer, "obd", 2000, sparsity=0.5, start_itr=1500, end_itr=1600)
-    for _ in range(1000):
-        pruner.step()
-    torch.testing.assert_close(pruner.method.state_dict()["weight"], torch.full((4, 4), 1 - 0.999**1000))
 
 
 METHODS = {"gradual": Gradual, "block": Block, "cubic": Cubic, "hard": Hard, "random": Random, "rigl": RigL}
