@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from srnn.errors import UserError
 from srnn.formats import Structure
+from srnn.pruning.cutting import MOST_UNITS, Cut, GpuCut, Row
+from srnn.pruning.masking import has_triton
 from srnn.pruning.parts import Part, Piece, count
 from srnn.pruning.ranking import Ranking, Scorer
 from srnn.pruning.scores import Score, unit_scores
@@ -47,10 +51,10 @@ class Group:
         structure: what is kept or zeroed as a whole.
         score: what stands for a block.
         keep_diagonal: the recurrent diagonal stays.
-        epsilon: the threshold of the last update.
         target: how many weights have to be zero in the end; 0 where no sparsity is asked for.
         importance: what a method ranks weights by: piece -> [G, R, C], at least 0.
         soft: whether pruned weights are ranked by their values, and not always last.
+        waited: seconds that its updates waited for what a GPU had been given before.
 
     Raises:
         UserError: N:M or the diagonal keep more than the sparsity allows.
@@ -63,10 +67,12 @@ class Group:
     structure: Structure
     score: Score = "max"
     keep_diagonal: bool = False
-    epsilon: float = 0.0
     target: int = 0
     importance: Callable[[Piece], Tensor] = magnitude
     soft: bool = False
+    waited: float = field(default=0.0, init=False, repr=False)
+    _epsilon: float | Tensor = field(default=0.0, init=False, repr=False)  # on a GPU until somebody asks
+    _gpu_cut: GpuCut = field(default_factory=GpuCut, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._unchecked: list[tuple[Piece, Tensor]] = []  # the largest scores of pieces on a GPU
@@ -75,6 +81,18 @@ class Group:
         if self.sparsity is not None:
             self.target = self.zeros_for(self.sparsity)
             self._check_target()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_epsilon": self.epsilon}
+
+    @property
+    def epsilon(self) -> float:
+        """The threshold of the last update. Waits for a GPU that has not found it yet."""
+        return float(self._epsilon)
+
+    @epsilon.setter
+    def epsilon(self, value: float | Tensor) -> None:
+        self._epsilon = value
 
     @property
     def size(self) -> int:
@@ -113,18 +131,53 @@ class Group:
         Raises:
             UserError: a weight is infinite or NaN.
         """
-        if scorer is None:
-            self._unchecked.clear()
-            plain = self._is_plain()
-            found = Ranking(self.pieces, self.structure, self._scores, self._scores_of_all if plain else None)
-            if not (plain and found.held):
-                self._check_finite()
-            return found
-        return Ranking(self.pieces, self.structure, lambda piece: self._protect(piece, scorer(piece)))
+        self._wait()
+        if scorer is not None:
+            return Ranking(self.pieces, self.structure, lambda piece: self._protect(piece, scorer(piece)))
+        found = self._ranking()
+        self._refuse_infinite()
+        return found
+
+    def _ranking(self) -> Ranking:
+        """By importance, of weights that nobody has looked at yet."""
+        self._unchecked.clear()
+        return Ranking(self.pieces, self.structure, self._scores)
+
+    def _wait(self) -> None:
+        """For what GPUs were given before, which is not this group's."""
+        began = time.perf_counter()
+        for device in {part.mask.device for part in self.parts if part.mask.is_cuda}:
+            torch.cuda.synchronize(device)
+        self.waited += time.perf_counter() - began
 
     def prune_to(self, zeros: int) -> None:
         """Prune the smallest units until ``zeros`` weights are pruned, to the nearest unit; sets the threshold."""
-        self.set_epsilon(self.ranking().prune(zeros))
+        self.cut(Cut(zeros))
+
+    def cut(self, cut: Cut) -> None:
+        """Set masks and threshold. A GPU does it in its own time, but for the last blocks that are smaller than others.
+
+        Raises:
+            UserError: a weight is infinite or NaN; ``check`` tells what a GPU finds in its own time.
+        """
+        rows = self._plain_rows()
+        if rows:
+            self.epsilon = self._gpu_cut(rows, True, self.size - cut.zeros, cut, self._epsilon)
+            return
+        ranking = self._ranking()
+        if ranking.is_cut_on_gpu():
+            self._gpu_cut.tell(torch.stack([largest for _, largest in self._unchecked]))
+        else:
+            self._wait()
+            self._refuse_infinite()
+        self.epsilon = ranking.cut(cut, self._epsilon, self._gpu_cut)
+
+    def check(self) -> None:
+        """Raise UserError if a weight was infinite or NaN at an earlier cut, as far as that is known by now."""
+        if self._gpu_cut.found_infinite():
+            self._ranking()
+            self._refuse_infinite()
+            _refuse_infinite(self.pieces[:1], torch.tensor([math.nan]))  # by now it is gone
 
     def set_epsilon(self, smallest_kept: float) -> None:
         """Take the smallest score kept for the threshold, unless all that is kept had to be."""
@@ -146,25 +199,24 @@ class Group:
                 scores = torch.addcmul(kept - 1, scores, kept)  # -1 where pruned; 7x faster than masked_fill
         return self._protect(piece, scores)
 
-    def _is_plain(self) -> bool:
-        """Whether single weights on one GPU are ranked by their magnitudes, and none of them is protected."""
-        weights = [part.parameter for part in self.parts]
-        alike = all(w.is_cuda and (w.dtype, w.device) == (weights[0].dtype, weights[0].device) for w in weights)
-        free = self.structure.block == 1 and not (self.structure.of or self.keep_diagonal)
-        return alike and free and self.importance is magnitude
+    def _plain_rows(self) -> list[Row]:
+        """All units, where they are single weights in fp32 on one GPU, ranked by magnitude, and none is protected."""
+        plain = self.structure.block == 1 and not (self.structure.of or self.keep_diagonal)
+        if not plain or self.importance is not magnitude or self.size > MOST_UNITS or not has_triton():
+            return []
+        home = self.parts[0].parameter.device
+        weights = [part.parameter.detach() for part in self.parts]
+        alike = all(w.is_cuda and w.device == home and w.dtype == torch.float32 and w.is_contiguous() for w in weights)
+        if not alike or not all(part.mask.device == home for part in self.parts):
+            return []
+        rows: list[Row] = []
+        for part, weight in zip(self.parts, weights, strict=True):
+            mask = part.of(part.mask)
+            rows.append((part.of(weight), None if self.soft else mask, mask))  # by its value, or last
+        return rows
 
-    def _scores_of_all(self, pieces: Sequence[Piece]) -> Tensor:
-        """As ``_scores``, of plain pieces in one tensor: some launches, not some for each piece."""
-        scores = torch.cat(torch._foreach_abs([piece.weight.flatten() for piece in pieces]))
-        if not math.isfinite(float(scores.max())):
-            _refuse_infinite(list(pieces), torch.stack([piece.weight.abs().max() for piece in pieces]))
-        if not self.soft:
-            pruned = torch.cat([piece.mask.flatten() for piece in pieces]).logical_not_()
-            scores.masked_fill_(pruned, -1)
-        return scores
-
-    def _check_finite(self) -> None:
-        """Of pieces on a GPU, all together."""
+    def _refuse_infinite(self) -> None:
+        """Raise UserError if a weight on a GPU is infinite or NaN."""
         pieces = [piece for piece in self.pieces if piece.part.parameter.is_cuda]
         if pieces and not self._unchecked:  # the ranking computes scores as it needs them
             for piece in pieces:

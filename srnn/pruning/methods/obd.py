@@ -41,6 +41,7 @@ class OBD(Cubic):
         super().__post_init__()
         self._own: dict[str, Tensor] = {}  # parameter name -> a mean of squared gradients, where no optimiser has one
         self._moments: dict[str, Tensor] = {}  # what an update ranks by
+        self._has_looked = False  # whether there are gradients
 
     def before_update(self, pruner: PrunerView) -> None:
         """Look up the means of squared gradients; in the first step its own are those of this step.
@@ -52,8 +53,9 @@ class OBD(Cubic):
         new = self._with_this_step(pruner, {name: p for name, p in left.items() if name not in self._own})
         own = {name: self._own[name].to(p.device) if name in self._own else new[name] for name, p in left.items()}
         self._moments = {**_of_optimizers(pruner), **own}
-        if not any(bool(moment.any()) for moment in self._moments.values()):
+        if not self._has_looked and not any(bool(moment.any()) for moment in self._moments.values()):
             raise _no_gradients()  # they were set to zero: all scores would be, too
+        self._has_looked = True  # once: a GPU is waited for
 
     def after_masks(self, pruner: PrunerView) -> None:
         """Take in the step's gradients, and let go of what is the optimiser's.
