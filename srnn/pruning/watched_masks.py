@@ -24,8 +24,8 @@ class WatchedMasks:
     gradients are not masked, or where an optimiser mixes elements. So all is masked when masks have changed; and
     looked through at the steps after, zeroing what is found, until one look is known to have found nothing. The device
     says so in its own time, and nobody waits for it. From then on one parameter every few steps is looked through, in
-    turn, and all of them where weights or gradients were written more or fewer times than at the step before: by
-    someone who sets weights, or a loop that begins to add noise. Once anything was found, all is masked at each step, for good.
+    turn. All of them are, where weights or gradients were written more or fewer times than at the step before: by
+    someone who sets weights, or a loop that begins to add noise. Once anything was found, all is masked at each step.
 
     Attributes:
         leaks: whether something was found.
