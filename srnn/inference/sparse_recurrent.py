@@ -21,7 +21,8 @@ from srnn.inference.base import TORCH, SparseModule, Weights, marks_of, no_grad,
 from srnn.inference.one_call import OneCall
 from srnn.inference.usual_calls import UsualSequences
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, State, equal_lengths
-from srnn.kernels.replay import Recordable, ReplayedLayer, Replays
+from srnn.kernels.replay import Recordable, Replays
+from srnn.kernels.replayed import ReplayedLayer
 from srnn.models.stepping import one_stream, with_a_stream
 
 
@@ -198,14 +199,16 @@ class SparseRecurrent(SparseModule):
         for part in given:  # a generator would take longer than all of it
             if type(part) is not Tensor or (asked and part.requires_grad):
                 return None
+        replays: Replays = self._ready.get("replays") or self._ready.setdefault("replays", Replays())
+        done = replays.again(kind, given)
+        if done is None:
 
-        def run(given: list[Tensor]) -> list[Tensor]:
-            x, *state = given
-            y, after = plain(x, (tuple(state) if lstm else state[0]) if state else None)
-            return [y, *after] if lstm else [y, after]
+            def run(given: list[Tensor]) -> list[Tensor]:
+                x, *state = given
+                y, after = plain(x, (tuple(state) if lstm else state[0]) if state else None)
+                return [y, *after] if lstm else [y, after]
 
-        replays = self._ready.get("replays") or self._ready.setdefault("replays", Replays())
-        done = replays(kind, given, run, lambda: self._recordable(kind, input))
+            done = replays(kind, given, run, lambda: self._recordable(kind, input))
         return None if done is None else (done[0], tuple(done[1:]) if lstm else done[1])
 
     def _recordable(self, kind: Any, input: Tensor) -> Recordable | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from srnn.pruning.masking import Launches, RecentLaunches, blocks_of, put
 
-Row = tuple[Tensor, Tensor | None, Tensor]  # scores or weights, fp32, the mask of weights, and where new ones go
+UnitRow = tuple[Tensor, Tensor | None, Tensor]  # scores or weights, fp32, the mask of weights, and where new ones go
 MOST_UNITS = 1 << 30  # counted in 32 bits
 
 
@@ -73,7 +73,7 @@ class GpuCut:
         self._flags[:] = 0
         return True
 
-    def __call__(self, rows: Sequence[Row], plain: bool, keep: int, cut: Cut, before: float | Tensor) -> Tensor:
+    def __call__(self, rows: Sequence[UnitRow], plain: bool, keep: int, cut: Cut, before: float | Tensor) -> Tensor:
         """Write new masks.
 
         Args:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 CUT_BLOCK = 4096  # scores at a time
-BINS = 256
+CUT_BINS = 256
 SHIFTS = (23, 15, 7, 0)  # of the passes
 _PROGRAMS = 264  # two for each multiprocessor of an H100 or H200; each goes through many blocks
 _WARPS = 8
@@ -232,15 +232,15 @@ def launches(
     """
     device, count = wanted.device, len(blocks[1])
     searches = torch.zeros(2, FIELDS.value, dtype=torch.int32, device=device)
-    counts = torch.zeros(2 * BINS + 2, dtype=torch.int32, device=device)
+    counts = torch.zeros(2 * CUT_BINS + 2, dtype=torch.int32, device=device)
     decision = torch.zeros(DECISION.value, dtype=torch.int32, device=device)
     equals = torch.zeros(count, dtype=torch.int32, device=device)
     grid = (min(_PROGRAMS, count),)
     for shift in SHIFTS:
         now = shift, int(shift == SHIFTS[0])
-        yield partial(_on, device, count_bins, grid, *blocks, count, searches, counts, *now, plain, BINS, CUT_BLOCK)
+        yield partial(_on, device, count_bins, grid, *blocks, count, searches, counts, *now, plain, CUT_BINS, CUT_BLOCK)
         picked = searches, counts, wanted, units, decision, epsilon, broken
-        yield partial(_on, device, pick_bins, (1,), *picked, *now, plain, BINS)
+        yield partial(_on, device, pick_bins, (1,), *picked, *now, plain, CUT_BINS)
     yield partial(_on, device, count_equals, (count,), *blocks, decision, equals, plain, CUT_BLOCK)
     yield partial(_on, device, add_up, (1,), decision, equals, count, CUT_BLOCK)
     yield partial(_on, device, write_masks, (count,), *blocks, decision, equals, plain, CUT_BLOCK)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from srnn.errors import UserError
 from srnn.formats import Structure
-from srnn.pruning.cutting import MOST_UNITS, Cut, GpuCut, Row
+from srnn.pruning.cutting import MOST_UNITS, Cut, GpuCut, UnitRow
 from srnn.pruning.masking import has_triton
 from srnn.pruning.parts import Part, Piece, count
 from srnn.pruning.ranking import Ranking, Scorer
@@ -199,7 +199,7 @@ class Group:
                 scores = torch.addcmul(kept - 1, scores, kept)  # -1 where pruned; 7x faster than masked_fill
         return self._protect(piece, scores)
 
-    def _plain_rows(self) -> list[Row]:
+    def _plain_rows(self) -> list[UnitRow]:
         """All units, where they are single weights in fp32 on one GPU, ranked by magnitude, and none is protected."""
         plain = self.structure.block == 1 and not (self.structure.of or self.keep_diagonal)
         if not plain or self.importance is not magnitude or self.size > MOST_UNITS or not has_triton():
@@ -209,7 +209,7 @@ class Group:
         alike = all(w.is_cuda and w.device == home and w.dtype == torch.float32 and w.is_contiguous() for w in weights)
         if not alike or not all(part.mask.device == home for part in self.parts):
             return []
-        rows: list[Row] = []
+        rows: list[UnitRow] = []
         for part, weight in zip(self.parts, weights, strict=True):
             mask = part.of(part.mask)
             rows.append((part.of(weight), None if self.soft else mask, mask))  # by its value, or last
