@@ -103,8 +103,8 @@ class _Recording:
 class Replays:
     """Calls of a function of tensors, from the second of a shape on as replays of a CUDA graph.
 
-    Calls inside a capture and under autocast, and those for which there is no room, are left to the caller. Settings
-    such as ``torch.set_float32_matmul_precision`` hold as they were when a shape was recorded.
+    Calls inside a capture or a trace, those under autocast, and those for which there is no room, are left to the
+    caller. Settings such as ``torch.set_float32_matmul_precision`` hold as they were when a shape was recorded.
     """
 
     def __init__(self) -> None:
@@ -226,8 +226,9 @@ def _key(kind: Any, given: list[Tensor]) -> Any:
 
 
 def _is_plain() -> bool:
-    """Whether calls of this thread are neither captured nor under autocast."""
-    return not (torch.cuda.is_current_stream_capturing() or torch.is_autocast_enabled("cuda"))
+    """Whether calls of this thread are neither captured, traced, nor under autocast."""
+    others = torch.is_autocast_enabled("cuda") or torch.jit.is_tracing()
+    return not (others or torch.cuda.is_current_stream_capturing())
 
 
 def _may_record() -> bool:
