@@ -114,25 +114,31 @@ class GraphCopies:
             self._out = [(nodes[inner, outer], inner, size) for inner, outer, size in outputs]
         except KeyError as error:
             raise RuntimeError(f"no node of the graph copies from and to {error}") from error
-        self._set_to = [outer for outer, _, _ in inputs] + [outer for _, outer, _ in outputs]
+        self._given = [outer for outer, _, _ in inputs]
+        self._taken = [outer for _, outer, _ in outputs]
 
-    def aim(self, given: Sequence[Tensor], taken: Sequence[Tensor]) -> None:
-        """Let the next replays read and write these.
+    def read_from(self, tensors: Sequence[Tensor]) -> None:
+        """Let the next replays take their inputs from these, which are contiguous. Raises GraphRefusedError."""
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if addresses == self._given:
+            return
+        self._given = []
+        with torch.cuda.device(tensors[0].get_device()):
+            for address, (node, inner, size) in zip(addresses, self._in, strict=True):
+                _must(self._set(self._run, node, inner, address, size, _ON_DEVICE))
+        self._given = addresses
 
-        Args:
-            given: the inputs, contiguous.
-            taken: for the outputs, whose elements lie as those of the first ones did.
+    def write_to(self, tensors: Sequence[Tensor]) -> None:
+        """Let the next replays leave their outputs in these, whose elements lie as those of the first ones did.
 
         Raises:
             GraphRefusedError: see there.
         """
-        addresses = [tensor.data_ptr() for tensor in (*given, *taken)]
-        if addresses == self._set_to:
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if addresses == self._taken:
             return
-        self._set_to = []
-        with torch.cuda.device(given[0].get_device()):
-            for address, (node, inner, size) in zip(addresses, self._in, strict=False):
-                _must(self._set(self._run, node, inner, address, size, _ON_DEVICE))
-            for address, (node, inner, size) in zip(addresses[len(given) :], self._out, strict=True):
+        self._taken = []
+        with torch.cuda.device(tensors[0].get_device()):
+            for address, (node, inner, size) in zip(addresses, self._out, strict=True):
                 _must(self._set(self._run, node, address, inner, size, _ON_DEVICE))
-        self._set_to = addresses
+        self._taken = addresses

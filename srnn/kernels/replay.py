@@ -23,7 +23,7 @@ from srnn.kernels.graph_copies import GraphCopies, GraphRefusedError
 _log = logging.getLogger("srnn.kernels")
 
 MOST_SHAPES = 8  # of a module or layer; further ones run as they are
-MOST_MEMORY = 256 << 20  # bytes of the largest recording of a module or layer, which the others share
+MOST_MEMORY = 256 << 20  # bytes of all recordings of a module or layer
 RESTING = 1000  # calls after which a shape that was not among them makes room for another
 _SEEN = 64  # shapes that are remembered until they come again
 
@@ -84,6 +84,7 @@ class _Recording:
         like: tensors without memory, of the shapes and strides of the outputs.
         checks: called before each replay.
         last: the call that used it last.
+        next: memory for the next outputs, and the stream it belongs to: made while the GPU works, which else waits.
     """
 
     graph: Any
@@ -91,12 +92,28 @@ class _Recording:
     like: list[Tensor]
     checks: tuple[Callable[[], None], ...] = ()
     last: int = 0
+    next: tuple[list[Tensor], int] | None = None
 
-    def replay(self, given: list[Tensor]) -> list[Tensor]:
-        """The outputs for these inputs, on the current stream."""
-        outputs = [torch.empty_like(part) for part in self.like]
-        self.copies.aim(given, outputs)
+    @property
+    def own(self) -> int:
+        """Bytes that it does not share."""
+        return sum(part.numel() * part.itemsize for part in self.like)
+
+    def replay(self, given: list[Tensor], raw: int) -> list[Tensor]:
+        """The outputs for these inputs, on the current stream, whose address is given too."""
+        outputs, stream = self.next or ([], -1)
+        if stream != raw:
+            outputs = self._prepare()
+        self.next = None
+        self.copies.read_from(given)
         self.graph.replay()
+        self.next = self._prepare(), raw
+        return outputs
+
+    def _prepare(self) -> list[Tensor]:
+        with torch.inference_mode(False):  # which the next call may not be in
+            outputs = [torch.empty_like(part) for part in self.like]
+        self.copies.write_to(outputs)
         return outputs
 
 
@@ -167,7 +184,7 @@ class Replays:
                 stream.wait_event(self._done)
             self._stream, self._raw_stream = stream, raw
         try:
-            outputs = one.replay([part if part.is_contiguous() else part.contiguous() for part in given])
+            outputs = one.replay([part if part.is_contiguous() else part.contiguous() for part in given], raw)
         except GraphRefusedError as error:
             self._leave(key, given, error)
             return None
@@ -213,12 +230,16 @@ class Replays:
         """Drop what has rested until one of so many bytes fits. Whether it does: all share what the largest takes."""
         if memory > MOST_MEMORY:
             return False
-        while len(self.recorded) >= MOST_SHAPES:
-            oldest = min(self.recorded, key=lambda key: self.recorded[key].last)
-            if self._calls - self.recorded[oldest].last <= RESTING:
+        while len(self.recorded) >= MOST_SHAPES or self._taken() + memory > MOST_MEMORY:
+            oldest = min(self.recorded, key=lambda key: self.recorded[key].last, default=None)
+            if oldest is None or self._calls - self.recorded[oldest].last <= RESTING:
                 return False
             del self.recorded[oldest]
         return True
+
+    def _taken(self) -> int:
+        """Bytes that recordings do not share."""
+        return sum(one.own for one in self.recorded.values())
 
 
 def _key(kind: Any, given: list[Tensor]) -> Any:

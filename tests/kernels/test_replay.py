@@ -32,7 +32,7 @@ class Counted(Layer):
 class StandIn(replay._Recording):
     """Computes what a replay of ``Counted`` would."""
 
-    def replay(self, given):
+    def replay(self, given, raw):
         return [2 * given[0], *(part.clone() for part in given[1:])]
 
 
@@ -124,19 +124,24 @@ def test_recordings_are_few_and_those_that_rest_make_room(streams):
     assert 1 not in kept, "the one that rested longest goes"
 
 
-def test_a_recording_takes_a_bounded_memory(streams):
-    """Which all of a layer share, because no two of them run at once."""
+def test_recordings_take_a_bounded_memory(streams):
+    """They share what they use while they run, because no two of them do at once, and have the next outputs each."""
     ready = replayed(Counted(), MOST_MEMORY // 10)
-    for steps in (11, 6, 5, 10):
+    for steps in (11, 6, 5, 9):
         call(ready, steps)
         call(ready, steps)
-    assert {key[1][0][0] for key in ready.replays.recorded} == {10, 6, 5}
+    assert {key[1][0][0] for key in ready.replays.recorded} == {9, 6, 5}
+    for one in ready.replays.recorded.values():
+        one.like = [torch.empty(MOST_MEMORY // 4, dtype=torch.uint8)]
+    call(ready, 4)
+    call(ready, 4)
+    assert len(ready.replays.recorded) == 3, "outputs take 0.75, and this one 0.4"
 
 
 def test_what_cuda_refuses_runs_as_it_is_from_then_on(streams, monkeypatch):
     """Inputs in memory of another kind than the first ones."""
 
-    def refuses(self, given):
+    def refuses(self, given, raw):
         raise GraphRefusedError("of another kind")
 
     inner = Counted()

@@ -16,7 +16,7 @@ from tests.kernels.triton_cases import DEVICE, here, on_gpu
 
 def by_sorting(scores, keep, cut, before):
     """The masks and the threshold of scores on the CPU."""
-    ordered = sorted(scores.tolist())
+    ordered, before = sorted(scores.tolist()), float(before)
     if cut.share is not None:
         q = ordered[cut.rank(len(scores)) - 1]
         epsilon = max(before, q * cut.factor) if math.isfinite(q) else before
