@@ -248,7 +248,8 @@ def _key(kind: Any, given: list[Tensor]) -> Any:
 
 def _is_plain() -> bool:
     """Whether calls of this thread are neither captured, traced, nor under autocast."""
-    others = torch.is_autocast_enabled("cuda") or torch.jit.is_tracing()
+    # What torch's public functions ask in the end, as the GPU waits for the answers.
+    others = torch._C._is_any_autocast_enabled() or torch._C._get_tracing_state() is not None
     return not (others or torch.cuda.is_current_stream_capturing())
 
 
