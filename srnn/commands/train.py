@@ -18,9 +18,9 @@ from omegaconf import DictConfig
 
 from srnn.commands.resume import main as resume_run
 from srnn.config.command_line import check_command_line
-from srnn.config.composing import conf_folder, connect_hydra, settings_of
+from srnn.config.composing import compose_settings, conf_folder, connect_hydra, settings_of
 from srnn.config.settings import Settings
-from srnn.config.sweeps import identity, identity_of, outcome
+from srnn.config.sweeps import Job, Sweep, identity, identity_of, outcome
 from srnn.errors import JobFailed, UserError, cannot_be_written
 from srnn.files import nearest_there, write_atomically
 from srnn.registry import register
@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
         return resume_run(argv)
     line = check_command_line(argv)
     if line.sweep is not None:
+        _check_new_sweep(line.sweep, line.jobs)
         _open_sweep(line.sweep, argv)
     connect_hydra()
     # Without it Hydra reports an error of its own work, such as a folder it cannot make, and exits by itself.
@@ -74,6 +75,15 @@ def main(argv: Sequence[str]) -> int:
             raise
         raise cannot_be_written(line.folder, error, "hydra.run.dir") from None
     return 0
+
+
+def _check_new_sweep(folder: Path, jobs: Sequence[Job]) -> None:
+    """Refuse a sweep of which no job can start, such as one whose teacher is not there. Raises UserError."""
+    from srnn.training.run import refuse_what_none_can_do
+
+    runs = [RunFolder(path) for path in Sweep(folder, jobs).folders.values()]
+    if not any(run.begun or run.finished for run in runs):  # else one could, and the others are not asked twice
+        refuse_what_none_can_do(compose_settings(job.overrides) for job in jobs)
 
 
 def _open_sweep(folder: Path, argv: Sequence[str]) -> None:
