@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import chdir
@@ -28,6 +29,7 @@ from srnn.registry.plugins import plugin_folders
 from srnn.run_folder import RunFolder
 from srnn.terminal import console, logged
 
+_alone = threading.Lock()  # held by the run of this process
 _HELP = """usage: srnn [train] [GROUP=NAME] [GROUP.OPTION=VALUE] ...
 
 Train, prune, pack, measure, report. Everything lands in a folder of its own under outputs/.
@@ -53,6 +55,18 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if any(word.startswith("resume=") for word in argv):
         return resume_run(argv)
+    if not _alone.acquire(blocking=False):
+        raise UserError(
+            "another run goes on in this process, and Hydra has one config a process: start each in one of its own, "
+            "as `srnn -m seed=0,1 hydra/launcher=joblib` does."
+        )
+    try:
+        return _train(argv)
+    finally:
+        _alone.release()
+
+
+def _train(argv: Sequence[str]) -> int:
     line = check_command_line(argv)
     if line.sweep is not None:
         _check_new_sweep(line.sweep, line.jobs)
