@@ -46,7 +46,8 @@ class GpuCut:
 
     def __init__(self) -> None:
         self.epsilon: Tensor | None = None
-        # In memory of the host, which the GPU writes to: whether a weight was infinite or NaN, and whether a score was.
+        # In memory of the host, which the GPU writes to: whether a weight was infinite or NaN, and whether a score
+        # was, or negative.
         self._infinite: Tensor | None = None
         self._flags: Any = None  # the same, faster to look at
         self._recent = RecentLaunches(2)
@@ -62,12 +63,13 @@ class GpuCut:
             self._flags, self._recent = self._infinite.numpy(), RecentLaunches(2)
         return self._infinite
 
-    def tell(self, largest: Tensor) -> None:
-        """Note whether one of these scores is infinite or NaN, once the GPU knows."""
-        self._begin(largest.device)[1:].copy_((~largest.isfinite()).any(), non_blocking=True)
+    def tell(self, scores: Tensor) -> None:
+        """Note whether one of these scores is infinite, NaN or negative, once the GPU knows."""
+        odd = ~scores.isfinite() | (scores < 0)
+        self._begin(scores.device)[1:].copy_(odd.any(), non_blocking=True)
 
-    def found_infinite(self) -> bool:
-        """Whether a cut since this was asked met what is infinite or NaN, as far as the GPU has come."""
+    def found_odd(self) -> bool:
+        """Whether a cut since this was asked met what cannot be ranked, as far as the GPU has come."""
         if self._flags is None or not (self._flags[0] or self._flags[1]):  # any() takes twenty times as long
             return False
         self._flags[:] = 0

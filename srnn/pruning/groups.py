@@ -26,12 +26,24 @@ def magnitude(piece: Piece) -> Tensor:
     return piece.weight.abs()
 
 
-def _refuse_infinite(pieces: list[Piece], largest: Tensor) -> None:
-    """Raise UserError if the largest score of a piece is infinite or NaN."""
+def _refuse_odd(importance: Callable[[Piece], Tensor], pieces: list[Piece], extremes: Tensor) -> None:
+    """Raise UserError for a piece whose scores cannot be ranked: NaN, infinite or negative.
+
+    Args:
+        importance: what gave them.
+        pieces: of the weights.
+        extremes: the largest score of each piece, or the smallest and the largest, [P, 1 or 2].
+    """
     # A maximum is NaN if anything is: one pass tells both. NaN compares false with every threshold and would be pruned
     # silently; the training is past saving, and this says so.
-    for piece, value in zip(pieces, largest.tolist(), strict=True):
-        if not math.isfinite(value):
+    for piece, values in zip(pieces, extremes.tolist(), strict=True):
+        odd = [value for value in values if not math.isfinite(value) or value < 0]
+        if odd and bool(piece.weight.isfinite().all()):
+            raise UserError(
+                f"{_name(importance)} gives {odd[0]:g} for a weight of {piece.part.name}: what ranks weights must be "
+                f"finite and at least 0."
+            )
+        if odd:
             raise UserError(
                 f"{piece.part.name} holds weights that are NaN or infinite, and cannot be ranked: the training has "
                 f"diverged; lower the learning rate, or clip gradients (on the command line optimizer.lr, "
@@ -75,7 +87,7 @@ class Group:
     _gpu_cut: GpuCut = field(default_factory=GpuCut, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._unchecked: list[tuple[Piece, Tensor]] = []  # the largest scores of pieces on a GPU
+        self._unchecked: list[tuple[Piece, Tensor]] = []  # the extreme scores of pieces on a GPU
         # Cut once: a piece holds a place in its parameter, not values, so that it never goes stale.
         self.pieces = [piece for part in self.parts for piece in part.pieces(self.structure.rows)]
         if self.sparsity is not None:
@@ -126,16 +138,17 @@ class Group:
         """Its units by score, as the weights are now. What must stay, stays.
 
         Args:
-            scorer: other scores of a piece's units, [U], at least 0; None takes the importance of the weights.
+            scorer: other scores of a piece's units, [U], at least 0, infinite for what must stay; None takes the
+                importance of the weights.
 
         Raises:
-            UserError: a weight is infinite or NaN.
+            UserError: a weight is infinite or NaN; what ranks weights is so, or negative.
         """
         self._wait()
         if scorer is not None:
-            return Ranking(self.pieces, self.structure, lambda piece: self._protect(piece, scorer(piece)))
+            return Ranking(self.pieces, self.structure, lambda p: self._protect(p, _checked(p, scorer(p))))
         found = self._ranking()
-        self._refuse_infinite()
+        self._check_finite()
         return found
 
     def _ranking(self) -> Ranking:
@@ -158,7 +171,7 @@ class Group:
         """Set masks and threshold. A GPU does it in its own time, but for the last blocks that are smaller than others.
 
         Raises:
-            UserError: a weight is infinite or NaN; ``check`` tells what a GPU finds in its own time.
+            UserError: as ``ranking``; ``check`` tells what a GPU finds in its own time.
         """
         rows = self._plain_rows()
         if rows:
@@ -166,18 +179,21 @@ class Group:
             return
         ranking = self._ranking()
         if ranking.is_cut_on_gpu():
-            self._gpu_cut.tell(torch.stack([largest for _, largest in self._unchecked]))
+            self._gpu_cut.tell(torch.stack([extremes for _, extremes in self._unchecked]))
         else:
             self._wait()
-            self._refuse_infinite()
+            self._check_finite()
         self.epsilon = ranking.cut(cut, self._epsilon, self._gpu_cut)
 
     def check(self) -> None:
-        """Raise UserError if a weight was infinite or NaN at an earlier cut, as far as that is known by now."""
-        if self._gpu_cut.found_infinite():
-            self._ranking()
-            self._refuse_infinite()
-            _refuse_infinite(self.pieces[:1], torch.tensor([math.nan]))  # by now it is gone
+        """Raise UserError if an earlier cut met a weight or score that cannot be ranked, as far as a GPU has told."""
+        if not self._gpu_cut.found_odd():
+            return
+        _refuse_odd(magnitude, self.pieces, torch.stack([piece.weight.abs().max()[None] for piece in self.pieces]))
+        raise UserError(
+            f"{_name(self.importance)} gave NaN or something infinite or negative for a weight of {self.name} at an "
+            f"earlier update, or that weight was: what ranks weights must be finite and at least 0."
+        )
 
     def set_epsilon(self, smallest_kept: float) -> None:
         """Take the smallest score kept for the threshold, unless all that is kept had to be."""
@@ -185,11 +201,12 @@ class Group:
             self.epsilon = max(0.0, smallest_kept)
 
     def _scores(self, piece: Piece) -> Tensor:
-        scores = unit_scores(self.importance(piece), self.structure, self.score)
-        if scores.is_cuda:  # each look at a number waits for the GPU
-            self._unchecked.append((piece, scores.max()))
+        importance, extremes = self._importance(piece)
+        if extremes.is_cuda:  # each look at a number waits for the GPU
+            self._unchecked.append((piece, extremes))
         else:
-            _refuse_infinite([piece], scores.max()[None])
+            _refuse_odd(self.importance, [piece], extremes[None])
+        scores = unit_scores(importance, self.structure, self.score)
         if not self.soft:
             kept = self.kept_units(piece)
             if scores.is_cuda:
@@ -198,6 +215,19 @@ class Group:
                 kept = kept.to(scores.dtype)
                 scores = torch.addcmul(kept - 1, scores, kept)  # -1 where pruned; 7x faster than masked_fill
         return self._protect(piece, scores)
+
+    def _importance(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        """Of the weights of a piece, [G, R, C], and its largest value, or its smallest and largest, [1 or 2]."""
+        found = self.importance(piece)
+        if self.importance is magnitude:
+            return found, found.max()[None]
+        if found.shape != piece.shape:
+            raise UserError(
+                f"{_name(self.importance)} gives {list(found.shape)} numbers for {list(piece.shape)} weights of "
+                f"{piece.part.name}: it must give one for each."
+            )
+        found = found.detach().to(piece.mask.device) + 0.0  # -0.0 becomes 0.0: scores are ranked by their bits
+        return found, torch.stack(found.aminmax())
 
     def _plain_rows(self) -> list[UnitRow]:
         """All units, where they are single weights in fp32 on one GPU, ranked by magnitude, and none is protected."""
@@ -215,15 +245,15 @@ class Group:
             rows.append((part.of(weight), None if self.soft else mask, mask))  # by its value, or last
         return rows
 
-    def _refuse_infinite(self) -> None:
-        """Raise UserError if a weight on a GPU is infinite or NaN."""
+    def _check_finite(self) -> None:
+        """Of pieces on a GPU, all together."""
         pieces = [piece for piece in self.pieces if piece.part.parameter.is_cuda]
         if pieces and not self._unchecked:  # the ranking computes scores as it needs them
             for piece in pieces:
                 self._scores(piece)
         if pieces:
             first = self._unchecked[0][1].device
-            _refuse_infinite(pieces, torch.stack([largest.to(first) for _, largest in self._unchecked]))
+            _refuse_odd(self.importance, pieces, torch.stack([extremes.to(first) for _, extremes in self._unchecked]))
         self._unchecked.clear()
 
     def kept_units(self, piece: Piece) -> Tensor:
@@ -262,3 +292,14 @@ class Group:
                 f"{most / self.size:.4g} can be pruned, and sparsity={sparsity:g} is asked for: choose smaller "
                 f"blocks, or less sparsity."
             )
+
+
+def _checked(piece: Piece, scores: Tensor) -> Tensor:
+    """A method's own scores, [U]: without NaN, negative numbers or -0.0, whose bits are in another order."""
+    if not bool((scores >= 0).all()):  # as NaN is not
+        raise UserError(f"scores of {piece.part.name} are negative or NaN: what ranks weights must be at least 0.")
+    return scores + 0.0
+
+
+def _name(importance: Callable[[Piece], Tensor]) -> str:
+    return str(getattr(importance, "__qualname__", importance))

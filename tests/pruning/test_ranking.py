@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from srnn.errors import UserError
 from srnn.pruning import Pruner, ranking
+from srnn.pruning.methods.cubic import Cubic
 from srnn.pruning.ranking import Ranking
 from tests.kernels.triton_cases import on_gpu
 
@@ -76,3 +78,48 @@ def test_on_a_gpu_masks_and_thresholds_are_those_of_a_cpu(values):
     assert found[0][0] == found[1][0]
     assert found[0][1].equal(found[1][1])
     assert int(found[0][1].sum()) == 63_000
+
+
+class ByImportance(Cubic):
+    """Ranks by what a test says."""
+
+    of = staticmethod(torch.abs)
+
+    def importance(self, piece):
+        return self.of(piece.weight)
+
+
+def importance_of(of):
+    method = ByImportance(sparsity=0.5)
+    method.of = of
+    (group,) = Pruner(nn.Linear(8, 8), method, 100).groups
+    return group
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_zeros_with_a_sign_are_zeros(soft):
+    """Their bits, by which scores are ranked on a GPU, are those of a large negative integer."""
+    group = importance_of(lambda weight: torch.where(weight > 0, weight, -0.0))
+    group.soft = soft
+    for ranked in (group.ranking(), group.ranking(lambda piece: torch.full((64,), -0.0))):
+        assert not any(scores.signbit().any() for _, scores in ranked)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -1.0])
+def test_a_plug_in_that_cannot_be_ranked_by_is_named(value):
+    group = importance_of(lambda weight: weight.abs().index_fill(2, torch.tensor([3]), value))
+    with pytest.raises(UserError, match=rf"ByImportance\.importance gives {value:g} for a weight of weight: .* finite"):
+        group.prune_to(32)
+    if value != torch.inf:  # which stands for what must stay
+        with pytest.raises(UserError, match="scores of weight are negative or NaN"):
+            group.ranking(lambda piece: torch.full((64,), value))
+    with pytest.raises(UserError, match=r"importance gives \[8\] numbers for \[1, 8, 8\] weights of weight"):
+        importance_of(lambda weight: weight[0, 0]).prune_to(32)
+
+
+def test_a_training_that_has_diverged_is_no_fault_of_the_plug_in():
+    group = importance_of(torch.abs)
+    with torch.no_grad():
+        group.parts[0].parameter[0, 0] = torch.nan
+    with pytest.raises(UserError, match="weight holds weights that are NaN or infinite"):
+        group.prune_to(32)
