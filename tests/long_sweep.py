@@ -1,46 +1,115 @@
 """Whether a sweep of many jobs in one process stays as it is: ``python -m tests.long_sweep 100``."""
 
+import atexit
+import cProfile
+import gc
+import itertools
+import logging
 import os
-import subprocess
 import sys
+import threading
 import time
+import types
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+import srnn.training.run
+from srnn.__main__ import main
 from tests.conftest import SMALL
+
+OURS = ("srnn", "torch", "pytorch_lightning")  # W&B and Hydra keep a little of each run and job
 
 
 @dataclass(frozen=True)
 class Sample:
-    """When a job had ended."""
+    """What there was in the process when a job had ended, and what the job took."""
 
-    cpu_seconds: float  # so far, of all threads: what other work on the machine does not change much
+    cpu_seconds: float  # of all threads
+    calls: int  # of Python functions: they repeat to the thousandth, and time does not on a machine with other work
+    objects: Counter[str]  # of srnn, torch and Lightning, by type or function
+    entries: Counter[str]  # of what a process has one list of
     memory_mb: float
     files: int
     threads: int
     children: int
 
 
-def sample_sweep(folder: Path, jobs: int) -> list[Sample]:
-    """Run a sweep of so many small jobs, tracked offline, and look at its process at the end of each."""
-    command = ["-m", *SMALL, "kernel=dense", "pruning=hard", f"seed=range(0,{jobs})", f"hydra.sweep.dir={folder}"]
-    process = subprocess.Popen([sys.executable, "-m", "srnn", *command], stdout=subprocess.DEVNULL, env=os.environ)
+def sample_sweep(folder: Path, jobs: int, after: Callable[[int], None] = lambda _: None) -> list[Sample]:
+    """Run a sweep of so many small jobs in this process, tracked offline, and look at it at the end of each.
+
+    Args:
+        folder: of the sweep.
+        jobs: how many.
+        after: called with the number of the job within each one, at its end.
+    """
     samples: list[Sample] = []
-    while process.poll() is None:
-        if len(list(folder.glob("*/report.json"))) > len(samples):
-            samples.append(_look(process.pid))
-        time.sleep(0.02)
-    assert process.returncode == 0
+    train = srnn.training.run.train
+
+    def watched(*arguments, **options):
+        began, profile = time.process_time(), cProfile.Profile(builtins=False)
+        profile.enable()
+        try:
+            report = train(*arguments, **options)
+            after(len(samples))
+        finally:
+            profile.disable()
+        seconds = time.process_time() - began
+        samples.append(_look(seconds, sum(entry.callcount for entry in profile.getstats())))
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(srnn.training.run, "train", watched)
+        swept = ["kernel=dense", "pruning=hard", f"seed=range(0,{jobs})"]
+        assert main(["-m", *SMALL, *swept, f"hydra.sweep.dir={folder}"]) == 0
+    assert len(samples) == jobs
     return samples
 
 
-def _look(pid: int) -> Sample:
-    used = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    seconds = sum(map(int, used)) / os.sysconf("SC_CLK_TCK")
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    files = len(os.listdir(f"/proc/{pid}/fd"))
-    return Sample(seconds, int(status["VmRSS"].split()[0]) / 1024, files, int(status["Threads"]), len(children))
+def grown(samples: Sequence[Sample]) -> list[str]:
+    """What there is more of with each of these jobs, or more than noise explains: the names of it."""
+    first, last = samples[0], samples[-1]
+    found = []
+    for kind in ("objects", "entries"):
+        steps = itertools.pairwise(samples)
+        more = [getattr(after, kind) - getattr(before, kind) for before, after in steps]
+        found += [name for name in more[0] if all(each[name] for each in more)]
+    found += ["calls"] if last.calls > 1.02 * first.calls else []
+    found += ["memory"] if last.memory_mb > 1.1 * first.memory_mb else []
+    found += [name for name in ("threads", "children") if getattr(last, name) > getattr(first, name)]
+    return found + (["files"] if last.files > first.files + 2 else [])
+
+
+def _look(seconds: float, calls: int) -> Sample:
+    gc.collect()
+    objects = Counter(name for thing in gc.get_objects() if (name := _name(thing)).startswith(OURS))
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    entries = Counter(
+        {
+            "atexit": atexit._ncallbacks(),
+            "warnings": len(warnings.filters),
+            "logging": sum(len(logger.handlers) for logger in loggers if isinstance(logger, logging.Logger)),
+            "sys.path": len(sys.path),
+            "environment": len(os.environ),
+        }
+    )
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    files, memory = len(os.listdir("/proc/self/fd")), int(status["VmRSS"].split()[0]) / 1024
+    return Sample(seconds, calls, objects, entries, memory, files, threading.active_count(), len(children))
+
+
+def _name(thing: object) -> str:
+    """Of its type; of a function or method its own, and where it is written."""
+    if type(thing) is types.MethodType:
+        thing = thing.__func__
+    kind = type(thing)  # isinstance would ask the thing, which may be a proxy that warns
+    kind = thing if issubclass(kind, types.FunctionType | type) else kind
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 if __name__ == "__main__":
@@ -48,7 +117,7 @@ if __name__ == "__main__":
 
     with tempfile.TemporaryDirectory() as scratch:
         found = sample_sweep(Path(scratch) / "sweep", int(sys.argv[1]))
-    print("job,cpu_seconds,memory_mb,files,threads,children")
-    for number, (sample, before) in enumerate(zip(found[1:], found, strict=False), 2):
-        seconds = sample.cpu_seconds - before.cpu_seconds
-        print(f"{number},{seconds:.2f},{sample.memory_mb:.0f},{sample.files},{sample.threads},{sample.children}")
+    print("job,cpu_seconds,calls,objects,memory_mb,files,threads,children")
+    for number, s in enumerate(found, 1):
+        objects = s.objects.total()
+        print(f"{number},{s.cpu_seconds:.2f},{s.calls},{objects},{s.memory_mb:.0f},{s.files},{s.threads},{s.children}")

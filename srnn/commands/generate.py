@@ -9,6 +9,8 @@ from srnn.commands.options import Help, KernelOption, RunOption, command, packed
 from srnn.errors import UserError
 from srnn.registry import Range
 
+_EMPTY = "--prompt is empty: give at least one character or word"
+
 
 @command
 def main(
@@ -26,6 +28,7 @@ def main(
     """
     _check(0 <= temperature < float("inf"), f"--temperature={temperature} must be a number from 0 on")
     _check(-(2**63) <= seed < 2**63, f"--seed={seed} must fit in 64 bits")
+    _check(prompt != "", _EMPTY)  # before the network is read
     path = packed_file(run)
 
     from srnn.inference.packed_file import load
@@ -35,7 +38,7 @@ def main(
     if vocabulary is None or not hasattr(model, "generate"):
         raise UserError(f"{path} is no language model, and writes no text of its own.")
     tokens = vocabulary.encode(prompt).tolist()
-    _check(len(tokens) > 0, "--prompt is empty: give at least one character or word")
+    _check(len(tokens) > 0, _EMPTY)
     if unknown := vocabulary.unknown(prompt):
         shown = ", ".join(map(repr, unknown))
         print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import chdir
@@ -18,9 +19,9 @@ from omegaconf import DictConfig
 
 from srnn.commands.resume import main as resume_run
 from srnn.config.command_line import check_command_line
-from srnn.config.composing import conf_folder, connect_hydra, settings_of
+from srnn.config.composing import compose_settings, conf_folder, connect_hydra, settings_of
 from srnn.config.settings import Settings
-from srnn.config.sweeps import identity, identity_of, outcome
+from srnn.config.sweeps import Job, Sweep, identity, identity_of, outcome
 from srnn.errors import JobFailed, UserError, cannot_be_written
 from srnn.files import nearest_there, write_atomically
 from srnn.registry import register
@@ -28,6 +29,7 @@ from srnn.registry.plugins import plugin_folders
 from srnn.run_folder import RunFolder
 from srnn.terminal import console, logged
 
+_alone = threading.Lock()  # held by the run of this process
 _HELP = """usage: srnn [train] [GROUP=NAME] [GROUP.OPTION=VALUE] ...
 
 Train, prune, pack, measure, report. Everything lands in a folder of its own under outputs/.
@@ -53,8 +55,21 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if any(word.startswith("resume=") for word in argv):
         return resume_run(argv)
+    if not _alone.acquire(blocking=False):
+        raise UserError(
+            "another run goes on in this process, and Hydra has one config a process: start each in one of its own, "
+            "as `srnn -m seed=0,1 hydra/launcher=joblib` does."
+        )
+    try:
+        return _train(argv)
+    finally:
+        _alone.release()
+
+
+def _train(argv: Sequence[str]) -> int:
     line = check_command_line(argv)
     if line.sweep is not None:
+        _check_new_sweep(line.sweep, line.jobs)
         _open_sweep(line.sweep, argv)
     connect_hydra()
     # Without it Hydra reports an error of its own work, such as a folder it cannot make, and exits by itself.
@@ -74,6 +89,15 @@ def main(argv: Sequence[str]) -> int:
             raise
         raise cannot_be_written(line.folder, error, "hydra.run.dir") from None
     return 0
+
+
+def _check_new_sweep(folder: Path, jobs: Sequence[Job]) -> None:
+    """Refuse a sweep of which no job can start, such as one whose teacher is not there. Raises UserError."""
+    from srnn.training.run import refuse_what_none_can_do
+
+    runs = [RunFolder(path) for path in Sweep(folder, jobs).folders.values()]
+    if not any(run.begun or run.finished for run in runs):  # else one could, and the others are not asked twice
+        refuse_what_none_can_do(compose_settings(job.overrides) for job in jobs)
 
 
 def _open_sweep(folder: Path, argv: Sequence[str]) -> None:

@@ -25,12 +25,13 @@ from srnn.config.composing import (
     slug,
 )
 from srnn.config.hydra_internals import flags_parser
-from srnn.config.sweeps import choices_of, expand
+from srnn.config.sweeps import Job, choices_of, expand
 from srnn.errors import UserError
 from srnn.registry import register
 
 REFUSED = ("config_path", "config_name", "experimental_rerun")  # flags of Hydra's
 OURS = "hydra_plugins.srnn_sweeper.SrnnSweeper"
+HERE = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")  # what launches on this machine
 # Launchers and sweepers of the extra `launchers` -> the plug-in of Hydra's that has them.
 PLUGINS = {
     "joblib": "hydra_joblib_launcher",
@@ -51,11 +52,13 @@ class CommandLine:
         argv: what Hydra has to be given for it.
         folder: of its run, but for the time in its name; or of its sweep.
         sweep: the same folder if it is a sweep; None for a single run.
+        jobs: of a sweep that runs on this machine; none where they are not known, or may run on others.
     """
 
     argv: list[str]
     folder: Path
     sweep: Path | None
+    jobs: Sequence[Job] = ()
 
 
 def check_command_line(argv: Sequence[str]) -> CommandLine:
@@ -132,8 +135,9 @@ def _check_sweep(argv: Sequence[str], overrides: Sequence[Override], hydra: Dict
     """Check all jobs of a sweep, and find its folder."""
     ours = hydra.sweeper._target_ == OURS
     texts = [str(o.input_line) for o in overrides if not o.is_hydra_override()]
+    jobs: list[Job] = []
     if ours:
-        expand(texts, hydra.sweeper.params, hydra.sweeper.rows or ((),))
+        jobs = expand(texts, hydra.sweeper.params, hydra.sweeper.rows or ((),))
     else:
         _check_space(texts)
     to_hydra = {str(o.input_line): _as_values(o) for o in overrides} if ours else {}
@@ -142,7 +146,8 @@ def _check_sweep(argv: Sequence[str], overrides: Sequence[Override], hydra: Dict
     if folder == "auto":
         folder = f"outputs/{_folder_name(overrides) if ours else f'{datetime.now():%Y-%m-%d_%H-%M-%S}_search'}"
         words.append(f"hydra.sweep.dir={folder}")
-    return CommandLine(words, Path(folder), sweep=Path(folder))
+    here = str(hydra.launcher._target_).rpartition(".")[2] in HERE
+    return CommandLine(words, Path(folder), sweep=Path(folder), jobs=jobs if here else ())
 
 
 def _is_hydras(override: Override) -> bool:

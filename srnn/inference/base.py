@@ -5,6 +5,7 @@ Shapes: N rows, I inputs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 from srnn.errors import UserError
 from srnn.inference.given_out import GivenOut
 from srnn.inference.operator import call_operator, described, refuse_onnx
-from srnn.inference.packed_weight import PackedWeight
+from srnn.inference.packed_weight import PackedWeight, Tied
 from srnn.kernels.choosing import Auto, about, choices_made, length_class
 from srnn.kernels.contract import Kernel, LayerWeights
 from srnn.meta_device import without_memory
 from srnn.registry import register
 from srnn.sparse import SparseMatrix
 
-# By torch's name: a packed matrix, a bias, or None for a bias that is not there.
+# By torch's name: a packed matrix, a bias of the module's own, or None for a bias that is not there.
 Weights = Mapping[str, SparseMatrix | Tensor | None]
 # Called with the name of a matrix and the rows it multiplies; see ``sparsify.record_inputs``.
 InputRecorder = Callable[[str, Tensor], None]
@@ -45,6 +46,7 @@ class SparseModule(nn.Module):
         kernel: what runs it.
         decided: use -> which candidate of ``kernel`` runs it, decided on the whole network; see ``whole_network``.
         watcher: told of each use and its number of steps before that is decided; torch runs them.
+        tied: whoever shares a bias, also with others; None where it shares none.
     """
 
     def __init__(self, kernel: Kernel, weights: Weights) -> None:
@@ -53,12 +55,13 @@ class SparseModule(nn.Module):
         self.recorder: InputRecorder | None = None
         self.decided: dict[Use, str] = {}
         self.watcher: Callable[[Use, int], None] | None = None
+        self.tied: Tied | None = None
         self._ready: dict[Any, Any] = {}
         for name, weight in weights.items():
             if isinstance(weight, SparseMatrix):
                 self.add_module(f"{name}{_PACKED}", PackedWeight(weight))
             else:
-                self.register_buffer(name, None if weight is None else weight.detach().float().clone())
+                self.register_buffer(name, weight)
         # For code that makes its tensors like ``next(model.parameters())``. It is empty, and part of no file.
         device = next(self.buffers()).device
         self.register_parameter(_LIKE, nn.Parameter(torch.empty(0, device=device).float(), requires_grad=False))
@@ -95,7 +98,7 @@ class SparseModule(nn.Module):
         """Its tensors go to others, who may write to them before the next call of any that shares them."""
         if self.__dict__.get("given_out") is not None and not torch.compiler.is_compiling():
             for one in self._sharing():
-                one.given_out.begin(for_good, one is self)
+                one.given_out.begin(for_good, biases=one is self or one.tied is not None)
 
     def follow(self) -> None:
         """Forget what was made of its tensors if others have written to them since."""
@@ -123,10 +126,13 @@ class SparseModule(nn.Module):
     def _own(self) -> None:
         for child in self._packed().values():
             child.owners.add(self)
+        if self.tied is not None:
+            self.tied.owners.add(self)
 
     def _sharing(self) -> set[SparseModule]:
-        """Itself, and those that hold one of its packed weights, too."""
-        return {self, *(owner for child in self._packed().values() for owner in child.owners)}
+        """Itself, and those that hold one of its packed weights or biases, too."""
+        tied = self.tied.owners if self.tied is not None else ()
+        return {self, *tied, *(owner for child in self._packed().values() for owner in child.owners)}
 
     def construction(self) -> tuple[type[nn.Module], dict[str, Any]]:
         """The class of torch's module that it stands for, and the arguments that make one."""
@@ -199,7 +205,13 @@ class SparseModule(nn.Module):
                     )
                 # fn itself, where it only moves: share_memory shares the tensor it is given.
                 moved = fn(buffer)
-                module._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(probe.device)
+                moved = moved if moved.dtype == buffer.dtype else buffer.to(probe.device)
+                # Of several modules: what torch does to a shared parameter.
+                one = self.tied is not None and module is self and not buffer.is_inference()
+                if one and torch._has_compatible_shallow_copy_type(buffer, moved):
+                    buffer.data = moved
+                else:
+                    module._buffers[name] = moved
         like = self._parameters.get(_LIKE)
         if like is not None:
             like.data = like.data.to(next(self.buffers()).device)
@@ -227,7 +239,7 @@ class SparseModule(nn.Module):
         return self.__dict__ | {"_ready": {}, "recorder": None, "watcher": None, "given_out": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"decided": {}, "watcher": None} | state)  # those of older versions had neither
+        super().__setstate__({"decided": {}, "watcher": None, "tied": None} | state)  # older versions had none of them
         self.given_out = GivenOut(self)
         self._own()
         self.describe()
@@ -276,15 +288,31 @@ class SparseModule(nn.Module):
         return self.compute(inputs)
 
 
+def own_copy(bias: Tensor, copies: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+    """A bias for sparse modules to hold: the same for all whose dense layers share it.
+
+    Args:
+        bias: of a dense layer.
+        copies: those of the same network until now; added to.
+    """
+    if id(bias) not in copies:
+        copies[id(bias)] = bias, bias.detach().float().clone()  # the first keeps its id from being another's
+    return copies[id(bias)][1]
+
+
 def share_packed(network: nn.Module) -> None:
     """Make one packed weight of those that hold the same tensors, as a shared parameter is one: so it stays shared when
-    the network is moved, copied or pickled."""
+    the network is moved, copied or pickled. Modules that hold the same bias know of each other."""
     first: dict[tuple[int, int], PackedWeight] = {}
-    for module in network.modules():
-        if isinstance(module, SparseModule):
-            for name, child in module._packed().items():
-                module._modules[f"{name}{_PACKED}"] = first.setdefault((id(child.values), child.gates), child)
-            module._own()
+    modules = [module for module in network.modules() if isinstance(module, SparseModule)]
+    holders = Counter(id(bias) for module in modules for bias in module._buffers.values() if bias is not None)
+    tied = Tied()
+    for module in modules:
+        for name, child in module._packed().items():
+            module._modules[f"{name}{_PACKED}"] = first.setdefault((id(child.values), child.gates), child)
+        if any(holders[id(bias)] > 1 for bias in module._buffers.values()):
+            module.tied = tied
+        module._own()
 
 
 def marks_of(network: nn.Module) -> list[Any] | None:

@@ -175,7 +175,7 @@ def _rebuilt(about: dict[str, Any], tensors: list[Tensor]) -> SparseModule:
         raise UserError("this program runs on a kernel that was not registered where it was made: make it again.")
     waiting = iter(tensors)
     weights: dict[str, SparseMatrix | Tensor | None] = {
-        name: next(waiting) if is_there else None for name, is_there in about["biases"].items()
+        name: next(waiting).clone() if is_there else None for name, is_there in about["biases"].items()
     }
     for name, (shape, gates, scaled) in about["matrices"].items():
         values, columns, pointers = next(waiting), next(waiting), next(waiting)

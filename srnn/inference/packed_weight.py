@@ -1,4 +1,4 @@
-"""A packed matrix as a part of sparse modules; of several, where layers of a network share a weight."""
+"""What sparse modules hold: a packed matrix, of several where layers of a network share it; biases they share."""
 
 from __future__ import annotations
 
@@ -55,3 +55,17 @@ class PackedWeight(nn.Module):
         matrix, (rows, columns) = self.matrix, self.shape
         density = matrix.entries / max(1, rows * columns)
         return f"{rows}x{columns}, {matrix.structure}, {matrix.values_name}, density={density:.3f}"
+
+
+class Tied:
+    """The sparse modules of a network that share biases, which stay one tensor each, as shared parameters do.
+
+    Attributes:
+        owners: the modules.
+    """
+
+    def __init__(self) -> None:
+        self.owners: WeakSet[Any] = WeakSet()
+
+    def __reduce__(self) -> tuple[type[Tied], tuple[()]]:
+        return Tied, ()  # a copy's owners are the copied modules, which add themselves

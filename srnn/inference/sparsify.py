@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from srnn.errors import UserError
 from srnn.formats import Values
-from srnn.inference.base import SparseModule, Weights, kernel_config, share_packed
+from srnn.inference.base import SparseModule, Weights, kernel_config, own_copy, share_packed
 from srnn.inference.checking import check_network, kernel_given
 from srnn.inference.copying import replaced
 from srnn.inference.left_dense import FEW_ZEROS, Replacements, has_zeros, is_layer, matrices_of, unmasked, why_dense
@@ -22,6 +22,7 @@ from srnn.inference.packing import Energies, Packer, WantedStructure, matrix_gat
 from srnn.inference.whole_network import choose_for_network
 from srnn.kernels.choosing import Choice
 from srnn.kernels.contract import Kernel
+from srnn.sparse import SparseMatrix
 
 
 def sparsify(
@@ -84,12 +85,13 @@ def sparsified(model: nn.Module, packer: Packer, kernel: Kernel) -> tuple[nn.Mod
     check_network(model, "srnn.sparsify")
     names = {id(weight): name for name, weight in model.named_parameters()}
     memo: dict[int, Any] = {}
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
     found = Replacements()
     for prefix, module in model.named_modules():
         plain, named = unmasked(module), prefix or type(module).__name__
         reason, pruned = why_dense(plain), has_zeros(plain, packer)
         if pruned and reason is None:
-            memo[id(module)] = sparse_module(plain, _weights(plain, packer, names, prefix), kernel)
+            memo[id(module)] = sparse_module(plain, _weights(plain, packer, names, prefix, copies), kernel)
             found.sparse[named] = type(module).__name__
             found.wide += [named] * any(weight.dtype == torch.float64 for weight in matrices_of(plain).values())
         elif isinstance(module, SparseModule):
@@ -159,7 +161,7 @@ def desparsify(model: nn.Module) -> nn.Module:
 
 
 def _tie(model: nn.Module, copied: nn.Module) -> None:
-    """Make one parameter again of weights that sparse modules of ``model`` share."""
+    """Make one parameter again of weights and biases that sparse modules of ``model`` share."""
     first: dict[tuple[int, int], nn.Parameter] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, SparseModule):
@@ -168,15 +170,27 @@ def _tie(model: nn.Module, copied: nn.Module) -> None:
                 if matrix.values.data_ptr():  # there is none of a matrix without entries
                     own = owner.get_parameter(name)
                     setattr(owner, name, first.setdefault((matrix.values.data_ptr(), matrix.gates), own))
+            for name, bias in module._buffers.items() if module.tied is not None else ():
+                if bias is not None:
+                    setattr(owner, name, first.setdefault((id(bias), 0), owner.get_parameter(name)))
 
 
-def _weights(module: nn.Module, packer: Packer, names: dict[int, str], prefix: str) -> Weights:
+def _weights(
+    module: nn.Module,
+    packer: Packer,
+    names: dict[int, str],
+    prefix: str,
+    copies: dict[int, tuple[Tensor, Tensor]],
+) -> Weights:
     """Name -> packed matrix, bias, or None for a bias it does not have."""
 
     def full(name: str, weight: Tensor) -> str:
         return names.get(id(weight), f"{prefix}.{name}" if prefix else name)
 
-    return {
-        name: w if w is None or w.ndim != 2 else packer.matrix(full(name, w), w, matrix_gates(name, module))
-        for name, w in module._parameters.items()
-    }
+    made: dict[str, SparseMatrix | Tensor | None] = dict.fromkeys(module._parameters)
+    for name, w in module._parameters.items():
+        if w is not None and w.ndim == 2:
+            made[name] = packer.matrix(full(name, w), w, matrix_gates(name, module))
+        elif w is not None:
+            made[name] = own_copy(w, copies)
+    return made

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from srnn.errors import UserError
 from srnn.formats import Values
-from srnn.inference.base import share_packed
+from srnn.inference.base import own_copy, share_packed
 from srnn.inference.copying import replaced
 from srnn.inference.example_calls import example_input
 from srnn.inference.modules import replaceable, sparse_module
@@ -86,11 +86,13 @@ def _dense(packed: PackedModel, module: nn.Module) -> nn.Module:
 
 def _sparse(packed: PackedModel, kernel: Kernel, skeleton: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
     rest = dict(packed.dense)
     for prefix, module in skeleton.named_modules():
         names = {name: f"{prefix}.{name}" if prefix else name for name in module._parameters}
         if replaceable(module) and any(_has_zeros(packed.matrices.get(name)) for name in names.values()):
             weights = {name: _weight(packed, full, name, module) for name, full in names.items()}
+            weights = {name: own_copy(w, copies) if isinstance(w, Tensor) else w for name, w in weights.items()}
             memo[id(module)] = sparse_module(module, weights, kernel)
             for full in names.values():
                 rest.pop(full, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from srnn.errors import UserError
 from srnn.pruning.arguments import build_method, differing, unwrapped
@@ -99,6 +101,7 @@ class PruningCallback(pl.Callback):
         self._restored: dict[str, Any] | None = None
         self._seen = 0  # optimiser steps up to the last batch
         self._clip: MaskingClip | None = None
+        self._before_reading: RemovableHandle | None = None
 
     def checkpoint(self, **options: Any) -> ModelCheckpoint:
         """Lightning's ``ModelCheckpoint`` that keeps no network from before pruning was over.
@@ -152,6 +155,9 @@ class PruningCallback(pl.Callback):
             automatic = pl_module.automatic_optimization
             self.pruner.itr = trainer.global_step if automatic else _manual_itr(trainer, run)
         self._warn_of_half_pruned(trainer.checkpoint_callbacks)
+        self._leave(trainer)
+        # Of a checkpoint of weights alone, callbacks are not told.
+        self._before_reading = pl_module.register_state_dict_pre_hook(_MaskFirst(self.pruner))
         if self.pruner.groups and _only_clips(trainer, pl_module):
             # Nothing sees gradients before they are clipped: they are masked there, which saves a pass over them.
             self._take_clipping(trainer.precision_plugin, self.pruner.clips())
@@ -163,7 +169,11 @@ class PruningCallback(pl.Callback):
         self._clip = clip
         vars(plugin)["clip_grad_by_norm"] = by_norm
 
-    def _give_clipping_back(self, trainer: pl.Trainer) -> None:
+    def _leave(self, trainer: pl.Trainer) -> None:
+        """Take back what was put into the Trainer and the module."""
+        if self._before_reading is not None:
+            self._before_reading.remove()
+            self._before_reading = None
         if self._clip is not None:
             self._clip.end()
             self._clip = None
@@ -222,11 +232,11 @@ class PruningCallback(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the Trainer as it was."""
-        self._give_clipping_back(trainer)
+        self._leave(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Masks found in the very last step still have to be applied."""
-        self._give_clipping_back(trainer)
+        self._leave(trainer)
         if self.pruner is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.pruner.finalize()
 
@@ -265,6 +275,24 @@ class PruningCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until training starts, when the pruner is built."""
         self._restored = state_dict or None
+
+
+class _MaskFirst:
+    """Zeroes what is pruned when a module's ``state_dict`` is asked for. The hook of a copied module does nothing.
+
+    Args:
+        pruner: that masks; held weakly.
+    """
+
+    def __init__(self, pruner: Pruner | None = None) -> None:
+        self._pruner = None if pruner is None else weakref.ref(pruner)
+
+    def __reduce__(self) -> tuple[type[_MaskFirst], tuple[()]]:
+        return _MaskFirst, ()
+
+    def __call__(self, *_: Any) -> None:
+        if self._pruner is not None and (pruner := self._pruner()) is not None:
+            pruner.mask_now()
 
 
 def _only_clips(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from srnn.errors import UserError
 from srnn.formats import Structure
+from srnn.pruning.cutting import MOST_UNITS, Cut, GpuCut, UnitRow
+from srnn.pruning.masking import has_triton
 from srnn.pruning.parts import Part, Piece, count
 from srnn.pruning.ranking import Ranking, Scorer
 from srnn.pruning.scores import Score, unit_scores
@@ -22,12 +26,24 @@ def magnitude(piece: Piece) -> Tensor:
     return piece.weight.abs()
 
 
-def _refuse_infinite(pieces: list[Piece], largest: Tensor) -> None:
-    """Raise UserError if the largest score of a piece is infinite or NaN."""
+def _refuse_odd(importance: Callable[[Piece], Tensor], pieces: list[Piece], extremes: Tensor) -> None:
+    """Raise UserError for a piece whose scores cannot be ranked: NaN, infinite or negative.
+
+    Args:
+        importance: what gave them.
+        pieces: of the weights.
+        extremes: the largest score of each piece, or the smallest and the largest, [P, 1 or 2].
+    """
     # A maximum is NaN if anything is: one pass tells both. NaN compares false with every threshold and would be pruned
     # silently; the training is past saving, and this says so.
-    for piece, value in zip(pieces, largest.tolist(), strict=True):
-        if not math.isfinite(value):
+    for piece, values in zip(pieces, extremes.tolist(), strict=True):
+        odd = [value for value in values if not math.isfinite(value) or value < 0]
+        if odd and bool(piece.weight.isfinite().all()):
+            raise UserError(
+                f"{_name(importance)} gives {odd[0]:g} for a weight of {piece.part.name}: what ranks weights must be "
+                f"finite and at least 0."
+            )
+        if odd:
             raise UserError(
                 f"{piece.part.name} holds weights that are NaN or infinite, and cannot be ranked: the training has "
                 f"diverged; lower the learning rate, or clip gradients (on the command line optimizer.lr, "
@@ -47,10 +63,10 @@ class Group:
         structure: what is kept or zeroed as a whole.
         score: what stands for a block.
         keep_diagonal: the recurrent diagonal stays.
-        epsilon: the threshold of the last update.
         target: how many weights have to be zero in the end; 0 where no sparsity is asked for.
         importance: what a method ranks weights by: piece -> [G, R, C], at least 0.
         soft: whether pruned weights are ranked by their values, and not always last.
+        waited: seconds that its updates waited for what a GPU had been given before.
 
     Raises:
         UserError: N:M or the diagonal keep more than the sparsity allows.
@@ -63,18 +79,32 @@ class Group:
     structure: Structure
     score: Score = "max"
     keep_diagonal: bool = False
-    epsilon: float = 0.0
     target: int = 0
     importance: Callable[[Piece], Tensor] = magnitude
     soft: bool = False
+    waited: float = field(default=0.0, init=False, repr=False)
+    _epsilon: float | Tensor = field(default=0.0, init=False, repr=False)  # on a GPU until somebody asks
+    _gpu_cut: GpuCut = field(default_factory=GpuCut, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._unchecked: list[tuple[Piece, Tensor]] = []  # the largest scores of pieces on a GPU
+        self._unchecked: list[tuple[Piece, Tensor]] = []  # the extreme scores of pieces on a GPU
         # Cut once: a piece holds a place in its parameter, not values, so that it never goes stale.
         self.pieces = [piece for part in self.parts for piece in part.pieces(self.structure.rows)]
         if self.sparsity is not None:
             self.target = self.zeros_for(self.sparsity)
             self._check_target()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_epsilon": self.epsilon}
+
+    @property
+    def epsilon(self) -> float:
+        """The threshold of the last update. Waits for a GPU that has not found it yet."""
+        return float(self._epsilon)
+
+    @epsilon.setter
+    def epsilon(self, value: float | Tensor) -> None:
+        self._epsilon = value
 
     @property
     def size(self) -> int:
@@ -108,23 +138,62 @@ class Group:
         """Its units by score, as the weights are now. What must stay, stays.
 
         Args:
-            scorer: other scores of a piece's units, [U], at least 0; None takes the importance of the weights.
+            scorer: other scores of a piece's units, [U], at least 0, infinite for what must stay; None takes the
+                importance of the weights.
 
         Raises:
-            UserError: a weight is infinite or NaN.
+            UserError: a weight is infinite or NaN; what ranks weights is so, or negative.
         """
-        if scorer is None:
-            self._unchecked.clear()
-            plain = self._is_plain()
-            found = Ranking(self.pieces, self.structure, self._scores, self._scores_of_all if plain else None)
-            if not (plain and found.held):
-                self._check_finite()
-            return found
-        return Ranking(self.pieces, self.structure, lambda piece: self._protect(piece, scorer(piece)))
+        self._wait()
+        if scorer is not None:
+            return Ranking(self.pieces, self.structure, lambda p: self._protect(p, _checked(p, scorer(p))))
+        found = self._ranking()
+        self._check_finite()
+        return found
+
+    def _ranking(self) -> Ranking:
+        """By importance, of weights that nobody has looked at yet."""
+        self._unchecked.clear()
+        return Ranking(self.pieces, self.structure, self._scores)
+
+    def _wait(self) -> None:
+        """For what GPUs were given before, which is not this group's."""
+        began = time.perf_counter()
+        for device in {part.mask.device for part in self.parts if part.mask.is_cuda}:
+            torch.cuda.synchronize(device)
+        self.waited += time.perf_counter() - began
 
     def prune_to(self, zeros: int) -> None:
         """Prune the smallest units until ``zeros`` weights are pruned, to the nearest unit; sets the threshold."""
-        self.set_epsilon(self.ranking().prune(zeros))
+        self.cut(Cut(zeros))
+
+    def cut(self, cut: Cut) -> None:
+        """Set masks and threshold. A GPU does it in its own time, but for the last blocks that are smaller than others.
+
+        Raises:
+            UserError: as ``ranking``; ``check`` tells what a GPU finds in its own time.
+        """
+        rows = self._plain_rows()
+        if rows:
+            self.epsilon = self._gpu_cut(rows, True, self.size - cut.zeros, cut, self._epsilon)
+            return
+        ranking = self._ranking()
+        if ranking.is_cut_on_gpu():
+            self._gpu_cut.tell(torch.stack([extremes for _, extremes in self._unchecked]))
+        else:
+            self._wait()
+            self._check_finite()
+        self.epsilon = ranking.cut(cut, self._epsilon, self._gpu_cut)
+
+    def check(self) -> None:
+        """Raise UserError if an earlier cut met a weight or score that cannot be ranked, as far as a GPU has told."""
+        if not self._gpu_cut.found_odd():
+            return
+        _refuse_odd(magnitude, self.pieces, torch.stack([piece.weight.abs().max()[None] for piece in self.pieces]))
+        raise UserError(
+            f"{_name(self.importance)} gave NaN or something infinite or negative for a weight of {self.name} at an "
+            f"earlier update, or that weight was: what ranks weights must be finite and at least 0."
+        )
 
     def set_epsilon(self, smallest_kept: float) -> None:
         """Take the smallest score kept for the threshold, unless all that is kept had to be."""
@@ -132,11 +201,12 @@ class Group:
             self.epsilon = max(0.0, smallest_kept)
 
     def _scores(self, piece: Piece) -> Tensor:
-        scores = unit_scores(self.importance(piece), self.structure, self.score)
-        if scores.is_cuda:  # each look at a number waits for the GPU
-            self._unchecked.append((piece, scores.max()))
+        importance, extremes = self._importance(piece)
+        if extremes.is_cuda:  # each look at a number waits for the GPU
+            self._unchecked.append((piece, extremes))
         else:
-            _refuse_infinite([piece], scores.max()[None])
+            _refuse_odd(self.importance, [piece], extremes[None])
+        scores = unit_scores(importance, self.structure, self.score)
         if not self.soft:
             kept = self.kept_units(piece)
             if scores.is_cuda:
@@ -146,22 +216,34 @@ class Group:
                 scores = torch.addcmul(kept - 1, scores, kept)  # -1 where pruned; 7x faster than masked_fill
         return self._protect(piece, scores)
 
-    def _is_plain(self) -> bool:
-        """Whether single weights on one GPU are ranked by their magnitudes, and none of them is protected."""
-        weights = [part.parameter for part in self.parts]
-        alike = all(w.is_cuda and (w.dtype, w.device) == (weights[0].dtype, weights[0].device) for w in weights)
-        free = self.structure.block == 1 and not (self.structure.of or self.keep_diagonal)
-        return alike and free and self.importance is magnitude
+    def _importance(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        """Of the weights of a piece, [G, R, C], and its largest value, or its smallest and largest, [1 or 2]."""
+        found = self.importance(piece)
+        if self.importance is magnitude:
+            return found, found.max()[None]
+        if found.shape != piece.shape:
+            raise UserError(
+                f"{_name(self.importance)} gives {list(found.shape)} numbers for {list(piece.shape)} weights of "
+                f"{piece.part.name}: it must give one for each."
+            )
+        found = found.detach().to(piece.mask.device) + 0.0  # -0.0 becomes 0.0: scores are ranked by their bits
+        return found, torch.stack(found.aminmax())
 
-    def _scores_of_all(self, pieces: Sequence[Piece]) -> Tensor:
-        """As ``_scores``, of plain pieces in one tensor: some launches, not some for each piece."""
-        scores = torch.cat(torch._foreach_abs([piece.weight.flatten() for piece in pieces]))
-        if not math.isfinite(float(scores.max())):
-            _refuse_infinite(list(pieces), torch.stack([piece.weight.abs().max() for piece in pieces]))
-        if not self.soft:
-            pruned = torch.cat([piece.mask.flatten() for piece in pieces]).logical_not_()
-            scores.masked_fill_(pruned, -1)
-        return scores
+    def _plain_rows(self) -> list[UnitRow]:
+        """All units, where they are single weights in fp32 on one GPU, ranked by magnitude, and none is protected."""
+        plain = self.structure.block == 1 and not (self.structure.of or self.keep_diagonal)
+        if not plain or self.importance is not magnitude or self.size > MOST_UNITS or not has_triton():
+            return []
+        home = self.parts[0].parameter.device
+        weights = [part.parameter.detach() for part in self.parts]
+        alike = all(w.is_cuda and w.device == home and w.dtype == torch.float32 and w.is_contiguous() for w in weights)
+        if not alike or not all(part.mask.device == home for part in self.parts):
+            return []
+        rows: list[UnitRow] = []
+        for part, weight in zip(self.parts, weights, strict=True):
+            mask = part.of(part.mask)
+            rows.append((part.of(weight), None if self.soft else mask, mask))  # by its value, or last
+        return rows
 
     def _check_finite(self) -> None:
         """Of pieces on a GPU, all together."""
@@ -171,7 +253,7 @@ class Group:
                 self._scores(piece)
         if pieces:
             first = self._unchecked[0][1].device
-            _refuse_infinite(pieces, torch.stack([largest.to(first) for _, largest in self._unchecked]))
+            _refuse_odd(self.importance, pieces, torch.stack([extremes.to(first) for _, extremes in self._unchecked]))
         self._unchecked.clear()
 
     def kept_units(self, piece: Piece) -> Tensor:
@@ -210,3 +292,14 @@ class Group:
                 f"{most / self.size:.4g} can be pruned, and sparsity={sparsity:g} is asked for: choose smaller "
                 f"blocks, or less sparsity."
             )
+
+
+def _checked(piece: Piece, scores: Tensor) -> Tensor:
+    """A method's own scores, [U]: without NaN, negative numbers or -0.0, whose bits are in another order."""
+    if not bool((scores >= 0).all()):  # as NaN is not
+        raise UserError(f"scores of {piece.part.name} are negative or NaN: what ranks weights must be at least 0.")
+    return scores + 0.0
+
+
+def _name(importance: Callable[[Piece], Tensor]) -> str:
+    return str(getattr(importance, "__qualname__", importance))

@@ -33,7 +33,7 @@ from srnn.pruning.parts import Part, count
 from srnn.pruning.report_rows import ReportRow, report_rows, warn_of_the_end
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import masks_of
-from srnn.pruning.state_masks import StateMasks, mask_all, state_beside
+from srnn.pruning.state_masks import StateMasks, left_unmasked, mask_all, state_beside
 from srnn.pruning.watched_masks import WatchedMasks
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -77,7 +77,7 @@ class Pruner:
 
     Attributes:
         itr: optimiser steps done so far.
-        seconds: spent in here; on a GPU, masking between updates is launched and not awaited.
+        seconds: spent in here, without the waiting for a GPU's earlier work; what is launched on it is not awaited.
         groups: the weights that are pruned; those of a group share a threshold.
 
     Raises:
@@ -132,7 +132,8 @@ class Pruner:
         self._checked = False  # whether parameters have been checked since this was built or loaded
         self._gradient_masks = GradientMasks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu)
         self.method.prepare(self.run, self.groups, reference)
-        self._start()
+        self._gradient_masks.attach(self._parameters)
+        self._mask_weights()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_gradient_masks"}
@@ -143,19 +144,21 @@ class Pruner:
         self._gradient_masks.attach(self._parameters)
 
     @torch.no_grad()
-    def _start(self) -> None:
-        """Apply the masks that a method starts with, to weights alone: whoever resumes may have loaded weights already.
-        ``load_state_dict`` gives back those that they take, until the first step."""
-        self._gradient_masks.attach(self._parameters)
-        if self.itr <= self.method.dense_until:
+    def _mask_weights(self) -> None:
+        """Apply the masks that are there before the first step, to weights alone: whoever resumes may have loaded
+        weights already. ``load_state_dict`` gives back those that they take, until the first step."""
+        if self.itr <= self.method.dense_until or self._acts_later():
             return
-        for name, parameter in self._parameters.items():
-            if not bool(self._masks[name].all()):
-                self._before[name] = parameter.detach().clone()
-                parameter.masked_fill_(~self._masks[name], 0)
+        for name, parameter, pruned in left_unmasked(self._parameters, self._masks):
+            self._before[name] = parameter.detach().clone()
+            parameter.masked_fill_(pruned, 0)
+
+    def _acts_later(self) -> bool:
+        """Whether masks were found at this step that act from the next on; what ``prepare`` masks acts at once."""
+        return self.itr > 0 and self.method.delayed and self.method.is_update(self.itr)
 
     def _give_back(self) -> None:
-        """The weights that ``_start`` took, unless others have been loaded since."""
+        """The weights that masks took before the first step, unless others have been loaded since."""
         for name, weight in self._before.items():
             left = weight.masked_fill(~self._masks[name], 0)
             if torch.equal(self._parameters[name], left):
@@ -183,14 +186,11 @@ class Pruner:
         self.itr += 1
         self._before.clear()
         update = self.method.is_update(self.itr)
-        if self._gradient_masks.were_left():
+        if self._gradient_masks.were_left() or update:
             self._restart()
-        if update:
-            # An update waits for the device anyway; the waiting for what was queued before is not pruning's.
-            for device in {mask.device for mask in self._masks.values() if mask.is_cuda}:
-                torch.cuda.synchronize(device)
-            self._restart()
-        began = time.perf_counter()
+        began, waited = time.perf_counter(), sum(group.waited for group in self.groups)
+        for group in self.groups:
+            group.check()
         if update or self.itr % COMPARE_EVERY == 0 or not self._checked:
             self._checked = True
             self._gradient_masks.attach(self._parameters)  # some may have been frozen
@@ -207,7 +207,8 @@ class Pruner:
             if update:
                 self._update()
         self.method.after_masks(self)
-        self.seconds += time.perf_counter() - began
+        waited -= sum(group.waited for group in self.groups)  # for what a GPU was given before, which is not pruning's
+        self.seconds += time.perf_counter() - began + waited
         return update
 
     @torch.no_grad()
@@ -217,19 +218,22 @@ class Pruner:
         Warns if the sparsity asked for was missed, and if nothing is left of a matrix or gate.
 
         Raises:
-            UserError: ranks differ.
+            UserError: ranks differ, or the training had diverged by the last update.
         """
         self._restart()
         self._apply()
         self._gradient_masks.remove()
         check_equal(self._compared(), self.itr)
+        for group in self.groups:
+            float(group.epsilon)  # a GPU has done all then
+            group.check()
         warn_of_the_end(self.method, self.itr, self.groups, self._masks)
 
     @torch.no_grad()
     def mask_now(self) -> None:
-        """Zero all that is pruned, before it is saved or scored: a step on a GPU looks at one parameter, in turn."""
-        if self.method.soft or (self.method.delayed and self.method.is_update(self.itr)):
-            return  # masked at each step; and masks that were found at this one act from the next on
+        """Zero all that is pruned, before it is saved or scored: a step on a GPU may look at one parameter, or none."""
+        if self.method.soft or self._acts_later():
+            return  # a soft method's are masked at each step
         if all(parameter.device == self._masks[name].device for name, parameter in self._parameters.items()):
             self._restart()
             self._apply()
@@ -248,13 +252,10 @@ class Pruner:
         """
         if self.itr <= self.method.dense_until:
             return []
-        written = []
-        for name, parameter in self._parameters.items():
-            pruned = ~self._masks[name].to(parameter.device)  # a Trainer moves the model to the CPU in the end
-            if bool((parameter[pruned] != 0).any()):
-                parameter.masked_fill_(pruned, 0)
-                written.append(name)
-        return written
+        found = list(left_unmasked(self._parameters, self._masks))
+        for _, parameter, pruned in found:
+            parameter.masked_fill_(pruned, 0)
+        return [name for name, _, _ in found]
 
     def _update(self) -> None:
         self.method.before_update(self)
@@ -375,7 +376,7 @@ class Pruner:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a ``state_dict``: weights and optimiser may be loaded before or after.
+        """Take over a ``state_dict``, and mask the weights by it: they and the optimiser may be loaded before or after.
 
         Warns if its schedule ends at another step, as that of a shorter run does.
 
@@ -394,5 +395,6 @@ class Pruner:
             part.revived.copy_(torch.tensor(state["revived"][part.name]))
         self.method.load_state_dict(state["method"])
         self._held_bits.clear()
+        self._mask_weights()
         self._restart()
         self._checked = False

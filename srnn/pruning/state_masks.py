@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,16 @@ def mask_all(several: Iterable[Bits]) -> None:
     """
     for bits, tensor in several:
         tensor.view(bits.dtype).bitwise_and_(bits)
+
+
+def left_unmasked(
+    parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]
+) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """The parameters that are not zero where their masks are, by name, each with what is pruned of it, bool."""
+    for name, parameter in parameters.items():
+        pruned = ~masks[name].to(parameter.device)  # a Trainer moves the model to the CPU in the end
+        if bool((parameter[pruned] != 0).any()):
+            yield name, parameter, pruned
 
 
 def _is_masked(one: Bits) -> bool:

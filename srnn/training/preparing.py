@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from srnn.config.settings import PackedConfig, Settings, TrackingConfig, TrainerConfig
 from srnn.datasets.base import DataModule
 from srnn.errors import UserError
+from srnn.files import expanded
 from srnn.inference.packed_file import read
 from srnn.inference.packing import PackedModel
 from srnn.inference.weights import read_checkpoint, read_weights, weights_of
@@ -101,7 +102,7 @@ def prepare(settings: Settings, place: Place | None = None, checkpoint: Path | N
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     method: PruningMethod = register.build("pruning", settings.pruning)
     _check_training(settings, method)
-    reference = read_weights(Path(method.reference_path)) if method.reference_path else None
+    reference = _reference(method, settings.pruning)
     initial, rows = _initial(settings) if checkpoint is None else (None, None)
     data = build_data(settings.dataset, _vocabulary(initial, checkpoint))
     _limit(data, settings.trainer)
@@ -214,6 +215,22 @@ def _check_training(settings: Settings, method: PruningMethod) -> None:
         )
     if not settings.init_from:
         raise UserError("trainer.max_epochs=0 trains nothing: name the trained network, init_from=FILE.")
+
+
+def _reference(method: PruningMethod, config: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The dense weights that a method wants to see; of a run's folder those of its network. Raises UserError."""
+    if not (given := method.reference_path):
+        return None
+    path = expanded(given)
+    if path.is_dir():
+        run = RunFolder(path)
+        path = next((file for file in (run.best, run.packed) if file.is_file()), path)
+    if not path.is_file():
+        option = next((key for key, value in config.items() if value == given), "reference")
+        raise UserError(
+            f"pruning.{option}={given}: no such checkpoint or packed file; give one of a dense run, or its folder."
+        )
+    return read_weights(path)
 
 
 def _go_on_from(model: nn.Module, checkpoint: Path) -> None:

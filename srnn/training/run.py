@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -54,10 +54,7 @@ def train(
         KeyboardInterrupt: the user stopped it; the folder holds the last checkpoint.
     """
     tracking = replace(settings.tracking, group=settings.tracking.group or group)
-    settings = replace(settings, tracking=tracking)
-    if teachers := teachers_of(settings.distill.teacher):
-        teacher = teachers[0] if isinstance(settings.distill.teacher, str) else teachers
-        settings = replace(settings, distill=replace(settings.distill, teacher=teacher))
+    settings = _located(replace(settings, tracking=tracking))
     home = RunFolder(folder)
     if home.begun:
         raise UserError(f"{folder} holds a run already, which would be mixed with this one; set another hydra.run.dir.")
@@ -100,6 +97,43 @@ def resume(folder: Path) -> dict[str, Any]:
             return _run(settings, home, _last_checkpoint(home))
 
 
+def refuse_what_none_can_do(jobs: Iterable[Settings]) -> None:
+    """Prepare one job after another until one can be: a mistake that all share is told before the first is started.
+
+    Args:
+        jobs: of a sweep.
+
+    Raises:
+        UserError: what the first job says, where each of them is refused.
+    """
+    first: UserError | None = None
+    for settings in jobs:
+        try:
+            _prepared(_located(settings), None)
+            return
+        except UserError as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
+def _located(settings: Settings) -> Settings:
+    """With teachers that are found from another folder too."""
+    if not (teachers := teachers_of(settings.distill.teacher)):
+        return settings
+    teacher = teachers[0] if isinstance(settings.distill.teacher, str) else teachers
+    return replace(settings, distill=replace(settings.distill, teacher=teacher))
+
+
+def _prepared(settings: Settings, checkpoint: Path | None) -> Run:
+    """What a run is, once devices and kernel are known to be there."""
+    quiet()
+    place = Place.first(settings.trainer.devices)
+    check_devices(settings.trainer, place)
+    _check_kernel(settings.kernel)
+    return prepare(settings, place, checkpoint)
+
+
 def _last_checkpoint(folder: RunFolder) -> Path | None:
     """What a stopped run is resumed from; None, and a word on it, if there is nothing."""
     if folder.last.exists():
@@ -114,11 +148,7 @@ def _last_checkpoint(folder: RunFolder) -> Path | None:
 def _run(settings: Settings, folder: RunFolder, checkpoint: Path | None) -> dict[str, Any]:
     """A run from the beginning, or from a checkpoint of its own."""
     began = time.perf_counter()
-    quiet()
-    place = Place.first(settings.trainer.devices)
-    check_devices(settings.trainer, place)
-    _check_kernel(settings.kernel)
-    run = prepare(settings, place, checkpoint)
+    run = _prepared(settings, checkpoint)
     environment.record_data(folder, run.data)
     rehearse(run, folder)
     print_folder(folder)

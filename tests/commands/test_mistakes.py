@@ -357,3 +357,15 @@ def test_list_shows_the_options_of_no_component(capsys):
 def test_help(capsys):
     assert main(["--help"]) == 0
     assert "generate outputs/RUN" in capsys.readouterr().out
+
+
+def test_a_second_run_in_a_process_is_refused_before_it_disturbs_the_first(capsys, monkeypatch):
+    """Hydra's config is one for all threads."""
+    inside = []
+    monkeypatch.setattr("srnn.commands.train.check_command_line", lambda _: inside.append(main(["seed=1"])) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["seed=0"])
+    assert inside == [2]
+    assert "another run goes on in this process" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert "pruning=no" in mistake(capsys, "pruning=no"), "and then the next is heard"

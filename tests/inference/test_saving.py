@@ -138,6 +138,39 @@ def test_tied_weights_of_sparse_layers_are_saved_once(tmp_path, make):
         assert torch.equal(weight, network.state_dict()[name])
 
 
+def test_biases_that_layers_share_stay_one_tensor(tmp_path):
+    def tied():
+        layers = nn.ModuleList([nn.GRU(16, 16), nn.GRU(16, 16), nn.Linear(16, 48)])
+        layers[1].bias_hh_l0 = layers[0].bias_hh_l0
+        layers[2].bias = layers[0].bias_hh_l0
+        return layers
+
+    network = pruned(tied())
+    sparse = srnn.sparsify(network, kernel="csr")
+    srnn.save(sparse, tmp_path / "sparse")
+    apart = nn.ModuleList([sparse, srnn.load(tmp_path / "sparse", kernel="csr", into=tied())])
+    x_TBI = torch.randn(3, 2, 16)
+    for there in (*apart, *copy.deepcopy(apart), *pickle.loads(pickle.dumps(apart))):
+        there._apply(torch.clone)  # as moving to another device
+        assert there[0].bias_hh_l0 is there[1].bias_hh_l0 is there[2].bias
+        assert there[0].bias_ih_l0 is not there[1].bias_ih_l0
+        assert len(list(srnn.desparsify(there).parameters())) == len(list(network.parameters()))
+        for layer, dense in zip(there, network, strict=True):
+            assert_same(layer(x_TBI), dense(x_TBI))
+        there[2].bias.add_(1.0)  # all three run it
+        expected = copy.deepcopy(network)
+        with torch.no_grad():
+            expected[0].bias_hh_l0.add_(1.0)
+        for layer, dense in zip(there, expected, strict=True):
+            assert_same(layer(x_TBI), dense(x_TBI))
+    assert not torch.equal(network[2].bias, sparse[2].bias), "of the sparse network's own"
+
+
+def assert_same(found, wanted):
+    found, wanted = (each[0] if isinstance(each, tuple) else each for each in (found, wanted))
+    torch.testing.assert_close(found, wanted)
+
+
 def test_what_is_loaded_into_one_layer_is_run_by_another_that_shares_the_weight():
     embedding, decoder = nn.Embedding(30, 16), nn.Linear(16, 30, bias=False)
     decoder.weight = embedding.weight

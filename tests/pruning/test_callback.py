@@ -320,6 +320,28 @@ def test_a_best_network_from_before_pruning_is_over_is_warned_of_and_avoided(tmp
         trainer(tmp_path, PruningCallback("rigl"), rigl).fit(Validating(), data(), data())
 
 
+class WritesBehindTorchsBack(pl.Callback):
+    """After each step, as some averaging does; nothing counts it."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        pl_module.rnn.weight_hh_l0.data += 1
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_what_is_saved_in_the_middle_of_a_pass_is_masked(tmp_path, weights_only):
+    pruning = PruningCallback("hard", sparsity=0.9, prune_itr=2)
+    each = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1, save_weights_only=weights_only)
+    module = Copying()
+    trainer(tmp_path, pruning, WritesBehindTorchsBack(), each, max_epochs=1).fit(module, data())
+    saved = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
+    masks = pruning.pruner.masks()
+    for path in saved[3:]:
+        weights = torch.load(path, weights_only=True)["state_dict"]
+        assert not any(weights[name][~mask].any() for name, mask in masks.items()), path.name
+    assert len(saved) > 4
+    assert not module._state_dict_pre_hooks, "the module is left as it was"
+
+
 def test_keys_of_states_are_those_of_the_settings():
     one, other = nn.GRU(4, 8), nn.GRU(4, 9)
     made = [

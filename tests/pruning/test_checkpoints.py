@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from srnn.errors import UserError
-from srnn.pruning import Pruner, RunLength
+from srnn.pruning import Pruner, RunLength, prune
 from srnn.registry import register
 from srnn.registry.plugins import plugin_folders
 from tests.pruning.test_zero import METHODS, OPTIMIZERS, Net, method_of, train
@@ -142,6 +142,23 @@ def test_going_on_is_the_same_in_any_order(order):
     assert torch.equal(again.weight, trained["weight"])
     resumed.finalize()
     assert torch.equal(again.weight, trained["weight"])
+
+
+@pytest.mark.parametrize("method", ["rigl", "fixed"])
+def test_weights_are_those_of_the_masks_that_are_loaded(method):
+    """Of methods that begin with masks, before the first step; ``fixed`` takes them from the weights."""
+    models = [nn.GRU(6, 16), nn.GRU(6, 16)]
+    for model in models:
+        prune(model, sparsity=0.5, layer_types=["recurrent"])
+    first, second = (Pruner(model, method, 100) for model in models)
+    with torch.no_grad():
+        models[1].weight_hh_l0.fill_(1.0)
+    second.load_state_dict(first.state_dict())
+    for name, mask in second.masks().items():
+        weight = models[1].get_parameter(name)
+        assert not weight[~mask].any(), name
+        assert mask.equal(first.masks()[name])
+    assert models[1].weight_hh_l0.any(), "what is kept stays"
 
 
 def test_a_state_of_other_settings_is_refused():

@@ -1,5 +1,6 @@
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -348,3 +349,27 @@ def test_a_state_of_another_schedule_is_named():
         Pruner(model, "cubic", 60).load_state_dict(state)
     with pytest.warns(UserWarning, match="a schedule that ends at step .* and this one ends at step"):
         Pruner(model, "cubic", 90).load_state_dict(state)
+
+
+def test_pruners_in_threads_do_not_disturb_each_other():
+    def trained(seed):
+        generator = torch.Generator().manual_seed(seed)
+        model = nn.GRU(8, 24)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0, 0.3, generator=generator)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        pruner = Pruner(model, "cubic", 60, optimizer, sparsity=0.8)
+        for _ in range(60):
+            model(torch.randn(5, 4, 8, generator=generator))[0].square().mean().backward()
+            optimizer.step()
+            pruner.step()
+            optimizer.zero_grad()
+        pruner.finalize()
+        return model.state_dict()
+
+    alone = [trained(seed) for seed in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        together = list(threads.map(trained, range(3)))
+    for wanted, found in zip(alone, together, strict=True):
+        assert all(torch.equal(weight, found[name]) for name, weight in wanted.items())

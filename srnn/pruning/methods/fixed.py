@@ -30,7 +30,7 @@ class Fixed(PruningMethod):
 
     def prepare(self, run: RunLength, groups: Sequence[Group], reference: Mapping[str, Tensor] | None) -> None:
         """Take the masks from the weights. Raises UserError if there is no zero."""
-        self.dense_until = self.done_from = 0
+        self.dense_until, self.done_from = -1, 0  # masked from the start
         for group in groups:
             for part in group.parts:
                 part.of(part.mask).copy_(part.of(part.parameter.detach()) != 0)
