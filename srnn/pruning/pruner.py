@@ -390,7 +390,7 @@ class Pruner:
             bits = np.unpackbits(state["masks"][name].cpu().numpy(), count=mask.numel())
             mask.copy_(torch.from_numpy(bits).view(mask.shape))
         for group in self.groups:
-            group.epsilon = float(state["thresholds"][group.name])
+            group.restore(float(state["thresholds"][group.name]))
         for part in self.parts:
             part.revived.copy_(torch.tensor(state["revived"][part.name]))
         self.method.load_state_dict(state["method"])
