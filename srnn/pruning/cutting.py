@@ -11,7 +11,8 @@ from torch import Tensor
 
 from srnn.pruning.masking import Launches, RecentLaunches, blocks_of, put
 
-UnitRow = tuple[Tensor, Tensor | None, Tensor]  # scores or weights, fp32, the mask of weights, and where new ones go
+# In fp32: scores, or weights with their mask; where new masks go; and moments, where these say how weights are ranked.
+UnitRow = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 MOST_UNITS = 1 << 30  # counted in 32 bits
 
 
@@ -75,12 +76,13 @@ class GpuCut:
         self._flags[:] = 0
         return True
 
-    def __call__(self, rows: Sequence[UnitRow], plain: bool, keep: int, cut: Cut, before: float | Tensor) -> Tensor:
+    def __call__(self, rows: Sequence[UnitRow], weights: bool, keep: int, cut: Cut, before: float | Tensor) -> Tensor:
         """Write new masks.
 
         Args:
             rows: of all units in their order, on one device, each contiguous.
-            plain: whether they are weights, ranked by their magnitudes, those that are pruned last; else scores.
+            weights: whether they are weights, ranked by their magnitudes or by these times the fourth roots of moments,
+                and those that are pruned last; else scores.
             keep: units to keep by rank.
             cut: how far.
             before: the threshold of the last cut.
@@ -94,16 +96,17 @@ class GpuCut:
         if before is not self.epsilon:
             self.epsilon.fill_(float(before))
         rows = [row for row in rows if row[0].numel()]
-        units = sum(values.numel() for values, _, _ in rows)
-        table = tuple([(v.numel(), v.data_ptr(), _address(mask), out.data_ptr()) for v, mask, out in rows])
-        launches, wanted = self._recent.get((plain, table), lambda: self._launches(table, units, plain))
+        units = sum(row[0].numel() for row in rows)
+        table = tuple([(row[0].numel(), *map(_address, row)) for row in rows])
+        kind = 0 if not weights else 1 if rows[0][3] is None else 2
+        launches, wanted = self._recent.get((kind, table), lambda: self._launches(table, units, kind))
         by_rank, rank = cut.share is None, units - keep + 1
         numbers = (rank if by_rank else cut.rank(units), rank, keep, by_rank, cut.factor, cut.rising)
         wanted.copy_(put(torch.tensor(numbers, dtype=torch.float64), device))
         launches.run()
         return self.epsilon
 
-    def _launches(self, table: Sequence[Sequence[int]], units: int, plain: bool) -> tuple[Launches, Tensor]:
+    def _launches(self, table: Sequence[Sequence[int]], units: int, kind: int) -> tuple[Launches, Tensor]:
         from srnn.pruning.cutting_kernel import CUT_BLOCK, launches  # here, because Triton may be missing
 
         assert self.epsilon is not None
@@ -111,9 +114,9 @@ class GpuCut:
         device = self.epsilon.device
         blocks = put(table, device), *blocks_of([row[0] for row in table], CUT_BLOCK, device)
         wanted = torch.zeros(6, dtype=torch.float64, device=device)
-        several = launches(blocks, wanted, self.epsilon, self._infinite, units, plain)
-        return Launches(list(several), device, 1 if plain else 3), wanted  # scores move
+        several = launches(blocks, wanted, self.epsilon, self._infinite, units, kind)
+        return Launches(list(several), device, 1 if kind else 3), wanted  # scores move
 
 
-def _address(mask: Tensor | None) -> int:
-    return 0 if mask is None else mask.data_ptr()
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

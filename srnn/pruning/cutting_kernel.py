@@ -18,6 +18,9 @@ from torch import Tensor
 
 CUT_BLOCK = 4096  # scores at a time
 CUT_BINS = 256
+# What is in a table: scores; weights, of which magnitudes are the scores; and weights with moments, whose fourth roots
+# the magnitudes are multiplied by.
+SCORES, MAGNITUDES, SALIENCIES = (tl.constexpr(kind) for kind in (0, 1, 2))
 SHIFTS = (23, 15, 7, 0)  # of the passes
 _PROGRAMS = 264  # two for each multiprocessor of an H100 or H200; each goes through many blocks
 _WARPS = 8
@@ -32,27 +35,31 @@ _THRESHOLD, _LEFT, _TIED, DECISION = (tl.constexpr(place) for place in (0, 1, 2,
 
 
 @triton.jit
-def _block(tables, owners, firsts, block, PLAIN: tl.constexpr, BLOCK: tl.constexpr):
+def _block(tables, owners, firsts, block, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """The bits of a block's scores, which of them are there, and where their masks go."""
     owner = tl.load(owners + block)
-    table = tables + owner * 4
+    table = tables + owner * 5
     size = tl.load(table)
     place = (block - tl.load(firsts + owner)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     bits = tl.load(tl.load(table + 1).to(tl.pointer_type(tl.int32)) + place, mask=inside, other=0)
-    if PLAIN:  # of weights, whose magnitude it is
+    if KIND == SCORES:  # -0.0 is a zero
+        bits = tl.where(bits >= 0, bits, tl.where(bits == -0x80000000, 0, MINUS_ONE))
+    else:
         bits = bits & 0x7FFFFFFF
+        if KIND == SALIENCIES:
+            moment = tl.load(tl.load(table + 4).to(tl.pointer_type(tl.float32)) + place, mask=inside, other=0.0)
+            score = bits.to(tl.float32, bitcast=True) * tl.sqrt_rn(tl.sqrt_rn(moment))
+            bits = score.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # a NaN may be negative
         mask = tl.load(table + 2)
         kept = tl.load(mask.to(tl.pointer_type(tl.uint8)) + place, mask=inside & (mask != 0), other=1)
         bits = tl.where(kept != 0, bits, MINUS_ONE)
-    else:  # -0.0 is a zero
-        bits = tl.where(bits >= 0, bits, tl.where(bits == -0x80000000, 0, MINUS_ONE))
     return bits, inside, tl.load(table + 3).to(tl.pointer_type(tl.uint8)) + place
 
 
 @triton.jit(do_not_specialize=["blocks", "shift", "first"])  # compiled once, whatever they are
 def count_bins(
-    tables,  # [M, 4], int64: of each tensor its size, its address, that of its mask or 0, and where new masks go
+    tables,  # [M, 5], int64: of each tensor its size, and the addresses of it, its mask or 0, new masks, and moments
     owners,  # [blocks], the tensor of each
     firsts,  # [M], the first block of each
     blocks,
@@ -60,7 +67,7 @@ def count_bins(
     counts,  # [2, BINS], int32, and how many are negative, and whether one is infinite or NaN
     shift,
     first,  # whether it is the first pass
-    PLAIN: tl.constexpr,
+    KIND: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -71,7 +78,7 @@ def count_bins(
     own1 = tl.zeros((BINS,), tl.int32)
     negative, broken = 0, 0
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        bits, inside, _ = _block(tables, owners, firsts, block, PLAIN, BLOCK)
+        bits, inside, _ = _block(tables, owners, firsts, block, KIND, BLOCK)
         place = (bits - base0) >> shift
         own0 += tl.histogram(place, BINS, mask=inside & (bits >= base0) & (place < BINS))
         if base1 != base0:
@@ -159,7 +166,7 @@ def pick_bins(
     broken,  # [1], in memory of the host, set where a weight is infinite or NaN
     shift,
     first,
-    PLAIN: tl.constexpr,
+    KIND: tl.constexpr,
     BINS: tl.constexpr,
 ):
     """Find the bins that hold the wanted ranks, empty all for the next pass, and decide after the last. One program."""
@@ -168,7 +175,7 @@ def pick_bins(
     apart = (first == 0) & (tl.load(searches + _BASE) != tl.load(searches + FIELDS + _BASE))
     other = tl.where(apart, tl.load(counts + BINS + bins), counted)
     negative = tl.load(counts + 2 * BINS)
-    if tl.load(counts + 2 * BINS + 1) != 0 and PLAIN:
+    if tl.load(counts + 2 * BINS + 1) != 0 and KIND != SCORES:
         tl.store(broken, 1)
     tl.debug_barrier()
     tl.store(counts + bins, tl.zeros((BINS,), tl.int32))
@@ -182,11 +189,11 @@ def pick_bins(
 
 
 @triton.jit
-def count_equals(tables, owners, firsts, decision, equals, PLAIN: tl.constexpr, BLOCK: tl.constexpr):
+def count_equals(tables, owners, firsts, decision, equals, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """How many scores of each block are equal to the threshold, [blocks]; where not all of them are kept."""
     if tl.load(decision + _TIED) != 0:
         block = tl.program_id(0)
-        bits, inside, _ = _block(tables, owners, firsts, block, PLAIN, BLOCK)
+        bits, inside, _ = _block(tables, owners, firsts, block, KIND, BLOCK)
         same = inside & (bits == tl.load(decision + _THRESHOLD))
         tl.store(equals + block, tl.sum(same.to(tl.int32), axis=0))
 
@@ -205,10 +212,10 @@ def add_up(decision, equals, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def write_masks(tables, owners, firsts, decision, equals, PLAIN: tl.constexpr, BLOCK: tl.constexpr):
+def write_masks(tables, owners, firsts, decision, equals, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """Keep what is above the threshold, and the first of its equals."""
     block = tl.program_id(0)
-    bits, inside, out = _block(tables, owners, firsts, block, PLAIN, BLOCK)
+    bits, inside, out = _block(tables, owners, firsts, block, KIND, BLOCK)
     threshold = tl.load(decision + _THRESHOLD)
     keep = bits >= threshold
     if tl.load(decision + _TIED) != 0:
@@ -219,7 +226,7 @@ def write_masks(tables, owners, firsts, decision, equals, PLAIN: tl.constexpr, B
 
 
 def launches(
-    blocks: tuple[Tensor, Tensor, Tensor], wanted: Tensor, epsilon: Tensor, broken: Tensor, units: int, plain: bool
+    blocks: tuple[Tensor, Tensor, Tensor], wanted: Tensor, epsilon: Tensor, broken: Tensor, units: int, kind: int
 ) -> Iterator[Callable[[], None]]:
     """Those of a cut.
 
@@ -229,7 +236,7 @@ def launches(
         epsilon: the threshold.
         broken: the flag.
         units: how many scores there are.
-        plain: whether they are those of weights.
+        kind: what they are of.
     """
     device, count = wanted.device, len(blocks[1])
     searches = torch.zeros(2, FIELDS.value, dtype=torch.int32, device=device)
@@ -239,12 +246,12 @@ def launches(
     grid = (min(_PROGRAMS, count),)
     for shift in SHIFTS:
         now = shift, int(shift == SHIFTS[0])
-        yield partial(_on, device, count_bins, grid, *blocks, count, searches, counts, *now, plain, CUT_BINS, CUT_BLOCK)
+        yield partial(_on, device, count_bins, grid, *blocks, count, searches, counts, *now, kind, CUT_BINS, CUT_BLOCK)
         picked = searches, counts, wanted, units, decision, epsilon, broken
-        yield partial(_on, device, pick_bins, (1,), *picked, *now, plain, CUT_BINS)
-    yield partial(_on, device, count_equals, (count,), *blocks, decision, equals, plain, CUT_BLOCK)
+        yield partial(_on, device, pick_bins, (1,), *picked, *now, kind, CUT_BINS)
+    yield partial(_on, device, count_equals, (count,), *blocks, decision, equals, kind, CUT_BLOCK)
     yield partial(_on, device, add_up, (1,), decision, equals, count, CUT_BLOCK)
-    yield partial(_on, device, write_masks, (count,), *blocks, decision, equals, plain, CUT_BLOCK)
+    yield partial(_on, device, write_masks, (count,), *blocks, decision, equals, kind, CUT_BLOCK)
 
 
 def _on(device: torch.device, kernel: Any, grid: tuple[int], *arguments: Any) -> None:

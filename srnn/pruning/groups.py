@@ -26,6 +26,24 @@ def magnitude(piece: Piece) -> Tensor:
     return piece.weight.abs()
 
 
+class Saliency:
+    """``|w| v^(1/4)`` of each weight, [G, R, C], where v is a mean of squared gradients.
+
+    It is in the order of w^2 sqrt(v), the saliency of LeCun, Denker and Solla, *Optimal brain damage*, NIPS 1989, with
+    the root of v for the second derivative.
+
+    Attributes:
+        moments: parameter name -> v.
+    """
+
+    def __init__(self) -> None:
+        self.moments: dict[str, Tensor] = {}
+
+    def __call__(self, piece: Piece) -> Tensor:
+        """Of a piece."""
+        return piece.weight.abs() * piece.of(self.moments[piece.part.parameter_name]).pow(0.25)
+
+
 def _refuse_odd(importance: Callable[[Piece], Tensor], pieces: list[Piece], extremes: Tensor) -> None:
     """Raise UserError for a piece whose scores cannot be ranked: NaN, infinite or negative.
 
@@ -237,19 +255,23 @@ class Group:
         return found, torch.stack(found.aminmax())
 
     def _plain_rows(self) -> list[UnitRow]:
-        """All units, where they are single weights in fp32 on one GPU, ranked by magnitude, and none is protected."""
+        """All units, where a GPU can cut them by their weights: single ones in fp32, of which none is protected."""
         plain = self.structure.block == 1 and not (self.structure.of or self.keep_diagonal)
-        if not plain or self.importance is not magnitude or self.size > MOST_UNITS or not has_triton():
+        by_weights = self.importance is magnitude or isinstance(self.importance, Saliency)
+        if not plain or not by_weights or self.size > MOST_UNITS or not has_triton():
             return []
-        home = self.parts[0].parameter.device
-        weights = [part.parameter.detach() for part in self.parts]
-        alike = all(w.is_cuda and w.device == home and w.dtype == torch.float32 and w.is_contiguous() for w in weights)
-        if not alike or not all(part.mask.device == home for part in self.parts):
-            return []
-        rows: list[UnitRow] = []
-        for part, weight in zip(self.parts, weights, strict=True):
+        moments = self.importance.moments if isinstance(self.importance, Saliency) else None
+        home, rows = self.parts[0].mask.device, []
+        for part in self.parts:
+            weight, moment = part.parameter.detach(), None if moments is None else moments[part.parameter_name]
+            numbers = [weight] if moment is None else [weight, moment]
+            if not all(t.is_cuda and t.dtype == torch.float32 and t.is_contiguous() for t in numbers):
+                return []
+            if not all(t.device == home for t in (*numbers, part.mask)):
+                return []
             mask = part.of(part.mask)
-            rows.append((part.of(weight), None if self.soft else mask, mask))  # by its value, or last
+            own = None if self.soft else mask  # what is pruned is ranked by its value, or last
+            rows.append((part.of(weight), own, mask, None if moment is None else part.of(moment)))
         return rows
 
     def _check_finite(self) -> None:
@@ -313,4 +335,4 @@ def _checked(piece: Piece, scores: Tensor) -> Tensor:
 
 
 def _name(importance: Callable[[Piece], Tensor]) -> str:
-    return str(getattr(importance, "__qualname__", importance))
+    return str(getattr(importance, "__qualname__", type(importance).__qualname__))

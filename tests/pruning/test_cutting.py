@@ -44,24 +44,28 @@ def drawn(draw, units):
 
 @pytest.mark.gpu
 @here
-@pytest.mark.parametrize("seed", range(8))
-def test_a_cut_of_weights_is_that_of_sorting(seed):
+@pytest.mark.parametrize("by_moments", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_cut_of_weights_is_that_of_sorting(seed, by_moments):
     draw = random.Random(seed)
     sizes = [draw.choice([1, 7, 300, 4096, 9000]) for _ in range(draw.choice([1, 2, 3]))]
     weights = [numbers(draw, size) for size in sizes]
     masks = [torch.rand(size) > draw.choice([0, 0.3, 0.9]) for size in sizes]
     on_device = [weight.to(DEVICE) for weight in weights]
+    moments = [numbers(draw, size).square() if by_moments else None for size in sizes]
+    moments_there = [None if moment is None else moment.to(DEVICE) for moment in moments]
     cuts, before, soft = GpuCut(), 0.0, seed % 3 == 0
     for again in range(4):  # from the third time on a GPU replays it
         cut = drawn(draw, sum(sizes))
         keep = sum(sizes) - cut.zeros
-        scores = torch.cat(weights).abs()
+        scores = torch.cat(weights).abs() * (torch.cat(moments).sqrt().sqrt() if by_moments else 1)
         if not soft:
             scores[~torch.cat(masks)] = -1
         wanted, epsilon = by_sorting(scores, keep, cut, before)
         if again == 0:
             outs = [mask.to(DEVICE) for mask in masks]
-        rows = [(weight, None if soft else out, out) for weight, out in zip(on_device, outs, strict=True)]
+        owns = [None] * len(outs) if soft else outs
+        rows = list(zip(on_device, owns, outs, moments_there, strict=True))
         found = cuts(rows, True, keep, cut, before)
         assert torch.cat(outs).cpu().equal(wanted)
         assert float(found) == epsilon
@@ -78,7 +82,7 @@ def test_a_cut_of_weights_is_that_of_sorting(seed):
 
 @pytest.mark.gpu
 @here
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_cut_of_scores_is_that_of_sorting(seed):
     """Some are infinite, of what has to stay, and -1, of what is pruned; -0.0 is a zero."""
     draw = random.Random(seed)
@@ -90,7 +94,9 @@ def test_a_cut_of_scores_is_that_of_sorting(seed):
     for _ in range(3):
         cut, before = drawn(draw, len(scores)), draw.random()
         wanted, epsilon = by_sorting(scores, len(scores) - cut.zeros, cut, before)
-        found = GpuCut()([(scores.to(DEVICE), None, keep.fill_(False))], False, len(scores) - cut.zeros, cut, before)
+        found = GpuCut()(
+            [(scores.to(DEVICE), None, keep.fill_(False), None)], False, len(scores) - cut.zeros, cut, before
+        )
         assert keep.cpu().equal(wanted)
         assert float(found) == epsilon
 
