@@ -113,6 +113,8 @@ def refuse_what_none_can_do(jobs: Iterable[Settings]) -> None:
             return
         except UserError as error:
             first = first or error
+        except Exception:  # of this job alone, perhaps: it is told when the job runs, and stops no other
+            return
     if first is not None:
         raise first
 

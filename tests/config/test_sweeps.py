@@ -13,10 +13,12 @@ from filelock import FileLock
 
 from srnn.__main__ import main
 from srnn.config.command_line import check_command_line
+from srnn.config.composing import compose_settings
 from srnn.config.sweeps import Sweep, expand
 from srnn.errors import UserError
 from srnn.files import PACKAGE
 from srnn.pruning.callback import PruningCallback
+from srnn.training import run
 from tests.conftest import QUIET
 from tests.long_sweep import grown, sample_sweep
 
@@ -174,6 +176,19 @@ def test_what_every_job_would_fail_at_is_told_before_the_first(wrong, message, t
     assert message in told.err
     assert told.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["there.txt"], "nothing was left behind"
+
+
+def test_what_only_one_job_breaks_at_is_left_to_it(monkeypatch):
+    """Such as an error in a plug-in: the others can run, as after any job that fails."""
+    asked = []
+
+    def breaks(settings, checkpoint):
+        asked.append(settings.seed)
+        raise UserError("not there") if len(asked) == 1 else ValueError("of a plug-in")
+
+    monkeypatch.setattr(run, "_prepared", breaks)
+    run.refuse_what_none_can_do(compose_settings([f"seed={seed}"]) for seed in range(3))
+    assert asked == [0, 1]
 
 
 def test_a_sweep_runs_once_at_a_time(tmp_path, capsys):

@@ -107,7 +107,7 @@ def test_a_share_that_is_pruned_already_gives_no_threshold_below_zero():
     scores = torch.full((300,), -1.0)
     scores[:100] = 1.0
     keep = torch.empty(300, dtype=torch.bool, device=DEVICE)
-    found = GpuCut()([(scores.to(DEVICE), None, keep)], False, 1, Cut(299, 0.5, 0.0), 0.0)
+    found = GpuCut()([(scores.to(DEVICE), None, keep, None)], False, 1, Cut(299, 0.5, 0.0), 0.0)
     assert math.copysign(1, float(found)) == 1
     assert keep.cpu().equal(scores > 0)
 
@@ -117,7 +117,7 @@ def test_a_share_that_is_pruned_already_gives_no_threshold_below_zero():
 def test_one_weight_stays_whatever_is_asked_for(monkeypatch):
     group = Pruner(nn.LSTM(8, 16).to(DEVICE), "cubic", 60).groups[0]
     if DEVICE.type == "cpu":
-        rows = [(p.of(p.parameter.detach()), p.of(p.mask), p.of(p.mask)) for p in group.parts]
+        rows = [(p.of(p.parameter.detach()), p.of(p.mask), p.of(p.mask), None) for p in group.parts]
         monkeypatch.setattr(group, "_plain_rows", lambda: rows)
     largest = max(float(part.parameter.detach().abs().max()) for part in group.parts)
     group.prune_to(group.size)
