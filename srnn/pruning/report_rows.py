@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from srnn.cells import GATE_LETTERS
@@ -79,12 +80,38 @@ def nothing_left(parts: Sequence[Part], masks: Mapping[str, Tensor]) -> list[str
         masks: parameter name -> mask; True keeps the weight.
     """
     gates = {part.parameter_name: part.gates for part in parts}
+    left = [mask.reshape(gates[name], -1).any(1) for name, mask in masks.items()]
+    flags = iter(torch.cat([one.to(left[0].device) for one in left]).tolist() if left else ())  # a GPU awaited once
     found = []
-    for name, mask in masks.items():
-        kept = mask.reshape(gates[name], -1).any(1).tolist()
+    for name in masks:
+        kept = [next(flags) for _ in range(gates[name])]
         named = zip(GATE_LETTERS[gates[name]], kept, strict=False)
-        found += [f"{name}[{gate}]" for gate, left in named if not left] if any(kept) else [name]
+        found += [f"{name}[{gate}]" for gate, is_left in named if not is_left] if any(kept) else [name]
     return found
+
+
+class Emptied:
+    """Warns, while a network is pruned, of each matrix or gate that loses its last weight: the loss tells it late."""
+
+    def __init__(self) -> None:
+        self.told: set[str] = set()
+
+    def look(self, method: PruningMethod, itr: int, groups: Sequence[Group], masks: Mapping[str, Tensor]) -> None:
+        """After an update; of what was not told before. Arguments are those of ``warn_of_the_end``."""
+        if method.soft or method.regrows:  # weights may come back
+            return
+        empty = nothing_left([part for group in groups for part in group.parts], masks)
+        if new := [name for name in empty if name not in self.told]:
+            self.told.update(new)
+            _warn_of_empty(new, f" at step {itr}", stacklevel=5)
+
+
+def _warn_of_empty(names: Sequence[str], when: str, stacklevel: int) -> None:
+    warnings.warn(
+        f"pruning left no weight of {some_of(names)}{when}: nothing passes through them any more. "
+        f"Lower the sparsity, or give them a lower one of their own: {in_a_scope(names[0])}.",
+        stacklevel=stacklevel,  # of whoever steps or finalizes, through torch's no_grad
+    )
 
 
 def warn_of_the_end(method: PruningMethod, itr: int, groups: Sequence[Group], masks: Mapping[str, Tensor]) -> None:
@@ -106,8 +133,4 @@ def warn_of_the_end(method: PruningMethod, itr: int, groups: Sequence[Group], ma
                 stacklevel=4,  # of whoever finalizes, through torch's no_grad
             )
     if method.updates and (empty := nothing_left([part for group in groups for part in group.parts], masks)):
-        warnings.warn(
-            f"pruning left no weight of {some_of(empty)}: nothing passes through them any more. "
-            f"Lower the sparsity, or give them a lower one of their own: {in_a_scope(empty[0])}.",
-            stacklevel=4,
-        )
+        _warn_of_empty(empty, "", stacklevel=5)
