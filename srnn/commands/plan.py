@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from srnn.commands.options import Help, command
-from srnn.errors import UserError
+from srnn.errors import UserError, cannot_be_written
 from srnn.files import expanded
 
 _CONFIG = "the config, as for a run: pruning=cubic pruning.sparsity=0.95"
@@ -41,6 +41,9 @@ def main(
     pruner = prepare(compose_settings(overrides, ("experiment", "plot", "hydra"))).pruner()
     print_plan(pruner)
     if pruner.groups:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        console.print(f"Plotted in {plot_plan(pruner, path)}", soft_wrap=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            console.print(f"Plotted in {plot_plan(pruner, path)}", soft_wrap=True)
+        except OSError as error:
+            raise cannot_be_written(path.parent, error, "--plot") from None
     return 0

@@ -255,7 +255,11 @@ def read_settings(path: Path) -> Settings:
     Raises:
         UserError: the file is damaged, or an option is none.
     """
-    return Settings.check(read_plain(path))
+    config = read_plain(path)
+    try:
+        return Settings.check(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_plain(path: Path) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def test_mistakes(tmp_path, capsys):
         (["pruning=none,cubic"], "it plans one run"),
         (["-m", "seed=0,1"], "-m"),
         (["--plot", "plan.pdf"], "must be a file named *.png"),
+        ([*SMALL, "--plot", "/dev/null/plan.png"], "--plot=/dev/null: this folder cannot be written"),
         ([*SMALL, "pruning.scope={rnn:{sparsity:0.5}}"], "matches no weight"),
         ([*SMALL, "pruning.start_itr=a while"], "'3 epochs'"),
     ):
