@@ -43,7 +43,7 @@ _thread = _Thread()
 
 @contextmanager
 def nothing_recorded() -> Iterator[None]:
-    """Inside, calls of this thread record nothing; what is recorded already is replayed.
+    """Inside, calls of this thread record nothing; what is recorded is replayed, and keeps no memory for the next call.
 
     For code that runs in memory of a graph that others are about to record, as compiled graphs do.
     """

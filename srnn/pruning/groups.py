@@ -41,7 +41,8 @@ class Saliency:
 
     def __call__(self, piece: Piece) -> Tensor:
         """Of a piece."""
-        return piece.weight.abs() * piece.of(self.moments[piece.part.parameter_name]).pow(0.25)
+        moment = piece.of(self.moments[piece.part.parameter_name])
+        return piece.weight.abs() * moment.sqrt().sqrt()  # rounded alike on all devices, as powers are not
 
 
 def _refuse_odd(importance: Callable[[Piece], Tensor], pieces: list[Piece], extremes: Tensor) -> None:

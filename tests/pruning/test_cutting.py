@@ -125,6 +125,21 @@ def test_one_weight_stays_whatever_is_asked_for(monkeypatch):
     assert group.epsilon == largest
 
 
+@pytest.mark.gpu
+@here
+def test_what_obd_ranks_by_is_the_same_to_the_bit_in_kernels_and_in_torch():
+    torch.manual_seed(0)
+    layer = nn.Linear(30, 20)
+    group = Pruner(layer, "obd", 60, sparsity=0.9).groups[0]
+    moment = torch.rand(20, 30)
+    group.importance.moments = {"weight": moment}
+    scores = group.importance(group.pieces[0]).flatten()
+    keep = torch.empty(600, dtype=torch.bool, device=DEVICE)
+    row = layer.weight.detach().flatten().to(DEVICE), None, keep, moment.flatten().to(DEVICE)
+    cuts, ordered = GpuCut(), scores.sort().values
+    assert all(float(cuts([row], True, 600 - k, Cut(k), 0.0)) == float(ordered[k]) for k in range(5, 600, 40))
+
+
 def trained(device, method, structure, soft=False, steps=60):
     torch.manual_seed(0)
     model = nn.LSTM(48, 64, 2).to(device)

@@ -83,6 +83,7 @@ def test_obd_passes_over_a_step_that_mixed_precision_skips(fused, monkeypatch):
 
 
 @pytest.mark.parametrize("adam", [False, True])
+@pytest.mark.filterwarnings("ignore:pruning left no weight of")  # gates of a few weights
 def test_obd_with_branches_not_taken_sparse_gradients_and_bfloat16(adam):
     torch.manual_seed(0)
     network = nn.ModuleDict({"used": nn.Linear(8, 8), "unused": nn.Linear(8, 8)})

@@ -26,8 +26,8 @@ from srnn.registry import register
 SECOND_MOMENT = "exp_avg_sq"  # torch's name of v in the state of Adam and its kind
 DECAY = 0.999  # share of itself that a mean of squared gradients keeps at a step: Adam's own
 # Steps, of which one's gradients are taken in. To take in all took 7 % of a step of 66 million weights on an H200, and
-# a mean over 500 of 2,000 steps is as good for ranking by its fourth root. The golden ratio tells which one: multiples
-# of four would never see half of a network whose tasks take turns.
+# a mean over 500 of 2,000 steps ranks nearly as well by its fourth root. The golden ratio tells which one: multiples of
+# four would never see half of a network whose tasks take turns.
 EVERY = 4
 GOLDEN = 0.6180339887498949
 
