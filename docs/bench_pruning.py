@@ -3,9 +3,9 @@
     python docs/bench_pruning.py FOLDER [PAIRS]
 
 It writes pruning_share.csv there, a row a run, in about a minute a pair. Networks are Penn Treebank's medium and large
-ones, on random words of a vocabulary as large, and a language model of 2,560 GRU units; each eagerly and with CUDA
-graphs. All are trained in bfloat16, with masks updated every 100 steps, as in a run of hours. The first pass is left
-out: it compiles, records graphs, and waits for memory.
+ones, by ``gradual`` and by ``obd``, on random words of a vocabulary as large, and a language model of 2,560 GRU units;
+each eagerly and with CUDA graphs. All are trained in bfloat16, with masks updated every 100 steps, as in a run of
+hours. The first pass is left out: it compiles, records graphs, and waits for memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ GRU = ["model.hidden_size=2560", "dataset.batch_size=64", "dataset.sequence_leng
 CASES: dict[str, tuple[list[str], int, int]] = {
     "ptb_medium": (["experiment=ptb_medium"], 7, 5 if TRY else 50),
     "ptb_large": (["experiment=ptb_large"], 7, 5 if TRY else 50),
-    "gru 2560": (GRU, 10, 3 if TRY else 33),
+    "ptb_medium obd": (["experiment=ptb_medium", "pruning=obd"], 7, 5 if TRY else 50),
+    "ptb_large obd": (["experiment=ptb_large", "pruning=obd"], 7, 5 if TRY else 50),
+    "gru 2560": (GRU, 10, 5 if TRY else 33),
 }
 COLUMNS = ("device", "case", "cuda_graph", "loop", "pair", "steps", "ms_per_step", "inside_ms_per_step", "updates")
 
@@ -57,10 +59,11 @@ def options_of(case: str, graph: bool, folder: Path) -> list[str]:
     options, epochs, batches = CASES[case]
     steps = epochs * batches
     data = [f"dataset.folder={folder}"] if case.startswith("ptb") else []
+    ramp = [] if "pruning=obd" in options else [f"pruning.ramp_itr={steps // 4}"]
     made = [
-        *options, *data, f"trainer.max_epochs={epochs}", f"trainer.limit_train_batches={batches}",
-        f"pruning.start_itr={steps // 20}", f"pruning.ramp_itr={steps // 4}", f"pruning.end_itr={steps - 1}",
-        f"pruning.freq={FREQ}", "tracking.mode=disabled",
+        *options, *data, f"trainer.max_epochs={epochs}", f"trainer.limit_train_batches={batches}", *ramp,
+        f"pruning.start_itr={steps // 20}", f"pruning.end_itr={steps - 1}", f"pruning.freq={FREQ}",
+        "tracking.mode=disabled",
     ]  # fmt: skip
     if TRY:
         return [*made, "model.hidden_size=16", "model.embedding_size=16", "dataset.batch_size=2"]

@@ -29,7 +29,7 @@ SAME_FILE_NAMES = {"__init__", "base", "backend", "plan", "layout", "kernel"}
 SAME_NAMES = {"main"}
 LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS = 400, 60, 7
 # Compiled by Triton or numba, where a kernel is one function and takes what it needs one by one.
-COMPILED = ("kernels/triton/", "kernels/cpu/", "models/recurring_kernel")
+COMPILED = ("kernels/triton/", "kernels/cpu/", "models/recurring_kernel", "pruning/cutting_kernel")
 
 
 def module_of(file):

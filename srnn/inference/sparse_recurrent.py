@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from srnn.cells import Cell, cell_of
+from srnn.cells import cell_of
 from srnn.inference.autocast import is_autocast, without_autocast
-from srnn.inference.base import TORCH, SparseModule, Weights, marks_of, no_grad, refuse_tracing, without_gradient
+from srnn.inference.base import TORCH, Weights, no_grad, refuse_tracing, without_gradient
 from srnn.inference.one_call import OneCall
+from srnn.inference.replayed_calls import ReplayedCalls
 from srnn.inference.usual_calls import UsualSequences
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, State, equal_lengths
-from srnn.kernels.replay import Recordable, ReplayedLayer, Replays
 from srnn.models.stepping import one_stream, with_a_stream
 
 
-class SparseRecurrent(SparseModule):
+class SparseRecurrent(ReplayedCalls):
     """``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` on sparse kernels: the same call, outputs and states.
 
     Dropout between layers is that of a trained network: none.
@@ -34,7 +34,7 @@ class SparseRecurrent(SparseModule):
     def __init__(self, original: nn.RNNBase, weights: Weights, kernel: Kernel) -> None:
         super().__init__(kernel, weights)
         self.kind: Any = type(original)
-        self.cell: Cell = cell_of(original)
+        self.cell = cell_of(original)
         self.input_size, self.hidden_size, self.proj_size = (
             original.input_size,
             original.hidden_size,
@@ -89,10 +89,11 @@ class SparseRecurrent(SparseModule):
         Raises:
             RuntimeError: shapes do not fit; also backward through the outputs.
         """
-        usual = None if torch.compiler.is_compiling() else self._ready.get("usual")
-        done = None if usual is None else usual(input, hx)
-        if done is not None:
-            return done
+        if not torch.compiler.is_compiling():
+            usual = self._ready.get("usual")
+            done = self._again("sequence", input, hx) if usual is None else usual(input, hx)
+            if done is not None:
+                return done
         refuse_tracing()
         if is_autocast(input):
             return without_autocast(self.forward, input, hx)
@@ -142,6 +143,10 @@ class SparseRecurrent(SparseModule):
         """
         if not isinstance(x_BI, Tensor) or x_BI.dim() != 2:
             return one_stream(self.step, x_BI, hx, 2)
+        hooks = self._forward_hooks or self._forward_pre_hooks
+        done = None if hooks or torch.compiler.is_compiling() else self._again("step", x_BI, hx)
+        if done is not None:
+            return done
         refuse_tracing()
         if self.bidirectional:
             raise RuntimeError("a bidirectional network sees the end of a sequence first: it cannot run step by step")
@@ -152,7 +157,7 @@ class SparseRecurrent(SparseModule):
             return without_autocast(self.step, x_BI, hx)
         self.follow()
         time = 1 if self.batch_first else 0
-        if self._forward_hooks or self._forward_pre_hooks:  # which see sequences, as those of torch's modules do
+        if hooks:  # which see sequences, as those of torch's modules do
             y, state = self(x_BI.unsqueeze(time), hx)
             return y.squeeze(time), state
         replayed = self._replayed("step", x_BI, hx, self._plain_step)
@@ -169,70 +174,6 @@ class SparseRecurrent(SparseModule):
             return done[0].squeeze(time), done[1]
         y_BP, state = self._run(x_BI, equal_lengths(1, x_BI.shape[0]), self._state(hx, x_BI.shape[0], x_BI))
         return y_BP, self._as_torch(state)
-
-    def step_of(self, network: nn.Module, plain: Callable[[Tensor, Any], Any], x: Tensor, hx: Any) -> Any:
-        """One step of a network that this is part of: on a GPU all of it is one replay, from the second call on.
-
-        Args:
-            network: all of whose modules the step may call.
-            plain: the step as it is, of its input and the state of this module.
-            x: its input, of B streams.
-            hx: the state; None starts from zero.
-
-        Returns:
-            What ``plain`` does, in memory of its own: outputs and the next state.
-        """
-        parts = marks_of(network)
-        replayed = None if parts is None else self._replayed(("network", *parts), x, hx, plain)
-        return plain(x, hx) if replayed is None else replayed
-
-    def _replayed(self, kind: Any, input: Any, hx: Any, plain: Callable[[Any, Any], Any]) -> tuple[Tensor, Any] | None:
-        """A call of all layers replayed as a CUDA graph; None where it has to run as it is."""
-        if type(input) is not Tensor or not input.is_cuda or torch.compiler.is_compiling() or self.recorder is not None:
-            return None
-        lstm = self.cell == "lstm"
-        given = [input]
-        if hx is not None:
-            given += hx if lstm and isinstance(hx, tuple | list) else (hx,)
-        asked = torch.is_grad_enabled()
-        for part in given:  # a generator would take longer than all of it
-            if type(part) is not Tensor or (asked and part.requires_grad):
-                return None
-
-        def run(given: list[Tensor]) -> list[Tensor]:
-            x, *state = given
-            y, after = plain(x, (tuple(state) if lstm else state[0]) if state else None)
-            return [y, *after] if lstm else [y, after]
-
-        replays = self._ready.get("replays") or self._ready.setdefault("replays", Replays())
-        done = replays(kind, given, run, lambda: self._recordable(kind, input))
-        return None if done is None else (done[0], tuple(done[1:]) if lstm else done[1])
-
-    def _recordable(self, kind: Any, input: Tensor) -> Recordable | None:
-        """What there is to know of a call that has run before; None if its layers are not known to launch alike."""
-        if kind != "sequence":
-            steps, streams = 1, input.shape[0]
-        elif input.dim() == 2:
-            steps, streams = input.shape[0], 1
-        else:
-            steps, streams = (input.shape[1], input.shape[0]) if self.batch_first else (input.shape[0], input.shape[1])
-        name = self._decision(input, streams, steps)
-        if name == TORCH:
-            return None
-        # A network's input may be numbers of tokens, whose type is not that of the layers' inputs.
-        of_this = [
-            ready
-            for key, ready in list(self._ready.items())
-            if isinstance(ready, Layer)
-            and (key[0], key[2]) == (name, input.device)
-            and (key[3] == input.dtype or not input.is_floating_point())
-        ]
-        chosen = [ready.chosen(steps, streams) for ready in of_this]
-        layers = [layer for layer in chosen if isinstance(layer, ReplayedLayer)]
-        if not layers or len(layers) < len(chosen):
-            return None
-        about = [layer.recordable(steps * streams) for layer in layers]
-        return Recordable(max(one.memory for one in about), tuple(check for one in about for check in one.checks))
 
     def weights_to_run(self) -> LayerWeights:
         """Those of its first layer; the others are of its kind."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, Product, Recurrence, State, equal_lengths
 from srnn.kernels.dense import Int8, OneDnn, Torch
 from srnn.kernels.remembering import busy, recall, remember
-from srnn.kernels.replay import Replayed
+from srnn.kernels.replayed import Replayed
 from srnn.kernels.timing import Call, hardware, interleaved
 from srnn.kernels.triton.backend import Triton
 from srnn.registry import register

@@ -1,8 +1,8 @@
 """Calls on a GPU as CUDA graphs: what a call launches is recorded at the second call of a shape, then replayed.
 
 Launching kernels one by one takes longer than many of them run. A graph launches all of them at once, but reads and
-writes memory of its own: inputs are copied in and outputs out, so that those of earlier calls stay as they were. To
-copy within the graph, by addresses in a table of the host's, took longer: reading it over PCIe alone 0.25 to 0.5 ms.
+writes memory of its own: it begins with copies of the inputs and ends with copies of the outputs, to memory that each
+call gets anew, so that outputs of earlier calls stay as they were.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from srnn.kernels.contract import Kernel, Layer, LayerWeights, Product, Recurrence, State
-from srnn.sparse import SparseMatrix
+from srnn.kernels.graph_copies import GraphCopies, GraphRefusedError
 
 _log = logging.getLogger("srnn.kernels")
 
@@ -69,7 +67,7 @@ class Recordable:
     """What is to be known of a call before it is recorded.
 
     Attributes:
-        memory: bytes that it takes, with its inputs and outputs; an estimate.
+        memory: bytes that it takes while it runs, with its inputs and outputs; an estimate.
         checks: called before each replay; they raise if an earlier one failed.
     """
 
@@ -79,47 +77,53 @@ class Recordable:
 
 @dataclass(eq=False)
 class _Recording:
-    """A graph with its own inputs and outputs.
+    """A graph, and what it is for.
 
     Attributes:
-        about: what was known before.
+        copies: of its inputs and outputs.
+        like: tensors without memory, of the shapes and strides of the outputs.
+        checks: called before each replay.
         last: the call that used it last.
-        streams: the addresses of those it has run on.
+        next: memory for the next outputs, and the stream it belongs to: made while the GPU works, which else waits.
     """
 
     graph: Any
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-    about: Recordable = field(default_factory=lambda: Recordable(0))
+    copies: GraphCopies
+    like: list[Tensor]
+    checks: tuple[Callable[[], None], ...] = ()
     last: int = 0
-    streams: set[int] = field(default_factory=set)
+    next: tuple[list[Tensor], int] | None = None
 
     @property
     def own(self) -> int:
-        """Bytes that nothing else may use."""
-        return sum(part.nbytes for part in (*self.inputs, *self.outputs))
+        """Bytes that it does not share."""
+        return sum(part.numel() * part.itemsize for part in self.like)
 
-    def replay(self, given: list[Tensor], stream: Any, raw_stream: int) -> list[Tensor]:
-        """Copies of the outputs for these inputs, on this stream, which is the current one."""
-        if raw_stream not in self.streams:
-            self.streams.add(raw_stream)
-            for part in self.inputs:  # not to be handed on before this stream is done with them
-                part.record_stream(stream)
-        if len(given) == 1:
-            self.inputs[0].copy_(given[0])
-        else:
-            torch._foreach_copy_(self.inputs, given)  # one launch
+    def replay(self, given: list[Tensor], raw: int) -> list[Tensor]:
+        """The outputs for these inputs, on the current stream, whose address is given too."""
+        outputs, stream = self.next or ([], -1)
+        if stream != raw:
+            outputs = self._prepare()
+        self.next = None
+        self.copies.read_from(given)
         self.graph.replay()
-        copies = [torch.empty_like(part) for part in self.outputs]
-        torch._foreach_copy_(copies, self.outputs)
-        return copies
+        if not _thread.recording_is_off:  # else memory may be of others' graph, which has only what a call gives back
+            with suppress(torch.OutOfMemoryError, GraphRefusedError):  # this call has its outputs; the next one tells
+                self.next = self._prepare(), raw
+        return outputs
+
+    def _prepare(self) -> list[Tensor]:
+        with torch.inference_mode(False):  # which the next call may not be in
+            outputs = [torch.empty_like(part) for part in self.like]
+        self.copies.write_to(outputs)
+        return outputs
 
 
 class Replays:
     """Calls of a function of tensors, from the second of a shape on as replays of a CUDA graph.
 
-    Calls inside a capture and under autocast, and those for which there is no room, are left to the caller. Settings
-    such as ``torch.set_float32_matmul_precision`` hold as they were when a shape was recorded.
+    Calls inside a capture or a trace, those under autocast, and those for which there is no room, are left to the
+    caller. Settings such as ``torch.set_float32_matmul_precision`` hold as they were when a shape was recorded.
     """
 
     def __init__(self) -> None:
@@ -133,7 +137,7 @@ class Replays:
         self._capture_stream: Any = None  # one for all, because memory is handed on within a stream
 
     def __call__(
-        self, kind: str, given: list[Tensor], run: TensorCall, about: Callable[[], Recordable | None]
+        self, kind: Any, given: list[Tensor], run: TensorCall, about: Callable[[], Recordable | None]
     ) -> list[Tensor] | None:
         """The outputs, in memory of their own; None where the caller has to run the call.
 
@@ -146,24 +150,34 @@ class Replays:
         Raises:
             RuntimeError: an earlier replay failed.
         """
-        if _thread.recording or torch.cuda.is_current_stream_capturing() or torch.is_autocast_enabled("cuda"):
+        done = self.again(kind, given)
+        if done is not None or not _may_record():
+            return done
+        key = _key(kind, given)
+        with self._lock:
+            known = key in self.recorded or (self._is_second(key) and self._record_now(key, given, run, about()))
+        return self.again(kind, given) if known else None
+
+    def again(self, kind: Any, given: list[Tensor]) -> list[Tensor] | None:
+        """The outputs of a call that was recorded, in memory of their own; None of another.
+
+        Raises:
+            RuntimeError: an earlier replay failed.
+        """
+        if not self.recorded or _thread.recording or not _is_plain():
             return None
-        key = (kind, *[(part.shape, part.dtype, part.get_device()) for part in given])
+        key = _key(kind, given)
         with self._lock:
             self._calls += 1
             one = self.recorded.get(key)
             if one is None:
-                if not self._is_second(key) or _thread.recording_is_off:
-                    return None
-                one = self._recorded_now(key, given, run, about())
-                if one is None:
-                    return None
+                return None
             one.last = self._calls
-            for check in one.about.checks:
+            for check in one.checks:
                 check()
-            return self._replay(one, given)
+            return self._replay(key, one, given)
 
-    def _replay(self, one: _Recording, given: list[Tensor]) -> list[Tensor]:
+    def _replay(self, key: Any, one: _Recording, given: list[Tensor]) -> list[Tensor] | None:
         device = given[0].get_device()
         raw = raw_stream(device)
         if raw != self._raw_stream:
@@ -171,9 +185,19 @@ class Replays:
             if self._stream is not None:
                 stream.wait_event(self._done)
             self._stream, self._raw_stream = stream, raw
-        outputs = one.replay(given, self._stream, raw)
+        try:
+            outputs = one.replay([part if part.is_contiguous() else part.contiguous() for part in given], raw)
+        except GraphRefusedError as error:
+            self._leave(key, given, error)
+            return None
         self._done.record(self._stream)
         return outputs
+
+    def _leave(self, key: Any, given: list[Tensor], error: Exception) -> None:
+        """Run such calls as they are from now on."""
+        self.recorded.pop(key, None)
+        self._once[key] = False
+        _log.info("calls with inputs of %s run without a graph: %s", tuple(given[0].shape), error)
 
     def _is_second(self, key: Any) -> bool:
         if key in self._once:
@@ -183,44 +207,56 @@ class Replays:
             self._once.popitem(last=False)
         return False
 
-    def _recorded_now(
-        self, key: Any, given: list[Tensor], run: TensorCall, about: Recordable | None
-    ) -> _Recording | None:
+    def _record_now(self, key: Any, given: list[Tensor], run: TensorCall, about: Recordable | None) -> bool:
+        """Whether it could be recorded."""
         if about is None:
-            return None
+            return False
         for check in about.checks:
             check()
         with _recording:
             beside = next(iter(self.recorded.values()), None)  # held, so that the memory they share lives on
             if not self._make_room(about.memory):
-                return None
+                return False
             if self._done is None:
                 self._done, self._capture_stream = torch.cuda.Event(), torch.cuda.Stream(given[0].device)
             try:
                 one = record(run, given, None if beside is None else beside.graph.pool(), self._capture_stream)
             except RuntimeError as error:  # of torch and CUDA: memory, or a call that cannot be recorded
-                self._once[key] = False
-                _log.info("calls with inputs of %s run without a graph: %s", tuple(given[0].shape), error)
-                return None
-        one.about = about
+                self._leave(key, given, error)
+                return False
+        one.checks = about.checks
         self.recorded[key] = one
-        return one
+        return True
 
     def _make_room(self, memory: int) -> bool:
-        """Drop recordings that have rested until one of so many bytes fits. Whether it does."""
+        """Drop what has rested until one of so many bytes fits. Whether it does: all share what the largest takes."""
         if memory > MOST_MEMORY:
             return False
-        while len(self.recorded) >= MOST_SHAPES or self._taken(memory) > MOST_MEMORY:
+        while len(self.recorded) >= MOST_SHAPES or self._taken() + memory > MOST_MEMORY:
             oldest = min(self.recorded, key=lambda key: self.recorded[key].last, default=None)
             if oldest is None or self._calls - self.recorded[oldest].last <= RESTING:
                 return False
             del self.recorded[oldest]
         return True
 
-    def _taken(self, memory: int) -> int:
-        """Bytes of all recordings with one more: they share what they use only while they run."""
-        there = self.recorded.values()
-        return sum(one.own for one in there) + max([memory, *(one.about.memory - one.own for one in there)])
+    def _taken(self) -> int:
+        """Bytes that recordings do not share."""
+        return sum(one.own for one in self.recorded.values())
+
+
+def _key(kind: Any, given: list[Tensor]) -> Any:
+    return (kind, *[(part.shape, part.dtype, part.get_device()) for part in given])
+
+
+def _is_plain() -> bool:
+    """Whether calls of this thread are neither captured, traced, nor under autocast."""
+    # What torch's public functions ask in the end, as the GPU waits for the answers.
+    others = torch._C._is_any_autocast_enabled() or torch._C._get_tracing_state() is not None
+    return not (others or torch.cuda.is_current_stream_capturing())
+
+
+def _may_record() -> bool:
+    return not (_thread.recording or _thread.recording_is_off) and _is_plain()
 
 
 def raw_stream(device: int) -> int:
@@ -250,134 +286,30 @@ def record(run: TensorCall, given: list[Tensor], pool: Any, stream: Any) -> _Rec
         torch.cuda.device(device),
         torch.cuda.stream(torch.cuda.current_stream(device)),
     ):
-        inputs = [torch.zeros(part.shape, dtype=part.dtype, device=device) for part in given]
-        run(inputs)  # what is made or compiled at a first call is not to be recorded
-        graph = torch.cuda.CUDAGraph()
+        given = [part.contiguous() for part in given]
+        taken = [torch.empty_like(part) for part in run(given)]  # what is made at a first call is not to be recorded
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         # cuBLAS keeps its workspaces for good: one that was made before would be shared with other graphs, which may
         # run at the same time, and one that was made inside would keep the graph's memory.
         torch._C._cuda_clearCublasWorkspaces()
         try:
             # Other threads may go on allocating memory.
             with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-                outputs = run(inputs)
+                inputs = [torch.empty_like(part).copy_(part) for part in given]
+                outputs = [_laid_out_like(to, part) for to, part in zip(taken, run(inputs), strict=True)]
+                for to, part in zip(taken, outputs, strict=True):
+                    to.copy_(part)
         finally:
             torch._C._cuda_clearCublasWorkspaces()
-    return _Recording(graph, inputs, outputs)
+        graph.instantiate()
+        into = [(part.data_ptr(), own.data_ptr(), part.nbytes) for part, own in zip(given, inputs, strict=True)]
+        out = [(part.data_ptr(), to.data_ptr(), to.nbytes) for part, to in zip(outputs, taken, strict=True)]
+        copies = GraphCopies(graph, into, out)
+        for to in taken:
+            to.untyped_storage().resize_(0)
+    return _Recording(graph, copies, taken)
 
 
-class ReplayedLayer(Layer):
-    """A layer whose calls with sequences of equal length are replayed, see ``Replays``.
-
-    Args:
-        inner: the layer.
-        directions: its weights.
-        dtype: of its inputs.
-        check: called before each replay; raises if an earlier one failed.
-    """
-
-    def __init__(
-        self,
-        inner: Layer,
-        directions: tuple[LayerWeights, ...],
-        dtype: torch.dtype,
-        check: Callable[[], None] | None = None,
-    ) -> None:
-        self.inner, self.check, self.replays = inner, check, Replays()
-        first = directions[0]
-        # Inputs and a transposed copy; products; states, outputs, and the latter in another order.
-        numbers = 2 * first.w_ih.shape[1] + len(directions) * (first.w_ih.shape[0] + 3 * first.hidden_size)
-        self.row_bytes = numbers * dtype.itemsize
-
-    def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
-        """As the layer."""
-        rows = x_NI.shape[0]
-        return _replayed(self.replays, self.inner.run, (x_NI, batch_sizes, state), lambda: self.recordable(rows))
-
-    def recordable(self, rows: int) -> Recordable:
-        """What there is to know of a call with so many rows."""
-        return Recordable(rows * self.row_bytes, () if self.check is None else (self.check,))
-
-
-class ReplayedRecurrence(Recurrence):
-    """A recurrence whose calls with sequences of equal length are replayed, see ``Replays``.
-
-    Args:
-        inner: the recurrence.
-        weights: its weights.
-        dtype: of its inputs.
-        check: called before each replay; raises if an earlier one failed.
-    """
-
-    def __init__(self, inner: Recurrence, weights: LayerWeights, dtype: torch.dtype, check: Callable[[], None]) -> None:
-        self.inner, self.replays = inner, Replays()
-        # Products, with a copy in another order; states, outputs, and the latter in another order.
-        self.row_bytes = (2 * weights.w_hh.shape[0] + 3 * weights.hidden_size) * dtype.itemsize
-        self.checks = (check,)
-
-    def __call__(self, u_NG: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
-        """As the recurrence."""
-        memory = u_NG.shape[0] * self.row_bytes
-        about = partial(Recordable, memory, self.checks)
-        return _replayed(self.replays, self.inner, (u_NG, batch_sizes, state), about)
-
-
-def _replayed(
-    replays: Replays,
-    inner: Callable[[Tensor, Tensor, State], tuple[Tensor, State]],
-    inputs: tuple[Tensor, Tensor, State],
-    about: Callable[[], Recordable],
-) -> tuple[Tensor, State]:
-    """A call of a layer or recurrence with rows, sizes of steps and a state; replayed where all are of one length."""
-    rows, batch_sizes, state = inputs
-    if rows.shape[0] and rows.shape[0] == len(batch_sizes) * state[0].shape[-2]:
-
-        def run(given: list[Tensor]) -> list[Tensor]:
-            y_NP, end = inner(given[0], batch_sizes, tuple(given[1:]))
-            return [y_NP, *end]
-
-        done = replays("run", [rows, *state], run, about)
-        if done is not None:
-            return done[0], tuple(done[1:])
-    return inner(rows, batch_sizes, state)
-
-
-class Replayed(Kernel):
-    """A backend whose layers are replayed, for sequences of equal length. Only layers: products run as they are.
-
-    Args:
-        inner: the backend whose layers they are.
-    """
-
-    device_types = ("cuda",)
-
-    def __init__(self, inner: Kernel) -> None:
-        self.inner = inner
-        self.tolerance = inner.tolerance
-
-    def supports(
-        self,
-        weights: LayerWeights | SparseMatrix | None,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        batch: int = 1,
-    ) -> str | None:
-        """What the other backend runs, on a GPU."""
-        return (
-            "CUDA graphs run on CUDA" if device.type != "cuda" else self.inner.supports(weights, device, dtype, batch)
-        )
-
-    def product(self, matrix: SparseMatrix, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> Product:
-        """The other backend's."""
-        return self.inner.product(matrix, bias, device, dtype)
-
-    def recurrence(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Recurrence:
-        """The other backend's."""
-        return self.inner.recurrence(weights, device, dtype)
-
-    def layer(self, weights: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
-        """The other backend's, replayed."""
-        return ReplayedLayer(self.inner.layer(weights, device, dtype), (weights,), dtype)
-
-    def both(self, forward: LayerWeights, backward: LayerWeights, device: torch.device, dtype: torch.dtype) -> Layer:
-        """The other backend's, replayed."""
-        return ReplayedLayer(self.inner.both(forward, backward, device, dtype), (forward, backward), dtype)
+def _laid_out_like(to: Tensor, part: Tensor) -> Tensor:
+    """A tensor with the strides of another, so that its memory is copied as a whole."""
+    return part if part.stride() == to.stride() else torch.empty_like(to).copy_(part)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from srnn.errors import UserError
 from srnn.formats import Structure
+from srnn.pruning.cutting import MOST_UNITS, Cut, GpuCut, UnitRow
+from srnn.pruning.masking import has_triton
 from srnn.pruning.parts import Part, Piece, count
 from srnn.pruning.ranking import Ranking, Scorer
 from srnn.pruning.scores import Score, unit_scores
@@ -20,6 +24,24 @@ from srnn.pruning.scores import Score, unit_scores
 def magnitude(piece: Piece) -> Tensor:
     """``|w|`` of each weight, [G, R, C]."""
     return piece.weight.abs()
+
+
+class Saliency:
+    """``|w| v^(1/4)`` of each weight, [G, R, C], where v is a mean of squared gradients.
+
+    It is in the order of w^2 sqrt(v), the saliency of LeCun, Denker and Solla, *Optimal brain damage*, NIPS 1989, with
+    the root of v for the second derivative.
+
+    Attributes:
+        moments: parameter name -> v.
+    """
+
+    def __init__(self) -> None:
+        self.moments: dict[str, Tensor] = {}
+
+    def __call__(self, piece: Piece) -> Tensor:
+        """Of a piece."""
+        return piece.weight.abs() * piece.of(self.moments[piece.part.parameter_name]).pow(0.25)
 
 
 def _refuse_odd(importance: Callable[[Piece], Tensor], pieces: list[Piece], extremes: Tensor) -> None:
@@ -59,10 +81,10 @@ class Group:
         structure: what is kept or zeroed as a whole.
         score: what stands for a block.
         keep_diagonal: the recurrent diagonal stays.
-        epsilon: the threshold of the last update.
         target: how many weights have to be zero in the end; 0 where no sparsity is asked for.
         importance: what a method ranks weights by: piece -> [G, R, C], at least 0.
         soft: whether pruned weights are ranked by their values, and not always last.
+        waited: seconds that its updates waited for what a GPU had been given before.
 
     Raises:
         UserError: N:M or the diagonal keep more than the sparsity allows.
@@ -75,10 +97,12 @@ class Group:
     structure: Structure
     score: Score = "max"
     keep_diagonal: bool = False
-    epsilon: float = 0.0
     target: int = 0
     importance: Callable[[Piece], Tensor] = magnitude
     soft: bool = False
+    waited: float = field(default=0.0, init=False, repr=False)
+    _epsilon: float | Tensor = field(default=0.0, init=False, repr=False)  # on a GPU until somebody asks
+    _gpu_cut: GpuCut = field(default_factory=GpuCut, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._unchecked: list[tuple[Piece, Tensor]] = []  # the extreme scores of pieces on a GPU
@@ -87,6 +111,18 @@ class Group:
         if self.sparsity is not None:
             self.target = self.zeros_for(self.sparsity)
             self._check_target()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_epsilon": self.epsilon}
+
+    @property
+    def epsilon(self) -> float:
+        """The threshold of the last update. Waits for a GPU that has not found it yet."""
+        return float(self._epsilon)
+
+    @epsilon.setter
+    def epsilon(self, value: float | Tensor) -> None:
+        self._epsilon = value
 
     @property
     def size(self) -> int:
@@ -126,18 +162,63 @@ class Group:
         Raises:
             UserError: a weight is infinite or NaN; what ranks weights is so, or negative.
         """
-        if scorer is None:
-            self._unchecked.clear()
-            plain = self._is_plain()
-            found = Ranking(self.pieces, self.structure, self._scores, self._scores_of_all if plain else None)
-            if not (plain and found.held):
-                self._check_finite()
-            return found
-        return Ranking(self.pieces, self.structure, lambda piece: self._protect(piece, _checked(piece, scorer(piece))))
+        self._wait()
+        if scorer is not None:
+            return Ranking(self.pieces, self.structure, lambda p: self._protect(p, _checked(p, scorer(p))))
+        found = self._ranking()
+        self._check_finite()
+        return found
+
+    def _ranking(self) -> Ranking:
+        """By importance, of weights that nobody has looked at yet."""
+        self._unchecked.clear()
+        return Ranking(self.pieces, self.structure, self._scores)
+
+    def _wait(self) -> None:
+        """For what GPUs were given before, which is not this group's."""
+        began = time.perf_counter()
+        for device in {part.mask.device for part in self.parts if part.mask.is_cuda}:
+            torch.cuda.synchronize(device)
+        self.waited += time.perf_counter() - began
 
     def prune_to(self, zeros: int) -> None:
         """Prune the smallest units until ``zeros`` weights are pruned, to the nearest unit; sets the threshold."""
-        self.set_epsilon(self.ranking().prune(zeros))
+        self.cut(Cut(zeros))
+
+    def cut(self, cut: Cut) -> None:
+        """Set masks and threshold. A GPU does it in its own time, but for the last blocks that are smaller than others.
+
+        Raises:
+            UserError: as ``ranking``; ``check`` tells what a GPU finds in its own time.
+        """
+        rows = self._plain_rows()
+        if rows:
+            keep = max(1, self.size - cut.zeros)  # a group of zeros has no threshold
+            self.epsilon = self._gpu_cut(rows, True, keep, cut, self._epsilon)
+            return
+        ranking = self._ranking()
+        if ranking.is_cut_on_gpu():
+            self._gpu_cut.tell(self._extremes())
+        else:
+            self._wait()
+            self._check_finite()
+        self.epsilon = ranking.cut(cut, self._epsilon, self._gpu_cut)
+
+    def check(self) -> None:
+        """Raise UserError if an earlier cut met a weight or score that cannot be ranked, as far as a GPU has told."""
+        if not self._gpu_cut.found_odd():
+            return
+        _refuse_odd(magnitude, self.pieces, torch.stack([piece.weight.abs().max()[None] for piece in self.pieces]))
+        raise UserError(
+            f"{_name(self.importance)} gave NaN or something infinite or negative for a weight of {self.name} at an "
+            f"earlier update, or that weight was: what ranks weights must be finite and at least 0."
+        )
+
+    def restore(self, epsilon: float) -> None:
+        """Take up a threshold with the masks of an earlier step, and forget what cuts since then have met."""
+        float(self._epsilon)  # a GPU has told all then
+        self._gpu_cut.found_odd()
+        self.epsilon = epsilon
 
     def set_epsilon(self, smallest_kept: float) -> None:
         """Take the smallest score kept for the threshold, unless all that is kept had to be."""
@@ -173,23 +254,25 @@ class Group:
         found = found.detach().to(piece.mask.device) + 0.0  # -0.0 becomes 0.0: scores are ranked by their bits
         return found, torch.stack(found.aminmax())
 
-    def _is_plain(self) -> bool:
-        """Whether single weights on one GPU are ranked by their magnitudes, and none of them is protected."""
-        weights = [part.parameter for part in self.parts]
-        alike = all(w.is_cuda and (w.dtype, w.device) == (weights[0].dtype, weights[0].device) for w in weights)
-        free = self.structure.block == 1 and not (self.structure.of or self.keep_diagonal)
-        return alike and free and self.importance is magnitude
-
-    def _scores_of_all(self, pieces: Sequence[Piece]) -> Tensor:
-        """As ``_scores``, of plain pieces in one tensor: some launches, not some for each piece."""
-        scores = torch.cat(torch._foreach_abs([piece.weight.flatten() for piece in pieces]))
-        if not math.isfinite(float(scores.max())):
-            largest = torch.stack([piece.weight.abs().max() for piece in pieces])
-            _refuse_odd(self.importance, list(pieces), largest[:, None])
-        if not self.soft:
-            pruned = torch.cat([piece.mask.flatten() for piece in pieces]).logical_not_()
-            scores.masked_fill_(pruned, -1)
-        return scores
+    def _plain_rows(self) -> list[UnitRow]:
+        """All units, where a GPU can cut them by their weights: single ones in fp32, of which none is protected."""
+        plain = self.structure.block == 1 and not (self.structure.of or self.keep_diagonal)
+        by_weights = self.importance is magnitude or isinstance(self.importance, Saliency)
+        if not plain or not by_weights or self.size > MOST_UNITS or not has_triton():
+            return []
+        moments = self.importance.moments if isinstance(self.importance, Saliency) else None
+        home, rows = self.parts[0].mask.device, []
+        for part in self.parts:
+            weight, moment = part.parameter.detach(), None if moments is None else moments[part.parameter_name]
+            numbers = [weight] if moment is None else [weight, moment]
+            if not all(t.is_cuda and t.dtype == torch.float32 and t.is_contiguous() for t in numbers):
+                return []
+            if not all(t.device == home for t in (*numbers, part.mask)):
+                return []
+            mask = part.of(part.mask)
+            own = None if self.soft else mask  # what is pruned is ranked by its value, or last
+            rows.append((part.of(weight), own, mask, None if moment is None else part.of(moment)))
+        return rows
 
     def _check_finite(self) -> None:
         """Of pieces on a GPU, all together."""
@@ -198,9 +281,13 @@ class Group:
             for piece in pieces:
                 self._scores(piece)
         if pieces:
-            first = self._unchecked[0][1].device
-            _refuse_odd(self.importance, pieces, torch.stack([extremes.to(first) for _, extremes in self._unchecked]))
+            _refuse_odd(self.importance, pieces, self._extremes())
         self._unchecked.clear()
+
+    def _extremes(self) -> Tensor:
+        """Of pieces on GPUs, on the first of these, [P, 1 or 2]."""
+        first = self._unchecked[0][1].device
+        return torch.stack([extremes.to(first) for _, extremes in self._unchecked])
 
     def kept_units(self, piece: Piece) -> Tensor:
         """Which units the masks keep, bool [U]. A block is kept or pruned as a whole, so its largest bit says it."""
@@ -248,4 +335,4 @@ def _checked(piece: Piece, scores: Tensor) -> Tensor:
 
 
 def _name(importance: Callable[[Piece], Tensor]) -> str:
-    return str(getattr(importance, "__qualname__", importance))
+    return str(getattr(importance, "__qualname__", type(importance).__qualname__))

@@ -92,16 +92,20 @@ class RecentLaunches:
 
 
 class Launches:
-    """Those for a set of tensors; as a graph from the third time on.
+    """Those for a set of tensors; as a graph once they have come often enough.
 
     Args:
         launches: each launches a kernel.
         device: of all of them; None for several, which are not recorded.
+        times: after which they are recorded.
     """
 
-    def __init__(self, launches: Sequence[Callable[[], None]], device: torch.device | None) -> None:
+    def __init__(
+        self, launches: Sequence[Callable[[], None]], device: torch.device | None, times: int = _TIMES
+    ) -> None:
         self._launches = launches
         self._device = device
+        self._after = times
         self._recordable = device is not None and device.type == "cuda"
         self._times = 0
         self._graph: Any = None
@@ -114,7 +118,7 @@ class Launches:
             return
         for launch in self._launches:
             launch()
-        if self._times == _TIMES and self._recordable and self._launches:
+        if self._times == self._after and self._recordable and self._launches:
             self._record()
 
     def _record(self) -> None:

@@ -77,7 +77,7 @@ class Pruner:
 
     Attributes:
         itr: optimiser steps done so far.
-        seconds: spent in here; on a GPU, masking between updates is launched and not awaited.
+        seconds: spent in here, without the waiting for a GPU's earlier work; what is launched on it is not awaited.
         groups: the weights that are pruned; those of a group share a threshold.
 
     Raises:
@@ -184,14 +184,11 @@ class Pruner:
         self.itr += 1
         self._before.clear()
         update = self.method.is_update(self.itr)
-        if self._gradient_masks.were_left():
+        if self._gradient_masks.were_left() or update:
             self._restart()
-        if update:
-            # An update waits for the device anyway; the waiting for what was queued before is not pruning's.
-            for device in {mask.device for mask in self._masks.values() if mask.is_cuda}:
-                torch.cuda.synchronize(device)
-            self._restart()
-        began = time.perf_counter()
+        began, waited = time.perf_counter(), sum(group.waited for group in self.groups)
+        for group in self.groups:
+            group.check()
         if update or self.itr % COMPARE_EVERY == 0 or not self._checked:
             self._checked = True
             self._gradient_masks.attach(self._parameters)  # some may have been frozen
@@ -208,9 +205,10 @@ class Pruner:
             if update:
                 self._update()
         self.method.after_masks(self)
+        waited -= sum(group.waited for group in self.groups)  # for what a GPU was given before, which is not pruning's
+        self.seconds += time.perf_counter() - began + waited
         if update:
             self._emptied.look(self.method, self.itr, self.groups, self._masks)
-        self.seconds += time.perf_counter() - began
         return update
 
     @torch.no_grad()
@@ -220,17 +218,20 @@ class Pruner:
         Warns if the sparsity asked for was missed, and if nothing is left of a matrix or gate.
 
         Raises:
-            UserError: ranks differ.
+            UserError: ranks differ, or the training had diverged by the last update.
         """
         self._restart()
         self._apply()
         self._gradient_masks.remove()
         check_equal(self._compared(), self.itr)
+        for group in self.groups:
+            float(group.epsilon)  # a GPU has done all then
+            group.check()
         warn_of_the_end(self.method, self.itr, self.groups, self._masks)
 
     @torch.no_grad()
     def mask_now(self) -> None:
-        """Zero all that is pruned, before it is saved or scored: a step on a GPU looks at one parameter, in turn."""
+        """Zero all that is pruned, before it is saved or scored: a step on a GPU may look at one parameter, or none."""
         if self.method.soft or self._acts_later():
             return  # a soft method's are masked at each step
         if all(parameter.device == self._masks[name].device for name, parameter in self._parameters.items()):
@@ -389,7 +390,7 @@ class Pruner:
             bits = np.unpackbits(state["masks"][name].cpu().numpy(), count=mask.numel())
             mask.copy_(torch.from_numpy(bits).view(mask.shape))
         for group in self.groups:
-            group.epsilon = float(state["thresholds"][group.name])
+            group.restore(float(state["thresholds"][group.name]))
         for part in self.parts:
             part.revived.copy_(torch.tensor(state["revived"][part.name]))
         self.method.load_state_dict(state["method"])

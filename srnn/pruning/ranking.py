@@ -7,21 +7,21 @@ copies (values, 64-bit indices and scratch), just when a large model has filled 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from srnn.formats import Structure
+from srnn.pruning.cutting import MOST_UNITS, Cut, GpuCut, UnitRow
 from srnn.pruning.masking import has_triton
 from srnn.pruning.parts import PIECE, Piece
 
 Scorer = Callable[[Piece], Tensor]  # the scores of a piece's units, [U]
 _HELD_ON_GPU = 1 << 26  # scores: 256 MB beside a network of as much; computing them anew costs launches
 _GPU_BINS = 1 << 13  # of which torch's histogram fits the memory that threads share
-_KERNEL_BINS = 1 << 8  # our own counts by votes: 32 times as many would take 32 times as long
 _SORTED = 1 << 22  # of one bin: 64 MB
 BINS = 1 << 16  # half of the 32 bits of a score: two passes find it, and a histogram takes 0.5 MB
 
@@ -37,16 +37,9 @@ class Ranking:
         structure: the units they fall into.
         scorer: gives the scores of a piece, [U]: at least 0; -1 for what is pruned already; infinite for a unit that
             must be kept. It is called again on each pass, and has to give the same.
-        scorer_of_all: gives the same scores of all pieces in one tensor, in fewer launches; None if nothing does.
     """
 
-    def __init__(
-        self,
-        pieces: Sequence[Piece],
-        structure: Structure,
-        scorer: Scorer,
-        scorer_of_all: Callable[[Sequence[Piece]], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, pieces: Sequence[Piece], structure: Structure, scorer: Scorer) -> None:
         self.pieces = pieces
         self.structure = structure
         home = pieces[0].part.parameter.device  # of all scores, where weights are on several
@@ -57,9 +50,7 @@ class Ranking:
         few = self.units <= (_HELD_ON_GPU if self._on_gpu else PIECE)
         self._together: Tensor | None = None  # all that are held, in one: fewer launches
         self._held: list[Tensor] | None = None
-        if few and scorer_of_all is not None:
-            self._together = scorer_of_all(pieces)
-        elif few:
+        if few:
             self._held = [self.scorer(piece) for piece in pieces]
             if self._on_gpu and all(one.dtype == self._held[0].dtype for one in self._held):
                 self._together = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
@@ -104,7 +95,7 @@ class Ranking:
 
     def count_at_least(self, epsilon: float) -> int:
         """How many units reach a threshold, of at least 0."""
-        return sum(_count_at_least(scores, epsilon) for scores in self._scores())
+        return sum(int((scores >= epsilon).sum()) for scores in self._scores())
 
     def _split(self, units: Tensor) -> Sequence[Tensor]:
         """Something of all units, by pieces."""
@@ -125,16 +116,55 @@ class Ranking:
         """
         return max(1, self.units - int(zeros * self.units / self.size + 0.5))
 
+    def cut(self, cut: Cut, before: float | Tensor, on_gpu: GpuCut | None = None) -> float | Tensor:
+        """Set the masks.
+
+        Args:
+            cut: how far to prune.
+            before: the threshold of the last cut.
+            on_gpu: what does it on a GPU, in memory of its own; None for a new one.
+
+        Returns:
+            The threshold; of a GPU a tensor that the next cut by ``on_gpu`` writes to.
+        """
+        if self.is_cut_on_gpu():
+            assert self._together is not None
+            keep = torch.empty(self.units, dtype=torch.bool, device=self._together.device)
+            rows: list[UnitRow] = [(self._together.float(), None, keep, None)]
+            epsilon = (on_gpu or GpuCut())(rows, False, self.count_for(cut.zeros), cut, before)
+            self._set_all(self._split(keep))
+            return epsilon
+        least = float(before)
+        if cut.share is not None:
+            # An infinite score is of what has to stay (the diagonal, N:M), and says nothing of the rest.
+            q = self.kth_smallest(cut.rank(self.units))
+            threshold = max(least, q * cut.factor) if math.isfinite(q) else least
+            if self.count_at_least(threshold) >= self.count_for(cut.zeros):
+                self.keep_at_least(threshold)
+                return threshold
+        boundary = self.keep_largest(self.count_for(cut.zeros)) if self._is_even() else self._prune_uneven(cut.zeros)
+        return max(least if cut.rising else 0.0, boundary) if math.isfinite(boundary) else least
+
+    def _is_even(self) -> bool:
+        return all(self.structure.is_even(piece.shape) for piece in self.pieces)
+
+    def is_cut_on_gpu(self) -> bool:
+        """Whether ``cut`` is launched on a GPU, and not waited for."""
+        held = self._together is not None and self._together.is_cuda and self._together.dtype != torch.float64
+        return held and has_triton() and self.units <= MOST_UNITS and self._is_even()
+
     def prune(self, zeros: int) -> float:
         """Set the masks: prune the smallest units until ``zeros`` weights are pruned, to the nearest unit.
 
         Returns:
-            The smallest score kept, infinite if all that is kept had to be.
+            The smallest score kept, at least 0, infinite if all that is kept had to be.
         """
-        if all(self.structure.is_even(piece.shape) for piece in self.pieces):
-            return self.keep_largest(self.count_for(zeros))
-        # Units of several sizes: in the order of their scores, with their weights added up, until the count is nearest.
-        # Sorts all scores at once, which is affordable: blocks are few beside weights. Stable, for the sake of ties.
+        return float(self.cut(Cut(zeros), math.inf))
+
+    def _prune_uneven(self, zeros: int) -> float:
+        """As ``prune``, of units of several sizes, such as the last block of a row."""
+        # In the order of their scores, with their weights added up, until the count is nearest. Sorts all scores at
+        # once, which is affordable: blocks are few beside weights. Stable, for the sake of ties.
         scores = torch.cat([scores for _, scores in self])
         sizes = torch.cat([self.structure.sizes(piece.shape, scores.device) for piece in self.pieces])
         order = scores.argsort(descending=True, stable=True)
@@ -150,7 +180,7 @@ class Ranking:
         boundary = self.kth_smallest(self.units - count + 1)
         # All above the boundary stay, and as many of its equals as are still missing: a matrix of equal scores, such as
         # zeros, is cut to the exact count too.
-        left = count - sum(_count_at_least(scores, boundary, above=True) for scores in self._scores())
+        left = count - sum(int((scores > boundary).sum()) for scores in self._scores())
         kept = self._kept(boundary, left)
         if self._together is not None:
             self._set_all(self._split(next(kept)))
@@ -205,16 +235,15 @@ def _kth_by_bits(first: Iterator[Tensor], second: Iterator[Tensor], k: int) -> f
 
 
 def _kth_on_gpu(passes: Callable[[], Iterator[Tensor]], k: int, units: int) -> float:
-    """The same of so many: four histograms of 256 bins; without Triton one of 8192, then the scores of one bin, sorted.
+    """The same of so many on a GPU: two or three histograms of 8192 bins, or one and the scores of one bin, sorted.
 
     Each waits for the GPU once. Threads that count into one bin wait for each other. What is pruned, 90 % of all
     weights towards the end, would all fall into one: bins are of the bits less 1, which 0 and -1 lie below, and those
     are all that is in no bin.
     """
-    kernel = _has_kernel(next(passes()))
     first, base = 0, 0  # what is below, and the bits less 1 that it ends at
-    for number, shift in enumerate((23, 15, 7, 0) if kernel else (18, 5, 0)):
-        counts = _counts(passes(), 1 + base, shift)
+    for number, shift in enumerate((18, 5, 0)):
+        counts = _sum(_in_bins((_bits(scores) - 1 - base) >> shift) for scores in passes()).cpu()
         if number == 0:
             first = units - int(counts.sum())
             if k <= first:
@@ -222,36 +251,10 @@ def _kth_on_gpu(passes: Callable[[], Iterator[Tensor]], k: int, units: int) -> f
                 return -1.0 if k <= negative else 0.0
         place, below = _bin_of(counts, k - first)
         first, base = first + below, base + (place << shift)
-        if number == 0 and int(counts[place]) <= _SORTED and not kernel:
+        if number == 0 and int(counts[place]) <= _SORTED:
             bits = [bits[(bits - 1) >> shift == place] for bits in map(_bits, passes())]
             return float(torch.cat(bits).sort().values[k - first - 1].view(torch.float32))
     return float(torch.tensor([base + 1], dtype=torch.int32).view(torch.float32))
-
-
-def _has_kernel(scores: Tensor) -> bool:
-    return scores.is_cuda and scores.dtype == torch.float32 and has_triton()
-
-
-def _counts(several: Iterator[Tensor], base: int, shift: int) -> Tensor:
-    """How many scores have ``bits - base >> shift`` in each bin, int64 [bins] on the CPU; others are left out."""
-    first = next(several)
-    if not _has_kernel(first):
-        return _sum(_in_bins((_bits(scores) - base) >> shift) for scores in chain([first], several)).cpu()
-    from srnn.pruning.ranking_kernel import count_in_bins  # here, because Triton may be missing
-
-    counts = torch.zeros(_KERNEL_BINS, dtype=torch.int32, device=first.device)
-    for scores in chain([first], several):
-        count_in_bins(_bits(scores), base, shift, counts)
-    return counts.cpu().long()
-
-
-def _count_at_least(scores: Tensor, least: float, above: bool = False) -> int:
-    """How many scores reach a number of at least 0, or are above any."""
-    if not _has_kernel(scores):
-        return int((scores > least if above else scores >= least).sum())
-    # To add flags up, torch makes numbers of 8 bytes of them. As bits the order is the same.
-    base = int(np.float32(least).view(np.int32)) + above if least >= 0 else 0
-    return int(_counts(iter([scores]), base, 31)[0])
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:

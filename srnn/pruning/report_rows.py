@@ -91,15 +91,21 @@ def nothing_left(parts: Sequence[Part], masks: Mapping[str, Tensor]) -> list[str
 
 
 class Emptied:
-    """Warns, while a network is pruned, of each matrix or gate that loses its last weight: the loss tells it late."""
+    """Warns, while a network is pruned, of each matrix or gate that loses its last weight: the loss tells it late.
+
+    After each update; on a GPU, which is waited for then, at twentieths of the schedule.
+    """
 
     def __init__(self) -> None:
         self.told: set[str] = set()
+        self._next = 0
 
     def look(self, method: PruningMethod, itr: int, groups: Sequence[Group], masks: Mapping[str, Tensor]) -> None:
         """After an update; of what was not told before. Arguments are those of ``warn_of_the_end``."""
-        if method.soft or method.regrows:  # weights may come back
+        if method.soft or method.regrows or itr < self._next:  # weights of these may come back
             return
+        if any(mask.is_cuda for mask in masks.values()):
+            self._next = itr + max(1, method.done_from // 20)
         empty = nothing_left([part for group in groups for part in group.parts], masks)
         if new := [name for name in empty if name not in self.told]:
             self.told.update(new)

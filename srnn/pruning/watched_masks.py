@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from srnn.pruning.masking import GpuMasking, Masked
 
+LOOK_EVERY = 4  # steps; what finds a parameter and launches takes 50 us of a host that has a whole step to launch
+
 
 class WatchedMasks:
     """Zeroes what is pruned on a GPU, and watches whether it would stay so.
@@ -21,9 +23,9 @@ class WatchedMasks:
     nothing to do. It does where a loop changes gradients after the backward pass, as gradient noise does, where
     gradients are not masked, or where an optimiser mixes elements. So all is masked when masks have changed; and
     looked through at the steps after, zeroing what is found, until one look is known to have found nothing. The device
-    says so in its own time, and nobody waits for it. From then on one parameter a step is looked through, in turn, and
-    all of them where weights or gradients were written more or fewer times than at the step before: by someone who sets
-    weights, or a loop that begins to add noise. Once anything was found, all is masked at each step, for good.
+    says so in its own time, and nobody waits for it. From then on one parameter every few steps is looked through, in
+    turn. All of them are, where weights or gradients were written more or fewer times than at the step before: by
+    someone who sets weights, or a loop that begins to add noise. Once anything was found, all is masked at each step.
 
     Attributes:
         leaks: whether something was found.
@@ -64,7 +66,7 @@ class WatchedMasks:
         if self.leaks or self._changed or not as_usual or not looked:
             return names
         self._turn += 1
-        one = names[self._turn % len(names)]
+        one = names[self._turn // LOOK_EVERY % len(names)] if self._turn % LOOK_EVERY == 0 else None
         return [name for name in names if name == one or not parameters[name].is_cuda]
 
     def _has_looked(self) -> bool:

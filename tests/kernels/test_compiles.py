@@ -161,3 +161,45 @@ def test_masking_compiles(size, look):
     given |= {"LOOK": look, "BLOCK": masking_kernel.BLOCK, "num_warps": 4, "launch_cooperative_grid": False}
     made = compiled(masking_kernel.zero_where_pruned, given)
     assert ("tt.reduce" in made.asm["ttir"]) == (look == 2), "only what tells counts"
+
+
+@pytest.mark.parametrize("kind", ["SCORES", "MAGNITUDES", "SALIENCIES"])
+def test_cutting_compiles(kind, monkeypatch):
+    """The interpreter does not know which values a branch may change."""
+    from srnn.pruning import cutting_kernel
+
+    names = ("count_bins", "pick_bins", "count_equals", "add_up", "write_masks")
+    kernels = [getattr(cutting_kernel, name) for name in names]
+    launched = {}
+
+    class Kernel:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            parameters = [parameter.name for parameter in self.kernel.params]
+            return lambda *given, **options: launched.update(
+                {self.kernel: dict(zip(parameters, given, strict=True)) | options}
+            )
+
+    for name, kernel in zip(names, kernels, strict=True):
+        monkeypatch.setattr(cutting_kernel, name, Kernel(kernel))
+    numbers, small = torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int32)
+    reals = torch.zeros(6, dtype=torch.float64)
+    for launch in cutting_kernel.launches(
+        (numbers, small, small), reals, reals[:1], small, 30_000, getattr(cutting_kernel, kind).value
+    ):
+        launch()
+    for kernel in kernels:
+        made = compiled(kernel, launched[kernel] | {"launch_cooperative_grid": False})
+        assert made.metadata.shared < 8192, "as many programs as there may be run at once"
+
+
+def test_means_of_squares_compile():
+    from srnn.pruning import mean_squares_kernel
+
+    numbers, small = torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int32)
+    given = {"tables": numbers, "owners": small, "firsts": small, "taken": torch.zeros(1, dtype=torch.uint8)}
+    given |= {"decay": 0.9, "BLOCK": mean_squares_kernel.MEAN_BLOCK, "num_warps": 4, "launch_cooperative_grid": False}
+    made = compiled(mean_squares_kernel.take_in, given)
+    assert made.asm["ttir"].count("tt.store") == 1

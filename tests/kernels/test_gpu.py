@@ -162,7 +162,8 @@ def test_a_hundred_thousand_launches(structure, streams, hidden):
 def test_a_graphed_layer_serves_several_streams_and_shapes():
     from srnn.kernels.contract import equal_lengths
     from srnn.kernels.dense import Torch
-    from srnn.kernels.replay import MOST_SHAPES, Replayed
+    from srnn.kernels.replay import MOST_SHAPES
+    from srnn.kernels.replayed import Replayed
 
     torch.manual_seed(0)
     device = torch.device("cuda")

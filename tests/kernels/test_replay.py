@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from srnn.inference.sparsify import sparsify
-from srnn.kernels import replay
+from srnn.kernels import graph_copies, replay
 from srnn.kernels.contract import Layer, equal_lengths
-from srnn.kernels.replay import MOST_MEMORY, MOST_SHAPES, RESTING, ReplayedLayer, ReplayedRecurrence, nothing_recorded
+from srnn.kernels.graph_copies import GraphRefusedError
+from srnn.kernels.replay import MOST_MEMORY, MOST_SHAPES, RESTING, nothing_recorded
+from srnn.kernels.replayed import ReplayedLayer, ReplayedRecurrence
 from tests.kernels.common import prune
 from tests.kernels.triton_cases import layer, on_gpu
 
@@ -30,9 +32,7 @@ class Counted(Layer):
 class StandIn(replay._Recording):
     """Computes what a replay of ``Counted`` would."""
 
-    def replay(self, given, stream, raw_stream):
-        for own, part in zip(self.inputs, given, strict=True):
-            own.copy_(part)
+    def replay(self, given, raw):
         return [2 * given[0], *(part.clone() for part in given[1:])]
 
 
@@ -53,7 +53,7 @@ def streams(monkeypatch):
 
     def record(run, given, pool, stream):
         graph = type("Graph", (), {"pool": lambda self: "pool"})()
-        return StandIn(graph, [part.clone() for part in given], run([part.clone() for part in given]))
+        return StandIn(graph, None, run([part.clone() for part in given]))
 
     monkeypatch.setattr(replay, "record", record)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -96,7 +96,7 @@ def test_what_runs_as_it_is(streams, why, monkeypatch):
     inner = Counted()
     ready = replayed(inner)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: why == "capture")
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: why == "autocast")
+    monkeypatch.setattr(torch._C, "_is_any_autocast_enabled", lambda: why == "autocast")
     sizes = {"lengths": torch.tensor([2, 1]), "empty": equal_lengths(2, 0)}.get(why, equal_lengths(2, 2))
     x, state = torch.randn(int(sizes.sum()), 3), (torch.ones(int(sizes[0]), 4),)
     for _ in range(4):
@@ -125,17 +125,86 @@ def test_recordings_are_few_and_those_that_rest_make_room(streams):
 
 
 def test_recordings_take_a_bounded_memory(streams):
-    """They share what they use while they run, and have inputs and outputs of their own."""
+    """They share what they use while they run, because no two of them do at once, and have the next outputs each."""
     ready = replayed(Counted(), MOST_MEMORY // 10)
-    for steps in (11, 6, 5, 10):
+    for steps in (11, 6, 5, 9):
         call(ready, steps)
         call(ready, steps)
-    assert {key[1][0][0] for key in ready.replays.recorded} == {6, 5}
+    assert {key[1][0][0] for key in ready.replays.recorded} == {9, 6, 5}
     for one in ready.replays.recorded.values():
-        one.inputs = [torch.empty(MOST_MEMORY // 8, dtype=torch.uint8)] * 3
+        one.like = [torch.empty(MOST_MEMORY // 4, dtype=torch.uint8)]
     call(ready, 4)
     call(ready, 4)
-    assert len(ready.replays.recorded) == 2, "inputs and outputs take 0.75, and this one 0.4"
+    assert len(ready.replays.recorded) == 3, "outputs take 0.75, and this one 0.4"
+
+
+def test_what_cuda_refuses_runs_as_it_is_from_then_on(streams, monkeypatch):
+    """Inputs in memory of another kind than the first ones."""
+
+    def refuses(self, given, raw):
+        raise GraphRefusedError("of another kind")
+
+    inner = Counted()
+    ready = replayed(inner)
+    for _ in range(3):
+        call(ready, 5)
+    before = inner.calls
+    monkeypatch.setattr(StandIn, "replay", refuses)
+    for _ in range(3):
+        call(ready, 5)
+    assert inner.calls == before + 3
+    assert not ready.replays.recorded
+
+
+class Copies:
+    """Where a graph's outputs go."""
+
+    def __init__(self, error=None):
+        self.error, self.taken = error, []
+
+    def read_from(self, given):
+        pass
+
+    def write_to(self, outputs):
+        if self.taken and self.error is not None:
+            raise self.error
+        self.taken.append(outputs)
+
+
+def one_recording(copies):
+    return replay._Recording(type("Graph", (), {"replay": lambda self: None})(), copies, [torch.empty(3)])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), GraphRefusedError("of another kind")])
+def test_a_call_gives_its_outputs_though_the_next_has_no_memory(error):
+    one = one_recording(Copies(error))
+    (outputs,) = one.replay([], 0)
+    assert outputs is one.copies.taken[0][0]
+    with pytest.raises(type(error)):
+        one.replay([], 0)
+
+
+def test_nothing_is_kept_of_memory_that_belongs_to_a_graph_of_others():
+    one = one_recording(Copies())
+    with nothing_recorded():
+        one.replay([], 0)
+    assert one.next is None
+    one.replay([], 0)
+    assert one.next is not None
+
+
+def test_what_cuda_refused_is_no_error_of_the_next_launch(monkeypatch):
+    class Runtime:
+        last = 1
+
+        def cudaGetLastError(self):
+            self.last = 0
+
+    runtime = Runtime()
+    monkeypatch.setattr(graph_copies, "_runtime", lambda: runtime)
+    with pytest.raises(GraphRefusedError, match="error 1"):
+        graph_copies._must(runtime.last)
+    assert runtime.last == 0
 
 
 def test_many_shapes_are_not_all_remembered(streams):

@@ -17,13 +17,14 @@ from srnn.sparse import SparseMatrix
 from tests.kernels.triton_cases import DEVICE, INTERPRETED, check, check_both, here, layer, on_gpu, state_of, use_chip
 
 FILES = [Path(__file__).with_name(f"test_{name}.py") for name in ("triton", "vectors", "slices", "gates", "products")]
-OTHERS = ("pruning/test_masking.py", "pruning/test_clipping.py", "pruning/test_ranking.py", "models/test_recurring.py")
-FILES += [Path(__file__).parents[1] / name for name in OTHERS]
+OTHERS = ("masking", "clipping", "cutting", "mean_squares")
+FILES += [Path(__file__).parents[1] / "pruning" / f"test_{name}.py" for name in OTHERS]
+FILES.append(Path(__file__).parents[1] / "models" / "test_recurring.py")
 
 
 QUICK = (
     "test_what_is_found or test_the_norm_is_of or test_a_matrix_of_zeros or test_an_odd_number_of_groups_in_pairs "
-    "or test_recurring or test_bits_are_counted"
+    "or test_recurring or test_a_cut_of_scores or test_means_of_squares"
 )
 
 

@@ -6,13 +6,12 @@ from torch import nn
 
 from srnn.errors import UserError
 from srnn.pruning import Pruner, ranking
-from srnn.pruning.groups import Group
 from srnn.pruning.methods.cubic import Cubic
 from srnn.pruning.ranking import Ranking
-from tests.kernels.triton_cases import DEVICE, here, on_gpu
+from tests.kernels.triton_cases import on_gpu
 
 
-def masks_of(monkeypatch, as_on_gpu, scores, zeros, soft, plain=False, sort=True):
+def masks_of(monkeypatch, as_on_gpu, scores, zeros, soft, sort=True):
     def like_on_gpu(self, *arguments):
         made(self, *arguments)
         self._on_gpu, self._together = True, torch.cat(self._held)
@@ -28,7 +27,6 @@ def masks_of(monkeypatch, as_on_gpu, scores, zeros, soft, plain=False, sort=True
     with monkeypatch.context() as patch:
         if as_on_gpu:
             patch.setattr(Ranking, "__init__", like_on_gpu)
-            patch.setattr(Group, "_is_plain", lambda self: plain)
             patch.setattr(ranking, "_SORTED", ranking._SORTED if sort else -1)
         pruner = Pruner(model, "gradual", 100, sparsity=zeros, soft=soft)
         for _ in range(100):
@@ -45,43 +43,11 @@ def masks_of(monkeypatch, as_on_gpu, scores, zeros, soft, plain=False, sort=True
 def test_masks_and_thresholds_are_those_of_a_cpu(monkeypatch, scores, zeros, soft):
     wanted, thresholds = masks_of(monkeypatch, False, scores, zeros, soft)
     size = sum(mask.numel() for mask in wanted.values())
-    for plain, sort in ((False, False), (True, True)):
-        got, theirs = masks_of(monkeypatch, True, scores, zeros, soft, plain, sort)
+    for sort in (False, True):
+        got, theirs = masks_of(monkeypatch, True, scores, zeros, soft, sort)
         assert theirs == thresholds
         assert all(got[name].equal(wanted[name]) for name in wanted)
         assert sum(int(mask.sum()) for mask in got.values()) == size - round(zeros * size)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_scores_of_all_refuse_what_has_diverged(monkeypatch, value):
-    monkeypatch.setattr(Group, "_is_plain", lambda self: True)
-    model = nn.GRU(30, 40, 2)
-    pruner = Pruner(model, "gradual", 100)
-    with torch.no_grad():
-        model.weight_hh_l1[7, 3] = value
-    pruner.itr = pruner.method.updates[0] - 1
-    with pytest.raises(UserError, match="weight_hh_l1 holds weights that are NaN or infinite"):
-        pruner.step()
-
-
-@pytest.mark.gpu
-@here
-def test_bits_are_counted_as_by_hand():
-    from srnn.pruning.ranking_kernel import count_in_bins
-
-    generator = torch.Generator().manual_seed(0)
-    for size in (0, 1, 5000, 9000):
-        scores = torch.randn(size, generator=generator).abs()
-        scores[::3] = -1.0
-        scores[::7] = 0.0
-        scores[1:2] = torch.inf
-        bits = scores.view(torch.int32)
-        top = max(70_000, int(bits.max())) if size else 70_000
-        for base, shift in ((1, 23), (top - 70_000, 7), (top, 0), (0, 31)):
-            counts = torch.zeros(256, dtype=torch.int32, device=DEVICE)
-            count_in_bins(bits.to(DEVICE), base, shift, counts)
-            places = (bits[bits >= base].long() - base) >> shift
-            assert counts.cpu().equal(torch.bincount(places[places < 256], minlength=256).int())
 
 
 @pytest.mark.gpu

@@ -63,7 +63,7 @@ def test_all_at_first_then_one_in_turn(steps):
     assert steps() == ("look", ["a", "b"])
     assert steps() == ("look", ["a", "b"]), "nobody knows yet what the first look found"
     FakeGpu.over = True
-    looked = [steps() for _ in range(6)]
+    looked = [steps() for _ in range(3 * watched_masks.LOOK_EVERY + 1)]
     assert all(how in ("look", "none") for how, _ in looked)
     assert {name for _, names in looked for name in names} == {"a", "b"}
     assert max(len(names) for _, names in looked) == 1
@@ -100,7 +100,7 @@ def test_what_leaks_is_masked_at_each_step_for_good(steps, since):
     for _ in range(since):
         steps()
     FakeGpu.finds = True
-    told = [steps() for _ in range(6)]
+    told = [steps() for _ in range(3 * watched_masks.LOOK_EVERY)]
     assert told[-1] == ("all", ["a", "b"])
     assert steps.watched.leaks
     FakeGpu.finds = False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from srnn.kernels.contract import Kernel, Layer, LayerWeights, Recurrence, State
-from srnn.kernels.replay import ReplayedLayer, ReplayedRecurrence
+from srnn.kernels.replayed import ReplayedLayer, ReplayedRecurrence
 from srnn.kernels.triton.chip import chip_of, interpreted
 from srnn.kernels.triton.products.layout import TritonProduct
 from srnn.kernels.triton.recurrence import TritonRecurrence

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from srnn.errors import UserError
 from srnn.formats import Structure
+from srnn.pruning.cutting import Cut
 from srnn.pruning.forecast import expected_n_of_m, expected_sparsity
 from srnn.pruning.groups import Group, magnitude
 from srnn.pruning.methods.base import Shared
@@ -109,14 +110,17 @@ class Gradual(Shared):
 
     def update(self, itr: int, group: Group) -> None:
         """One update of Algorithm 1, open-loop or with ``q`` estimated."""
-        ranking = group.ranking()
-        if self.fixed_q is None:
-            self._update_estimated(itr, group, ranking)
-        else:
-            self._update_fixed(itr, group, ranking, self.fixed_q[group.name])
+        if self.fixed_q is not None:
+            self._update_fixed(itr, group, self.fixed_q[group.name])
+            return
+        # Pruned weights are ranked too, so that q is a quantile of all weights, as the paper's is. A q that falls, as
+        # weights shrink, does not let the threshold fall. A phi_ratio above 1.5, or weights that have shrunk, may take
+        # the threshold past the share: then by rank, as the last update is.
+        share = None if itr == self.updates[-1] else group.target / group.size
+        group.cut(Cut(group.target, share, self.schedule.epsilon(itr, 1.0), rising=True))
 
-    def _update_fixed(self, itr: int, group: Group, ranking: Ranking, q: float) -> None:
-        epsilon = self.schedule.epsilon(itr, q)
+    def _update_fixed(self, itr: int, group: Group, q: float) -> None:
+        ranking, epsilon = group.ranking(), self.schedule.epsilon(itr, q)
         if (largest := ranking.largest()) < epsilon:
             raise UserError(
                 f"pruning: at step {itr} the {group.name} threshold reaches {epsilon:.4g} (q={q:g}, "
@@ -124,20 +128,6 @@ class Gradual(Shared):
                 f"{largest:.4g}. Lower pruning.q or pruning.phi_ratio; pruning.q=auto estimates q."
             )
         ranking.keep_at_least(epsilon)
-        group.epsilon = epsilon
-
-    def _update_estimated(self, itr: int, group: Group, ranking: Ranking) -> None:
-        # Pruned weights are ranked too, so that q is a quantile of all weights, as the paper's is.
-        q = ranking.quantile(group.target / group.size)
-        # A q that falls, as weights shrink, does not let the threshold fall. An infinite q is the score of what has to
-        # stay (the diagonal, N:M), and says nothing about the rest.
-        epsilon = max(group.epsilon, q * self.schedule.epsilon(itr, 1.0)) if math.isfinite(q) else group.epsilon
-        # A phi_ratio above 1.5, or weights that have shrunk, may take the threshold past the share: then by rank.
-        if itr == self.updates[-1] or ranking.count_at_least(epsilon) < ranking.count_for(group.target):
-            boundary = ranking.prune(group.target)
-            epsilon = max(group.epsilon, boundary) if math.isfinite(boundary) else group.epsilon
-        else:
-            ranking.keep_at_least(epsilon)
         group.epsilon = epsilon
 
     def wanted(self, group: Group) -> int | None:

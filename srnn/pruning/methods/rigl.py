@@ -83,8 +83,8 @@ class RigL(Structured):
     def update(self, itr: int, group: Group) -> None:
         """Drop the smallest, grow as many."""
         # Dropped in units; below, as many weights are grown as were there before, to the nearest unit.
-        alive = sum(int(group.kept_units(piece).sum()) for piece in group.pieces)
         must_stay = group.ranking(_zeros(group)).count_at_least(math.inf)
+        alive = sum(int(group.kept_units(piece).sum()) for piece in group.pieces)
         drop = min(alive - max(1, must_stay), math.floor(self.schedule.drop(itr) * alive))
         if drop < 1:
             return
