@@ -44,7 +44,7 @@ from srnn.inference.packed_file import read, write
 from srnn.inference.packing import pack
 from srnn.inference.unpacking import unpack
 from srnn.pruning import Pruner, RunLength
-from srnn.pruning.methods.obd import EVERY
+from srnn.pruning.methods.obd import EVERY, GOLDEN
 from srnn.registry import register
 from srnn.training.preparing import build_data
 
@@ -218,7 +218,7 @@ class Training:
             network.averages
             and not now
             and network.pruner.itr < network.pruner.method.done_from
-            and (network.pruner.itr + 1) % EVERY == 0
+            and (network.pruner.itr + 1) * GOLDEN % 1 < 1 / EVERY
             for network, now in zip(self.networks, due, strict=True)
         ]
         if (flags := (wants, free, averages)) != self.flags:

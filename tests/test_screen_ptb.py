@@ -72,6 +72,7 @@ def plain_loop(options, teacher):
     return found, pruner
 
 
+@pytest.mark.filterwarnings("ignore:pruning left no weight of")  # gates of a few weights
 def test_a_network_among_others_is_trained_as_alone(screen, tmp_path):
     def scores(recipes):
         (tmp_path / "recipes.json").write_text(json.dumps(recipes))

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from srnn.commands.resume import main as resume_run
-from srnn.config.command_line import check_command_line
+from srnn.config.command_line import CommandLine, check_command_line
 from srnn.config.composing import compose_settings, conf_folder, connect_hydra, settings_of
 from srnn.config.settings import Settings
 from srnn.config.sweeps import Job, Sweep, identity, identity_of, outcome
@@ -29,6 +29,7 @@ from srnn.registry.plugins import plugin_folders
 from srnn.run_folder import RunFolder
 from srnn.terminal import console, logged
 
+_COMMAND = "command.txt"  # in a sweep's folder: what started it
 _alone = threading.Lock()  # held by the run of this process
 _HELP = """usage: srnn [train] [GROUP=NAME] [GROUP.OPTION=VALUE] ...
 
@@ -68,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(argv: Sequence[str]) -> int:
     line = check_command_line(argv)
+    _check_folder(line)
     if line.sweep is not None:
         _check_new_sweep(line.sweep, line.jobs)
         _open_sweep(line.sweep, argv)
@@ -91,6 +93,14 @@ def _train(argv: Sequence[str]) -> int:
     return 0
 
 
+def _check_folder(line: CommandLine) -> None:
+    """Refuse to mix a run and a sweep in one folder. Raises UserError."""
+    if line.sweep is not None and RunFolder(line.sweep).config.is_file():
+        raise UserError(f"hydra.sweep.dir={line.sweep} holds a run, which would be mixed with a sweep: set another.")
+    if line.sweep is None and (line.folder / _COMMAND).is_file():
+        raise UserError(f"hydra.run.dir={line.folder} holds a sweep, which would be mixed with a run: set another.")
+
+
 def _check_new_sweep(folder: Path, jobs: Sequence[Job]) -> None:
     """Refuse a sweep of which no job can start, such as one whose teacher is not there. Raises UserError."""
     from srnn.training.run import refuse_what_none_can_do
@@ -102,7 +112,7 @@ def _check_new_sweep(folder: Path, jobs: Sequence[Job]) -> None:
 
 def _open_sweep(folder: Path, argv: Sequence[str]) -> None:
     try:
-        write_atomically(folder / "command.txt", f"{shlex.join(['srnn', *argv])}\n".encode(errors="surrogateescape"))
+        write_atomically(folder / _COMMAND, f"{shlex.join(['srnn', *argv])}\n".encode(errors="surrogateescape"))
     except OSError as error:
         raise cannot_be_written(folder, error, "hydra.sweep.dir") from None
 

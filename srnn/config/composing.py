@@ -92,10 +92,18 @@ def parse_override(text: str) -> Override:
         raise UserError(f"{text}: not an override such as model.hidden_size=256: {_first_line(error)}{hint}") from None
 
 
-def compose_settings(overrides: Sequence[str]) -> Settings:
-    """The checked config of one job. Raises UserError."""
+def compose_settings(overrides: Sequence[str], beside: Sequence[str] = BESIDE) -> Settings:
+    """The checked config of one job.
+
+    Args:
+        overrides: options, each of one value.
+        beside: what else the command takes, for messages.
+
+    Raises:
+        UserError: one is wrong.
+    """
     compose = functools.cache(compose_config)
-    for error in unknown_options(overrides, compose).values():
+    for error in unknown_options(overrides, compose, beside).values():
         raise error
     return settings_of(with_options(overrides, compose))
 
@@ -104,7 +112,7 @@ def compose_settings(overrides: Sequence[str]) -> Settings:
 Compose = Callable[[tuple[str, ...]], DictConfig]
 
 
-def unknown_options(overrides: Sequence[str], compose: Compose) -> dict[str, UserError]:
+def unknown_options(overrides: Sequence[str], compose: Compose, beside: Sequence[str] = BESIDE) -> dict[str, UserError]:
     """The overrides of one job that set an option which its choices don't have, and what to say about each.
 
     Raises:
@@ -119,7 +127,7 @@ def unknown_options(overrides: Sequence[str], compose: Compose) -> dict[str, Use
         key = str(override.key_or_group)
         if not override.is_hydra_override():
             try:  # what is added to a part of the config is checked with that part
-                _check_key(key.partition(".")[0] if override.is_add() else key, base)
+                _check_key(key.partition(".")[0] if override.is_add() else key, base, beside)
             except UserError as error:
                 unknown[str(override.input_line)] = error
     return unknown
@@ -173,7 +181,7 @@ def check_choice(override: Override) -> None:
         )
 
 
-def _check_key(key: str, base: DictConfig) -> None:
+def _check_key(key: str, base: DictConfig, beside: Sequence[str]) -> None:
     """Refuse a key that the config does not have, naming the nearest one it has."""
     node: Any = base
     for depth, part in enumerate(key.split(".")):
@@ -186,7 +194,7 @@ def _check_key(key: str, base: DictConfig) -> None:
                 allowed.remove("name")
                 where += f"={node['name']}"
             elif not path:
-                allowed += BESIDE
+                allowed += beside
             raise UserError(
                 f"{key}: unknown option of {where}.{did_you_mean(part, allowed)} "
                 f"Allowed: {', '.join(allowed) or 'nothing'}."
@@ -247,7 +255,11 @@ def read_settings(path: Path) -> Settings:
     Raises:
         UserError: the file is damaged, or an option is none.
     """
-    return Settings.check(read_plain(path))
+    config = read_plain(path)
+    try:
+        return Settings.check(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_plain(path: Path) -> dict[str, Any]:

@@ -100,6 +100,8 @@ def choices_of(texts: Sequence[str]) -> dict[str, list[str]]:
             choices[key] = list(dict.fromkeys(f"{key}={value}" for value in override.sweep_string_iterator()))
         else:
             raise UserError(f"{text}: a sweep takes values, such as {key}=1,2; an interval needs hydra/sweeper=search.")
+        if not choices[key]:
+            raise UserError(f"{text}: there is no value in it, so the sweep has no jobs.")
     return choices
 
 

@@ -65,6 +65,7 @@ class GraphRefusedError(RuntimeError):
 
 def _must(code: int) -> None:
     if code != 0:
+        _runtime().cudaGetLastError()  # which forgets it: else torch takes it for one of its next launch
         raise GraphRefusedError(f"CUDA refused to look into, or to change, a graph: error {code}")
 
 

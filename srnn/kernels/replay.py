@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ _thread = _Thread()
 
 @contextmanager
 def nothing_recorded() -> Iterator[None]:
-    """Inside, calls of this thread record nothing; what is recorded already is replayed.
+    """Inside, calls of this thread record nothing; what is recorded is replayed, and keeps no memory for the next call.
 
     For code that runs in memory of a graph that others are about to record, as compiled graphs do.
     """
@@ -107,7 +107,9 @@ class _Recording:
         self.next = None
         self.copies.read_from(given)
         self.graph.replay()
-        self.next = self._prepare(), raw
+        if not _thread.recording_is_off:  # else memory may be of others' graph, which has only what a call gives back
+            with suppress(torch.OutOfMemoryError, GraphRefusedError):  # this call has its outputs; the next one tells
+                self.next = self._prepare(), raw
         return outputs
 
     def _prepare(self) -> list[Tensor]:

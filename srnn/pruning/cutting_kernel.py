@@ -134,7 +134,8 @@ def _decide(searches, wanted, units, decision, epsilon):
     left = tl.load(wanted + 2).to(tl.int32) - (units - tl.load(searches + FIELDS + _BELOW) - equal)
     before = tl.load(epsilon)
     now = before
-    if quantile < _INFINITE:  # an infinite score is of what has to stay, and says nothing of the rest
+    # An infinite score is of what has to stay, and says nothing of the rest; nor does -1, whose product may be -0.0.
+    if (quantile > 0) & (quantile < _INFINITE):
         now = tl.maximum(before, quantile.to(tl.float32, bitcast=True).to(tl.float64) * tl.load(wanted + 4))
     threshold = now.to(tl.float32).to(tl.int32, bitcast=True)
     if (tl.load(wanted + 3) != 0) | (threshold > boundary):

@@ -41,7 +41,8 @@ class Saliency:
 
     def __call__(self, piece: Piece) -> Tensor:
         """Of a piece."""
-        return piece.weight.abs() * piece.of(self.moments[piece.part.parameter_name]).pow(0.25)
+        moment = piece.of(self.moments[piece.part.parameter_name])
+        return piece.weight.abs() * moment.sqrt().sqrt()  # rounded alike on all devices, as powers are not
 
 
 def _refuse_odd(importance: Callable[[Piece], Tensor], pieces: list[Piece], extremes: Tensor) -> None:
@@ -193,11 +194,12 @@ class Group:
         """
         rows = self._plain_rows()
         if rows:
-            self.epsilon = self._gpu_cut(rows, True, self.size - cut.zeros, cut, self._epsilon)
+            keep = max(1, self.size - cut.zeros)  # a group of zeros has no threshold
+            self.epsilon = self._gpu_cut(rows, True, keep, cut, self._epsilon)
             return
         ranking = self._ranking()
         if ranking.is_cut_on_gpu():
-            self._gpu_cut.tell(torch.stack([extremes for _, extremes in self._unchecked]))
+            self._gpu_cut.tell(self._extremes())
         else:
             self._wait()
             self._check_finite()
@@ -212,6 +214,12 @@ class Group:
             f"{_name(self.importance)} gave NaN or something infinite or negative for a weight of {self.name} at an "
             f"earlier update, or that weight was: what ranks weights must be finite and at least 0."
         )
+
+    def restore(self, epsilon: float) -> None:
+        """Take up a threshold with the masks of an earlier step, and forget what cuts since then have met."""
+        float(self._epsilon)  # a GPU has told all then
+        self._gpu_cut.found_odd()
+        self.epsilon = epsilon
 
     def set_epsilon(self, smallest_kept: float) -> None:
         """Take the smallest score kept for the threshold, unless all that is kept had to be."""
@@ -274,9 +282,13 @@ class Group:
             for piece in pieces:
                 self._scores(piece)
         if pieces:
-            first = self._unchecked[0][1].device
-            _refuse_odd(self.importance, pieces, torch.stack([extremes.to(first) for _, extremes in self._unchecked]))
+            _refuse_odd(self.importance, pieces, self._extremes())
         self._unchecked.clear()
+
+    def _extremes(self) -> Tensor:
+        """Of pieces on GPUs, on the first of these, [P, 1 or 2]."""
+        first = self._unchecked[0][1].device
+        return torch.stack([extremes.to(first) for _, extremes in self._unchecked])
 
     def kept_units(self, piece: Piece) -> Tensor:
         """Which units the masks keep, bool [U]. A block is kept or pruned as a whole, so its largest bit says it."""

@@ -70,7 +70,7 @@ class GpuMasking:
 
 
 class RecentLaunches:
-    """What was made for the last few sets of tensors, by their addresses.
+    """What was made for the sets of tensors that were used last, by their addresses.
 
     Args:
         kept: how many.
@@ -82,11 +82,12 @@ class RecentLaunches:
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What there is for a set, or is made now."""
-        found = self._known.get(key)
+        found = self._known.pop(key, None)
         if found is None:
-            found = self._known[key] = make()
-            if len(self._known) > self.kept:
-                self._known.popitem(last=False)
+            found = make()
+        self._known[key] = found  # the last one used stands last
+        if len(self._known) > self.kept:
+            self._known.popitem(last=False)
         return found
 
 

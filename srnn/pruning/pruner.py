@@ -30,7 +30,7 @@ from srnn.pruning.masking import GpuMasking
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.other_pruners import OtherPruners
 from srnn.pruning.parts import Part, count
-from srnn.pruning.report_rows import ReportRow, report_rows, warn_of_the_end
+from srnn.pruning.report_rows import Emptied, ReportRow, report_rows, warn_of_the_end
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import masks_of
 from srnn.pruning.state_masks import StateMasks, left_unmasked, mask_all, state_beside
@@ -118,13 +118,12 @@ class Pruner:
             group.importance = self.method.ranked_by()
             # What a delayed method ranks is masked already: pruned weights are zeros.
             group.soft = self.method.soft or self.method.delayed
-        self.itr = 0
-        self.seconds = 0.0
+        self.itr, self.seconds = 0, 0.0
         self._masks = masks_of(self.groups)
         self._parameters = {part.parameter_name: part.parameter for part in self.parts}
         check_optimizers(self.optimizers, self._parameters)
         self._averaged = averaged(average, self._parameters)
-        self._others = OtherPruners()
+        self._others, self._emptied = OtherPruners(), Emptied()
         self._held_bits: dict[tuple[str, int, torch.device], Tensor] = {}
         self._gpu_gradient_masking = GpuMasking()
         self._state_masks, self._gpu_masks = StateMasks(), WatchedMasks()
@@ -145,8 +144,7 @@ class Pruner:
 
     @torch.no_grad()
     def _mask_weights(self) -> None:
-        """Apply the masks that are there before the first step, to weights alone: whoever resumes may have loaded
-        weights already. ``load_state_dict`` gives back those that they take, until the first step."""
+        """Apply masks that are there before the first step, to weights alone; ``load_state_dict`` gives these back."""
         if self.itr <= self.method.dense_until or self._acts_later():
             return
         for name, parameter, pruned in left_unmasked(self._parameters, self._masks):
@@ -177,7 +175,7 @@ class Pruner:
         With a method that is ``delayed`` the order is Algorithm 1's: masks found here act from the next step on.
 
         Returns:
-            Whether this was an update. Warns if another ``Pruner`` masks the same weights in turn.
+            Whether this was an update. Warns if it emptied a matrix or gate, and if another ``Pruner`` masks too.
 
         Raises:
             UserError: the training has diverged; ranks differ; the model's parameters were exchanged or moved; a
@@ -207,6 +205,7 @@ class Pruner:
             if update:
                 self._update()
         self.method.after_masks(self)
+        self._emptied.tell()
         waited -= sum(group.waited for group in self.groups)  # for what a GPU was given before, which is not pruning's
         self.seconds += time.perf_counter() - began + waited
         return update
@@ -265,6 +264,7 @@ class Pruner:
             self.method.update(self.itr, group)
             for part, mask in zip(group.parts, before, strict=False):
                 part.revived += torch.stack([count(gate) for gate in part.of(part.mask) > mask])
+        self._emptied.look(self.method, self.itr, self.groups, self._masks)
         self._held_bits.clear()
         self._restart()
 
@@ -390,7 +390,7 @@ class Pruner:
             bits = np.unpackbits(state["masks"][name].cpu().numpy(), count=mask.numel())
             mask.copy_(torch.from_numpy(bits).view(mask.shape))
         for group in self.groups:
-            group.epsilon = float(state["thresholds"][group.name])
+            group.restore(float(state["thresholds"][group.name]))
         for part in self.parts:
             part.revived.copy_(torch.tensor(state["revived"][part.name]))
         self.method.load_state_dict(state["method"])

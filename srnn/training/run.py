@@ -87,7 +87,11 @@ def resume(folder: Path) -> dict[str, Any]:
             f"To train its network further, start a run with init_from={folder}."
         )
     home = RunFolder(folder.resolve())
-    with home.locked():
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(home.locked())
+        except OSError as error:
+            raise UserError(f"resume: {folder}: this folder cannot be written: {error.strerror}.") from None
         settings = read_settings(home.config)
         if not environment.read_environment(home):
             environment.write_environment(
@@ -113,6 +117,8 @@ def refuse_what_none_can_do(jobs: Iterable[Settings]) -> None:
             return
         except UserError as error:
             first = first or error
+        except Exception:  # of this job alone, perhaps: it is told when the job runs, and stops no other
+            return
     if first is not None:
         raise first
 
@@ -159,14 +165,14 @@ def _run(settings: Settings, folder: RunFolder, checkpoint: Path | None) -> dict
                 define_scores(wandb, run.data.objective)
         try:
             recorder = fit(run, folder, wandb) if run.trainer.epochs else prune_only(run, folder, wandb)
+            report = _finish(run, folder, recorder)
+            report["seconds"]["total"] = time.perf_counter() - began
+            matrix = recurrent_matrix(run.model, recorder.pruner)
+            plots = plot_run(folder, report["phases"], report["layers"], matrix, run.objective.loss_name)
+            write_atomically(folder.report, json.dumps(report, indent=2).encode())
         except KeyboardInterrupt:
             print_way_back(folder)
             raise
-        report = _finish(run, folder, recorder)
-        report["seconds"]["total"] = time.perf_counter() - began
-        matrix = recurrent_matrix(run.model, recorder.pruner)
-        plots = plot_run(folder, report["phases"], report["layers"], matrix, run.objective.loss_name)
-        write_atomically(folder.report, json.dumps(report, indent=2).encode())
         if wandb is not None:
             tables = {"layers": report["layers"], "examples": transcripts(report)}
             log_results(wandb, folder, summary_of(report), tables, plots)

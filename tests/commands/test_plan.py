@@ -34,6 +34,21 @@ def test_prints_and_plots(tmp_path, monkeypatch, capsys, overrides, words):
         assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["plan.png"], "no run was started"
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("plots=x.png", "plots: unknown option of the config. Did you mean 'plot'? Allowed: model, dataset, "),
+        ("resume=outputs/RUN", "srnn, experiment, plot, hydra."),
+        ("outputs/RUN", "plan: outputs/RUN: it takes what a run does, GROUP=NAME and GROUP.OPTION=VALUE"),
+        ("seed=0,1", "plan: seed=0,1: it plans one run: give one value"),
+        ("pruning.sparsity=choice(0.8,0.9)", "it plans one run"),
+    ],
+)
+def test_what_it_does_not_take_is_answered_by_what_it_takes(given, message, capsys):
+    assert main(["plan", given]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_forecast_is_what_a_run_does(tmp_path):
     chosen = [*SMALL, "pruning=cubic", "tracking.mode=disabled", "kernel=dense"]
     pruner = prepare(compose_settings(chosen)).pruner()
@@ -49,10 +64,10 @@ def test_the_forecast_is_what_a_run_does(tmp_path):
 def test_mistakes(tmp_path, capsys):
     for arguments, words in (
         (["pruning=cubik"], "'cubic'"),
-        (["pruning=none,cubic"], "no pruning has that name"),
-        (["seed=0,1"], "seed"),
+        (["pruning=none,cubic"], "it plans one run"),
         (["-m", "seed=0,1"], "-m"),
         (["--plot", "plan.pdf"], "must be a file named *.png"),
+        ([*SMALL, "--plot", "/dev/null/plan.png"], "--plot=/dev/null: this folder cannot be written"),
         ([*SMALL, "pruning.scope={rnn:{sparsity:0.5}}"], "matches no weight"),
         ([*SMALL, "pruning.start_itr=a while"], "'3 epochs'"),
     ):

@@ -13,10 +13,12 @@ from filelock import FileLock
 
 from srnn.__main__ import main
 from srnn.config.command_line import check_command_line
+from srnn.config.composing import compose_settings
 from srnn.config.sweeps import Sweep, expand
 from srnn.errors import UserError
 from srnn.files import PACKAGE
 from srnn.pruning.callback import PruningCallback
+from srnn.training import run
 from tests.conftest import QUIET
 from tests.long_sweep import grown, sample_sweep
 
@@ -61,6 +63,7 @@ def test_params_and_rows():
         (["pruning=none", "pruning.sparsity=0.8,0.9"], r"pruning\.sparsity: unknown option of pruning=none"),
         (["pruning=none,hard", "pruning.sparsity=0.8,7"], r"pruning\.sparsity=7 must be above 0 and below 1"),
         (["pruning.sparsity=interval(0.1,0.9)"], r"an interval needs hydra/sweeper=search"),
+        (["seed=range(3,0)"], r"seed=range\(3,0\): there is no value in it"),
         (["--cfg", "job", "seed=0,1"], r"--cfg job prints one job's config"),
         (["hydra/launcher=here"], r"hydra/launcher/here"),
     ],
@@ -174,6 +177,28 @@ def test_what_every_job_would_fail_at_is_told_before_the_first(wrong, message, t
     assert message in told.err
     assert told.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["there.txt"], "nothing was left behind"
+
+
+def test_what_only_one_job_breaks_at_is_left_to_it(monkeypatch):
+    """Such as an error in a plug-in: the others can run, as after any job that fails."""
+    asked = []
+
+    def breaks(settings, checkpoint):
+        asked.append(settings.seed)
+        raise UserError("not there") if len(asked) == 1 else ValueError("of a plug-in")
+
+    monkeypatch.setattr(run, "_prepared", breaks)
+    run.refuse_what_none_can_do(compose_settings([f"seed={seed}"]) for seed in range(3))
+    assert asked == [0, 1]
+
+
+def test_runs_and_sweeps_are_not_mixed_in_one_folder(text_run, sweep, capsys):
+    before = [sorted(path.name for path in folder.iterdir()) for folder in (text_run, sweep)]
+    assert main(["-m", *QUIET, "seed=0,1", f"hydra.sweep.dir={text_run}"]) == 2
+    assert f"hydra.sweep.dir={text_run} holds a run" in capsys.readouterr().err
+    assert main([*QUIET, f"hydra.run.dir={sweep}"]) == 2
+    assert f"hydra.run.dir={sweep} holds a sweep" in capsys.readouterr().err
+    assert before == [sorted(path.name for path in folder.iterdir()) for folder in (text_run, sweep)]
 
 
 def test_a_sweep_runs_once_at_a_time(tmp_path, capsys):

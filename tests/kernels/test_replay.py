@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from srnn.inference.sparsify import sparsify
-from srnn.kernels import replay
+from srnn.kernels import graph_copies, replay
 from srnn.kernels.contract import Layer, equal_lengths
 from srnn.kernels.graph_copies import GraphRefusedError
 from srnn.kernels.replay import MOST_MEMORY, MOST_SHAPES, RESTING, nothing_recorded
@@ -154,6 +154,57 @@ def test_what_cuda_refuses_runs_as_it_is_from_then_on(streams, monkeypatch):
         call(ready, 5)
     assert inner.calls == before + 3
     assert not ready.replays.recorded
+
+
+class Copies:
+    """Where a graph's outputs go."""
+
+    def __init__(self, error=None):
+        self.error, self.taken = error, []
+
+    def read_from(self, given):
+        pass
+
+    def write_to(self, outputs):
+        if self.taken and self.error is not None:
+            raise self.error
+        self.taken.append(outputs)
+
+
+def one_recording(copies):
+    return replay._Recording(type("Graph", (), {"replay": lambda self: None})(), copies, [torch.empty(3)])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), GraphRefusedError("of another kind")])
+def test_a_call_gives_its_outputs_though_the_next_has_no_memory(error):
+    one = one_recording(Copies(error))
+    (outputs,) = one.replay([], 0)
+    assert outputs is one.copies.taken[0][0]
+    with pytest.raises(type(error)):
+        one.replay([], 0)
+
+
+def test_nothing_is_kept_of_memory_that_belongs_to_a_graph_of_others():
+    one = one_recording(Copies())
+    with nothing_recorded():
+        one.replay([], 0)
+    assert one.next is None
+    one.replay([], 0)
+    assert one.next is not None
+
+
+def test_what_cuda_refused_is_no_error_of_the_next_launch(monkeypatch):
+    class Runtime:
+        last = 1
+
+        def cudaGetLastError(self):
+            self.last = 0
+
+    runtime = Runtime()
+    monkeypatch.setattr(graph_copies, "_runtime", lambda: runtime)
+    with pytest.raises(GraphRefusedError, match="error 1"):
+        graph_copies._must(runtime.last)
+    assert runtime.last == 0
 
 
 def test_many_shapes_are_not_all_remembered(streams):

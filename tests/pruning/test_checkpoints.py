@@ -161,6 +161,16 @@ def test_weights_are_those_of_the_masks_that_are_loaded(method):
     assert models[1].weight_hh_l0.any(), "what is kept stays"
 
 
+def test_what_diverged_before_a_state_was_loaded_is_over():
+    """A GPU tells at one of the next steps that weights could not be ranked; they are others by then."""
+    pruner = Pruner(nn.GRU(8, 8), "cubic", STEPS)
+    state = pruner.state_dict()
+    pruner.step()
+    pruner.groups[0]._gpu_cut.tell(torch.tensor([torch.nan]))
+    pruner.load_state_dict(state)
+    pruner.step()
+
+
 def test_a_state_of_other_settings_is_refused():
     state = Pruner(nn.Linear(20, 10), "cubic", 100, sparsity=0.9).state_dict()
     for options, words in (

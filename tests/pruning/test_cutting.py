@@ -101,6 +101,45 @@ def test_a_cut_of_scores_is_that_of_sorting(seed):
         assert float(found) == epsilon
 
 
+@pytest.mark.gpu
+@here
+def test_a_share_that_is_pruned_already_gives_no_threshold_below_zero():
+    scores = torch.full((300,), -1.0)
+    scores[:100] = 1.0
+    keep = torch.empty(300, dtype=torch.bool, device=DEVICE)
+    found = GpuCut()([(scores.to(DEVICE), None, keep, None)], False, 1, Cut(299, 0.5, 0.0), 0.0)
+    assert math.copysign(1, float(found)) == 1
+    assert keep.cpu().equal(scores > 0)
+
+
+@pytest.mark.gpu
+@here
+def test_one_weight_stays_whatever_is_asked_for(monkeypatch):
+    group = Pruner(nn.LSTM(8, 16).to(DEVICE), "cubic", 60).groups[0]
+    if DEVICE.type == "cpu":
+        rows = [(p.of(p.parameter.detach()), p.of(p.mask), p.of(p.mask), None) for p in group.parts]
+        monkeypatch.setattr(group, "_plain_rows", lambda: rows)
+    largest = max(float(part.parameter.detach().abs().max()) for part in group.parts)
+    group.prune_to(group.size)
+    assert group.size - group.pruned == 1
+    assert group.epsilon == largest
+
+
+@pytest.mark.gpu
+@here
+def test_what_obd_ranks_by_is_the_same_to_the_bit_in_kernels_and_in_torch():
+    torch.manual_seed(0)
+    layer = nn.Linear(30, 20)
+    group = Pruner(layer, "obd", 60, sparsity=0.9).groups[0]
+    moment = torch.rand(20, 30)
+    group.importance.moments = {"weight": moment}
+    scores = group.importance(group.pieces[0]).flatten()
+    keep = torch.empty(600, dtype=torch.bool, device=DEVICE)
+    row = layer.weight.detach().flatten().to(DEVICE), None, keep, moment.flatten().to(DEVICE)
+    cuts, ordered = GpuCut(), scores.sort().values
+    assert all(float(cuts([row], True, 600 - k, Cut(k), 0.0)) == float(ordered[k]) for k in range(5, 600, 15))
+
+
 def trained(device, method, structure, soft=False, steps=60):
     torch.manual_seed(0)
     model = nn.LSTM(48, 64, 2).to(device)

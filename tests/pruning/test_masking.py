@@ -59,3 +59,12 @@ def test_what_is_found_is_told():
             weights[2][1499] = 1e-30
         assert turn == 3 or all((weight[~mask] == 0).all() for mask, weight in zip(masks, weights, strict=True))
         found.zero_()
+
+
+def test_what_was_used_last_is_kept():
+    from srnn.pruning.masking import RecentLaunches
+
+    recent, made = RecentLaunches(kept=2), []
+    for key in (1, 2, 1, 3, 1, 2):  # 1 is in use all along, though it was made first
+        recent.get(key, lambda key=key: made.append(key) or key)
+    assert made == [1, 2, 3, 2]

@@ -1,6 +1,7 @@
 """Each method against its own definition, on weights that change at random."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ def walk(method, steps=RUN.total_steps, model=None, each=lambda pruner: None, gr
 
 @pytest.mark.parametrize("structure", ["element", "4x1"])
 @pytest.mark.parametrize("share", ["layer_type", "matrix", "global"])
+@pytest.mark.filterwarnings("ignore:pruning left no weight of")  # gates of a few weights
 def test_cubic_has_the_sparsity_of_its_formula_at_all_steps(structure, share):
     method = Cubic(
         sparsity=0.9, initial_sparsity=0.2, start_itr=20, end_itr=300, freq=5, structure=structure, share=share
@@ -79,6 +81,7 @@ def test_cubic_prunes_the_smallest_of_what_is_left():
     walk(Cubic(sparsity=0.9, share="global"), each=check)
 
 
+@pytest.mark.filterwarnings("ignore:pruning left no weight of")  # gates of a few weights
 def test_hard_and_random_reach_the_count():
     for method in (Hard(sparsity=0.75), Random(sparsity=0.75), Random(sparsity=0.75, structure="4x4")):
         pruner = walk(method)
@@ -108,6 +111,7 @@ def test_random_goes_by_lot_and_its_seed():
     assert overlap < 0.4, "the control does not follow magnitudes"
 
 
+@pytest.mark.filterwarnings("ignore:pruning left no weight of")  # gates of a few weights
 def test_block_scales_theta_by_the_fourth_root_and_takes_the_largest_weight_of_each_block():
     method = Block(q=0.3, structure="4x4", start_itr=20, ramp_itr=80, end_itr=160, freq=2)
 
@@ -129,6 +133,7 @@ def test_block_scales_theta_by_the_fourth_root_and_takes_the_largest_weight_of_e
     assert 0.05 < pruner.sparsity < 1
 
 
+@pytest.mark.filterwarnings("ignore:pruning left no weight of")  # gates of a few weights
 def test_block_ends_at_40_percent_and_meets_the_sparsity_with_auto():
     pruner = walk(Block(sparsity=0.8, structure="4x4"))
     assert (pruner.method.schedule.start_itr, pruner.method.schedule.ramp_itr) == (20, 80)
@@ -316,6 +321,7 @@ METHODS = {"gradual": Gradual, "block": Block, "cubic": Cubic, "hard": Hard, "ra
     network=st.sampled_from([nn.RNN, nn.GRU, nn.LSTM]),
 )  # fmt: skip
 @settings(deadline=None, max_examples=40, derandomize=True)
+@pytest.mark.filterwarnings("ignore:pruning left no weight of")  # gates of a few weights
 def test_every_method_keeps_the_diagonal(name, hidden, inputs, sparsity, structure, density, grow, network):
     torch.manual_seed(0)
     own = {"density": density, "grow": grow, "freq": 1, "end_itr": 40} if name == "rigl" else {}
@@ -401,6 +407,7 @@ def test_a_target_that_is_missed_warns_with_both_numbers():
     walk(Cubic(sparsity=0.9)).finalize()
 
 
+@pytest.mark.filterwarnings("ignore:pruning left no weight of .* at step")
 def test_matrices_and_gates_of_which_nothing_is_left_are_named():
     model = nn.Sequential(nn.GRU(4, 8), nn.Linear(8, 4))
     with torch.no_grad():
@@ -422,3 +429,22 @@ def test_matrices_and_gates_of_which_nothing_is_left_are_named():
     for _ in range(100):
         pruner.step()
     pruner.finalize()  # what the message tells to do helps
+
+
+def test_what_is_emptied_is_warned_of_when_it_is():
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.GRU(8, 16), nn.Linear(16, 20)])
+    with torch.no_grad():
+        model[1].weight.mul_(1e-3)  # under one threshold with much larger ones
+    pruner = Pruner(model, {"name": "cubic", "share": "global", "sparsity": 0.8}, 100)
+    told = []
+    for step in range(1, 101):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pruner.step()
+        told += [(step, str(warning.message)) for warning in caught]
+    ((step, text),) = told
+    assert step < 50, "long before the end"
+    assert f"pruning left no weight of 1.weight at step {step}: nothing passes" in text
+    with pytest.warns(UserWarning, match=r"pruning left no weight of 1\.weight: nothing"):
+        pruner.finalize()

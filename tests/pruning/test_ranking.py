@@ -39,6 +39,7 @@ def masks_of(monkeypatch, as_on_gpu, scores, zeros, soft, sort=True):
 @pytest.mark.parametrize(
     "scores", [lambda w: w, lambda w: (4 * w).round() / 4, torch.zeros_like], ids=["numbers", "equals", "zeros"]
 )
+@pytest.mark.filterwarnings("ignore:pruning left no weight of")  # gates of a few weights
 def test_masks_and_thresholds_are_those_of_a_cpu(monkeypatch, scores, zeros, soft):
     wanted, thresholds = masks_of(monkeypatch, False, scores, zeros, soft)
     size = sum(mask.numel() for mask in wanted.values())

@@ -1,5 +1,6 @@
 """A stopped run goes on, bit for bit."""
 
+import errno
 import filecmp
 import json
 import os
@@ -156,7 +157,11 @@ def test_what_cannot_be_resumed(tmp_path, capsys, monkeypatch, whole):
         assert main([f"resume={run}"]) == 2
         assert "last.ckpt is no checkpoint, or damaged" in capsys.readouterr().err
     last.write_bytes(saved)
-    for broken, words in (("seed: [", "damaged"), ("- 1", "damaged"), ("seeds: 1", "unknown option")):
+    for broken, words in (
+        ("seed: [", "damaged"),
+        ("- 1", "damaged"),
+        ("seeds: 1", "config.yaml: seeds: unknown option"),
+    ):
         (run / "config.yaml").write_text(broken)
         assert main([f"resume={run}"]) == 2
         assert words in capsys.readouterr().err
@@ -167,6 +172,26 @@ def test_what_cannot_be_resumed(tmp_path, capsys, monkeypatch, whole):
     assert main(["resume", str(early)]) == 0
     assert "starts from the beginning" in capsys.readouterr().out
     check_same_run(whole, early)
+
+
+def test_stopped_after_its_last_step_it_is_told_how_to_go_on(tmp_path, capsys, monkeypatch, whole):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    def read_only(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), ".lock")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("srnn.training.run.plot_run", stopped)
+        assert main([*RUN, f"hydra.run.dir={run}"]) == 130
+    assert f"Resume it: srnn resume {run}" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr("srnn.run_folder.FileLock.acquire", read_only)
+        assert main(["resume", str(run)]) == 2
+    assert f"resume: {run}: this folder cannot be written: Permission denied." in capsys.readouterr().err
+    assert main(["resume", str(run)]) == 0
+    check_same_run(whole, run)
 
 
 def test_a_full_disk_ends_a_run_and_leaves_it_resumable(tmp_path, capsys, monkeypatch, whole):
