@@ -44,7 +44,6 @@ from srnn.inference.packed_file import read, write
 from srnn.inference.packing import pack
 from srnn.inference.unpacking import unpack
 from srnn.pruning import Pruner, RunLength
-from srnn.pruning.methods.obd import EVERY, GOLDEN
 from srnn.registry import register
 from srnn.training.preparing import build_data
 
@@ -215,10 +214,7 @@ class Training:
         free = [one and two for one, two in zip(due, wants, strict=True)]
         # At an update the method itself takes in the step's gradients, after it has ranked by those before.
         averages = [
-            network.averages
-            and not now
-            and network.pruner.itr < network.pruner.method.done_from
-            and (network.pruner.itr + 1) * GOLDEN % 1 < 1 / EVERY
+            network.averages and not now and network.pruner.itr < network.pruner.method.done_from
             for network, now in zip(self.networks, due, strict=True)
         ]
         if (flags := (wants, free, averages)) != self.flags:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srnn.pruning.methods.obd import DECAY, EVERY
+from srnn.pruning.methods.obd import DECAY
 
 try:
     import triton
@@ -243,14 +243,14 @@ def update(fused: bool, stack: Any, name: str) -> None:
         _update[(triton.cdiv(size, _BLOCK), stack.K)](
             weight, stack.copies[name] if masked else weight, gradient, keep.view(torch.uint8) if masked else weight,
             mean if averages else weight, stack.mean_row, stack.averages, stack.wants, stack.free, stack.factor,
-            stack.lr, stack.decay, size, C, P, DECAY**EVERY, masked, averages, _BLOCK,
+            stack.lr, stack.decay, size, C, P, DECAY, masked, averages, _BLOCK,
         )  # fmt: skip
         return
     several = (-1,) + (1,) * (weight.dim() - 1)
     g = _masked(stack, name) * stack.factor.view(several)
     g.nan_to_num_(0.0, 0.0, 0.0)
     for row, k in enumerate(stack.averaged if averages else []):
-        after = mean[row] * DECAY**EVERY + g[k].square() * (1 - DECAY**EVERY)
+        after = mean[row] * DECAY + g[k].square() * (1 - DECAY)
         mean[row].copy_(torch.where(stack.averages[k] > 0, after, mean[row]))
     weight.sub_(stack.lr.view(several) * (g + stack.decay.view(several) * weight))
     if keep is not None:

@@ -25,11 +25,6 @@ from srnn.registry import register
 
 SECOND_MOMENT = "exp_avg_sq"  # torch's name of v in the state of Adam and its kind
 DECAY = 0.999  # share of itself that a mean of squared gradients keeps at a step: Adam's own
-# Steps, of which one's gradients are taken in. To take in all took 7 % of a step of 66 million weights on an H200, and
-# a mean over 500 of 2,000 steps ranks nearly as well by its fourth root. The golden ratio tells which one: multiples of
-# four would never see half of a network whose tasks take turns.
-EVERY = 4
-GOLDEN = 0.6180339887498949
 
 
 @register.pruning("obd")
@@ -39,8 +34,7 @@ class OBD(Cubic):
 
     Its scores are parts of the loss whatever matrix a weight is in, so all weights share one threshold unless told
     otherwise: where the sparsity goes is found. What is pruned stays so. Beside an optimiser that keeps no mean of
-    squared gradients it keeps one of its own, of one step's in four, in fp32 and as large as the weights, until pruning
-    is over.
+    squared gradients it keeps one of its own, in fp32 and as large as the weights, until pruning is over.
     """
 
     share: Sharing = "global"
@@ -49,7 +43,7 @@ class OBD(Cubic):
         super().__post_init__()
         self._own: dict[str, Tensor] = {}  # parameter name -> a mean of squared gradients, where no optimiser has one
         self._saliency = Saliency()
-        self._taking_in = MeanSquares(DECAY**EVERY)
+        self._taking_in = MeanSquares(DECAY)
         self._has_looked = False  # whether there are gradients
 
     def before_update(self, pruner: PrunerView) -> None:
@@ -73,8 +67,6 @@ class OBD(Cubic):
             UserError: there are no gradients to look at.
         """
         self._saliency.moments = {}
-        if self._own and pruner.itr * GOLDEN % 1 >= 1 / EVERY and pruner.itr < self.done_from:
-            return
         left = self._without(pruner) if pruner.itr < self.done_from else {}
         self._own = self._with_this_step(pruner, left)
 
