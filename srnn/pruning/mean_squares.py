@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,8 @@ class MeanSquares:
         flag = torch.zeros((), dtype=torch.bool, device=device)
         rows = [row for row in rows if row[0]]
         blocks = put(rows, device), *blocks_of([row[0] for row in rows], MEAN_BLOCK, device)
-        return Launches([lambda: launch_means(*blocks, flag, self.decay)] if rows else [], device), flag
+        several = [partial(launch_means, *blocks, flag, self.decay)] if rows else []
+        return Launches(several, device), flag
 
 
 def _lie_alike(means: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> bool:
