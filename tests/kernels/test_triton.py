@@ -16,24 +16,29 @@ from srnn.kernels.triton.backend import Triton
 from srnn.sparse import SparseMatrix
 from tests.kernels.triton_cases import DEVICE, INTERPRETED, check, check_both, here, layer, on_gpu, state_of, use_chip
 
-FILES = [Path(__file__).with_name(f"test_{name}.py") for name in ("triton", "vectors", "slices", "gates", "products")]
-OTHERS = ("masking", "clipping", "cutting", "mean_squares")
-FILES += [Path(__file__).parents[1] / "pruning" / f"test_{name}.py" for name in OTHERS]
-FILES.append(Path(__file__).parents[1] / "models" / "test_recurring.py")
-
-
+TESTS = Path(__file__).parents[1]
+PRUNING = [f"pruning/test_{name}.py" for name in ("masking", "clipping", "cutting", "mean_squares")]
+KERNELS = [f"kernels/test_{name}.py" for name in ("triton", "gates", "slices", "vectors", "products")]
+FILES = [*KERNELS, "models/test_recurring.py", *PRUNING]
 QUICK = (
     "test_what_is_found or test_the_norm_is_of or test_a_matrix_of_zeros or test_an_odd_number_of_groups_in_pairs "
     "or test_recurring or test_a_cut_of_scores or test_means_of_squares"
 )
+# In parts of about a minute, so that two workers end at about the same time.
+PARTS = [KERNELS[:1], KERNELS[1:3], [*KERNELS[3:], FILES[5]], PRUNING]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
-@pytest.mark.parametrize("which", [QUICK, pytest.param("test", marks=pytest.mark.slow)], ids=["some", "all"])
-def test_in_the_interpreter(which):
+@pytest.mark.parametrize(
+    ("which", "files"),
+    [(QUICK, FILES), *(pytest.param("test", part, marks=pytest.mark.slow) for part in PARTS)],
+    ids=["some", "layers", "blocks", "others", "pruning"],
+)
+def test_in_the_interpreter(which, files):
     pytest.importorskip("triton")
+    paths = [str(TESTS / file) for file in files]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qx", "-m", "gpu", "-k", which, "-p", "no:cacheprovider", *map(str, FILES)],
+        [sys.executable, "-m", "pytest", "-qx", "-m", "gpu", "-k", which, "-p", "no:cacheprovider", *paths],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
