@@ -322,7 +322,7 @@ def test_a_long_sweep_stays_as_it_is(tmp_path):
             return
         kept.append((logging.NullHandler(), PruningCallback("cubic", sparsity=0.9)))
         logging.getLogger("tests.long_sweep").addHandler(kept[-1][0])
-        for handler, _ in kept * 20_000:
+        for handler, _ in kept * 100_000:
             handler.setLevel(logging.DEBUG)  # a handler that is called, as each job's log
 
     samples = sample_sweep(tmp_path / "sweep", 9, leave_behind)
