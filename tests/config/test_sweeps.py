@@ -322,10 +322,10 @@ def test_a_long_sweep_stays_as_it_is(tmp_path):
             return
         kept.append((logging.NullHandler(), PruningCallback("cubic", sparsity=0.9)))
         logging.getLogger("tests.long_sweep").addHandler(kept[-1][0])
-        for handler, _ in kept * 100_000:
-            handler.setLevel(logging.DEBUG)  # a handler that is called, as each job's log
+        logging.getLogger("tests.long_sweep").warning("a handler that stays is called by each later job")
 
     samples = sample_sweep(tmp_path / "sweep", 9, leave_behind)
     assert grown(samples[1:6]) == [], "the first job imports and compiles"
-    found = set(grown(samples[6:]))
-    assert found >= {"logging", "calls", "srnn.pruning.callback.PruningCallback"}
+    found = grown(samples[6:])
+    assert {"logging", "srnn.pruning.callback.PruningCallback"} <= set(found)
+    assert any(name.startswith("NullHandler.handle ") for name in found), "and called once more each time"
