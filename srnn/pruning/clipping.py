@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from srnn.pruning.gradient_masks import GradientMasks
-from srnn.pruning.masking import Launches, RecentLaunches, blocks_of, has_triton, put
+from srnn.pruning.launches import Launches, RecentLaunches, blocks_of, has_triton, pointer, put
 
 Gradients = Sequence[tuple[Tensor, Tensor | None]]  # gradients, and the mask of what they are of
 
@@ -44,7 +44,7 @@ class GpuClipping:
 
     def __call__(self, gradients: Gradients, max_norm: float) -> Tensor:
         """Clip those that ``can_clip`` accepts, in place. Returns the norm, [], which the next call writes to."""
-        own = [(gradient.data_ptr(), gradient.numel(), _address(mask)) for gradient, mask in gradients]
+        own = [(gradient.data_ptr(), gradient.numel(), pointer(mask)) for gradient, mask in gradients]
         launches, found = self._recent.get((max_norm, *own), lambda: self._launches(gradients, max_norm))
         launches.run()
         return found[0]
@@ -54,7 +54,7 @@ class GpuClipping:
 
         device = gradients[0][0].device
         found = torch.zeros(2, device=device)
-        rows = [[g.numel(), g.data_ptr(), _address(mask)] for g, mask in gradients if g.numel()]
+        rows = [[g.numel(), g.data_ptr(), pointer(mask)] for g, mask in gradients if g.numel()]
         if not rows:
             return Launches([], device), found
         sizes = tuple(row[0] for row in rows)  # which stay as they are where gradients move in memory
@@ -62,10 +62,6 @@ class GpuClipping:
         sums = torch.empty(len(owners), device=device)
         launch = partial(launch_clipping, put(rows, device), owners, firsts, sums, found, float(max_norm))
         return Launches([launch], device), found
-
-
-def _address(mask: Tensor | None) -> int:
-    return 0 if mask is None else mask.data_ptr()
 
 
 class MaskingClip:

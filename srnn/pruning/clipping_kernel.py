@@ -6,12 +6,11 @@ network on an H200.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from srnn.pruning.launches import on_device
 
 CLIP_BLOCK = 4096  # gradients of a program
 WARPS = 8
@@ -78,7 +77,7 @@ def launch_clipping(
 ) -> None:
     """Launch all three, for tables as ``sum_squares`` has them."""
     count = len(owners)
-    with torch.cuda.device(tables.device) if tables.is_cuda else nullcontext():  # a CPU's is the interpreter
+    with on_device(tables.device):
         sum_squares[(count,)](tables, owners, firsts, sums, CLIP_BLOCK, num_warps=WARPS)
         find_factor[(1,)](sums, count, max_norm, found, CLIP_BLOCK, num_warps=WARPS)
         scale_kept[(count,)](tables, owners, firsts, found, CLIP_BLOCK, num_warps=WARPS)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srnn.pruning.masking import Launches, RecentLaunches, blocks_of, put
+from srnn.pruning.launches import Launches, RecentLaunches, blocks_of, pointer, put
 
 # In fp32: scores, or weights with their mask; where new masks go; and moments, where these say how weights are ranked.
 UnitRow = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
@@ -97,7 +97,7 @@ class GpuCut:
             self.epsilon.fill_(float(before))
         rows = [row for row in rows if row[0].numel()]
         units = sum(row[0].numel() for row in rows)
-        table = tuple([(row[0].numel(), *map(_address, row)) for row in rows])
+        table = tuple([(row[0].numel(), *map(pointer, row)) for row in rows])
         kind = 0 if not weights else 1 if rows[0][3] is None else 2
         launches, wanted = self._recent.get((kind, table), lambda: self._launches(table, units, kind))
         by_rank, rank = cut.share is None, units - keep + 1
@@ -116,7 +116,3 @@ class GpuCut:
         wanted = torch.zeros(6, dtype=torch.float64, device=device)
         several = launches(blocks, wanted, self.epsilon, self._infinite, units, kind)
         return Launches(list(several), device, 1 if kind else 3), wanted  # scores move
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

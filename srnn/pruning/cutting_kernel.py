@@ -7,7 +7,6 @@ each of the bin that the one before has found. Scores are read from the weights 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from srnn.pruning.launches import on_device
 
 CUT_BLOCK = 4096  # scores at a time
 CUT_BINS = 256
@@ -255,5 +256,5 @@ def launches(
 
 
 def _on(device: torch.device, kernel: Any, grid: tuple[int], *arguments: Any) -> None:
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # a CPU's is the interpreter
+    with on_device(device):
         kernel[grid](*arguments, num_warps=_WARPS)

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
+
+from srnn.pruning.launches import KEPT_SETS, Launches, RecentLaunches, blocks_of, has_triton, pointer, put
 
 Masked = tuple[Tensor, Sequence[Tensor]]  # a mask, and tensors of its shape
 _SIZES = (2, 4, 8)  # bytes of an element
-_KEPT = 8  # sets of tensors; an eager loop's gradients take turns in memory
-_TIMES = 3  # that a set of tensors comes before its launches are recorded
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether it is installed."""
-    return importlib.util.find_spec("triton") is not None
 
 
 class GpuMasking:
@@ -37,7 +26,7 @@ class GpuMasking:
         kept: sets of tensors.
     """
 
-    def __init__(self, mostly_zero: bool = False, found: Tensor | None = None, kept: int = _KEPT) -> None:
+    def __init__(self, mostly_zero: bool = False, found: Tensor | None = None, kept: int = KEPT_SETS) -> None:
         self.mostly_zero, self.found = mostly_zero, found
         self._recent = RecentLaunches(kept)
 
@@ -69,76 +58,6 @@ class GpuMasking:
         return Launches(several, device if all(mask.device == device for mask, _ in masked) else None), apart
 
 
-class RecentLaunches:
-    """What was made for the sets of tensors that were used last, by their addresses.
-
-    Args:
-        kept: how many.
-    """
-
-    def __init__(self, kept: int = _KEPT) -> None:
-        self.kept = kept
-        self._known: OrderedDict[Hashable, Any] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What there is for a set, or is made now."""
-        found = self._known.pop(key, None)
-        if found is None:
-            found = make()
-        self._known[key] = found  # the last one used stands last
-        if len(self._known) > self.kept:
-            self._known.popitem(last=False)
-        return found
-
-
-class Launches:
-    """Those for a set of tensors; as a graph once they have come often enough.
-
-    Args:
-        launches: each launches a kernel.
-        device: of all of them; None for several, which are not recorded.
-        times: after which they are recorded.
-    """
-
-    def __init__(
-        self, launches: Sequence[Callable[[], None]], device: torch.device | None, times: int = _TIMES
-    ) -> None:
-        self._launches = launches
-        self._device = device
-        self._after = times
-        self._recordable = device is not None and device.type == "cuda"
-        self._times = 0
-        self._graph: Any = None
-
-    def run(self) -> None:
-        """Launch them."""
-        self._times += 1
-        if self._graph is not None and not torch.cuda.is_current_stream_capturing():
-            self._graph.replay()
-            return
-        for launch in self._launches:
-            launch()
-        if self._times == self._after and self._recordable and self._launches:
-            self._record()
-
-    def _record(self) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            return
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.stream(torch.cuda.Stream(self._device)):
-                # Nothing is allocated inside, and other threads may go on with what they do.
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    for launch in self._launches:
-                        launch()
-                finally:
-                    graph.capture_end()
-        except RuntimeError:  # it goes on being launched
-            return
-        self._graph = graph
-
-
 def _lies_alike(mask: Tensor, tensor: Tensor) -> bool:
     return mask.is_contiguous() and tensor.is_contiguous() and tensor.itemsize in _SIZES
 
@@ -155,27 +74,7 @@ def _launches(masked: Sequence[Masked], mostly_zero: bool, found: Tensor | None)
                 continue
             look = 0 if not mostly_zero else 1 if found is None else 2
             most = max(len(tensors) for _, tensors in rows)
-            flag = 0 if found is None else found.data_ptr()
             several = [[*(t.data_ptr() for t in ts), *[0] * (most - len(ts))] for _, ts in rows]
+            sizes, flag = [mask.numel() for mask, _ in rows], pointer(found)
             table = [[m.data_ptr(), m.numel(), flag, *own] for (m, _), own in zip(rows, several, strict=True)]
-            sizes = [mask.numel() for mask, _ in rows]
             yield partial(launch, size, most, look, put(table, device), *blocks_of(sizes, BLOCK, device))
-
-
-def put(numbers: Any, device: torch.device) -> Tensor:
-    """Numbers on a device, from pinned memory, so that the host does not wait for what a GPU does."""
-    made = torch.as_tensor(numbers)
-    return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
-
-
-def blocks_of(sizes: Sequence[int], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The tensor that each program of a launch has a block of, [programs], and the first program of each tensor, [M].
-
-    Args:
-        sizes: [M] elements of each tensor, at least 1.
-        block: elements of a program.
-        device: which reads it.
-    """
-    programs = torch.tensor([-(-size // block) for size in sizes])
-    owners = torch.arange(len(sizes)).repeat_interleave(programs)
-    return put(owners.int(), device), put((programs.cumsum(0) - programs).int(), device)

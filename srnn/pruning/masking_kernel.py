@@ -5,12 +5,11 @@ torch's own operations launch two kernels a weight, and one of them makes a mask
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from srnn.pruning.launches import on_device
 
 BLOCK = 1024  # weights of a program
 _INTEGERS = {2: tl.int16, 4: tl.int32, 8: tl.int64}  # by bytes: integers of the same size, of which 0 is a zero
@@ -58,5 +57,5 @@ def zero_where_pruned(
 
 def launch(size: int, count: int, look: int, tables: Tensor, owners: Tensor, firsts: Tensor) -> None:
     """Launch it for weights of so many bytes, ``count`` tensors a mask."""
-    with torch.cuda.device(tables.device) if tables.is_cuda else nullcontext():  # a CPU's is the interpreter
+    with on_device(tables.device):
         zero_where_pruned[(len(owners),)](tables, owners, firsts, _INTEGERS[size], count, look, BLOCK)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from srnn.pruning.masking import Launches, RecentLaunches, blocks_of, has_triton, put
+from srnn.pruning.launches import Launches, RecentLaunches, blocks_of, has_triton, put
 
 
 def are_finite(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from srnn.pruning.launches import on_device
 
 MEAN_BLOCK = 2048  # weights of a program
 _WARPS = 4
@@ -37,5 +37,5 @@ def take_in(
 
 def launch_means(tables: Tensor, owners: Tensor, firsts: Tensor, taken: Tensor, decay: float) -> None:
     """Launch it."""
-    with torch.cuda.device(tables.device) if tables.is_cuda else nullcontext():  # a CPU's is the interpreter
+    with on_device(tables.device):
         take_in[(len(owners),)](tables, owners, firsts, taken.view(torch.uint8), decay, MEAN_BLOCK, num_warps=_WARPS)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from srnn.formats import Structure
 from srnn.pruning.cutting import MOST_UNITS, Cut, GpuCut, UnitRow
-from srnn.pruning.masking import has_triton
+from srnn.pruning.launches import has_triton
 from srnn.pruning.parts import PIECE, Piece
 
 Scorer = Callable[[Piece], Tensor]  # the scores of a piece's units, [U]

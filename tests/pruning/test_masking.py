@@ -62,7 +62,7 @@ def test_what_is_found_is_told():
 
 
 def test_what_was_used_last_is_kept():
-    from srnn.pruning.masking import RecentLaunches
+    from srnn.pruning.launches import RecentLaunches
 
     recent, made = RecentLaunches(kept=2), []
     for key in (1, 2, 1, 3, 1, 2):  # 1 is in use all along, though it was made first
