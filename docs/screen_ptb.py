@@ -80,7 +80,7 @@ class Network:
                 piece.key, drawing(piece)
             )  # fmt: skip
         self.pruner = Pruner(self.model, method, run, self.optimizer)
-        self.pruner._gradient_masks.remove()  # hooks do not act in a graph; the stack masks gradients
+        self.pruner._gradient_hooks.remove()  # hooks do not act in a graph; the stack masks gradients
 
     @property
     def averages(self) -> bool:

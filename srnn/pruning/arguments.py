@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from srnn.errors import UserError
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.parts import some_of
+from srnn.pruning.schedules import RunLength
 from srnn.registry import register
 
 
@@ -23,6 +25,24 @@ def check_argument(argument: str, value: object, types: tuple[type, ...], what: 
     if not isinstance(value, types):
         shown = repr(value) if isinstance(value, str | float | int | None) else f"{type(value).__name__}(...)"
         raise UserError(f"Pruner: {argument}={shown} must be {what}.")
+
+
+def run_length(run: Any) -> RunLength:
+    """The length of a run from steps, or as it is. Raises UserError for anything else."""
+    if isinstance(run, RunLength):
+        return run
+    whole = isinstance(run, Integral) or (isinstance(run, float) and run.is_integer())
+    check_argument("run", 1 if whole else run, (int,), "a whole number of optimiser steps, or a RunLength")
+    return RunLength(int(run))
+
+
+def optimizers_of(given: Any) -> list[torch.optim.Optimizer]:
+    """None, one optimiser or several as a list. Raises UserError for anything else."""
+    several: list[Any] = [*given] if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    found = [each for each in several if each is not None]
+    for each in found:
+        check_argument("optimizer", each, (torch.optim.Optimizer,), "a torch optimizer, or a list of them")
+    return found
 
 
 def build_method(method: str | Mapping[str, Any] | PruningMethod, options: Mapping[str, Any]) -> PruningMethod:

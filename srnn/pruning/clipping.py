@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from srnn.pruning.gradient_masks import GradientMasks
+from srnn.pruning.gradient_hooks import GradientHooks
 from srnn.pruning.launches import Launches, RecentLaunches, blocks_of, has_triton, pointer, put
 
 Gradients = Sequence[tuple[Tensor, Tensor | None]]  # gradients, and the mask of what they are of
@@ -79,7 +79,7 @@ class MaskingClip:
 
     def __init__(
         self,
-        hooks: GradientMasks,
+        hooks: GradientHooks,
         parameters: Mapping[str, nn.Parameter],
         masks: Mapping[str, Tensor],
         has_masks: Callable[[], bool],

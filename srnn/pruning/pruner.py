@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from types import NoneType
 from typing import Any
 
@@ -21,23 +20,23 @@ from srnn.pruning.arguments import (
     check_optimizers,
     check_parameters,
     check_state,
+    optimizers_of,
     packed_in,
+    run_length,
     unwrapped,
 )
 from srnn.pruning.clipping import MaskingClip
-from srnn.pruning.gradient_masks import GradientMasks, mask_gradient, mask_on_gpu
-from srnn.pruning.masking import GpuMasking
+from srnn.pruning.gradient_hooks import GradientHooks
+from srnn.pruning.masker import Masker
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.other_pruners import OtherPruners
 from srnn.pruning.parts import Part, count
 from srnn.pruning.report_rows import Emptied, ReportRow, report_rows, warn_of_the_end
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import masks_of
-from srnn.pruning.state_masks import StateMasks, left_unmasked, mask_all, state_beside
-from srnn.pruning.watched_masks import WatchedMasks
+from srnn.pruning.state_masks import state_beside
 
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-COMPARE_EVERY = 100  # steps between two comparisons of the ranks, beside those at updates: each reads all weights
+_COMPARE_EVERY = 100  # steps between two comparisons of the ranks, beside those at updates: each reads all weights
 
 
 class Pruner:
@@ -96,17 +95,11 @@ class Pruner:
     ) -> None:
         """See ``Pruner``."""
         check_argument("model", model, (nn.Module,), "a torch module")
-        whole = isinstance(run, Integral) or (isinstance(run, float) and float(run).is_integer())
-        steps = 1 if whole else run
-        check_argument("run", steps, (int, RunLength), "a whole number of optimiser steps, or a RunLength")
+        self.run = run_length(run)
         check_argument("average", average, (nn.Module, NoneType), "a torch module")
         check_argument("reference", reference, (Mapping, NoneType), "weights by name, such as a state_dict")
         self.method = build_method(method, options)
-        self.run = run if isinstance(run, RunLength) else RunLength(int(run))
-        given = [*optimizer] if isinstance(optimizer, Sequence) and not isinstance(optimizer, str) else [optimizer]
-        self.optimizers = [each for each in given if each is not None]
-        for each in self.optimizers:
-            check_argument("optimizer", each, (torch.optim.Optimizer,), "a torch optimizer, or a list of them")
+        self.optimizers = optimizers_of(optimizer)
         self._model = unwrapped(model)
         self.groups = self.method.groups(self._model)
         if self.method.layer_types and not self.groups:
@@ -122,46 +115,34 @@ class Pruner:
         self._masks = masks_of(self.groups)
         self._parameters = {part.parameter_name: part.parameter for part in self.parts}
         check_optimizers(self.optimizers, self._parameters)
-        self._averaged = averaged(average, self._parameters)
+        self._masker = Masker(self._parameters, self._masks, averaged(average, self._parameters), self.optimizers)
         self._others, self._emptied = OtherPruners(), Emptied()
-        self._held_bits: dict[tuple[str, int, torch.device], Tensor] = {}
-        self._gpu_gradient_masking = GpuMasking()
-        self._state_masks, self._gpu_masks = StateMasks(), WatchedMasks()
-        self._before: dict[str, Tensor] = {}
         self._checked = False  # whether parameters have been checked since this was built or loaded
-        self._gradient_masks = GradientMasks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu)
+        self._gradient_hooks = self._make_hooks()
         self.method.prepare(self.run, self.groups, reference)
-        self._gradient_masks.attach(self._parameters)
+        self._gradient_hooks.attach(self._parameters)
         self._mask_weights()
 
+    def _make_hooks(self) -> GradientHooks:
+        return GradientHooks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_gradient_masks"}
+        return {name: value for name, value in vars(self).items() if name != "_gradient_hooks"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._gradient_masks = GradientMasks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu)
-        self._gradient_masks.attach(self._parameters)
+        self._gradient_hooks = self._make_hooks()
+        self._gradient_hooks.attach(self._parameters)
 
     @torch.no_grad()
     def _mask_weights(self) -> None:
         """Apply masks that are there before the first step, to weights alone; ``load_state_dict`` gives these back."""
-        if self.itr <= self.method.dense_until or self._acts_later():
-            return
-        for name, parameter, pruned in left_unmasked(self._parameters, self._masks):
-            self._before[name] = parameter.detach().clone()
-            parameter.masked_fill_(pruned, 0)
+        if self.itr > self.method.dense_until and not self._acts_later():
+            self._masker.take_weights()
 
     def _acts_later(self) -> bool:
         """Whether masks were found at this step that act from the next on; what ``prepare`` masks acts at once."""
         return self.itr > 0 and self.method.delayed and self.method.is_update(self.itr)
-
-    def _give_back(self) -> None:
-        """The weights that masks took before the first step, unless others have been loaded since."""
-        for name, weight in self._before.items():
-            left = weight.masked_fill(~self._masks[name], 0)
-            if torch.equal(self._parameters[name], left):
-                self._parameters[name].copy_(weight)
-        self._before.clear()
 
     @property
     def parts(self) -> list[Part]:
@@ -182,16 +163,16 @@ class Pruner:
                 threshold that was given would prune every weight.
         """
         self.itr += 1
-        self._before.clear()
+        self._masker.forget_taken()
         update = self.method.is_update(self.itr)
-        if self._gradient_masks.were_left() or update:
-            self._restart()
+        if self._gradient_hooks.were_left() or update:
+            self._masker.restart()
         began, waited = time.perf_counter(), sum(group.waited for group in self.groups)
         for group in self.groups:
             group.check()
-        if update or self.itr % COMPARE_EVERY == 0 or not self._checked:
+        if update or self.itr % _COMPARE_EVERY == 0 or not self._checked:
             self._checked = True
-            self._gradient_masks.attach(self._parameters)  # some may have been frozen
+            self._gradient_hooks.attach(self._parameters)  # some may have been frozen
             check_parameters(self._model, self._parameters, self._masks)
             self._others.look(self._parameters)
             check_equal(self._compared(), self.itr)
@@ -219,9 +200,9 @@ class Pruner:
         Raises:
             UserError: ranks differ, or the training had diverged by the last update.
         """
-        self._restart()
+        self._masker.restart()
         self._apply()
-        self._gradient_masks.remove()
+        self._gradient_hooks.remove()
         check_equal(self._compared(), self.itr)
         for group in self.groups:
             float(group.epsilon)  # a GPU has done all then
@@ -234,13 +215,13 @@ class Pruner:
         if self.method.soft or self._acts_later():
             return  # a soft method's are masked at each step
         if all(parameter.device == self._masks[name].device for name, parameter in self._parameters.items()):
-            self._restart()
+            self._masker.restart()
             self._apply()
 
     def clips(self) -> MaskingClip:
         """What a loop promises to clip all gradients by from now on, before it uses them: it masks them on its way."""
         wanted, mask_all = lambda: not self._wants_gradients(), self._mask_gradients_on_gpu
-        return MaskingClip(self._gradient_masks, self._parameters, self._masks, wanted, mask_all)
+        return MaskingClip(self._gradient_hooks, self._parameters, self._masks, wanted, mask_all)
 
     @torch.no_grad()
     def mask_again(self) -> list[str]:
@@ -251,10 +232,7 @@ class Pruner:
         """
         if self.itr <= self.method.dense_until:
             return []
-        found = list(left_unmasked(self._parameters, self._masks))
-        for _, parameter, pruned in found:
-            parameter.masked_fill_(pruned, 0)
-        return [name for name, _, _ in found]
+        return self._masker.mask_written()
 
     def _update(self) -> None:
         self.method.before_update(self)
@@ -265,48 +243,25 @@ class Pruner:
             for part, mask in zip(group.parts, before, strict=False):
                 part.revived += torch.stack([count(gate) for gate in part.of(part.mask) > mask])
         self._emptied.look(self.method, self.itr, self.groups, self._masks)
-        self._held_bits.clear()
-        self._restart()
-
-    def _restart(self) -> None:
-        """From now on what is pruned may not be zero."""
-        self._state_masks.restart()
-        self._gpu_masks.restart()
+        self._masker.masks_changed()
 
     def _apply(self) -> None:
         if self.itr <= self.method.dense_until:
             return
         # Momentum is what lets a soft method's weights come back.
         with_state = self.method.zero_state and (not self.method.soft or self.itr >= self.method.done_from)
-        on_gpu, on_cpu = [], []
-        for name in self._gpu_masks.due(self._parameters):
-            parameter = self._parameters[name]
-            weights = [parameter, *self._averaged.get(name, ())]
-            state = self.state_of(parameter) if with_state else []
-            if parameter.is_cuda:
-                here = [tensor for tensor in weights + state if tensor.device == parameter.device]
-                on_gpu.append((self._masks[name], here))
-                # Lightning keeps an average on the CPU unless told otherwise.
-                weights, state = [tensor for tensor in weights + state if tensor.device != parameter.device], []
-            mask_all((self._bits(name, tensor), tensor) for tensor in weights)
-            on_cpu += [(self._bits(name, tensor), tensor) for tensor in state]
-        self._state_masks(on_cpu)
-        if on_gpu:
-            self._gpu_masks(on_gpu)
+        self._masker.mask(with_state)
 
     def _mask_gradient(self, name: str, gradient: Tensor) -> None:
-        """Zero the gradients of pruned weights, but for those that may bring weights back."""
-        mask = self._masks[name]
-        if self._wants_gradients() or gradient.device != mask.device:  # the last ``step`` refuses
-            return
-        began = time.perf_counter()
-        mask_gradient(gradient, mask, None if mask.is_cuda else self._bits(name, gradient))
-        self.seconds += time.perf_counter() - began
+        if not self._wants_gradients():
+            began = time.perf_counter()
+            self._masker.mask_gradient(name, gradient)
+            self.seconds += time.perf_counter() - began
 
     def _mask_gradients_on_gpu(self) -> None:
         if not self._wants_gradients():
             began = time.perf_counter()
-            mask_on_gpu(self._parameters, self._masks, self._gpu_gradient_masking)
+            self._masker.mask_gradients_on_gpu()
             self.seconds += time.perf_counter() - began
 
     def _wants_gradients(self) -> bool:
@@ -318,13 +273,6 @@ class Pruner:
     def state_of(self, parameter: nn.Parameter) -> list[Tensor]:
         """The optimisers' tensors that go with a parameter, element for element."""
         return state_beside(self.optimizers, parameter)
-
-    def _bits(self, name: str, tensor: Tensor) -> Tensor:
-        """The mask as numbers of a tensor's size, of all ones where it keeps a weight; held until the next update."""
-        key = name, tensor.itemsize, tensor.device
-        if key not in self._held_bits:
-            self._held_bits[key] = self._masks[name].to(tensor.device, INTEGERS[tensor.itemsize]).neg_()
-        return self._held_bits[key]
 
     def _compared(self) -> dict[str, Tensor]:
         """What has to be equal on all ranks."""
@@ -384,7 +332,7 @@ class Pruner:
             UserError: it belongs to another model, settings or version of srnn.
         """
         check_state(state, self._masks, self.thresholds, self.method)
-        self._give_back()
+        self._masker.give_back()
         self.itr, self.seconds = int(state["itr"]), float(state["seconds"])
         for name, mask in self._masks.items():
             bits = np.unpackbits(state["masks"][name].cpu().numpy(), count=mask.numel())
@@ -394,7 +342,6 @@ class Pruner:
         for part in self.parts:
             part.revived.copy_(torch.tensor(state["revived"][part.name]))
         self.method.load_state_dict(state["method"])
-        self._held_bits.clear()
+        self._masker.masks_changed()
         self._mask_weights()
-        self._restart()
         self._checked = False

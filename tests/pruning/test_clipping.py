@@ -121,7 +121,7 @@ def fitted(accelerator, clip, stops, **options):
     except ZeroDivisionError:
         assert stops
     assert "clip_grad_by_norm" not in vars(trainer.precision_plugin), "the Trainer was not left as it was"
-    assert not pruning.pruner._gradient_masks.clip_masks
+    assert not pruning.pruner._gradient_hooks.clip_masks
     return nn.utils.parameters_to_vector(module.parameters()).detach()
 
 

@@ -73,7 +73,7 @@ def state_is_zero(model, pruner, optimizer, masks):
 def test_state_is_zero_after_every_step(optimizer, change):
     pruner = train(optimizer, change, each=state_is_zero)
     assert 0.3 < pruner.sparsity < 0.95
-    assert pruner._state_masks.leaks == (change is not clip or optimizer == "adamax")
+    assert pruner._masker.state_on_cpu.leaks == (change is not clip or optimizer == "adamax")
 
 
 def test_a_loop_that_turns_noisy_is_found_out():
@@ -81,7 +81,7 @@ def test_a_loop_that_turns_noisy_is_found_out():
     told = []
 
     def look(model, pruner, optimizer, masks):
-        told.append(pruner._state_masks.leaks)
+        told.append(pruner._masker.state_on_cpu.leaks)
         if told[-1]:
             state_is_zero(model, pruner, optimizer, masks)
 
@@ -125,4 +125,4 @@ def test_loaded_state_is_masked_at_the_next_step():
     pruner.load_state_dict(pruner.state_dict())
     pruner.step()
     state_is_zero(model, pruner, optimizer, pruner.masks())
-    assert not pruner._state_masks.leaks
+    assert not pruner._masker.state_on_cpu.leaks

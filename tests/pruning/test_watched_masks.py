@@ -133,7 +133,7 @@ def train(optimizer, change, each=None, steps=60):
 def test_on_a_gpu_all_is_zero_after_every_step(optimizer, change):
     pruner = train(optimizer, lambda model, pruner, step: change(model, pruner))
     assert 0.3 < pruner.sparsity < 0.95
-    assert pruner._gpu_masks.leaks == (change is not clip or optimizer == "adamax")
+    assert pruner._masker.on_gpu.leaks == (change is not clip or optimizer == "adamax")
 
 
 @pytest.mark.gpu

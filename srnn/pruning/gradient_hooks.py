@@ -7,17 +7,15 @@ the weights that live, so that clipping by it shortens every step. Masking in th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from srnn.pruning.masking import Masked
 
-
-class GradientMasks:
+class GradientHooks:
     """Hooks on parameters that call their owner when there are gradients, in anyone's loop.
 
     On a CPU with each as soon as it is there, while it is in the cache. On a GPU once at the end of the backward pass,
@@ -90,36 +88,3 @@ class GradientMasks:
 
 def _several_processes() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def mask_gradient(gradient: Tensor, mask: Tensor, bits: Tensor | None) -> None:
-    """Zero the gradient of what is pruned.
-
-    Args:
-        gradient: of any layout: ``nn.Embedding(sparse=True)`` has some rows of the parameter, with repeats.
-        mask: True keeps a weight.
-        bits: the mask as integers of the gradient's size, all ones where it keeps a weight; faster on a CPU.
-    """
-    if gradient.is_sparse:
-        gradient._values().masked_fill_(~mask[gradient._indices()[0]], 0)
-    elif bits is None:
-        gradient.masked_fill_(~mask, 0)
-    else:
-        gradient.view(bits.dtype).bitwise_and_(bits)
-
-
-def mask_on_gpu(
-    parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], masking: Callable[[Sequence[Masked]], object]
-) -> None:
-    """Zero the gradients of what is pruned, of all parameters on a GPU in one launch."""
-    masked: list[Masked] = []
-    for name, parameter in parameters.items():
-        gradient, mask = parameter.grad, masks[name]
-        if gradient is None or not gradient.is_cuda or gradient.device != mask.device:  # the last ``step`` refuses
-            continue
-        if gradient.is_sparse:
-            mask_gradient(gradient, mask, None)
-        else:
-            masked.append((mask, (gradient,)))
-    if masked:
-        masking(masked)

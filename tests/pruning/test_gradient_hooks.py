@@ -55,9 +55,9 @@ def test_where_no_clip_binds_training_is_bitwise_what_it_was():
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         pruner = Pruner(model, "gradual", 40, optimizer, sparsity=0.8)
         if not masked:
-            pruner._gradient_masks.remove()
+            pruner._gradient_hooks.remove()
             pruner._checked = True
-            pruner._gradient_masks.attach = lambda parameters: None
+            pruner._gradient_hooks.attach = lambda parameters: None
         for seed in range(40):
             loss_of(model, seed).backward()
             optimizer.step()
