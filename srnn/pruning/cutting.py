@@ -4,16 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from enum import IntEnum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from srnn.pruning.launches import Launches, RecentLaunches, blocks_of, pointer, put
 
-# In fp32: scores, or weights with their mask; where new masks go; and moments, where these say how weights are ranked.
-UnitRow = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 MOST_UNITS = 1 << 30  # counted in 32 bits
+
+
+class RankedBy(IntEnum):
+    """What units are ranked by: scores as they are; magnitudes of weights; these times the fourth roots of moments."""
+
+    SCORES = 0
+    MAGNITUDES = 1
+    SALIENCIES = 2
+
+
+class UnitRow(NamedTuple):
+    """Some of a group's units.
+
+    Attributes:
+        values: fp32, their scores, or the weights that they are.
+        kept: the mask of weights, of which pruned ones are ranked last; None ranks all by their values.
+        new_mask: bool, where the new mask goes.
+        moments: fp32, of weights that are ranked by saliencies; else None.
+    """
+
+    values: Tensor
+    kept: Tensor | None
+    new_mask: Tensor
+    moments: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -49,7 +72,7 @@ class GpuCut:
         self.epsilon: Tensor | None = None
         # In memory of the host, which the GPU writes to: whether a weight was infinite or NaN, and whether a score
         # was, or negative.
-        self._infinite: Tensor | None = None
+        self._unrankable: Tensor | None = None
         self._flags: Any = None  # the same, faster to look at
         self._recent = RecentLaunches(2)
 
@@ -58,31 +81,35 @@ class GpuCut:
 
     def _begin(self, device: torch.device) -> Tensor:
         """The flags."""
-        if self.epsilon is None or self._infinite is None or self.epsilon.device != device:
+        if self.epsilon is None or self._unrankable is None or self.epsilon.device != device:
             self.epsilon = torch.zeros(1, dtype=torch.float64, device=device)
-            self._infinite = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
-            self._flags, self._recent = self._infinite.numpy(), RecentLaunches(2)
-        return self._infinite
+            self._unrankable = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
+            self._flags, self._recent = self._unrankable.numpy(), RecentLaunches(2)
+        return self._unrankable
 
-    def tell(self, scores: Tensor) -> None:
+    def note_unrankable(self, scores: Tensor) -> None:
         """Note whether one of these scores is infinite, NaN or negative, once the GPU knows."""
-        odd = ~scores.isfinite() | (scores < 0)
-        self._begin(scores.device)[1:].copy_(odd.any(), non_blocking=True)
+        unrankable = ~scores.isfinite() | (scores < 0)
+        self._begin(scores.device)[1:].copy_(unrankable.any(), non_blocking=True)
 
-    def found_odd(self) -> bool:
-        """Whether a cut since this was asked met what cannot be ranked, as far as the GPU has come."""
-        if self._flags is None or not (self._flags[0] or self._flags[1]):  # any() takes twenty times as long
-            return False
-        self._flags[:] = 0
-        return True
+    @property
+    def met_unrankable(self) -> bool:
+        """Whether a cut met what cannot be ranked, as far as the GPU has come."""
+        return self._flags is not None and bool(self._flags[0] or self._flags[1])  # any() takes twenty times as long
 
-    def __call__(self, rows: Sequence[UnitRow], weights: bool, keep: int, cut: Cut, before: float | Tensor) -> Tensor:
+    def forget_unrankable(self) -> None:
+        """What was met is told, or no longer there."""
+        if self._flags is not None:
+            self._flags[:] = 0
+
+    def __call__(
+        self, rows: Sequence[UnitRow], ranked_by: RankedBy, keep: int, cut: Cut, before: float | Tensor
+    ) -> Tensor:
         """Write new masks.
 
         Args:
             rows: of all units in their order, on one device, each contiguous.
-            weights: whether they are weights, ranked by their magnitudes or by these times the fourth roots of moments,
-                and those that are pruned last; else scores.
+            ranked_by: what says how they are ranked.
             keep: units to keep by rank.
             cut: how far.
             before: the threshold of the last cut.
@@ -90,29 +117,29 @@ class GpuCut:
         Returns:
             ``epsilon``, which the next cut writes to.
         """
-        device = rows[0][0].device
+        device = rows[0].values.device
         self._begin(device)
         assert self.epsilon is not None
         if before is not self.epsilon:
             self.epsilon.fill_(float(before))
-        rows = [row for row in rows if row[0].numel()]
-        units = sum(row[0].numel() for row in rows)
-        table = tuple([(row[0].numel(), *map(pointer, row)) for row in rows])
-        kind = 0 if not weights else 1 if rows[0][3] is None else 2
-        launches, wanted = self._recent.get((kind, table), lambda: self._launches(table, units, kind))
+        rows = [row for row in rows if row.values.numel()]
+        units = sum(row.values.numel() for row in rows)
+        table = tuple([(row.values.numel(), *map(pointer, row)) for row in rows])
+        launches, wanted = self._recent.get((ranked_by, table), lambda: self._launches(table, units, ranked_by))
         by_rank, rank = cut.share is None, units - keep + 1
         numbers = (rank if by_rank else cut.rank(units), rank, keep, by_rank, cut.factor, cut.rising)
         wanted.copy_(put(torch.tensor(numbers, dtype=torch.float64), device))
         launches.run()
         return self.epsilon
 
-    def _launches(self, table: Sequence[Sequence[int]], units: int, kind: int) -> tuple[Launches, Tensor]:
+    def _launches(self, table: Sequence[Sequence[int]], units: int, ranked_by: RankedBy) -> tuple[Launches, Tensor]:
         from srnn.pruning.cutting_kernel import CUT_BLOCK, launches  # here, because Triton may be missing
 
         assert self.epsilon is not None
-        assert self._infinite is not None
+        assert self._unrankable is not None
         device = self.epsilon.device
         blocks = put(table, device), *blocks_of([row[0] for row in table], CUT_BLOCK, device)
         wanted = torch.zeros(6, dtype=torch.float64, device=device)
-        several = launches(blocks, wanted, self.epsilon, self._infinite, units, kind)
-        return Launches(list(several), device, 1 if kind else 3), wanted  # scores move
+        several = launches(blocks, wanted, self.epsilon, self._unrankable, units, int(ranked_by))
+        times = 3 if ranked_by == RankedBy.SCORES else 1  # scores move in memory, weights do not
+        return Launches(list(several), device, times), wanted

@@ -15,13 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from srnn.pruning.cutting import RankedBy
 from srnn.pruning.launches import on_device
 
 CUT_BLOCK = 4096  # scores at a time
 CUT_BINS = 256
-# What is in a table: scores; weights, of which magnitudes are the scores; and weights with moments, whose fourth roots
-# the magnitudes are multiplied by.
-SCORES, MAGNITUDES, SALIENCIES = (tl.constexpr(kind) for kind in (0, 1, 2))
+SCORES, MAGNITUDES, SALIENCIES = (tl.constexpr(int(kind)) for kind in RankedBy)
 SHIFTS = (23, 15, 7, 0)  # of the passes
 _PROGRAMS = 264  # two for each multiprocessor of an H100 or H200; each goes through many blocks
 _WARPS = 8
@@ -77,7 +76,7 @@ def count_bins(
     base1 = tl.where(first != 0, 1, tl.load(searches + FIELDS + _BASE))
     own0 = tl.zeros((BINS,), tl.int32)
     own1 = tl.zeros((BINS,), tl.int32)
-    negative, broken = 0, 0
+    negative, nonfinite = 0, 0
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         bits, inside, _ = _block(tables, owners, firsts, block, KIND, BLOCK)
         place = (bits - base0) >> shift
@@ -87,13 +86,13 @@ def count_bins(
             own1 += tl.histogram(other, BINS, mask=inside & (bits >= base1) & (other < BINS))
         if first:
             negative += tl.sum((inside & (bits < 0)).to(tl.int32), axis=0)
-            broken = tl.maximum(broken, tl.max((inside & (bits >= _INFINITE)).to(tl.int32), axis=0))
+            nonfinite = tl.maximum(nonfinite, tl.max((inside & (bits >= _INFINITE)).to(tl.int32), axis=0))
     bins = tl.arange(0, BINS)
     tl.atomic_add(counts + bins, own0, mask=own0 > 0)
     tl.atomic_add(counts + BINS + bins, own1, mask=own1 > 0)
     if first:
         tl.atomic_add(counts + 2 * BINS, negative)
-        tl.atomic_max(counts + 2 * BINS + 1, broken)
+        tl.atomic_max(counts + 2 * BINS + 1, nonfinite)
 
 
 @triton.jit
@@ -164,7 +163,7 @@ def pick_bins(
     units,  # how many scores there are
     decision,  # [DECISION]
     epsilon,  # [1], fp64: the threshold of the last cut, and then of this one
-    broken,  # [1], in memory of the host, set where a weight is infinite or NaN
+    nonfinite,  # [1], in memory of the host, set where a weight is infinite or NaN
     shift,
     first,
     KIND: tl.constexpr,
@@ -177,7 +176,7 @@ def pick_bins(
     other = tl.where(apart, tl.load(counts + BINS + bins), counted)
     negative = tl.load(counts + 2 * BINS)
     if tl.load(counts + 2 * BINS + 1) != 0 and KIND != SCORES:
-        tl.store(broken, 1)
+        tl.store(nonfinite, 1)
     tl.debug_barrier()
     tl.store(counts + bins, tl.zeros((BINS,), tl.int32))
     tl.store(counts + BINS + bins, tl.zeros((BINS,), tl.int32))
@@ -227,7 +226,7 @@ def write_masks(tables, owners, firsts, decision, equals, KIND: tl.constexpr, BL
 
 
 def launches(
-    blocks: tuple[Tensor, Tensor, Tensor], wanted: Tensor, epsilon: Tensor, broken: Tensor, units: int, kind: int
+    blocks: tuple[Tensor, Tensor, Tensor], wanted: Tensor, epsilon: Tensor, nonfinite: Tensor, units: int, kind: int
 ) -> Iterator[Callable[[], None]]:
     """Those of a cut.
 
@@ -235,9 +234,9 @@ def launches(
         blocks: ``tables``, ``owners`` and ``firsts`` of ``count_bins``.
         wanted: as ``pick_bins`` has it, like the rest.
         epsilon: the threshold.
-        broken: the flag.
+        nonfinite: the flag that is set where a weight is infinite or NaN.
         units: how many scores there are.
-        kind: what they are of.
+        kind: of ``RankedBy``.
     """
     device, count = wanted.device, len(blocks[1])
     searches = torch.zeros(2, FIELDS.value, dtype=torch.int32, device=device)
@@ -248,7 +247,7 @@ def launches(
     for shift in SHIFTS:
         now = shift, int(shift == SHIFTS[0])
         yield partial(_on, device, count_bins, grid, *blocks, count, searches, counts, *now, kind, CUT_BINS, CUT_BLOCK)
-        picked = searches, counts, wanted, units, decision, epsilon, broken
+        picked = searches, counts, wanted, units, decision, epsilon, nonfinite
         yield partial(_on, device, pick_bins, (1,), *picked, *now, kind, CUT_BINS)
     yield partial(_on, device, count_equals, (count,), *blocks, decision, equals, kind, CUT_BLOCK)
     yield partial(_on, device, add_up, (1,), decision, equals, count, CUT_BLOCK)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from srnn.errors import UserError
 from srnn.formats import Structure
-from srnn.pruning.cutting import MOST_UNITS, Cut, GpuCut, UnitRow
+from srnn.pruning.cutting import MOST_UNITS, Cut, GpuCut, RankedBy, UnitRow
 from srnn.pruning.launches import has_triton
 from srnn.pruning.parts import Part, Piece, count
 from srnn.pruning.ranking import Ranking, Scorer
@@ -54,7 +54,7 @@ def _root(numbers: Tensor) -> Tensor:
     return torch.from_numpy(np.sqrt(numbers.numpy()))
 
 
-def _refuse_odd(importance: Callable[[Piece], Tensor], pieces: list[Piece], extremes: Tensor) -> None:
+def _refuse_unrankable(importance: Callable[[Piece], Tensor], pieces: list[Piece], extremes: Tensor) -> None:
     """Raise UserError for a piece whose scores cannot be ranked: NaN, infinite or negative.
 
     Args:
@@ -65,13 +65,13 @@ def _refuse_odd(importance: Callable[[Piece], Tensor], pieces: list[Piece], extr
     # A maximum is NaN if anything is: one pass tells both. NaN compares false with every threshold and would be pruned
     # silently; the training is past saving, and this says so.
     for piece, values in zip(pieces, extremes.tolist(), strict=True):
-        odd = [value for value in values if not math.isfinite(value) or value < 0]
-        if odd and bool(piece.weight.isfinite().all()):
+        unrankable = [value for value in values if not math.isfinite(value) or value < 0]
+        if unrankable and bool(piece.weight.isfinite().all()):
             raise UserError(
-                f"{_name(importance)} gives {odd[0]:g} for a weight of {piece.part.name}: what ranks weights must be "
-                f"finite and at least 0."
+                f"{_name(importance)} gives {unrankable[0]:g} for a weight of {piece.part.name}: what ranks weights "
+                f"must be finite and at least 0."
             )
-        if odd:
+        if unrankable:
             raise UserError(
                 f"{piece.part.name} holds weights that are NaN or infinite, and cannot be ranked: the training has "
                 f"diverged; lower the learning rate, or clip gradients (on the command line optimizer.lr, "
@@ -204,11 +204,12 @@ class Group:
         rows = self._plain_rows()
         if rows:
             keep = max(1, self.size - cut.zeros)  # a group of zeros has no threshold
-            self.epsilon = self._gpu_cut(rows, True, keep, cut, self._epsilon)
+            ranked_by = RankedBy.MAGNITUDES if self.importance is magnitude else RankedBy.SALIENCIES
+            self.epsilon = self._gpu_cut(rows, ranked_by, keep, cut, self._epsilon)
             return
         ranking = self._ranking()
         if ranking.is_cut_on_gpu():
-            self._gpu_cut.tell(self._extremes())
+            self._gpu_cut.note_unrankable(self._extremes())
         else:
             self._wait()
             self._check_finite()
@@ -216,9 +217,11 @@ class Group:
 
     def check(self) -> None:
         """Raise UserError if an earlier cut met a weight or score that cannot be ranked, as far as a GPU has told."""
-        if not self._gpu_cut.found_odd():
+        if not self._gpu_cut.met_unrankable:
             return
-        _refuse_odd(magnitude, self.pieces, torch.stack([piece.weight.abs().max()[None] for piece in self.pieces]))
+        self._gpu_cut.forget_unrankable()
+        largest = torch.stack([piece.weight.abs().max()[None] for piece in self.pieces])
+        _refuse_unrankable(magnitude, self.pieces, largest)
         raise UserError(
             f"{_name(self.importance)} gave NaN or something infinite or negative for a weight of {self.name} at an "
             f"earlier update, or that weight was: what ranks weights must be finite and at least 0."
@@ -227,7 +230,7 @@ class Group:
     def restore(self, epsilon: float) -> None:
         """Take up a threshold with the masks of an earlier step, and forget what cuts since then have met."""
         float(self._epsilon)  # a GPU has told all then
-        self._gpu_cut.found_odd()
+        self._gpu_cut.forget_unrankable()
         self.epsilon = epsilon
 
     def set_epsilon(self, smallest_kept: float) -> None:
@@ -240,7 +243,7 @@ class Group:
         if extremes.is_cuda:  # each look at a number waits for the GPU
             self._unchecked.append((piece, extremes))
         else:
-            _refuse_odd(self.importance, [piece], extremes[None])
+            _refuse_unrankable(self.importance, [piece], extremes[None])
         scores = unit_scores(importance, self.structure, self.score)
         if not self.soft:
             kept = self.kept_units(piece)
@@ -281,7 +284,7 @@ class Group:
                 return []
             mask = part.of(part.mask)
             own = None if self.soft else mask  # what is pruned is ranked by its value, or last
-            rows.append((part.of(weight), own, mask, None if moment is None else part.of(moment)))
+            rows.append(UnitRow(part.of(weight), own, mask, None if moment is None else part.of(moment)))
         return rows
 
     def _check_finite(self) -> None:
@@ -291,7 +294,7 @@ class Group:
             for piece in pieces:
                 self._scores(piece)
         if pieces:
-            _refuse_odd(self.importance, pieces, self._extremes())
+            _refuse_unrankable(self.importance, pieces, self._extremes())
         self._unchecked.clear()
 
     def _extremes(self) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from srnn.formats import Structure
-from srnn.pruning.cutting import MOST_UNITS, Cut, GpuCut, UnitRow
+from srnn.pruning.cutting import MOST_UNITS, Cut, GpuCut, RankedBy, UnitRow
 from srnn.pruning.launches import has_triton
 from srnn.pruning.parts import PIECE, Piece
 
@@ -130,8 +130,8 @@ class Ranking:
         if self.is_cut_on_gpu():
             assert self._together is not None
             keep = torch.empty(self.units, dtype=torch.bool, device=self._together.device)
-            rows: list[UnitRow] = [(self._together.float(), None, keep, None)]
-            epsilon = (on_gpu or GpuCut())(rows, False, self.count_for(cut.zeros), cut, before)
+            rows = [UnitRow(self._together.float(), None, keep, None)]
+            epsilon = (on_gpu or GpuCut())(rows, RankedBy.SCORES, self.count_for(cut.zeros), cut, before)
             self._set_all(self._split(keep))
             return epsilon
         least = float(before)

@@ -166,7 +166,7 @@ def test_what_diverged_before_a_state_was_loaded_is_over():
     pruner = Pruner(nn.GRU(8, 8), "cubic", STEPS)
     state = pruner.state_dict()
     pruner.step()
-    pruner.groups[0]._gpu_cut.tell(torch.tensor([torch.nan]))
+    pruner.groups[0]._gpu_cut.note_unrankable(torch.tensor([torch.nan]))
     pruner.load_state_dict(state)
     pruner.step()
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from srnn.errors import UserError
 from srnn.pruning import Pruner
-from srnn.pruning.cutting import Cut, GpuCut
+from srnn.pruning.cutting import Cut, GpuCut, RankedBy, UnitRow
 from tests.kernels.triton_cases import DEVICE, here, on_gpu
 
 
@@ -55,29 +55,33 @@ def test_a_cut_of_weights_is_that_of_sorting(seed, by_moments):
     moments = [numbers(draw, size).square() if by_moments else None for size in sizes]
     moments_there = [None if moment is None else moment.to(DEVICE) for moment in moments]
     cuts, before, soft = GpuCut(), 0.0, seed % 3 == 0
+    ranked_by = RankedBy.SALIENCIES if by_moments else RankedBy.MAGNITUDES
     for again in range(4):  # from the third time on a GPU replays it
         cut = drawn(draw, sum(sizes))
         keep = sum(sizes) - cut.zeros
-        scores = torch.cat(weights).abs() * (torch.cat(moments).sqrt().sqrt() if by_moments else 1)
+        scores = torch.cat(weights).abs()
+        if by_moments:
+            scores *= torch.from_numpy(np.sqrt(np.sqrt(torch.cat(moments).numpy())))  # torch's are not rounded alike
         if not soft:
             scores[~torch.cat(masks)] = -1
         wanted, epsilon = by_sorting(scores, keep, cut, before)
         if again == 0:
             outs = [mask.to(DEVICE) for mask in masks]
         owns = [None] * len(outs) if soft else outs
-        rows = list(zip(on_device, owns, outs, moments_there, strict=True))
-        found = cuts(rows, True, keep, cut, before)
+        rows = [UnitRow(*row) for row in zip(on_device, owns, outs, moments_there, strict=True)]
+        found = cuts(rows, ranked_by, keep, cut, before)
         assert torch.cat(outs).cpu().equal(wanted)
         assert float(found) == epsilon
-        assert not cuts.found_odd()
+        assert not cuts.met_unrankable
         masks, before = [out.cpu() for out in outs], found if again % 2 else epsilon
     on_device[-1][-1] = draw.choice([math.nan, math.inf, -math.inf])
     outs[-1][-1] = True
-    cuts(rows, True, 1, Cut(sum(sizes) - 1), 0.0)
+    cuts(rows, ranked_by, 1, Cut(sum(sizes) - 1), 0.0)
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    assert cuts.found_odd()
-    assert not cuts.found_odd(), "it is told once"
+    assert cuts.met_unrankable
+    cuts.forget_unrankable()
+    assert not cuts.met_unrankable
 
 
 @pytest.mark.gpu
@@ -94,9 +98,8 @@ def test_a_cut_of_scores_is_that_of_sorting(seed):
     for _ in range(3):
         cut, before = drawn(draw, len(scores)), draw.random()
         wanted, epsilon = by_sorting(scores, len(scores) - cut.zeros, cut, before)
-        found = GpuCut()(
-            [(scores.to(DEVICE), None, keep.fill_(False), None)], False, len(scores) - cut.zeros, cut, before
-        )
+        row = UnitRow(scores.to(DEVICE), None, keep.fill_(False), None)
+        found = GpuCut()([row], RankedBy.SCORES, len(scores) - cut.zeros, cut, before)
         assert keep.cpu().equal(wanted)
         assert float(found) == epsilon
 
@@ -107,7 +110,8 @@ def test_a_share_that_is_pruned_already_gives_no_threshold_below_zero():
     scores = torch.full((300,), -1.0)
     scores[:100] = 1.0
     keep = torch.empty(300, dtype=torch.bool, device=DEVICE)
-    found = GpuCut()([(scores.to(DEVICE), None, keep, None)], False, 1, Cut(299, 0.5, 0.0), 0.0)
+    row = UnitRow(scores.to(DEVICE), None, keep, None)
+    found = GpuCut()([row], RankedBy.SCORES, 1, Cut(299, 0.5, 0.0), 0.0)
     assert math.copysign(1, float(found)) == 1
     assert keep.cpu().equal(scores > 0)
 
@@ -117,7 +121,7 @@ def test_a_share_that_is_pruned_already_gives_no_threshold_below_zero():
 def test_one_weight_stays_whatever_is_asked_for(monkeypatch):
     group = Pruner(nn.LSTM(8, 16).to(DEVICE), "cubic", 60).groups[0]
     if DEVICE.type == "cpu":
-        rows = [(p.of(p.parameter.detach()), p.of(p.mask), p.of(p.mask), None) for p in group.parts]
+        rows = [UnitRow(p.of(p.parameter.detach()), p.of(p.mask), p.of(p.mask), None) for p in group.parts]
         monkeypatch.setattr(group, "_plain_rows", lambda: rows)
     largest = max(float(part.parameter.detach().abs().max()) for part in group.parts)
     group.prune_to(group.size)
@@ -135,9 +139,10 @@ def test_what_obd_ranks_by_is_the_same_to_the_bit_in_kernels_and_in_torch():
     group.importance.moments = {"weight": moment}
     scores = group.importance(group.pieces[0]).flatten()
     keep = torch.empty(600, dtype=torch.bool, device=DEVICE)
-    row = layer.weight.detach().flatten().to(DEVICE), None, keep, moment.flatten().to(DEVICE)
+    row = UnitRow(layer.weight.detach().flatten().to(DEVICE), None, keep, moment.flatten().to(DEVICE))
     cuts, ordered = GpuCut(), scores.sort().values
-    assert all(float(cuts([row], True, 600 - k, Cut(k), 0.0)) == float(ordered[k]) for k in range(5, 600, 15))
+    for k in range(5, 600, 15):
+        assert float(cuts([row], RankedBy.SALIENCIES, 600 - k, Cut(k), 0.0)) == float(ordered[k])
 
 
 def trained(device, method, structure, soft=False, steps=60):
