@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -87,6 +88,38 @@ def _copies_of(graph: int) -> dict[tuple[int, int], int]:
     return found
 
 
+@dataclass
+class _Copies:
+    """The copies of a graph's inputs, or those of its outputs.
+
+    Attributes:
+        nodes: of each its node, its address in the graph, and its bytes.
+        outer: of each the address outside of the graph, for the next replay; nothing where that is not known.
+        are_inputs: whether they copy into the graph.
+    """
+
+    nodes: list[tuple[int, int, int]]
+    outer: list[int]
+    are_inputs: bool
+
+    def move_to(self, tensors: Sequence[Tensor], set_copy: Callable[[int, int, int, int], None]) -> None:
+        """Let them copy from, or to, these tensors from the next replay on.
+
+        Args:
+            tensors: one for each.
+            set_copy: called with a node, the addresses to copy to and from, and how many bytes.
+        """
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if addresses == self.outer:
+            return
+        self.outer = []
+        with torch.cuda.device(tensors[0].get_device()):
+            for address, (node, inner, size) in zip(addresses, self.nodes, strict=True):
+                to, source = (inner, address) if self.are_inputs else (address, inner)
+                set_copy(node, to, source, size)
+        self.outer = addresses
+
+
 class GraphCopies:
     """The copies of a graph's inputs and outputs.
 
@@ -111,23 +144,16 @@ class GraphCopies:
         self._run = graph.raw_cuda_graph_exec()
         nodes = _copies_of(graph.raw_cuda_graph())
         try:
-            self._in = [(nodes[outer, inner], inner, size) for outer, inner, size in inputs]
-            self._out = [(nodes[inner, outer], inner, size) for inner, outer, size in outputs]
+            of_inputs = [(nodes[outer, inner], inner, size) for outer, inner, size in inputs]
+            of_outputs = [(nodes[inner, outer], inner, size) for inner, outer, size in outputs]
         except KeyError as error:
             raise RuntimeError(f"no node of the graph copies from and to {error}") from error
-        self._given = [outer for outer, _, _ in inputs]
-        self._taken = [outer for _, outer, _ in outputs]
+        self._inputs = _Copies(of_inputs, [outer for outer, _, _ in inputs], are_inputs=True)
+        self._outputs = _Copies(of_outputs, [outer for _, outer, _ in outputs], are_inputs=False)
 
     def read_from(self, tensors: Sequence[Tensor]) -> None:
         """Let the next replays take their inputs from these, which are contiguous. Raises GraphRefusedError."""
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        if addresses == self._given:
-            return
-        self._given = []
-        with torch.cuda.device(tensors[0].get_device()):
-            for address, (node, inner, size) in zip(addresses, self._in, strict=True):
-                _must(self._set(self._run, node, inner, address, size, _ON_DEVICE))
-        self._given = addresses
+        self._inputs.move_to(tensors, self._set_copy)
 
     def write_to(self, tensors: Sequence[Tensor]) -> None:
         """Let the next replays leave their outputs in these, whose elements lie as those of the first ones did.
@@ -135,11 +161,7 @@ class GraphCopies:
         Raises:
             GraphRefusedError: see there.
         """
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        if addresses == self._taken:
-            return
-        self._taken = []
-        with torch.cuda.device(tensors[0].get_device()):
-            for address, (node, inner, size) in zip(addresses, self._out, strict=True):
-                _must(self._set(self._run, node, address, inner, size, _ON_DEVICE))
-        self._taken = addresses
+        self._outputs.move_to(tensors, self._set_copy)
+
+    def _set_copy(self, node: int, to: int, source: int, size: int) -> None:
+        _must(self._set(self._run, node, to, source, size, _ON_DEVICE))
