@@ -39,7 +39,6 @@ from srnn.sparse import SparseMatrix
 WORTH_THREADS = 200_000
 MESSAGE = "srnn: making the CPU kernels ready; once on a machine they are compiled, which takes some seconds."
 NONE = np.zeros(NUMBERS_OF_MATRIX, np.int64)  # in place of a projection
-NOTHING = np.zeros((1, 0), np.float32)  # in place of an LSTM's cell state
 
 Plan = tuple[Compiled, int, Array]  # a compiled call, where the numbers that it takes are, and these
 
