@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from srnn.pruning.launches import Launches, RecentLaunches, blocks_of, pointer, put
+from srnn.pruning.scores import RankedBy
 
 MOST_UNITS = 1 << 30  # counted in 32 bits
-
-
-class RankedBy(IntEnum):
-    """What units are ranked by: scores as they are; magnitudes of weights; these times the fourth roots of moments."""
-
-    SCORES = 0
-    MAGNITUDES = 1
-    SALIENCIES = 2
 
 
 class UnitRow(NamedTuple):

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srnn.pruning.cutting import RankedBy
 from srnn.pruning.launches import on_device
+from srnn.pruning.scores import RankedBy
 
 CUT_BLOCK = 4096  # scores at a time
 CUT_BINS = 256

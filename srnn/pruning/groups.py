@@ -15,11 +15,11 @@ from torch import Tensor
 
 from srnn.errors import UserError
 from srnn.formats import Structure
-from srnn.pruning.cutting import MOST_UNITS, Cut, GpuCut, RankedBy, UnitRow
+from srnn.pruning.cutting import MOST_UNITS, Cut, GpuCut, UnitRow
 from srnn.pruning.launches import has_triton
 from srnn.pruning.parts import Part, Piece, count
 from srnn.pruning.ranking import Ranking, Scorer
-from srnn.pruning.scores import Score, unit_scores
+from srnn.pruning.scores import RankedBy, Score, unit_scores
 
 
 def magnitude(piece: Piece) -> Tensor:

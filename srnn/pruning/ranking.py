@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from srnn.formats import Structure
-from srnn.pruning.cutting import MOST_UNITS, Cut, GpuCut, RankedBy, UnitRow
+from srnn.pruning.cutting import MOST_UNITS, Cut, GpuCut, UnitRow
 from srnn.pruning.launches import has_triton
 from srnn.pruning.parts import PIECE, Piece
+from srnn.pruning.scores import RankedBy
 
 Scorer = Callable[[Piece], Tensor]  # the scores of a piece's units, [U]
 _HELD_ON_GPU = 1 << 26  # scores: 256 MB beside a network of as much; computing them anew costs launches

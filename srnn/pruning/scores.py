@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from enum import IntEnum
 from typing import Literal
 
 import torch
@@ -11,6 +12,14 @@ from torch import Tensor
 from srnn.formats import Shape, Structure
 
 Score = Literal["max", "mean", "energy"]
+
+
+class RankedBy(IntEnum):
+    """What units are ranked by: scores as they are; magnitudes of weights; these times the fourth roots of moments."""
+
+    SCORES = 0
+    MAGNITUDES = 1
+    SALIENCIES = 2
 
 
 def unit_scores(importance_GRC: Tensor, structure: Structure, score: Score) -> Tensor:

@@ -10,7 +10,8 @@ from torch import nn
 
 from srnn.errors import UserError
 from srnn.pruning import Pruner
-from srnn.pruning.cutting import Cut, GpuCut, RankedBy, UnitRow
+from srnn.pruning.cutting import Cut, GpuCut, UnitRow
+from srnn.pruning.scores import RankedBy
 from tests.kernels.triton_cases import DEVICE, here, on_gpu
 
 
