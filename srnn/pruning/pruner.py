@@ -31,9 +31,10 @@ from srnn.pruning.masker import Masker
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.other_pruners import OtherPruners
 from srnn.pruning.parts import Part, count
-from srnn.pruning.report_rows import Emptied, ReportRow, report_rows, warn_of_the_end
+from srnn.pruning.report_rows import ReportRow, report_rows
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import masks_of
+from srnn.pruning.shortfalls import Emptied, warn_of_the_end
 from srnn.pruning.state_masks import state_beside
 
 _COMPARE_EVERY = 100  # steps between two comparisons of the ranks, beside those at updates: each reads all weights
@@ -186,7 +187,7 @@ class Pruner:
             if update:
                 self._update()
         self.method.after_masks(self)
-        self._emptied.tell()
+        self._emptied.warn()
         waited -= sum(group.waited for group in self.groups)  # for what a GPU was given before, which is not pruning's
         self.seconds += time.perf_counter() - began + waited
         return update
