@@ -14,7 +14,7 @@ import torch
 from srnn.__main__ import main
 from srnn.inference.packed_file import read
 from srnn.inference.weights import read_weights
-from srnn.kernels.cpu.backend import MESSAGE
+from srnn.kernels.cpu.announcing import MESSAGE
 from tests.conftest import SMALL, train
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -19,7 +19,7 @@ from srnn.inference.modules import sparse_module
 from srnn.inference.packing import matrix_gates
 from srnn.inference.sparsify import desparsify
 from srnn.kernels import Auto, Cpu, Csr, Dense, LayerWeights
-from srnn.kernels.cpu import backend
+from srnn.kernels.cpu import announcing
 from srnn.kernels.reference import run_layer
 from srnn.registry import register
 from srnn.sparse import DTYPES, PACKED_STRUCTURES, SparseMatrix
@@ -266,11 +266,11 @@ def test_dense_int8_is_int8():
 
 
 def test_a_slow_first_call_says_what_it_does(capsys):
-    backend._announce.cache_clear()
+    announcing._announce.cache_clear()
     for expected in (1, 0, 0):
-        with backend._announced("a call", 1):
+        with announcing.announced("a call", 1):
             time.sleep(1.3 if expected else 0.0)
-        assert capsys.readouterr().err.count(backend.MESSAGE) == expected
+        assert capsys.readouterr().err.count(announcing.MESSAGE) == expected
 
 
 def test_torch_keeps_its_number_of_threads():

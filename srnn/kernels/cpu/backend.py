@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from types import ModuleType
@@ -27,6 +25,7 @@ from srnn.kernels.contract import (
     Recurrence,
     State,
 )
+from srnn.kernels.cpu.announcing import announced
 from srnn.kernels.cpu.compiled import Compiled, code_of, numbers
 from srnn.kernels.cpu.keeping import where_it_can_be_kept
 from srnn.kernels.cpu.operands import Operand
@@ -37,7 +36,6 @@ from srnn.sparse import SparseMatrix
 # Entries times streams of a step from which on a second thread pays: starting it costs 2 to 10 us here. A GRU of 512
 # units at 90 % (79,000) loses by it, one of 1024 (315,000) wins.
 WORTH_THREADS = 200_000
-MESSAGE = "srnn: making the CPU kernels ready; once on a machine they are compiled, which takes some seconds."
 NONE = np.zeros(NUMBERS_OF_MATRIX, np.int64)  # in place of a projection
 
 Plan = tuple[Compiled, int, Array]  # a compiled call, where the numbers that it takes are, and these
@@ -121,7 +119,7 @@ class _Product:
         matrix, rows = self.operand.matrix, x_NI.shape[0]
         threads = _threads(self.operand.work(rows) * min(rows, ROWS))
         y = np.empty((rows, matrix.shape[0]), np.float32)
-        with _announced("multiply", True, self.operand.kind, rows > 1):
+        with announced("multiply", True, self.operand.kind, rows > 1):
             code, form = _compiled_code("multiplying"), self.operand.form(rows)
             chunk = chunk_size(matrix.units, min(rows, ROWS), threads, form.lanes)
             failed = code.multiply_parallel(
@@ -141,7 +139,7 @@ class _Product:
     def plan(self, rows: int) -> Plan:
         """The compiled call for so many rows, and the numbers that it takes."""
         matrix = self.operand.matrix
-        with _announced("product", self.operand.kind, rows > 1):
+        with announced("product", self.operand.kind, rows > 1):
             form = self.operand.form(rows)
             chunk = chunk_size(matrix.units, rows, 1, form.lanes)
             of_product = [chunk, -(-matrix.units // chunk), form.tile, matrix.gates, *matrix.shape]
@@ -164,7 +162,7 @@ class _Recurrence(Recurrence):
         threads = _threads(self.operand.work(len(batch_sizes)) * streams)
         y_NP = np.empty((u_NG.shape[0], outputs), np.float32)
         project, matrix = self.project, self.operand
-        with _announced("recur", threads > 1, matrix.kind, project and project.kind, streams > 1):
+        with announced("recur", threads > 1, matrix.kind, project and project.kind, streams > 1):
             code = _compiled_code("loops")
             forms = [one.form(streams) for one in (matrix, project) if one is not None]
             tile = max(form.tile for form in forms)  # a multiple of the others
@@ -271,7 +269,7 @@ class _Stack(Layer):
                 plan += [chunk, -(-operand.matrix.units // chunk)]
             plan += [forms[0].tile, layer.product.bias.ctypes.data, layer.recurrence.new_bias.ctypes.data]
             plan += [*operands[0].numbers(rows), *operands[1].numbers(1)]
-        with _announced("stack"):
+        with announced("stack"):
             call, array = code_of("run_stack"), np.array(plan, np.int64)
         found = self._plans[rows] = call, array.ctypes.data, array
         return found
@@ -293,7 +291,7 @@ class _NetworkStep:
         plans = [stack.plan(1)[2]] + ([] if decoder is None else [decoder.plan(1)[2]])
         self.plan = np.concatenate(plans)
         self.same = self.plan.ctypes.data, len(plans[0]), int(decoder is not None), self.at, self.vocabulary
-        with _announced("network step"):
+        with announced("network step"):
             self.run = code_of("run_step")
 
     def __call__(self, x: Tensor, state: State) -> tuple[Tensor, State] | None:
@@ -360,35 +358,6 @@ def _most_threads() -> int:
     numba.set_num_threads(1)  # starts the pool, which sets OpenMP's number of threads to all there are, torch's too
     torch.set_num_threads(before)
     return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-
-
-class _Announced:
-    """Says on standard error what a call does that takes over a second: the first one on a machine compiles."""
-
-    def __init__(self, key: tuple[object, ...]) -> None:
-        self.key = key
-        self.timer = threading.Timer(1.0, _announce)
-        self.timer.daemon = True
-
-    def __enter__(self) -> None:
-        self.timer.start()
-
-    def __exit__(self, *error: object) -> None:
-        self.timer.cancel()
-        _compiled.add(self.key)
-
-
-@lru_cache  # once
-def _announce() -> None:
-    print(MESSAGE, file=sys.stderr, flush=True)
-
-
-_compiled: set[tuple[object, ...]] = set()
-
-
-def _announced(*key: object) -> AbstractContextManager[None]:
-    """For the first call of a kind; nothing after it."""
-    return nullcontext() if key in _compiled else _Announced(key)
 
 
 @lru_cache
