@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from srnn.inference.base import TORCH, SparseModule, Use
 from srnn.inference.copying import set_apart
 from srnn.inference.example_calls import ExampleCalls
-from srnn.kernels.choosing import DENSE, Choice, described_matrix, measuring
+from srnn.kernels.choosing import DENSE, MARGIN, Choice, described_matrix, measuring, told_of
 from srnn.kernels.remembering import busy, recall, remember
 from srnn.kernels.timing import Call, hardware, timed
 
@@ -38,7 +38,6 @@ _BEHIND = 1.5  # times the fastest at every length, after two rounds: such a can
 _LOST = 2.5  # times the fastest: on a CPU such a candidate is not tried with longer sequences
 _SLOW = 0.2  # seconds of a call that is made once only: of a dense backend if it takes ten times as long as the fastest
 _SWAPS = 4.0  # times what a slow winner takes: for so long parts of it are given to other backends
-_MARGIN = 0.97  # of the best dense; what is less faster is noise
 
 Names = dict[str, str]  # part of the network -> the candidate that runs it
 
@@ -218,8 +217,7 @@ class _Network:
             except Exception as error:
                 if name in DENSE:
                     raise
-                self.left_out[name] = f"failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
-                _log.warning("%s cannot be used: %s", name, self.left_out[name])
+                self.left_out[name] = told_of(name, error)
                 continue
             hopeless = name in DENSE and took > 10 * min(seconds.values(), default=took)
             known = took > _SLOW and (hopeless or name in self.warm)
@@ -247,7 +245,7 @@ class _Network:
         budget = max(0.4 * _SECONDS, _SWAPS * times[winner][lengths[0]])
         found = self._timed({"": tried[winner]} | swapped, lengths, 0.4 * _SECONDS, budget)
         measured = [name for name in swapped if len(found[name]) == len(lengths)]
-        faster = {n for n in measured if all(found[n][t] < _MARGIN * found[""][t] for t in lengths)}
+        faster = {n for n in measured if all(found[n][t] < MARGIN * found[""][t] for t in lengths)}
         return tried[winner] | {part: tried[other][part] for part in faster}
 
     def _timed(
@@ -291,7 +289,7 @@ def _best(times: Mapping[str, Mapping[int, float]]) -> str:
     dense = {t: min(found[t] for name, found in times.items() if name in DENSE) for t in lengths}
     worst = {name: max(found[t] / dense[t] for t in lengths) for name, found in times.items()}
     winner = min(worst, key=worst.__getitem__)
-    return winner if worst[winner] < _MARGIN else min((n for n in worst if n in DENSE), key=worst.__getitem__)
+    return winner if worst[winner] < MARGIN else min((n for n in worst if n in DENSE), key=worst.__getitem__)
 
 
 def _words(names: Names) -> str:

@@ -36,8 +36,7 @@ _STEPS = {"cpu": 100, "cuda": 128}  # of a long sequence that is timed; 16 of a 
 _USES = ("single steps", f"up to {_SHORT} steps", "longer sequences")
 _ROUNDS = 7
 _SECONDS = 1.0  # after which no further round is begun
-# A sparse candidate has to be so much faster than the best dense one; less is noise.
-_MARGIN = 0.97
+MARGIN = 0.97  # of the time of the best dense candidate, which a sparse one has to be below; less is noise
 
 P = TypeVar("P")
 measuring = threading.RLock()  # two measurements side by side would both be wrong
@@ -346,7 +345,7 @@ def fastest(what: str, calls: Mapping[str, Call], device: torch.device, left_out
     seconds = {name: median(many) for name, many in times.items()}
     dense = min((name for name in seconds if name in DENSE), key=seconds.__getitem__, default=None)
     winner = min(seconds, key=seconds.__getitem__)
-    if dense is not None and seconds[winner] > _MARGIN * seconds[dense]:
+    if dense is not None and seconds[winner] > MARGIN * seconds[dense]:
         winner = dense
     return Choice(what, winner, seconds, dict(left_out))
 
@@ -362,11 +361,17 @@ def _that_run(calls: Mapping[str, Callable[[], Call]], left_out: dict[str, str])
         except Exception as error:
             if name in DENSE:
                 raise
-            left_out[name] = f"failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
-            log.warning("%s cannot be used: %s", name, left_out[name])
+            left_out[name] = told_of(name, error)
         else:
             able[name] = call
     return able
+
+
+def told_of(name: str, error: Exception) -> str:
+    """Why a candidate that failed is left out, in a line; a warning in the log says it, too."""
+    reason = f"failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    log.warning("%s cannot be used: %s", name, reason)
+    return reason
 
 
 def described_matrix(matrix: SparseMatrix) -> str:
