@@ -47,6 +47,14 @@ def runs_here(words):
     return not (words[0].startswith(("-m", "resume", "experiment=")) or "trainer=ddp" in words or of_speech)
 
 
+def test_the_groups_are_listed_with_all_their_names():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", (ROOT / "docs/configuration.md").read_text(), flags=re.MULTILINE)
+    folders = {path.name: path for path in conf_folder().iterdir() if path.is_dir() and path.name != "hydra"}
+    assert dict(rows).keys() == folders.keys()
+    for group, names in rows:
+        assert not {path.stem for path in folders[group].glob("*.yaml")} - set(re.findall(r"`(\w+)`", names)), group
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, text_run):
     """A folder with all that the documents' commands name."""
