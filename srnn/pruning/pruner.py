@@ -76,6 +76,9 @@ class Pruner:
         options: of the method, where it is given by name.
 
     Attributes:
+        method: what it does; it knows its schedule from now on.
+        run: how long the training is.
+        optimizers: those that were given.
         itr: optimiser steps done so far.
         seconds: spent in here, without the waiting for a GPU's earlier work; what is launched on it is not awaited.
         groups: the weights that are pruned; those of a group share a threshold.
@@ -177,15 +180,7 @@ class Pruner:
             check_parameters(self._model, self._parameters, self._masks)
             self._others.look(self._parameters)
             check_equal(self._compared(), self.itr)
-        if update and not self.method.delayed:
-            if self.method.regrows:
-                self._apply()  # what grows starts from zero, and not from the optimiser's step on a pruned weight
-            self._update()
-            self._apply()
-        else:
-            self._apply()
-            if update:
-                self._update()
+        self._mask_and_update(update)
         self.method.after_masks(self)
         self._emptied.warn()
         waited -= sum(group.waited for group in self.groups)  # for what a GPU was given before, which is not pruning's
@@ -234,6 +229,18 @@ class Pruner:
         if self.itr <= self.method.dense_until:
             return []
         return self._masker.mask_written()
+
+    def _mask_and_update(self, update: bool) -> None:
+        """In the method's order."""
+        if update and not self.method.delayed:
+            if self.method.regrows:
+                self._apply()  # what grows starts from zero, and not from the optimiser's step on a pruned weight
+            self._update()
+            self._apply()
+        else:
+            self._apply()
+            if update:
+                self._update()
 
     def _update(self) -> None:
         self.method.before_update(self)
