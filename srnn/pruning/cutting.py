@@ -60,7 +60,7 @@ class GpuCut:
         """The flags."""
         if self.epsilon is None or self._infinite is None or self.epsilon.device != device:
             self.epsilon = torch.zeros(1, dtype=torch.float64, device=device)
-            self._infinite = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
+            self._infinite = torch.zeros(2, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
             self._flags, self._recent = self._infinite.numpy(), RecentLaunches(2)
         return self._infinite
 
@@ -102,7 +102,7 @@ class GpuCut:
         launches, wanted = self._recent.get((kind, table), lambda: self._launches(table, units, kind))
         by_rank, rank = cut.share is None, units - keep + 1
         numbers = (rank if by_rank else cut.rank(units), rank, keep, by_rank, cut.factor, cut.rising)
-        wanted.copy_(put(torch.tensor(numbers, dtype=torch.float64), device))
+        wanted.copy_(put(torch.tensor(numbers, dtype=torch.float64, device="cpu"), device))
         launches.run()
         return self.epsilon
 

@@ -59,7 +59,8 @@ class MeanSquares:
         if len(there) == len(means) and _lie_alike(means, there):
             self._on_gpu(means, there, taken)
             return
-        torch._foreach_mul_(list(means.values()), torch.where(taken, self.decay, 1.0))
+        # In fp32, whatever torch makes of numbers by default: bfloat16 would round 0.999 to 1.
+        torch._foreach_mul_(list(means.values()), 1 - (1 - self.decay) * taken.float())
         if there:
             several = [torch.where(taken, gradient.float(), 0.0) for gradient in there.values()]
             torch._foreach_addcmul_([means[name] for name in there], several, several, value=1 - self.decay)

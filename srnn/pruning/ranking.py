@@ -231,7 +231,7 @@ def _kth_by_bits(first: Iterator[Tensor], second: Iterator[Tensor], k: int) -> f
     inside = (bits[(bits >> 16) + BINS // 2 == high] & (BINS - 1) for bits in map(_bits, second))
     low, _ = _bin_of(_histogram(inside), k - below)
     pattern = ((high - BINS // 2) << 16) | low
-    return float(torch.tensor([pattern], dtype=torch.int32).view(torch.float32))
+    return float(np.int32(pattern).view(np.float32))
 
 
 def _kth_on_gpu(passes: Callable[[], Iterator[Tensor]], k: int, units: int) -> float:
@@ -254,7 +254,7 @@ def _kth_on_gpu(passes: Callable[[], Iterator[Tensor]], k: int, units: int) -> f
         if number == 0 and int(counts[place]) <= _SORTED:
             bits = [bits[(bits - 1) >> shift == place] for bits in map(_bits, passes())]
             return float(torch.cat(bits).sort().values[k - first - 1].view(torch.float32))
-    return float(torch.tensor([base + 1], dtype=torch.int32).view(torch.float32))
+    return float(np.int32(base + 1).view(np.float32))
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:
@@ -276,7 +276,7 @@ def _bits(scores: Tensor) -> Tensor:
 
 def _histogram(parts: Iterator[Tensor]) -> Tensor:
     """How often each of ``BINS`` small integers is there, [BINS]."""
-    none = torch.zeros((), dtype=torch.int64)  # exact beyond 16 million, as floats are not
+    none = torch.zeros((), dtype=torch.int64, device="cpu")  # exact beyond 16 million, as floats are not
     return sum((torch.bincount(part.flatten(), minlength=BINS) for part in parts), start=none)
 
 

@@ -119,7 +119,7 @@ class Emptied:
         gates = {name: gates[name] for name in masks}
         flags, over = _gates_left(gates, masks), None
         if flags.is_cuda:
-            answers = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+            answers = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
             answers.copy_(flags, non_blocking=True)
             over = torch.cuda.Event()
             over.record(torch.cuda.current_stream(flags.device))
