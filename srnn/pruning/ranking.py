@@ -264,6 +264,8 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
 
 def _in_bins(places: Tensor) -> Tensor:
     """How often each of 0 to 8191 is there, int64 [8192]; others are left out."""
+    if torch.are_deterministic_algorithms_enabled():  # histc refuses on a GPU then, of integers too
+        return torch.bincount(places[(places >= 0) & (places < _GPU_BINS)], minlength=_GPU_BINS)
     # One more bin than is wanted, so that a place is its bin in any arithmetic. Without integers on a CPU.
     counts = torch.histc(places if places.is_cuda else places.double(), _GPU_BINS + 1, 0, _GPU_BINS + 1)
     return counts[:_GPU_BINS].long()

@@ -119,3 +119,16 @@ def test_obd_sees_the_gradients_of_tasks_that_take_turns():
         optimizer.step()
         pruner.step()
     assert all(0.4 < sparsity < 0.6 for sparsity in pruner.sparsities().values())
+
+
+def test_obd_beside_sgd_prunes_a_network_of_several_dtypes():
+    torch.manual_seed(0)
+    network = nn.ModuleList(nn.Linear(8, 8).to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    pruner = Pruner(network, "obd", 10, optimizer, sparsity=0.5, start_itr=1, end_itr=4, freq=1)
+    for _ in range(5):
+        for parameter in network.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        pruner.step()
+    assert pruner.reached()
