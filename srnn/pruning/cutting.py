@@ -51,6 +51,7 @@ class GpuCut:
         # was, or negative.
         self._infinite: Tensor | None = None
         self._flags: Any = None  # the same, faster to look at
+        self._odd: Tensor | None = None  # [], bool, on the GPU: of all scores since the last that was told of
         self._recent = RecentLaunches(2)
 
     def __reduce__(self) -> tuple[type[GpuCut], tuple[()]]:
@@ -61,19 +62,21 @@ class GpuCut:
         if self.epsilon is None or self._infinite is None or self.epsilon.device != device:
             self.epsilon = torch.zeros(1, dtype=torch.float64, device=device)
             self._infinite = torch.zeros(2, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-            self._flags, self._recent = self._infinite.numpy(), RecentLaunches(2)
+            self._flags, self._recent, self._odd = self._infinite.numpy(), RecentLaunches(2), None
         return self._infinite
 
     def tell(self, scores: Tensor) -> None:
         """Note whether one of these scores is infinite, NaN or negative, once the GPU knows."""
-        odd = ~scores.isfinite() | (scores < 0)
-        self._begin(scores.device)[1:].copy_(odd.any(), non_blocking=True)
+        flags, odd = self._begin(scores.device), (~scores.isfinite() | (scores < 0)).any()
+        # With those before: the host may be several cuts ahead, and would see the last one's answer alone.
+        self._odd = odd if self._odd is None else odd | self._odd
+        flags[1:].copy_(self._odd, non_blocking=True)
 
     def found_odd(self) -> bool:
         """Whether a cut since this was asked met what cannot be ranked, as far as the GPU has come."""
         if self._flags is None or not (self._flags[0] or self._flags[1]):  # any() takes twenty times as long
             return False
-        self._flags[:] = 0
+        self._flags[:], self._odd = 0, None
         return True
 
     def __call__(self, rows: Sequence[UnitRow], weights: bool, keep: int, cut: Cut, before: float | Tensor) -> Tensor:

@@ -128,11 +128,16 @@ class Emptied:
 
     def tell(self) -> None:
         """Warn of what was not told before, as far as a GPU has answered."""
-        while self._asked and (self._asked[0][3] is None or self._asked[0][3].query()):
+        while self._asked and _is_over(self._asked[0][3]):
             itr, gates, flags, _ = self._asked.pop(0)
             if new := [name for name in _named(gates, flags.tolist()) if name not in self.told]:
                 self.told.update(new)
                 _warn_of_empty(new, f" at step {itr}", stacklevel=5)
+
+
+def _is_over(event: Any) -> bool:
+    """Whether what it stands for is done; not asked inside a capture of a CUDA graph, which that would break off."""
+    return event is None or (not torch.cuda.is_current_stream_capturing() and bool(event.query()))
 
 
 def _warn_of_empty(names: Sequence[str], when: str, stacklevel: int) -> None:

@@ -101,6 +101,16 @@ def test_a_cut_of_scores_is_that_of_sorting(seed):
         assert float(found) == epsilon
 
 
+def test_a_score_that_cannot_be_ranked_is_told_though_another_cut_comes_first():
+    """The host may be several cuts ahead of a GPU."""
+    cuts = GpuCut()
+    cuts.tell(torch.tensor([0.0, torch.nan]))
+    cuts.tell(torch.ones(2))
+    assert cuts.found_odd()
+    cuts.tell(torch.ones(2))
+    assert not cuts.found_odd(), "it is told once"
+
+
 @pytest.mark.gpu
 @here
 def test_a_share_that_is_pruned_already_gives_no_threshold_below_zero():
