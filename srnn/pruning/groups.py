@@ -209,7 +209,8 @@ class Group:
         """Raise UserError if an earlier cut met a weight or score that cannot be ranked, as far as a GPU has told."""
         if not self._gpu_cut.found_odd():
             return
-        _refuse_odd(magnitude, self.pieces, torch.stack([piece.weight.abs().max()[None] for piece in self.pieces]))
+        largest = [piece.weight.abs().max()[None].cpu() for piece in self.pieces]  # of weights on several devices
+        _refuse_odd(magnitude, self.pieces, torch.stack(largest))
         raise UserError(
             f"{_name(self.importance)} gave NaN or something infinite or negative for a weight of {self.name} at an "
             f"earlier update, or that weight was: what ranks weights must be finite and at least 0."

@@ -218,3 +218,17 @@ def test_on_a_gpu_what_has_diverged_is_told_at_the_next_step(value, structure):
     torch.cuda.synchronize()
     with pytest.raises(UserError, match="weight_hh_l1 holds weights that are NaN or infinite"):
         pruner.step()
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_on_a_gpu_what_has_diverged_is_told_of_weights_on_several_devices():
+    layers = nn.ModuleList([nn.GRU(32, 32).cuda(), nn.GRU(32, 32)])
+    pruner = Pruner(layers, "cubic", 60, sparsity=0.8, share="global")
+    pruner.itr = pruner.method.updates[1] - 1
+    with torch.no_grad():
+        layers[0].weight_hh_l0[7, 3] = math.nan
+    pruner.step()
+    torch.cuda.synchronize()
+    with pytest.raises(UserError, match="weight_hh_l0 holds weights that are NaN or infinite"):
+        pruner.step()
