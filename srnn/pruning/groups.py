@@ -42,7 +42,12 @@ class Saliency:
     def __call__(self, piece: Piece) -> Tensor:
         """Of a piece."""
         moment = piece.of(self.moments[piece.part.parameter_name])
-        return piece.weight.abs() * moment.sqrt().sqrt()  # rounded alike on all devices, as powers are not
+        return piece.weight.abs() * _root(_root(moment))
+
+
+def _root(numbers: Tensor) -> Tensor:
+    """Rounded alike on all devices, as powers are not, nor roots in fp32 where Intel's MKL runs on others' CPUs."""
+    return numbers.double().sqrt().to(numbers.dtype)
 
 
 def _refuse_odd(importance: Callable[[Piece], Tensor], pieces: list[Piece], extremes: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -132,3 +133,14 @@ def test_obd_beside_sgd_prunes_a_network_of_several_dtypes():
         optimizer.step()
         pruner.step()
     assert pruner.reached()
+
+
+def test_what_obd_ranks_by_is_rounded_as_the_roots_of_a_gpu_are():
+    """To the nearest, which torch's own are not on every CPU."""
+    torch.manual_seed(0)
+    weight, moment = torch.randn(300, 200), torch.rand(300, 200) * torch.logspace(-44, 30, 200)
+    group = Pruner(nn.Linear(200, 300), "obd", 60).groups[0]
+    group.parts[0].parameter.data.copy_(weight)
+    group.importance.moments = {"weight": moment}
+    wanted = weight.abs().numpy() * np.sqrt(np.sqrt(moment.numpy()))
+    assert np.array_equal(group.importance(group.pieces[0])[0].numpy(), wanted)
