@@ -199,8 +199,27 @@ def test_a_rank_beyond_16_million_is_exact():
     assert [_kth_by_bits(iter(parts), iter(parts), k) for k in ranks] == [0.0, 1.0]
 
 
+@pytest.fixture(params=[False, True])
+def deterministic(request):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(before)
+
+
+def test_where_results_have_to_be_deterministic_ranks_are_found_without_histc(monkeypatch, deterministic):
+    """Which a GPU refuses then."""
+    if deterministic:
+        monkeypatch.delattr(torch, "histc")
+    scores = torch.cat([torch.tensor([-1.0, 0.0, 1e-40, math.inf]), torch.rand(200)])
+    for limit in (ranking._SORTED, -1):
+        monkeypatch.setattr(ranking, "_SORTED", limit)
+        for k in (1, 2, 3, 4, 100, 204):
+            assert _kth_on_gpu(lambda: iter([scores]), k, 204) == float(scores.sort().values[k - 1])
+
+
 @pytest.mark.gpu
-def test_pruned_units_count_in_a_rank_on_a_gpu():
+def test_pruned_units_count_in_a_rank_on_a_gpu(deterministic):
     scores = torch.rand(1000, device="cuda")
     order = torch.randperm(1000, device="cuda")
     scores[order[:300]], scores[order[300:700]] = -1, 0

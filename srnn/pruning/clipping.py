@@ -53,13 +53,13 @@ class GpuClipping:
         from srnn.pruning.clipping_kernel import CLIP_BLOCK, launch_clipping  # here, because Triton may be missing
 
         device = gradients[0][0].device
-        found = torch.zeros(2, device=device)
+        found = torch.zeros(2, dtype=torch.float32, device=device)
         rows = [[g.numel(), g.data_ptr(), pointer(mask)] for g, mask in gradients if g.numel()]
         if not rows:
             return Launches([], device), found
         sizes = tuple(row[0] for row in rows)  # which stay as they are where gradients move in memory
         owners, firsts = self._programs.get((device, sizes), lambda: blocks_of(sizes, CLIP_BLOCK, device))
-        sums = torch.empty(len(owners), device=device)
+        sums = torch.empty(len(owners), dtype=torch.float32, device=device)
         launch = partial(launch_clipping, put(rows, device), owners, firsts, sums, found, float(max_norm))
         return Launches([launch], device), found
 

@@ -66,6 +66,7 @@ class GpuCut:
         # was, or negative.
         self._unrankable: Tensor | None = None
         self._flags: Any = None  # the same, faster to look at
+        self._any: Tensor | None = None  # [], bool, on the GPU: whether any score was, of all that were noted
         self._recent = RecentLaunches(2)
 
     def __reduce__(self) -> tuple[type[GpuCut], tuple[()]]:
@@ -75,14 +76,16 @@ class GpuCut:
         """The flags."""
         if self.epsilon is None or self._unrankable is None or self.epsilon.device != device:
             self.epsilon = torch.zeros(1, dtype=torch.float64, device=device)
-            self._unrankable = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
-            self._flags, self._recent = self._unrankable.numpy(), RecentLaunches(2)
+            self._unrankable = torch.zeros(2, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+            self._flags, self._recent, self._any = self._unrankable.numpy(), RecentLaunches(2), None
         return self._unrankable
 
     def note_unrankable(self, scores: Tensor) -> None:
         """Note whether one of these scores is infinite, NaN or negative, once the GPU knows."""
-        unrankable = ~scores.isfinite() | (scores < 0)
-        self._begin(scores.device)[1:].copy_(unrankable.any(), non_blocking=True)
+        flags, unrankable = self._begin(scores.device), (~scores.isfinite() | (scores < 0)).any()
+        # With those before: the host may be several cuts ahead, and would see the last one's answer alone.
+        self._any = unrankable if self._any is None else unrankable | self._any
+        flags[1:].copy_(self._any, non_blocking=True)
 
     @property
     def met_unrankable(self) -> bool:
@@ -92,7 +95,7 @@ class GpuCut:
     def forget_unrankable(self) -> None:
         """What was met is told, or no longer there."""
         if self._flags is not None:
-            self._flags[:] = 0
+            self._flags[:], self._any = 0, None
 
     def __call__(
         self, rows: Sequence[UnitRow], ranked_by: RankedBy, keep: int, cut: Cut, before: float | Tensor
@@ -120,7 +123,7 @@ class GpuCut:
         launches, wanted = self._recent.get((ranked_by, table), lambda: self._launches(table, units, ranked_by))
         by_rank, rank = cut.share is None, units - keep + 1
         numbers = (rank if by_rank else cut.rank(units), rank, keep, by_rank, cut.factor, cut.rising)
-        wanted.copy_(put(torch.tensor(numbers, dtype=torch.float64), device))
+        wanted.copy_(put(torch.tensor(numbers, dtype=torch.float64, device="cpu"), device))
         launches.run()
         return self.epsilon
 

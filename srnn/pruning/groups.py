@@ -48,10 +48,11 @@ class Saliency:
 
 def _root(numbers: Tensor) -> Tensor:
     """Square roots, rounded alike on all devices, as powers are not, so that all find the same masks."""
-    if numbers.device.type != "cpu" or numbers.dtype != torch.float32:
+    if numbers.device.type != "cpu":
         return numbers.sqrt()
     # torch's own on a CPU are MKL's, of which a fifth are off by the last bit on an AMD EPYC, and take 8 times as long.
-    return torch.from_numpy(np.sqrt(numbers.numpy()))
+    known = numbers.float() if numbers.dtype == torch.bfloat16 else numbers  # to numpy
+    return torch.from_numpy(np.sqrt(known.numpy())).to(numbers.dtype)
 
 
 def _refuse_unrankable(importance: Callable[[Piece], Tensor], pieces: list[Piece], extremes: Tensor) -> None:
@@ -220,8 +221,8 @@ class Group:
         if not self._gpu_cut.met_unrankable:
             return
         self._gpu_cut.forget_unrankable()
-        largest = torch.stack([piece.weight.abs().max()[None] for piece in self.pieces])
-        _refuse_unrankable(magnitude, self.pieces, largest)
+        largest = [piece.weight.abs().max()[None].cpu() for piece in self.pieces]  # of weights on several devices
+        _refuse_unrankable(magnitude, self.pieces, torch.stack(largest))
         raise UserError(
             f"{_name(self.importance)} gave NaN or something infinite or negative for a weight of {self.name} at an "
             f"earlier update, or that weight was: what ranks weights must be finite and at least 0."

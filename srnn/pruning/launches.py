@@ -94,7 +94,7 @@ class Launches:
 
 def put(numbers: Any, device: torch.device) -> Tensor:
     """Numbers on a device, from pinned memory, so that the host does not wait for what a GPU does."""
-    made = torch.as_tensor(numbers)
+    made = torch.as_tensor(numbers, device="cpu")  # whatever device torch makes tensors on by default
     return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
 
 
@@ -106,8 +106,8 @@ def blocks_of(sizes: Sequence[int], block: int, device: torch.device) -> tuple[T
         block: elements of a program.
         device: which reads it.
     """
-    programs = torch.tensor([-(-size // block) for size in sizes])
-    owners = torch.arange(len(sizes)).repeat_interleave(programs)
+    programs = torch.tensor([-(-size // block) for size in sizes], device="cpu")
+    owners = torch.arange(len(sizes), device="cpu").repeat_interleave(programs)
     return put(owners.int(), device), put((programs.cumsum(0) - programs).int(), device)
 
 

@@ -20,12 +20,15 @@ def are_finite(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     for parameter in dict.fromkeys(parameters):
         if parameter.grad is not None:
             gradient = parameter.grad.detach()
-            values = gradient._values() if gradient.is_sparse else gradient
-            if values.numel():
-                places.setdefault((values.device, values.dtype), []).append(values)
-    # The root of the sum of squares: on a CPU an eighth of the largest one's time.
-    norms = [torch.stack(torch._foreach_norm(each, 2, dtype=torch.float32)) for each in places.values()]
-    return [norm.isfinite().all() for norm in norms]
+            one = gradient._values() if gradient.is_sparse else gradient
+            if one.numel():
+                places.setdefault((one.device, one.dtype), []).append(one)
+    answers = []
+    for (_, dtype), values in places.items():
+        # The root of the sum of squares: on a CPU an eighth of the largest one's time.
+        norms = torch._foreach_norm(values, 2, dtype=torch.promote_types(dtype, torch.float32))
+        answers.append(torch.stack(norms).isfinite().all())
+    return answers
 
 
 class MeanSquares:
@@ -59,7 +62,8 @@ class MeanSquares:
         if len(there) == len(means) and _lie_alike(means, there):
             self._on_gpu(means, there, taken)
             return
-        torch._foreach_mul_(list(means.values()), torch.where(taken, self.decay, 1.0))
+        # In fp32, whatever torch makes of numbers by default: bfloat16 would round 0.999 to 1.
+        torch._foreach_mul_(list(means.values()), 1 - (1 - self.decay) * taken.float())
         if there:
             several = [torch.where(taken, gradient.float(), 0.0) for gradient in there.values()]
             torch._foreach_addcmul_([means[name] for name in there], several, several, value=1 - self.decay)

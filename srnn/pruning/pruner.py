@@ -348,7 +348,7 @@ class Pruner:
         for group in self.groups:
             group.restore(float(state["thresholds"][group.name]))
         for part in self.parts:
-            part.revived.copy_(torch.tensor(state["revived"][part.name]))
+            part.revived.copy_(torch.tensor(state["revived"][part.name], device="cpu"))
         self.method.load_state_dict(state["method"])
         self._masker.masks_changed()
         self._mask_weights()

@@ -232,7 +232,7 @@ def _kth_by_bits(first: Iterator[Tensor], second: Iterator[Tensor], k: int) -> f
     inside = (bits[(bits >> 16) + BINS // 2 == high] & (BINS - 1) for bits in map(_bits, second))
     low, _ = _bin_of(_histogram(inside), k - below)
     pattern = ((high - BINS // 2) << 16) | low
-    return float(torch.tensor([pattern], dtype=torch.int32).view(torch.float32))
+    return float(np.int32(pattern).view(np.float32))
 
 
 def _kth_on_gpu(passes: Callable[[], Iterator[Tensor]], k: int, units: int) -> float:
@@ -255,7 +255,7 @@ def _kth_on_gpu(passes: Callable[[], Iterator[Tensor]], k: int, units: int) -> f
         if number == 0 and int(counts[place]) <= _SORTED:
             bits = [bits[(bits - 1) >> shift == place] for bits in map(_bits, passes())]
             return float(torch.cat(bits).sort().values[k - first - 1].view(torch.float32))
-    return float(torch.tensor([base + 1], dtype=torch.int32).view(torch.float32))
+    return float(np.int32(base + 1).view(np.float32))
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:
@@ -265,6 +265,8 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
 
 def _in_bins(places: Tensor) -> Tensor:
     """How often each of 0 to 8191 is there, int64 [8192]; others are left out."""
+    if torch.are_deterministic_algorithms_enabled():  # histc refuses on a GPU then, of integers too
+        return torch.bincount(places[(places >= 0) & (places < _GPU_BINS)], minlength=_GPU_BINS)
     # One more bin than is wanted, so that a place is its bin in any arithmetic. Without integers on a CPU.
     counts = torch.histc(places if places.is_cuda else places.double(), _GPU_BINS + 1, 0, _GPU_BINS + 1)
     return counts[:_GPU_BINS].long()
@@ -277,7 +279,7 @@ def _bits(scores: Tensor) -> Tensor:
 
 def _histogram(parts: Iterator[Tensor]) -> Tensor:
     """How often each of ``BINS`` small integers is there, [BINS]."""
-    none = torch.zeros((), dtype=torch.int64)  # exact beyond 16 million, as floats are not
+    none = torch.zeros((), dtype=torch.int64, device="cpu")  # exact beyond 16 million, as floats are not
     return sum((torch.bincount(part.flatten(), minlength=BINS) for part in parts), start=none)
 
 

@@ -57,4 +57,4 @@ def random_scores(count: int, device: torch.device, *key: object) -> Tensor:
     # Drawn on the CPU, because a GPU's generator gives other numbers; by one of its own, so that no other draw changes.
     digest = hashlib.sha256(repr(key).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.rand(count, generator=generator).to(device)
+    return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu").to(device)

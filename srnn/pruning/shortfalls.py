@@ -31,6 +31,12 @@ class _Update(NamedTuple):
     left: Tensor
     copied: Any
 
+    def is_told(self) -> bool:
+        """Whether ``left`` is there; not asked inside a capture of a CUDA graph, which that would break off."""
+        if self.copied is None:
+            return True
+        return not torch.cuda.is_current_stream_capturing() and bool(self.copied.query())
+
 
 class Emptied:
     """Warns, while a network is pruned, of each matrix or gate that loses its last weight: the loss tells it late."""
@@ -49,7 +55,7 @@ class Emptied:
         gates = _gates_of(groups, masks)
         left, copied = _are_left(gates, masks), None
         if left.is_cuda:
-            on_host = torch.empty(left.shape, dtype=torch.bool, pin_memory=True)
+            on_host = torch.empty(left.shape, dtype=torch.bool, device="cpu", pin_memory=True)
             on_host.copy_(left, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(left.device))
@@ -58,7 +64,7 @@ class Emptied:
 
     def warn(self) -> None:
         """Of what was not named before, as far as a GPU has answered."""
-        while self._updates and (self._updates[0].copied is None or self._updates[0].copied.query()):
+        while self._updates and self._updates[0].is_told():
             update = self._updates.pop(0)
             if new := [name for name in _empty(update.gates, update.left) if name not in self._named]:
                 self._named.update(new)

@@ -81,7 +81,7 @@ class WatchedMasks:
             self._masking(masked)
             return
         if self._looking is None:
-            found = torch.zeros(1, dtype=torch.int32, pin_memory=on_gpu)
+            found = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
             self._flag, self._looking = found.numpy(), GpuMasking(mostly_zero=True, found=found, kept=1 << 10)
         if not self._looking(masked):
             self.leaks = True  # some of it cannot be told

@@ -105,6 +105,17 @@ def test_a_cut_of_scores_is_that_of_sorting(seed):
         assert float(found) == epsilon
 
 
+def test_a_score_that_cannot_be_ranked_is_told_though_another_cut_comes_first():
+    """The host may be several cuts ahead of a GPU."""
+    cuts = GpuCut()
+    cuts.note_unrankable(torch.tensor([0.0, torch.nan]))
+    cuts.note_unrankable(torch.ones(2))
+    assert cuts.met_unrankable
+    cuts.forget_unrankable()
+    cuts.note_unrankable(torch.ones(2))
+    assert not cuts.met_unrankable, "it is told once"
+
+
 @pytest.mark.gpu
 @here
 def test_a_share_that_is_pruned_already_gives_no_threshold_below_zero():
@@ -213,4 +224,18 @@ def test_on_a_gpu_what_has_diverged_is_told_at_the_next_step(value, structure):
     pruner.step()
     torch.cuda.synchronize()
     with pytest.raises(UserError, match="weight_hh_l1 holds weights that are NaN or infinite"):
+        pruner.step()
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_on_a_gpu_what_has_diverged_is_told_of_weights_on_several_devices():
+    layers = nn.ModuleList([nn.GRU(32, 32).cuda(), nn.GRU(32, 32)])
+    pruner = Pruner(layers, "cubic", 60, sparsity=0.8, share="global")
+    pruner.itr = pruner.method.updates[1] - 1
+    with torch.no_grad():
+        layers[0].weight_hh_l0[7, 3] = math.nan
+    pruner.step()
+    torch.cuda.synchronize()
+    with pytest.raises(UserError, match="weight_hh_l0 holds weights that are NaN or infinite"):
         pruner.step()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from srnn.pruning import Pruner, watched_masks
+from srnn.pruning.shortfalls import Emptied, _Update
 from srnn.pruning.watched_masks import WatchedMasks
 from tests.pruning.test_state_masks import OPTIMIZERS, by_hand, clip, noise, state_is_zero
 
@@ -106,6 +107,23 @@ def test_what_leaks_is_masked_at_each_step_for_good(steps, since):
     FakeGpu.finds = False
     assert steps() == ("all", ["a", "b"])
     assert pickle.loads(pickle.dumps(steps.watched)).leaks
+
+
+def test_while_a_graph_is_captured_no_event_is_asked(monkeypatch):
+    """That would break the capture off."""
+    asked = []
+    event = SimpleNamespace(query=lambda: asked.append(1) or True)
+    emptied, watched = Emptied(), WatchedMasks()
+    emptied._updates.append(_Update(7, {"w": 1}, torch.tensor([False]), event))
+    watched._looked = event
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    emptied.warn()
+    assert not watched._has_looked()
+    assert not asked
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert watched._has_looked()
+    with pytest.warns(UserWarning, match="pruning left no weight of w at step 7"):
+        emptied.warn()
 
 
 def train(optimizer, change, each=None, steps=60):
