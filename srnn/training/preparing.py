@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from srnn.config.settings import PackedConfig, Settings, TrackingConfig, TrainerConfig
+from srnn.config.settings import SELF, PackedConfig, Settings, TrackingConfig, TrainerConfig
 from srnn.datasets.base import DataModule
 from srnn.errors import UserError
 from srnn.files import expanded
@@ -35,7 +35,7 @@ from srnn.training.moments import Moments
 from srnn.training.processes import Place
 from srnn.training.start_from import Initial, check_recurrence, load_weights, read_initial
 from srnn.training.step_size import attach
-from srnn.training.teaching import SELF, check_own_teacher, teacher_of
+from srnn.training.teaching import check_own_teacher, teacher_of
 from srnn.vocabulary import ORDER, UNKNOWN, Vocabulary
 
 
