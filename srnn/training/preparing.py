@@ -30,7 +30,7 @@ from srnn.run_folder import RunFolder
 from srnn.terminal import console
 from srnn.training.averaging import RunningAverage
 from srnn.training.cuda_graph import Graphed
-from srnn.training.init_vocabulary import TokenRows, read_tokens
+from srnn.training.init_vocabulary import TokenRows, read_tokens, unread
 from srnn.training.moments import Moments
 from srnn.training.processes import Place
 from srnn.training.start_from import Initial, check_recurrence, load_weights, read_initial
@@ -285,7 +285,7 @@ def _initial(settings: Settings) -> tuple[Initial | None, TokenRows | None]:
 def _start_from(
     model: nn.Module, initial: Initial, settings: Settings, rows: TokenRows | None, data: DataModule
 ) -> dict[str, Any]:
-    unknown = rows.check(data, settings.init_partly) if rows else None
+    unknown = rows.check(data, settings.init_partly) if rows else unread(data) if initial.vocabulary else None
     match = load_weights(model, initial, settings.init_partly, settings.init_map, rows)
     check_recurrence(initial, match, model, settings.model)
     vocabulary = data.vocabulary
