@@ -42,7 +42,9 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[Path]]:
     finished: dict[Path, FinishedRun] = {}
     unfinished: dict[Path, None] = {}
     for folder in folders:
-        runs = [run for run in RunFolder.below(folder) if "wandb" not in run.path.parts]
+        # Any depth passes over links to folders.
+        below = [*RunFolder.below(folder), *RunFolder.below(folder, "*")]
+        runs = [run for run in below if "wandb" not in run.path.parts]
         if not runs:
             raise UserError(f"{folder}: no run is there; give the folders of runs or sweeps, such as outputs/RUN.")
         for run in (RunFolder(run.path.resolve()) for run in runs):

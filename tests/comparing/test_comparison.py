@@ -243,8 +243,11 @@ def test_data_that_changed_between_runs_are_said_to_rank_nothing():
     assert notes("x", "y", init_from="outputs/RUN") == ABOUT_TIMES, "tokens of another vocabulary"
 
 
-def test_the_checksum_of_a_runs_test_data_is_read(text_run):
-    (found,), _ = read_runs([text_run])
+def test_a_run_is_read_with_the_checksum_of_its_test_data(text_run, tmp_path):
+    (tmp_path / "linked").symlink_to(text_run)
+    (found,), _ = read_runs([text_run, tmp_path])
+    (again,), _ = read_runs([tmp_path])
+    assert again.test_data == found.test_data
     assert found.test_data == json.loads((text_run / "environment.json").read_text())["data"]["test"]
 
 
