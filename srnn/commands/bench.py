@@ -146,7 +146,7 @@ def _plan(options: BenchOptions, threads: int) -> LayerPlan:
         "dtype": None if options.dtype is None else FLOAT_DTYPES[options.dtype],
         "batches": _split(options.batch, _number("--batch", int, 1, 1 << 16)),
         "threads": _threads(options),
-        "steps": None if options.steps is None else _number("--steps", int, 1, 1 << 20)(str(options.steps)),
+        "steps": _steps(options),
     }
     return replace(plan, **{name: value for name, value in given.items() if value is not None})
 
@@ -203,8 +203,9 @@ def _stream(options: BenchOptions) -> int:
     from srnn.bench.verdict import stream_verdict
     from srnn.terminal import console
 
+    steps, threads = _steps(options) or 10_000, _threads(options) or (1,)
     folder, rows = _folder(options), []
-    for row in measure_stream(10_000 if options.steps is None else options.steps, _threads(options) or (1,)):
+    for row in measure_stream(steps, threads):
         rows.append(row)
         console.print(csv_bytes([row]).decode().splitlines()[1])
     return _finish(folder / "stream.csv", rows, stream_verdict(rows))
@@ -315,6 +316,10 @@ def _device(options: BenchOptions, default: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("bench: device=cuda: torch finds no CUDA GPU here.")
     return device
+
+
+def _steps(options: BenchOptions) -> int | None:
+    return None if options.steps is None else _number("--steps", int, 1, 1 << 20)(str(options.steps))
 
 
 def _threads(options: BenchOptions) -> tuple[int, ...] | None:

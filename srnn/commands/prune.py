@@ -9,7 +9,7 @@ from typing import Any
 
 from srnn.commands import train
 from srnn.commands.options import unquoted
-from srnn.config.composing import read_settings
+from srnn.config.composing import parse_override, read_settings
 from srnn.errors import UserError
 from srnn.files import expanded
 from srnn.registry import register
@@ -45,9 +45,21 @@ def main(argv: Sequence[str]) -> int:
                 f"prune: {key}={given[key]} cannot be given: it prunes once, by magnitude, and trains nothing "
                 f"({key}={value}). To prune while training, leave out the word prune."
             )
+    if _are_several(given["init_from"]):
+        raise UserError(
+            f"prune: init_from={given['init_from']}: name one network, whose model and data stand; prune each by a "
+            f"command of its own."
+        )
     once = [f"{key}={value}" for key, value in _ONCE.items() if key not in given]
     kept = _of_the_run(expanded(unquoted(given["init_from"])), given)
     return train.main([*once, *kept, *argv])
+
+
+def _are_several(named: str) -> bool:
+    try:
+        return bool(parse_override(f"init_from={named}").is_sweep_override())
+    except UserError:  # a name that Hydra cannot read is quoted later
+        return False
 
 
 def _of_the_run(path: Path, given: dict[str, str]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from srnn.commands.options import Help, command, output_folder
 from srnn.errors import UserError
 from srnn.files import expanded
+from srnn.registry import Range
 from srnn.run_folder import RunFolder
 
 TOLERANCE = 0.001  # relative: what other hardware or versions may round to
@@ -20,7 +21,7 @@ TOLERANCE = 0.001  # relative: what other hardware or versions may round to
 def main(
     run: Annotated[str, Help("a finished run's folder", metavar="RUN")],
     output: Annotated[str | None, Help("where it is repeated (outputs/DATE_rerun_NAME)", metavar="FOLDER")] = None,
-    tolerance: Annotated[float, Help("relative difference that still counts as the same")] = TOLERANCE,
+    tolerance: Annotated[float, Range(ge=0), Help("relative difference that still counts as the same")] = TOLERANCE,
 ) -> int:
     """Repeat a finished run; say whether its numbers come out again.
 

@@ -149,7 +149,7 @@ def _sweep_job(settings: Settings, folder: Path, sweep: str) -> dict[str, Any]:
     """A job that may have been started before. What it prints, and its error, stay in its folder, wherever it runs."""
     from srnn.training.run import resume, train
 
-    run = RunFolder(folder)
+    run, settings = RunFolder(folder), settings.located()
     run.error.unlink(missing_ok=True)
     one_at_a_time = HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
     try:

@@ -35,6 +35,7 @@ ABOUT_TIMES = (
 
 MOST_COLUMNS = 4  # of options in a terminal: more stand below the table, a line a setting
 HOW_READ = ("batch_size", "sequence_length", "eval_streams")  # options of data that leave text and tokens as they are
+WHAT_IS_READ = ("dataset", "init_from", "init_vocabulary")  # of a config: all that a run's test data depend on
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Comparison:
     @property
     def notes(self) -> str:
         """What to know before the table is believed."""
-        return " ".join(filter(None, [ABOUT_TIMES, self._on_machines, self._on_data]))
+        return " ".join(filter(None, [ABOUT_TIMES, self._on_machines, self._on_data, self._on_changed_data]))
 
     @property
     def _on_machines(self) -> str:
@@ -143,6 +144,7 @@ class Comparison:
         """Said where the data themselves differ; otherwise nothing."""
         differ = [name for name in self.options if name.partition(".")[0] == "dataset"]
         differ = [name for name in differ if name.rpartition(".")[2] not in HOW_READ]
+        differ += [name for name in self.options if name == "trainer.limit_eval_batches"]
         if not differ:
             return ""
         of_tokens = (
@@ -152,6 +154,23 @@ class Comparison:
         return (
             f"These runs were scored on different data ({', '.join(differ)}): the order of their scores ranks no "
             f"networks.{of_tokens if self.metric == 'bits_per_character' else ''}"
+        )
+
+    @property
+    def _on_changed_data(self) -> str:
+        """Said where test data differ though the options that choose them are the same; otherwise nothing."""
+        runs = [run for setting in self.settings for run in setting.runs]
+        found: dict[str, dict[str, str]] = {}  # options -> checksum -> a run
+        for run in [*runs, *self.repeated]:
+            if run.test_data is not None:
+                chosen = repr({name: run.config.get(name) for name in WHAT_IS_READ})
+                found.setdefault(chosen, {}).setdefault(run.test_data, run.name)
+        apart = [" and ".join(names.values()) for names in found.values() if len(names) > 1]
+        if not apart:
+            return ""
+        return (
+            f"The options of these runs choose the same test data, and they were not the same ({'; '.join(apart)}): a "
+            f"file has changed, or is another one, or data are drawn by the seed. Their scores rank no networks."
         )
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from srnn.errors import UserError
+from srnn.recording.environment import read_environment
 from srnn.recording.summary import Points, read_metrics, summary_of
 from srnn.run_folder import RunFolder
 
@@ -22,12 +23,14 @@ class FinishedRun:
         config: the resolved config.
         summary: what ``summary_of`` makes of a report; the same numbers are a W&B run's summary.
         curves: logged name -> steps and values.
+        test_data: the checksum of its test part; None where it is not known.
     """
 
     name: str
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
     curves: Mapping[str, Points]
+    test_data: str | None = None
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[Path]]:
@@ -39,7 +42,9 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[Path]]:
     finished: dict[Path, FinishedRun] = {}
     unfinished: dict[Path, None] = {}
     for folder in folders:
-        runs = [run for run in RunFolder.below(folder) if "wandb" not in run.path.parts]
+        # Any depth passes over links to folders.
+        below = [*RunFolder.below(folder), *RunFolder.below(folder, "*")]
+        runs = [run for run in below if "wandb" not in run.path.parts]
         if not runs:
             raise UserError(f"{folder}: no run is there; give the folders of runs or sweeps, such as outputs/RUN.")
         for run in (RunFolder(run.path.resolve()) for run in runs):
@@ -59,7 +64,9 @@ def _read_run(folder: RunFolder) -> FinishedRun:
             raise ValueError("its config has no seed")
         if wrong := [name for name, value in summary.items() if name != "objective" and not _is_number(value)]:
             raise ValueError(f"{wrong[0]} is no number")
-        return FinishedRun(folder.path.name, config, summary, curves)
+        data = read_environment(folder).get("data")
+        test_data = str(data["test"]) if isinstance(data, Mapping) and "test" in data else None
+        return FinishedRun(folder.path.name, config, summary, curves, test_data)
     except UserError:  # which names the file
         raise
     except Exception as error:  # whatever files made by hand bring about

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from srnn.errors import UserError
 from srnn.registry import Component, Option, Range, check_options, register
 from srnn.registry.option_types import Positive
+
+SELF = "self"  # as distill.teacher: the network's own best dense moment
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,18 @@ class DistillConfig:
     weight: Annotated[float, Range(gt=0, le=1)] = 0.5
 
 
+def teachers_of(given: str | list[str] | None) -> list[str]:
+    """The networks that ``distill.teacher`` names, which a resumed run may look for from another folder.
+
+    Raises:
+        UserError: the network itself is among several.
+    """
+    names = [given] if isinstance(given, str) else given or []
+    if len(names) > 1 and SELF in names:
+        raise UserError(f"distill.teacher={names}: self teaches alone: leave it out, or name no other teacher.")
+    return [str(Path(name).expanduser().resolve()) for name in names if name not in ("", SELF)]
+
+
 @dataclass(frozen=True)
 class SrnnConfig:
     """Which plug-ins are loaded."""
@@ -105,6 +120,13 @@ class Settings:
         parts: dict[str, Any] = {kind: register.check(kind, given[kind]) for kind in COMPONENTS}
         sections = {key: make(**check_options(options_of(make), given[key], key)) for key, make in SECTIONS.items()}
         return cls(**given | parts | sections)
+
+    def located(self) -> Settings:
+        """With teachers that are found from another folder too. Raises UserError."""
+        if not (teachers := teachers_of(self.distill.teacher)):
+            return self
+        teacher = teachers[0] if isinstance(self.distill.teacher, str) else teachers
+        return replace(self, distill=replace(self.distill, teacher=teacher))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data again."""

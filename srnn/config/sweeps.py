@@ -74,7 +74,7 @@ def expand(
     jobs: dict[str, tuple[Settings, tuple[str, ...]]] = {}
     for job, wrong in zip(combined, unknown, strict=True):
         kept = tuple(text for text in job if text not in wrong)
-        settings = settings_of(with_options(kept, compose))
+        settings = settings_of(with_options(kept, compose)).located()  # as the run keeps it, to be known again by
         jobs.setdefault(identity(settings.as_dict()), (settings, kept))
     names = _names(list(jobs.values()))
     return [Job(kept, name, key) for (key, (_, kept)), name in zip(jobs.items(), names, strict=True)]

@@ -197,6 +197,8 @@ class Text(TextStreams):
                 f"dataset.valid_share={valid_share} and dataset.test_share={test_share} leave nothing to train on; "
                 f"their sum must be below 1."
             )
+        if not path.strip():  # it would be the working folder, with all that lies in it
+            raise UserError("dataset.path is empty: name a text file, a folder of them, or a pattern.")
         # Absolute, so that a packed model's run finds its text from anywhere.
         self.path = os.path.abspath(os.path.expanduser(path))
         self.valid_share = valid_share

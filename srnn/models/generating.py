@@ -47,4 +47,7 @@ def _sample(logits_V: Tensor, temperature: float, top_k: int | None, random: tor
     if top_k is not None and top_k < logits_V.numel():
         smallest = logits_V.topk(top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < smallest, -torch.inf)
-    return int(torch.multinomial((logits_V / temperature).softmax(0), 1, generator=random))
+    scaled_V = logits_V / temperature
+    if not scaled_V.max().isfinite():  # so near to 0 that it is 0 in single precision
+        return int(logits_V.argmax())
+    return int(torch.multinomial(scaled_V.softmax(0), 1, generator=random))

@@ -70,6 +70,20 @@ class TokenRows:
         return f"{told}; they are read as {UNKNOWN}."
 
 
+def unread(data: Any) -> str | None:
+    """What to say about training text that the vocabulary of the network to start from lacks; None if it has all."""
+    if not isinstance(data, TextStreams):
+        return None
+    text = data.texts().train
+    if not (unknown := data.vocabulary.unknown(text)):
+        return None
+    share = float((data.vocabulary.encode(text) == 0).mean())
+    return (
+        f"{100 * share:.2f} % of the training text is read as {UNKNOWN}, one token for all: its vocabulary lacks "
+        f"{_some(unknown)}. Scores then compare with those of no other vocabulary."
+    )
+
+
 def read_tokens(path: str, level: str | None) -> TokenRows:
     """Read a JSON list of tokens, or one token a line.
 

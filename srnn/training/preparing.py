@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from srnn.config.settings import PackedConfig, Settings, TrackingConfig, TrainerConfig
+from srnn.config.settings import SELF, PackedConfig, Settings, TrackingConfig, TrainerConfig
 from srnn.datasets.base import DataModule
 from srnn.errors import UserError
 from srnn.files import expanded
@@ -30,12 +30,12 @@ from srnn.run_folder import RunFolder
 from srnn.terminal import console
 from srnn.training.averaging import RunningAverage
 from srnn.training.cuda_graph import Graphed
-from srnn.training.init_vocabulary import TokenRows, read_tokens
+from srnn.training.init_vocabulary import TokenRows, read_tokens, unread
 from srnn.training.moments import Moments
 from srnn.training.processes import Place
 from srnn.training.start_from import Initial, check_recurrence, load_weights, read_initial
 from srnn.training.step_size import attach
-from srnn.training.teaching import SELF, check_own_teacher, teacher_of
+from srnn.training.teaching import check_own_teacher, teacher_of
 from srnn.vocabulary import ORDER, UNKNOWN, Vocabulary
 
 
@@ -285,7 +285,7 @@ def _initial(settings: Settings) -> tuple[Initial | None, TokenRows | None]:
 def _start_from(
     model: nn.Module, initial: Initial, settings: Settings, rows: TokenRows | None, data: DataModule
 ) -> dict[str, Any]:
-    unknown = rows.check(data, settings.init_partly) if rows else None
+    unknown = rows.check(data, settings.init_partly) if rows else unread(data) if initial.vocabulary else None
     match = load_weights(model, initial, settings.init_partly, settings.init_map, rows)
     check_recurrence(initial, match, model, settings.model)
     vocabulary = data.vocabulary

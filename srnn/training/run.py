@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from srnn.config.composing import read_settings
-from srnn.config.settings import Settings
+from srnn.config.settings import Settings, teachers_of
 from srnn.errors import UserError, cannot_be_written
 from srnn.files import write_atomically
 from srnn.inference.weights import read_weights
@@ -34,7 +34,6 @@ from srnn.training.fitting import check_devices, fit, quiet
 from srnn.training.preparing import Run, prepare
 from srnn.training.processes import Place
 from srnn.training.prune_only import prune_only
-from srnn.training.teaching import teachers_of
 from srnn.training.verifying import pack_and_verify, rehearse, score
 
 
@@ -54,7 +53,7 @@ def train(
         KeyboardInterrupt: the user stopped it; the folder holds the last checkpoint.
     """
     tracking = replace(settings.tracking, group=settings.tracking.group or group)
-    settings = _located(replace(settings, tracking=tracking))
+    settings = replace(settings, tracking=tracking).located()
     home = RunFolder(folder)
     if home.begun:
         raise UserError(f"{folder} holds a run already, which would be mixed with this one; set another hydra.run.dir.")
@@ -113,7 +112,7 @@ def refuse_what_none_can_do(jobs: Iterable[Settings]) -> None:
     first: UserError | None = None
     for settings in jobs:
         try:
-            _prepared(_located(settings), None)
+            _prepared(settings.located(), None)
             return
         except UserError as error:
             first = first or error
@@ -121,14 +120,6 @@ def refuse_what_none_can_do(jobs: Iterable[Settings]) -> None:
             return
     if first is not None:
         raise first
-
-
-def _located(settings: Settings) -> Settings:
-    """With teachers that are found from another folder too."""
-    if not (teachers := teachers_of(settings.distill.teacher)):
-        return settings
-    teacher = teachers[0] if isinstance(settings.distill.teacher, str) else teachers
-    return replace(settings, distill=replace(settings.distill, teacher=teacher))
 
 
 def _prepared(settings: Settings, checkpoint: Path | None) -> Run:

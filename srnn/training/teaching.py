@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from srnn.audio import Features
 from srnn.config.composing import read_settings
-from srnn.config.settings import DistillConfig
+from srnn.config.settings import SELF, DistillConfig
 from srnn.datasets.base import DataModule
 from srnn.errors import UserError
 from srnn.inference.packed_file import read
@@ -25,8 +25,6 @@ from srnn.registry import register
 from srnn.run_folder import RunFolder
 from srnn.training.cuda_graph import Graphed
 from srnn.vocabulary import Vocabulary
-
-SELF = "self"  # as distill.teacher: the network's own best dense moment
 
 
 def teacher_of(chosen: DistillConfig, objective: Objective, example: Tensor | None = None) -> Teacher | None:
@@ -68,18 +66,6 @@ def _each(carried: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return None if all(state is None for state in kept) else kept
 
     return all_of
-
-
-def teachers_of(given: str | list[str] | None) -> list[str]:
-    """The networks that ``distill.teacher`` names, which a resumed run may look for from another folder.
-
-    Raises:
-        UserError: the network itself is among several.
-    """
-    names = [given] if isinstance(given, str) else given or []
-    if len(names) > 1 and SELF in names:
-        raise UserError(f"distill.teacher={names}: self teaches alone: leave it out, or name no other teacher.")
-    return [str(Path(name).expanduser().resolve()) for name in names if name not in ("", SELF)]
 
 
 class OwnTeacher(pl.Callback):

@@ -23,6 +23,7 @@ def test_without_a_gpu_it_says_so(options, tmp_path, capsys):
         ("batch=0", "--batch=0 must be a number from 1"),
         ("threads=4096", "--threads=4096 must be a number from 1"),
         ("steps=0", "--steps=0 must be"),
+        ("bench=stream steps=0", "--steps=0 must be"),
         ("structure=2x2", "structure=2x2: there are element"),
         ("values=fp64", "--values=fp64: there are fp32"),
         ("kernels=gpu", "--kernels=gpu: there are"),

@@ -58,6 +58,7 @@ def run_folder(tmp_path):
         (["pruning=gradul"], ["gradul", "'gradual'"]),
         (["pruning.sparsity=1"], ["pruning.sparsity=1", "below 1"]),
         (["trian"], ["trian", "'train'"]),
+        (["dataset=text", "dataset.path=''"], ["dataset.path is empty"]),
         (["dataset=text", "dataset.path=/no/such/file"], ["/no/such/file", "no such file"]),
         (
             ["pruning.start_itr=0.6", "pruning.end_itr=0.5"],

@@ -91,6 +91,7 @@ def test_a_file_of_nobodys_run_needs_model_and_data(dense, tmp_path, capsys):
     [
         (["prune", "pruning.sparsity=0.9"], "say which trained network"),
         (["prune", "init_from=nowhere.pt"], "init_from=nowhere.pt: no such file"),
+        (["prune", "-m", "init_from=x,y"], "init_from=x,y: name one network"),
         (["prune", "init_from=x", "pruning=cubic"], "pruning=cubic cannot be given: it prunes once"),
         (["prune", "init_from=x", "trainer.max_epochs=3"], "trainer.max_epochs=3 cannot be given"),
         (["prune", "init_from=x", "pruning.sparsity=1.0"], "pruning.sparsity=1.0 must be above 0 and below 1"),

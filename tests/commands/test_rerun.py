@@ -70,6 +70,7 @@ def test_mistakes(text_run, tmp_path, capsys):
         ([tmp_path], "no finished run is there"),
         ([text_run, "--output", text_run], "holds a run already"),
         ([text_run, "--tolerance", "much"], "--tolerance"),
+        ([text_run, "--tolerance", "nan"], "--tolerance=nan must be at least 0"),
         ([text_run, "--output", text_run / "environment.json" / "x"], "--output="),
     ):
         assert main(["rerun", *map(str, arguments)]) == 2

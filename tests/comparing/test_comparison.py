@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -224,6 +225,30 @@ def test_scores_on_other_data_are_said_to_rank_nothing():
     other = notes({"path": "a"}, {"path": "b"}, score="perplexity")
     assert "different data (dataset.path)" in other
     assert "flatters" not in other
+    limits = [run(2.0, trainer={"limit_eval_batches": limit}) for limit in (4, None)]
+    assert "different data (trainer.limit_eval_batches)" in compare(limits).notes
+
+
+def test_data_that_changed_between_runs_are_said_to_rank_nothing():
+    """The text behind `dataset.path` was edited between two runs, which would be two seeds of one setting."""
+
+    def notes(*checksums, **options):
+        made = [run(2.0, seed, dataset={"name": "text", "path": "a.txt"}) for seed in range(len(checksums))]
+        made[-1].config.update(options)
+        return compare([replace(one, test_data=sum) for one, sum in zip(made, checksums, strict=True)]).notes
+
+    assert notes("x", "x") == notes("x", None) == ABOUT_TIMES
+    assert "they were not the same (run0 and run1): a file has changed" in notes("x", "y")
+    assert "(run0 and run1)" in notes("x", "y", seed=0), "one of them is left out, and perhaps the wrong one"
+    assert notes("x", "y", init_from="outputs/RUN") == ABOUT_TIMES, "tokens of another vocabulary"
+
+
+def test_a_run_is_read_with_the_checksum_of_its_test_data(text_run, tmp_path):
+    (tmp_path / "linked").symlink_to(text_run)
+    (found,), _ = read_runs([text_run, tmp_path])
+    (again,), _ = read_runs([tmp_path])
+    assert again.test_data == found.test_data
+    assert found.test_data == json.loads((text_run / "environment.json").read_text())["data"]["test"]
 
 
 def test_times_that_were_not_taken_alike_are_said_to_rank_nothing():

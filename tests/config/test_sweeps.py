@@ -179,6 +179,18 @@ def test_what_every_job_would_fail_at_is_told_before_the_first(wrong, message, t
     assert [path.name for path in tmp_path.iterdir()] == ["there.txt"], "nothing was left behind"
 
 
+def test_a_job_with_a_teacher_is_known_again(tmp_path, monkeypatch):
+    """Its config keeps the teacher's absolute path; the command names it as before."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "_run", lambda *_: {})
+    teachers = "distill.teacher=outputs/dense,self,[outputs/a,outputs/b]"
+    for job, folder in Sweep(tmp_path, expand([teachers, "seed=0,1"])).folders.items():
+        run.train(compose_settings(job.overrides), folder)
+    again = Sweep(tmp_path, expand([teachers, "seed=1,0"]))
+    assert sorted(again.folders.values()) == sorted(path.parent for path in tmp_path.glob("*/config.yaml"))
+    assert len(again.folders) == 6
+
+
 def test_what_only_one_job_breaks_at_is_left_to_it(monkeypatch):
     """Such as an error in a plug-in: the others can run, as after any job that fails."""
     asked = []

@@ -40,6 +40,7 @@ def test_writing_is_the_same_with_the_same_seed_on_any_kernel(path):
     assert texts[0] == texts[1] == texts[2] == texts[3]
     assert list(model.generate(prompt, 30, temperature=0.8, seed=4)) != texts[0]
     assert list(model.generate(prompt, 5, temperature=0)) == list(model.generate(prompt, 5, temperature=0, seed=9))
+    assert list(model.generate(prompt, 5, temperature=1e-300)) == list(model.generate(prompt, 5, temperature=0))
     for _ in model.generate(prompt, 1):
         assert not torch.is_inference_mode_enabled(), "what happens between two tokens is the caller's"
 

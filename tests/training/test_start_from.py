@@ -27,7 +27,9 @@ def test_fine_tuning_a_pruned_network_keeps_its_zeros(tmp_path, capsys):
     capsys.readouterr()
     report = train(two, "dataset=text", f"dataset.path={tmp_path}/b.txt", f"init_from={one}", "pruning=fixed",
                    "kernel=dense", "packed.values=fp32")  # fmt: skip
-    assert "7 weights loaded" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "7 weights loaded" in shown
+    assert "5.00 % of the training text is read as <unk>, one token for all: its vocabulary lacks '?'." in shown
     assert report["init_from"]["fresh"] == report["init_from"]["unused"] == []
     assert report["sparsity"]["reached"] >= first["sparsity"]["reached"] - 0.001
     assert report["sparsity"]["wanted"] is None

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from srnn.__main__ import main
 from srnn.config.composing import compose_settings
-from srnn.config.settings import Settings
+from srnn.config.settings import Settings, teachers_of
 from srnn.datasets.text import IGNORED
 from srnn.errors import UserError
 from srnn.inference.weights import read_weights
@@ -22,7 +22,7 @@ from srnn.run_folder import RunFolder
 from srnn.training.cuda_graph import Graphed
 from srnn.training.preparing import prepare
 from srnn.training.start_from import read_initial
-from srnn.training.teaching import OwnTeacher, _each, teachers_of
+from srnn.training.teaching import OwnTeacher, _each
 from tests.conftest import QUIET
 from tests.training.test_resume import RUN, check_same_run, interrupt_after
 
