@@ -87,6 +87,25 @@ def test_commands_compose(command):
     check_command_line(shlex.split(command))
 
 
+def own_components():
+    """The components that srnn registers itself, without those of plug-ins."""
+    names = [(kind, name) for kind in KINDS for name in register.names(kind)]
+    return [c for c in map(register.components.get, names) if c.origin.startswith("srnn.")]
+
+
+def test_every_name_is_on_the_page_of_the_configuration():
+    page = (ROOT / "docs/configuration.md").read_text()
+    names = {c.name for c in own_components() if c.kind != "objective"} | {*presets("experiment")}
+    assert not {name for name in names if f"`{name}`" not in page}
+
+
+def test_every_data_set_method_and_kernel_is_in_the_reference():
+    page = (ROOT / "docs/reference/components.md").read_text()
+    members = set(re.findall(r"\w+", " ".join(re.findall(r"members: \[(.*?)\]", page))))
+    wanted = {c.factory.__name__ for c in own_components() if c.kind in ("dataset", "pruning", "kernel")}
+    assert not wanted - members
+
+
 def test_a_run_is_named_as_the_commands_help_names_it():
     """``srnn export RUN``, not the longer ``srnn export run=RUN``, ``srnn export --run RUN`` or ``srnn resume=RUN``."""
     files = [*(ROOT / file for file in FILES), *ROOT.glob("srnn/**/*.py")]
