@@ -47,14 +47,6 @@ def runs_here(words):
     return not (words[0].startswith(("-m", "resume", "experiment=")) or "trainer=ddp" in words or of_speech)
 
 
-def test_the_groups_are_listed_with_all_their_names():
-    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", (ROOT / "docs/configuration.md").read_text(), flags=re.MULTILINE)
-    folders = {path.name: path for path in conf_folder().iterdir() if path.is_dir() and path.name != "hydra"}
-    assert dict(rows).keys() == folders.keys()
-    for group, names in rows:
-        assert not {path.stem for path in folders[group].glob("*.yaml")} - set(re.findall(r"`(\w+)`", names)), group
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, text_run):
     """A folder with all that the documents' commands name."""
@@ -93,6 +85,25 @@ def test_links_lead_somewhere(file):
 def test_commands_compose(command):
     register.load_plugins(plugin_folders())
     check_command_line(shlex.split(command))
+
+
+def own_components():
+    """The components that srnn registers itself, without those of plug-ins."""
+    names = [(kind, name) for kind in KINDS for name in register.names(kind)]
+    return [c for c in map(register.components.get, names) if c.origin.startswith("srnn.")]
+
+
+def test_every_name_is_on_the_page_of_the_configuration():
+    page = (ROOT / "docs/configuration.md").read_text()
+    names = {c.name for c in own_components() if c.kind != "objective"} | {*presets("experiment")}
+    assert not {name for name in names if f"`{name}`" not in page}
+
+
+def test_every_data_set_method_and_kernel_is_in_the_reference():
+    page = (ROOT / "docs/reference/components.md").read_text()
+    members = set(re.findall(r"\w+", " ".join(re.findall(r"members: \[(.*?)\]", page))))
+    wanted = {c.factory.__name__ for c in own_components() if c.kind in ("dataset", "pruning", "kernel")}
+    assert not wanted - members
 
 
 def test_a_run_is_named_as_the_commands_help_names_it():
