@@ -6,7 +6,7 @@ from torch import nn
 
 from srnn.pruning import Pruner
 from srnn.pruning.cutting import GpuCut
-from srnn.pruning.masking import blocks_of, put
+from srnn.pruning.launches import blocks_of, put
 from tests.kernels.triton_cases import on_gpu
 
 CPU = torch.device("cpu")
