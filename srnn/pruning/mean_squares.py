@@ -24,8 +24,12 @@ def are_finite(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
             if values.numel():
                 places.setdefault((values.device, values.dtype), []).append(values)
     # The root of the sum of squares: on a CPU an eighth of the largest one's time.
-    norms = [torch.stack(torch._foreach_norm(each, 2, dtype=torch.float32)) for each in places.values()]
-    return [norm.isfinite().all() for norm in norms]
+    # In 16 bits it would be infinite early; of float64 and complex numbers torch takes it in no narrower type.
+    norms = [
+        torch._foreach_norm(each, 2, dtype=torch.float32 if dtype.itemsize < 4 else None)
+        for (_, dtype), each in places.items()
+    ]
+    return [torch.stack(norm).isfinite().all() for norm in norms]
 
 
 class MeanSquares:
