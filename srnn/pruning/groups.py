@@ -41,8 +41,10 @@ class Saliency:
 
     def __call__(self, piece: Piece) -> Tensor:
         """Of a piece."""
-        moment = piece.of(self.moments[piece.part.parameter_name])
-        return piece.weight.abs() * moment.sqrt().sqrt()  # rounded alike on all devices, as powers are not
+        moment, size = piece.of(self.moments[piece.part.parameter_name]), piece.weight.abs()
+        if size.itemsize < 4:  # in fp16 the product of two small numbers is zero
+            size, moment = size.float(), moment.float()
+        return size * moment.sqrt().sqrt()  # rounded alike on all devices, as powers are not
 
 
 def _refuse_odd(importance: Callable[[Piece], Tensor], pieces: list[Piece], extremes: Tensor) -> None:
