@@ -60,6 +60,8 @@ class SparseCell(SparseModule):
         shapes = [tuple(part.shape) for part in state]
         if shapes != [shape] * self._parts:
             raise RuntimeError(f"the state must have shape {[shape] * self._parts}, not {shapes}")
+        if x_BI.is_cpu:  # whatever backend was chosen: not all of them take a state of another type
+            state = tuple(part.to(x_BI.dtype) for part in state)
         return state
 
     @property

@@ -257,6 +257,8 @@ class SparseRecurrent(ReplayedCalls):
         given = [tuple(part.shape) for part in state]
         if given != shapes:
             raise RuntimeError(f"the state must have shape {shapes}, not {given}")
+        if x.is_cpu:  # whatever backend was chosen: not all of them take a state of another type
+            state = tuple(part.to(x.dtype) for part in state)
         return state if order is None else tuple(part.index_select(1, order) for part in state)
 
     def _run(self, x_NI: Tensor, sizes: Tensor, state: State) -> tuple[Tensor, State]:

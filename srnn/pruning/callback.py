@@ -250,6 +250,11 @@ class PruningCallback(pl.Callback):
                 stacklevel=2,
             )
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget the masks of a checkpoint that was only scored: a training after it has others."""
+        if stage != "fit":
+            self._restored = None
+
     def state_dict(self) -> dict[str, Any]:
         """Goes into every checkpoint."""
         return self.pruner.state_dict() if self.pruner is not None else {}

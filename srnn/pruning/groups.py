@@ -42,8 +42,10 @@ class Saliency:
 
     def __call__(self, piece: Piece) -> Tensor:
         """Of a piece."""
-        moment = piece.of(self.moments[piece.part.parameter_name])
-        return piece.weight.abs() * _root(_root(moment))
+        moment, size = piece.of(self.moments[piece.part.parameter_name]), piece.weight.abs()
+        if size.itemsize < 4:  # in fp16 the product of two small numbers is zero
+            size, moment = size.float(), moment.float()
+        return size * _root(_root(moment))
 
 
 def _root(numbers: Tensor) -> Tensor:

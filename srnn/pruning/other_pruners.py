@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -19,6 +20,9 @@ class OtherPruners:
     def __init__(self) -> None:
         self.mine: set[str] = set()
         self.told = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"mine": set(), "told": False}  # a copy has parameters of its own, which nobody has masked yet
 
     def look(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Warn once of weights that another pruner has masked since the last look."""

@@ -38,6 +38,8 @@ def unit_scores(importance_GRC: Tensor, structure: Structure, score: Score) -> T
         return importance_GRC.flatten()
     if score == "max":
         return structure.maxima(importance_GRC)
+    if importance_GRC.itemsize < 4:  # squares of small numbers are zero in fp16, and sums are coarse in both
+        importance_GRC = importance_GRC.float()
     shape: Shape = (importance_GRC.shape[0], importance_GRC.shape[1], importance_GRC.shape[2])
     # By the weights a block has, not by N x M: a block that is cut off at an edge would else look small, and go first.
     sizes = structure.sizes(shape, importance_GRC.device)

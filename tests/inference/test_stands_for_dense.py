@@ -283,3 +283,18 @@ def test_lists_of_all_weights(rnn):
     for one, other in zip(sparse.all_weights, rnn.all_weights, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     assert len(sparse._flat_weights) == len(rnn._flat_weights)
+
+
+@pytest.mark.parametrize("kernel", ["csr", "dense", "cpu"])
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.int64])
+@pytest.mark.parametrize("streams", [1, 3])
+def test_states_of_another_type_are_cast_whatever_runs_the_layer(kernel, kind, streams):
+    for dense in (pruned(nn.GRU(16, 32, 2)), pruned(nn.LSTMCell(16, 32))):
+        sparse = srnn.sparsify(dense, kernel=kernel)
+        cell = isinstance(dense, nn.LSTMCell)
+        x = torch.randn(streams, 16) if cell else torch.randn(4, streams, 16)
+        h = (3 * torch.randn(streams, 32) if cell else 3 * torch.randn(2, streams, 32)).to(kind)
+        given, exact = ((h, h), (h.float(), h.float())) if cell else (h, h.float())
+        for got, want in zip(sparse(x, given), dense(x, exact), strict=True):
+            assert got.dtype == torch.float32
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

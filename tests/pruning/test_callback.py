@@ -419,3 +419,21 @@ def test_fast_dev_run_runs_and_says_that_the_schedule_did_not(tmp_path, module, 
     slip = trainer(tmp_path, PruningCallback("cubic", scope={"out.wieght": {"sparsity": 0.5}}), fast_dev_run=fast)
     with pytest.warns(UserWarning, match="fast_dev_run"), pytest.raises(UserError, match="wieght"):
         slip.fit(module, data())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_what_was_only_scored_is_not_gone_on_with(tmp_path):
+    class Scored(Copying):
+        def validation_step(self, batch, _):
+            self.log("loss", self.training_step(batch, 0))
+
+    trainer(tmp_path, PruningCallback("cubic"), kept := ModelCheckpoint(tmp_path)).fit(Copying(), data())
+    pruning = PruningCallback("cubic")
+    runner = trainer(tmp_path, pruning)
+    runner.validate(Scored(), data(), ckpt_path=kept.best_model_path, verbose=False, weights_only=True)
+    other = Copying()
+    starts = []
+    other.on_train_batch_start = lambda *_: starts.append((pruning.pruner.itr, pruning.pruner.sparsity))
+    runner.fit(other, data())
+    assert starts[0] == (0, 0.0)
+    assert pruning.pruner.itr == runner.global_step == 90

@@ -154,3 +154,16 @@ def test_compiled_and_wrapped_networks_and_other_floats_are_pruned():
             model = nn.Linear(32, 32).to(dtype)
             srnn.prune(model, 0.75)
             assert share_of(model.weight) == 0.75
+
+
+@pytest.mark.parametrize("score", ["mean", "energy"])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_blocks_of_16_bit_networks_are_ranked_as_exactly_as_others(kind, score):
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64, bias=False)
+    layer.weight.data.mul_(1e-3)  # squares of these are zero in fp16
+    narrow = copy.deepcopy(layer).to(kind)
+    exact = copy.deepcopy(narrow).double()
+    for network in (narrow, exact):
+        srnn.prune(network, 0.75, "4x1", score=score)
+    assert torch.equal(narrow.weight == 0, exact.weight == 0)

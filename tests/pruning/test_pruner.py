@@ -1,4 +1,5 @@
 import copy
+import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -340,6 +341,20 @@ def test_another_pruner_of_the_same_weights_is_named():
     with pytest.warns(UserWarning, match="another Pruner or callback masks weight_ih_l0, weight_hh_l0, too") as told:
         in_turn(*both)
     assert len(told) == 2  # once each
+
+
+def test_a_copied_pruner_takes_the_original_for_no_other():
+    model = nn.GRU(8, 16)
+    pruner = Pruner(model, "cubic", 200, sparsity=0.5)
+    in_turn(pruner)
+    kept = io.BytesIO()
+    torch.save((model, pruner), kept)
+    kept.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _, other in (copy.deepcopy((model, pruner)), torch.load(kept, weights_only=False)):
+            in_turn(other)
+        in_turn(pruner)
 
 
 def test_a_state_of_another_schedule_is_named():

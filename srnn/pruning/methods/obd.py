@@ -7,7 +7,7 @@ h here and costs nothing to know. (Theis et al. 2018 take v itself, the diagonal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from srnn.pruning.groups import Saliency
 from srnn.pruning.mean_squares import MeanSquares, are_finite
 from srnn.pruning.methods.base import PrunerView
 from srnn.pruning.methods.cubic import Cubic
-from srnn.pruning.parts import Piece
-from srnn.pruning.scope import Sharing
+from srnn.pruning.parts import Part, Piece, some_of
+from srnn.pruning.scope import Sharing, in_a_scope
 from srnn.registry import register
 
 SECOND_MOMENT = "exp_avg_sq"  # torch's name of v in the state of Adam and its kind
@@ -45,19 +45,19 @@ class OBD(Cubic):
         self._saliency = Saliency()
         self._taking_in = MeanSquares(DECAY)
         self._has_looked = False  # whether there are gradients
+        self._taken_in = -1  # the last step that its own means hold
 
     def before_update(self, pruner: PrunerView) -> None:
-        """Look up the means of squared gradients; in the first step its own are those of this step.
+        """Look up the means of squared gradients, this step's among them.
 
         Raises:
-            UserError: there are no gradients to look at.
+            UserError: there are no gradients to look at, of any weight that shares a threshold.
         """
-        left = self._without(pruner)
-        new = self._with_this_step(pruner, {name: p for name, p in left.items() if name not in self._own})
-        own = {name: self._own[name].to(p.device) if name in self._own else new[name] for name, p in left.items()}
-        moments = self._saliency.moments = {**_of_optimizers(pruner), **own}
-        if not self._has_looked and not any(bool(moment.any()) for moment in moments.values()):
-            raise _no_gradients()  # they were set to zero: all scores would be, too
+        self._take_in(pruner)
+        self._saliency.moments = _of_one_age(pruner, {**_of_optimizers(pruner), **self._own})
+        for group in [] if self._has_looked else pruner.groups:
+            if not any(bool(self._saliency.moments[part.parameter_name].any()) for part in group.parts):
+                raise _no_gradients(group.parts)  # all scores would be zero, and the first weights be kept
         self._has_looked = True  # once: a GPU is waited for
 
     def after_masks(self, pruner: PrunerView) -> None:
@@ -67,8 +67,15 @@ class OBD(Cubic):
             UserError: there are no gradients to look at.
         """
         self._saliency.moments = {}
-        left = self._without(pruner) if pruner.itr < self.done_from else {}
-        self._own = self._with_this_step(pruner, left)
+        if pruner.itr < self.done_from:
+            self._take_in(pruner)
+        else:
+            self._own = {}
+
+    def _take_in(self, pruner: PrunerView) -> None:
+        if self._taken_in != pruner.itr:
+            self._taken_in = pruner.itr
+            self._own = self._with_this_step(pruner, self._without(pruner))
 
     def _with_this_step(self, pruner: PrunerView, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Its own means of some parameters, with the gradients of this step."""
@@ -88,7 +95,7 @@ class OBD(Cubic):
         """The parameters of which no optimiser keeps a mean of squared gradients."""
         theirs, parameters = _of_optimizers(pruner), {part.parameter_name: part.parameter for part in pruner.parts}
         if not theirs and all(parameter.grad is None for parameter in parameters.values()):
-            raise _no_gradients()
+            raise _no_gradients(pruner.parts)
         return {name: parameter for name, parameter in parameters.items() if name not in theirs}
 
     def importance(self, piece: Piece) -> Tensor:
@@ -105,6 +112,7 @@ class OBD(Cubic):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them up again."""
+        self._taken_in = -1
         self._own = {name: mean.clone() for name, mean in state.items()}
 
 
@@ -115,10 +123,27 @@ def _of_optimizers(pruner: PrunerView) -> dict[str, Tensor]:
     return {name: moment for name, moment in kept.items() if moment is not None}
 
 
-def _no_gradients() -> UserError:
+def _of_one_age(pruner: PrunerView, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Means of squared gradients that can be compared: all start at zero, and those of other decays rise sooner."""
+    names = {part.parameter: part.parameter_name for part in pruner.parts}
+    ages: dict[str, tuple[float, Any]] = dict.fromkeys(moments, (DECAY, pruner.itr))
+    for optimizer in pruner.optimizers:
+        for group in (group for group in optimizer.param_groups if "betas" in group):
+            states = {names[p]: optimizer.state.get(p, {}) for p in group["params"] if p in names}
+            kept = {name: state["step"] for name, state in states.items() if {SECOND_MOMENT, "step"} <= state.keys()}
+            ages |= {name: (float(group["betas"][1]), steps) for name, steps in kept.items()}
+    if len({decay for decay, _ in ages.values()}) == 1:  # as usual: what all are too small by changes no rank
+        return dict(moments)
+    return {name: moment / (1 - ages[name][0] ** max(1.0, float(ages[name][1]))) for name, moment in moments.items()}
+
+
+def _no_gradients(parts: Sequence[Part]) -> UserError:
+    leave_out = in_a_scope(parts[0].name, "0")
+    frozen = not any(part.parameter.requires_grad for part in parts)
+    called = f"call pruner.step() before optimizer.zero_grad(), or leave out what the loss does not need: {leave_out}"
     return UserError(
-        "pruning=obd ranks by squared gradients, and no weight has any: call pruner.step() before "
-        "optimizer.zero_grad(), or choose pruning=cubic."
+        f"pruning=obd ranks by squared gradients, and there are none of {some_of([part.name for part in parts])}: "
+        f"{f'they are frozen; leave them out: {leave_out}' if frozen else called}, or choose pruning=cubic."
     )
 
 
