@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Glob
 from rich.table import Table
 
 from srnn.config.composing import (
     compose_config,
     parse_override,
+    presets,
     read_plain,
     settings_of,
     slug,
@@ -96,6 +98,10 @@ def choices_of(texts: Sequence[str]) -> dict[str, list[str]]:
         key = override.get_key_element()
         if not override.is_sweep_override():
             choices[key] = [text]
+        elif isinstance(pattern := override.value(), Glob):  # Hydra itself asks its search path, which is not set here
+            if key not in GROUPS:
+                raise UserError(f"{text}: a glob is of the names of a group: {', '.join(GROUPS)}.")
+            choices[key] = [f"{key}={name}" for name in pattern.filter(presets(key))]
         elif override.is_discrete_sweep():
             choices[key] = list(dict.fromkeys(f"{key}={value}" for value in override.sweep_string_iterator()))
         else:

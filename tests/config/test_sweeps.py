@@ -45,6 +45,18 @@ def test_an_option_that_a_choice_lacks_is_dropped_and_no_job_comes_twice():
     assert len(jobs("pruning.sparsity=0.9,0.90,9e-1")) == 1, "the same value, spelt otherwise"
 
 
+def test_a_glob_is_of_the_names_of_a_group():
+    assert jobs("model=glob([*gru,rnn],exclude=deep*)", "seed=0,1") == [
+        (f"model={name}", f"seed={seed}") for name in ("gru", "rnn") for seed in (0, 1)
+    ]
+    for arguments, message in (
+        (["model=glob(x*)"], "no value in it"),
+        (["seed=glob(1*)"], "a glob is of the names of"),
+    ):
+        with pytest.raises(UserError, match=message):
+            expand(arguments)
+
+
 def test_params_and_rows():
     rows = [["pruning=none", "model.hidden_size=50"], ["pruning=gradual"]]
     found = jobs("model=lstm", params={"seed": "0,1", "model": "gru,rnn"}, rows=rows)
