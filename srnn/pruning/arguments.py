@@ -160,17 +160,19 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], parameters: Ma
         )
 
 
-def check_parameters(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]
-) -> None:
-    """Raise UserError if a model no longer has the parameters that are masked, or has them on another device."""
+def check_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise UserError if a model no longer has the parameters that are masked."""
     there = {id(parameter) for parameter in model.parameters()}
+    if gone := [name for name, parameter in parameters.items() if id(parameter) not in there]:
+        raise UserError(
+            f"{gone[0]} is no longer the parameter that the Pruner was built with, and prunes: put new values in "
+            f"place with `copy_`, or build the Pruner after the change."
+        )
+
+
+def check_not_moved(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> None:
+    """Raise UserError if parameters have been moved from where their masks are."""
     for name, parameter in parameters.items():
-        if id(parameter) not in there:
-            raise UserError(
-                f"{name} is no longer the parameter that the Pruner was built with, and prunes: put new values in "
-                f"place with `copy_`, or build the Pruner after the change."
-            )
         if parameter.device != masks[name].device:
             raise UserError(
                 f"{name} is on {parameter.device} now, and was on {masks[name].device} when the Pruner was "

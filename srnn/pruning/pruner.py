@@ -17,6 +17,7 @@ from srnn.pruning.arguments import (
     averaged,
     build_method,
     check_argument,
+    check_not_moved,
     check_optimizers,
     check_parameters,
     check_state,
@@ -177,7 +178,8 @@ class Pruner:
         if update or self.itr % _COMPARE_EVERY == 0 or not self._checked:
             self._checked = True
             self._gradient_hooks.attach(self._parameters)  # some may have been frozen
-            check_parameters(self._model, self._parameters, self._masks)
+            check_parameters(self._model, self._parameters)
+            check_not_moved(self._parameters, self._masks)
             self._others.look(self._parameters)
             check_equal(self._compared(), self.itr)
         self._mask_and_update(update)
@@ -194,11 +196,12 @@ class Pruner:
         Warns if the sparsity asked for was missed, and if nothing is left of a matrix or gate.
 
         Raises:
-            UserError: ranks differ, or the training had diverged by the last update.
+            UserError: ranks differ, the training had diverged by the last update, or parameters were exchanged since.
         """
         self._masker.restart()
         self._apply()
         self._gradient_hooks.remove()
+        check_parameters(self._model, self._parameters)
         check_equal(self._compared(), self.itr)
         for group in self.groups:
             float(group.epsilon)  # a GPU has done all then

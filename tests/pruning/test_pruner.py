@@ -158,6 +158,17 @@ def test_a_parameter_that_is_no_longer_the_models_is_noticed(change):
         pruner.step()
 
 
+def test_a_parameter_exchanged_after_the_last_update_is_noticed_in_the_end():
+    model = nn.GRU(4, 8)
+    pruner = Pruner(model, "cubic", 10, start_itr=1, end_itr=5)
+    for _ in range(9):
+        pruner.step()
+    model.weight_hh_l0 = nn.Parameter(torch.randn(24, 8))
+    pruner.step()
+    with pytest.raises(UserError, match=r"weight_hh_l0 is no longer the parameter"):
+        pruner.finalize()
+
+
 def test_a_resumed_pruner_notices_it_at_its_first_step():
     model = nn.GRU(4, 8)
     state = Pruner(model, "cubic", 100).state_dict()
