@@ -156,6 +156,8 @@ def _pack_again(run: str, values: ValuesChoice, structure: StructureChoice, outp
     """Another packed file, scored beside the run's."""
     source = packed_file(run)
     target = _target(output, source.with_name(f"model-{values}-{structure}.safetensors"))
+    if target.exists() and target.samefile(source):
+        raise UserError(f"export: --output={target} is the packed file that is read: name another, and it stays.")
 
     from srnn.inference.packed_file import read, write
     from srnn.inference.unpacking import unpack

@@ -76,10 +76,11 @@ def test_blocks_that_are_not_there_are_refused(run, capsys):
         (["structure=3x3"], "invalid choice: '3x3'"),
         (["output=model.bin"], "must be a file named *.safetensors"),
         (["output=/dev/null/m.safetensors"], "--output=/dev/null: this folder cannot be written: File exists"),
+        (["output={run}/model.safetensors"], "is the packed file that is read: name another"),
     ],
 )
 def test_mistakes_are_told(run, arguments, message, capsys):
-    assert main(["export", f"run={run}", *arguments]) == 2
+    assert main(["export", f"run={run}", *(argument.format(run=run) for argument in arguments)]) == 2
     assert message in capsys.readouterr().err
 
 
