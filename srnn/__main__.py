@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 from srnn import __version__
 from srnn.errors import UserError, did_you_mean, in_words
+from srnn.interrupts import interruptible
 from srnn.terminal import close_output, open_closed_streams, show_what_can_be_shown, warnings_in_words
 
 COMMANDS = {
@@ -73,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_what_can_be_shown()
     _pass_over_what_ends_imports()
     try:
-        with _no_interrupt_lost(), warnings_in_words():
+        with interruptible(), warnings_in_words():
             return _dispatch(argv)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         close_output()
@@ -88,26 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("srnn: interrupted; what was written so far is whole.", file=sys.stderr)
         return 130
-
-
-@contextmanager
-def _no_interrupt_lost() -> Iterator[None]:
-    """Send a Ctrl-C again that comes while an object is taken down: Python drops it there, with a traceback."""
-    before = sys.unraisablehook
-
-    def again(dropped: Any) -> None:
-        if issubclass(dropped.exc_type, KeyboardInterrupt):
-            # Not at once, which would be dropped like the first. A signal: it also ends what waits.
-            main_thread = threading.main_thread().ident or 0
-            threading.Timer(0.05, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
-        else:
-            before(dropped)
-
-    sys.unraisablehook = again
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
 
 
 def _pass_over_what_ends_imports() -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,14 @@ def srnn_command(tmp_path):
 
 
 # Runs that many tests read. A test that writes into one copies its folder first.
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT interrupts, as in a terminal: jobs that a shell starts in the background are started without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 
 # Each room may import rooms of the lines above its own, and itself.
 LEVELS = [
-    {"errors", "files", "importing", "terminal"},
+    {"errors", "files", "importing", "interrupts", "terminal"},
     {"run_folder", "meta_device", "formats", "cells", "registry", "distributed", "vocabulary", "audio"},
     {"sparse"},
     {"models", "datasets", "pruning", "kernels"},

@@ -56,9 +56,10 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write all rows."""
+        """Write all rows; none yet leave the file that a resumed run goes on with as it is."""
         self._saved = time.monotonic()
-        write_atomically(self.path, csv_bytes(self.rows, line_end="\r\n"))
+        if self.rows:
+            write_atomically(self.path, csv_bytes(self.rows, line_end="\r\n"))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,17 @@ class StopRequest:
     """Whether somebody asked the run to stop: once asks, twice interrupts at once."""
 
     asked = False
+    interrupt: Any = None  # what handled Ctrl-C before
 
     def ask(self, number: int, frame: Any) -> None:
         """Handle a signal."""
         if self.asked:
+            if callable(self.interrupt):
+                self.interrupt(number, frame)
             raise KeyboardInterrupt
         self.asked = True
-        console.print("stopping after this step; once more stops at once")
+        with suppress(RuntimeError):  # Python's, where the signal came in the midst of another print
+            console.print("stopping after this step; once more stops at once")
 
     def listen(self) -> dict[Any, Any]:
         """Handle Ctrl-C and SIGTERM from now on; returns what did before."""
@@ -67,6 +71,7 @@ def stop_requests() -> Iterator[StopRequest]:
     """While inside, Ctrl-C and SIGTERM ask; asked a second time, they interrupt at once."""
     request = StopRequest()
     before = request.listen()
+    request.interrupt = before.get(signal.SIGINT)
     try:
         yield request
     finally:

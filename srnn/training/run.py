@@ -19,6 +19,7 @@ from srnn.config.settings import Settings, teachers_of
 from srnn.errors import UserError, cannot_be_written
 from srnn.files import write_atomically
 from srnn.inference.weights import read_weights
+from srnn.interrupts import interruptible
 from srnn.kernels import Kernel
 from srnn.recording import environment
 from srnn.recording.console import print_folder, print_report, print_way_back, print_ways_on
@@ -155,12 +156,13 @@ def _run(settings: Settings, folder: RunFolder, checkpoint: Path | None) -> dict
             with carefully("which scores count"):
                 define_scores(wandb, run.data.objective)
         try:
-            recorder = fit(run, folder, wandb) if run.trainer.epochs else prune_only(run, folder, wandb)
-            report = _finish(run, folder, recorder)
-            report["seconds"]["total"] = time.perf_counter() - began
-            matrix = recurrent_matrix(run.model, recorder.pruner)
-            plots = plot_run(folder, report["phases"], report["layers"], matrix, run.objective.loss_name)
-            write_atomically(folder.report, json.dumps(report, indent=2).encode())
+            with interruptible():
+                recorder = fit(run, folder, wandb) if run.trainer.epochs else prune_only(run, folder, wandb)
+                report = _finish(run, folder, recorder)
+                report["seconds"]["total"] = time.perf_counter() - began
+                matrix = recurrent_matrix(run.model, recorder.pruner)
+                plots = plot_run(folder, report["phases"], report["layers"], matrix, run.objective.loss_name)
+                write_atomically(folder.report, json.dumps(report, indent=2).encode())
         except KeyboardInterrupt:
             print_way_back(folder)
             raise

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -24,34 +25,20 @@ SERVER.set_forkserver_preload(PRELOADED)
 def _command(arguments, folder, environment, output):
     """In the forked process: run a command as ``python -m srnn`` would, or train as a config says."""
     os.setpgid(0, 0)
-    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    for stream in (1, 2):
-        os.dup2(handle, stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.chdir(folder)
-    for name, value in environment.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
     code = 70
     try:
-        import torch
-
-        from srnn.__main__ import main
-        from srnn.config.settings import Settings
-        from srnn.training.run import train
-        from tests.conftest import less_to_time_and_draw
-
-        torch.set_num_threads(1)
-        with pytest.MonkeyPatch.context() as patch:
-            less_to_time_and_draw(patch)
-            if isinstance(arguments, Settings):
-                train(arguments, Path("run"), command=["srnn"])
-                code = 0
+        # This file says that the command is there: from now on an interrupt is answered as one.
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        for stream in (1, 2):
+            os.dup2(handle, stream)
+        os.chdir(folder)
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
             else:
-                sys.argv = ["srnn", *arguments]
-                code = main(arguments)
+                os.environ[name] = value
+        code = _run(arguments)
     except KeyboardInterrupt:  # outside of main's own lines
         code = 130
     except BaseException:
@@ -61,8 +48,28 @@ def _command(arguments, folder, environment, output):
     os._exit(code)
 
 
+def _run(arguments):
+    import torch
+
+    from srnn.__main__ import main
+    from srnn.config.settings import Settings
+    from srnn.interrupts import interruptible
+    from srnn.training.run import train
+    from tests.conftest import less_to_time_and_draw
+
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        less_to_time_and_draw(patch)
+        if isinstance(arguments, Settings):
+            with interruptible():  # as main has it
+                train(arguments, Path("run"), command=["srnn"])
+            return 0
+        sys.argv = ["srnn", *arguments]
+        return main(arguments)
+
+
 class Forked:
-    """A command in a process of its own.
+    """A command in a process of its own, which takes signals from now on.
 
     Args:
         arguments: of srnn; or a config, whose run is trained in ``run``: composing it would take most of the time.
@@ -77,7 +84,10 @@ class Forked:
         self.process = SERVER.Process(
             target=_command, args=(arguments, str(folder), environment or {}, str(self.output))
         )
+        self.output.unlink(missing_ok=True)
         self.process.start()
+        while not self.output.exists() and self.process.is_alive():
+            time.sleep(0.001)
 
     def end(self, seconds=120):
         """Wait for it; returns the exit code, negative for a signal, and what it said."""

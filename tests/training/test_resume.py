@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
 
 from srnn.__main__ import main
 from srnn.pruning.callback import PruningCallback
+from srnn.training.checkpoints import LastCheckpoint
 from tests.conftest import SMALL
 
 # Two layers with dropout: data position, recurrent state and random state all matter.
@@ -174,9 +176,14 @@ def test_what_cannot_be_resumed(tmp_path, capsys, monkeypatch, whole):
     check_same_run(whole, early)
 
 
-def test_stopped_after_its_last_step_it_is_told_how_to_go_on(tmp_path, capsys, monkeypatch, whole):
+def test_stopped_after_its_last_step_it_is_told_how_to_go_on(tmp_path, capsys, monkeypatch, whole, ctrl_c):
     def stopped(*_):
-        raise KeyboardInterrupt
+        """Ctrl-C, once or twice, in compiled code, which makes an exception of its own of it."""
+        with suppress(KeyboardInterrupt):
+            while True:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+        raise ValueError("Invalid bounding box")
 
     def read_only(*_):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), ".lock")
@@ -186,6 +193,11 @@ def test_stopped_after_its_last_step_it_is_told_how_to_go_on(tmp_path, capsys, m
         patch.setattr("srnn.training.run.plot_run", stopped)
         assert main([*RUN, f"hydra.run.dir={run}"]) == 130
     assert f"Resume it: srnn resume {run}" in capsys.readouterr().out
+    metrics = (run / "metrics.csv").read_bytes()
+    with monkeypatch.context() as patch:  # before it has read the checkpoint
+        patch.setattr(LastCheckpoint, "on_load_checkpoint", stopped)
+        assert main(["resume", str(run)]) == 130
+    assert (run / "metrics.csv").read_bytes() == metrics
     with monkeypatch.context() as patch:
         patch.setattr("srnn.run_folder.FileLock.acquire", read_only)
         assert main(["resume", str(run)]) == 2
