@@ -12,7 +12,7 @@ from tests.conftest import QUIET
 from tests.fuzz.common import FACTOR, generators
 from tests.fuzz.forking import Forked
 
-KILLS = 20
+KILLS = 15
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 

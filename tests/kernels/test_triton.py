@@ -31,7 +31,7 @@ PARTS = [KERNELS[:1], KERNELS[1:3], [*KERNELS[3:], FILES[5]], PRUNING]
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
 @pytest.mark.parametrize(
     ("which", "files"),
-    [(QUICK, FILES), *(pytest.param("test", part, marks=pytest.mark.slow) for part in PARTS)],
+    [(QUICK, FILES), *(pytest.param(f"not ({QUICK})", part, marks=pytest.mark.slow) for part in PARTS)],
     ids=["some", "layers", "blocks", "others", "pruning"],
 )
 def test_in_the_interpreter(which, files):
