@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ Use = tuple[str, int, int, int]
 TORCH = "torch"  # of the candidates of ``auto``, the one that runs as torch's own module
 
 
+# Of a step's other modules these have nothing else that counts in evaluation; to look takes 2 us a module.
+_PLAIN = {nn.Embedding, nn.Linear, nn.Dropout}
+_SETTINGS = {bool, int, float, str, FunctionType, BuiltinFunctionType}
 _LIKE = "like"  # the parameter of a sparse module, never trained
 _PACKED = "_packed"  # the end of a packed weight's name as a module; the name itself answers with the dense weight
 
@@ -316,8 +320,9 @@ def share_packed(network: nn.Module) -> None:
 
 
 def marks_of(network: nn.Module) -> list[Any] | None:
-    """What tells whether a recording of a network's calls still holds: other after weights have moved, or were loaded.
+    """What tells whether a recording of a network's calls still holds.
 
+    Other after weights have moved, or were loaded, and after a module's setting has changed, as an activation's slope.
     None where a call must not be recorded: in training, with hooks on a module, and where gradients are asked for.
     """
     marks: list[Any] = []
@@ -332,6 +337,8 @@ def marks_of(network: nn.Module) -> list[Any] | None:
             module.follow()
             marks.append(module._ready.setdefault("mark", object()))
         else:
+            if type(module) not in _PLAIN:
+                marks += (type(module), *[value for value in vars(module).values() if type(value) in _SETTINGS])
             waiting += [child for child in module._modules.values() if child is not None]
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:
