@@ -5,7 +5,6 @@ Shapes: N rows, I inputs.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import BuiltinFunctionType, FunctionType
@@ -133,6 +132,11 @@ class SparseModule(nn.Module):
         if self.tied is not None:
             self.tied.owners.add(self)
 
+    def watch_shared(self) -> None:
+        """Look before each call whether a bias was written to that a dense module has, too, as its parameter."""
+        if any(isinstance(bias, nn.Parameter) for bias in self._buffers.values()):
+            self.given_out.begin(for_good=True, biases=True)
+
     def _sharing(self) -> set[SparseModule]:
         """Itself, and those that hold one of its packed weights or biases, too."""
         tied = self.tied.owners if self.tied is not None else ()
@@ -246,6 +250,7 @@ class SparseModule(nn.Module):
         super().__setstate__({"decided": {}, "watcher": None, "tied": None} | state)  # older versions had none of them
         self.given_out = GivenOut(self)
         self._own()
+        self.watch_shared()
         self.describe()
 
     def tensors(self) -> list[Tensor]:
@@ -290,33 +295,6 @@ class SparseModule(nn.Module):
                 )
             return call_operator(inputs, self.tensors(), self.description)
         return self.compute(inputs)
-
-
-def own_copy(bias: Tensor, copies: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-    """A bias for sparse modules to hold: the same for all whose dense layers share it.
-
-    Args:
-        bias: of a dense layer.
-        copies: those of the same network until now; added to.
-    """
-    if id(bias) not in copies:
-        copies[id(bias)] = bias, bias.detach().float().clone()  # the first keeps its id from being another's
-    return copies[id(bias)][1]
-
-
-def share_packed(network: nn.Module) -> None:
-    """Make one packed weight of those that hold the same tensors, as a shared parameter is one: so it stays shared when
-    the network is moved, copied or pickled. Modules that hold the same bias know of each other."""
-    first: dict[tuple[int, int], PackedWeight] = {}
-    modules = [module for module in network.modules() if isinstance(module, SparseModule)]
-    holders = Counter(id(bias) for module in modules for bias in module._buffers.values() if bias is not None)
-    tied = Tied()
-    for module in modules:
-        for name, child in module._packed().items():
-            module._modules[f"{name}{_PACKED}"] = first.setdefault((id(child.values), child.gates), child)
-        if any(holders[id(bias)] > 1 for bias in module._buffers.values()):
-            module.tied = tied
-        module._own()
 
 
 def marks_of(network: nn.Module) -> list[Any] | None:
