@@ -24,6 +24,7 @@ WINDOW_SAMPLES, HOP_SAMPLES = 320, 160  # samples: 20 ms and 10 ms
 FLOOR = 1e-6  # added to powers before their logarithm; samples lie in -1 .. 1
 BANDS = {"spectrogram": WINDOW_SAMPLES // 2 + 1, "mel": 40}
 _MEL_FFT = 512  # a transform of the window alone is too coarse for the lowest mel bands
+_LOUDEST = 1e10  # of samples: some write whole numbers of 32 bits as floats; the squares of far larger ones overflow
 _RATES = (1_000, 1_000_000)  # Hz, of files
 _LARGEST_TABLE = 1 << 22  # numbers, of filters for resampling
 _CROSSINGS = 24  # of the sinc on either side of its peak, for resampling
@@ -71,8 +72,12 @@ def read_audio(source: str | Path | BinaryIO, name: str = "") -> Tensor:
 
     samples, rate = _read(read, source, name)
     _check_rate(rate, name or source)
-    if not np.isfinite(samples).all():  # as files of floats can have; frames of NaN would be padding
-        raise UserError(f"{name or source} is no audio that can be read: it has samples that are not finite.")
+    # As files of floats can have; frames of NaN would be padding.
+    if not (np.abs(samples) < _LOUDEST).all():
+        raise UserError(
+            f"{name or source} is no audio that can be read: it has samples that are not finite, or beyond "
+            f"{_LOUDEST:g}; they lie in -1 .. 1."
+        )
     return resample(torch.from_numpy(samples.mean(axis=1)), rate)
 
 

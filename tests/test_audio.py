@@ -111,6 +111,9 @@ def test_what_is_no_audio_is_named(tmp_path):
     for path in (tmp_path / "a.wav", tmp_path / "missing.wav"):
         with pytest.raises(UserError, match=f"{path.name} is no audio that can be read"):
             read_audio(path)
-    soundfile.write(tmp_path / "b.wav", [0.1, float("nan")], 16_000, subtype="FLOAT")
-    with pytest.raises(UserError, match=r"b.wav is no audio that can be read: it has samples that are not finite"):
-        read_audio(tmp_path / "b.wav")
+    for bad in (float("nan"), float("inf"), -1e30):  # whose square is infinite
+        soundfile.write(tmp_path / "b.wav", [0.1, bad], 16_000, subtype="FLOAT")
+        with pytest.raises(UserError, match=r"b.wav is no audio that can be read: it has samples that are not finite"):
+            read_audio(tmp_path / "b.wav")
+    soundfile.write(tmp_path / "loud.wav", np.full(1000, 2.0**31), 16_000, subtype="FLOAT")
+    assert Features()(read_audio(tmp_path / "loud.wav")).isfinite().all()
