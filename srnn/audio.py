@@ -24,6 +24,9 @@ WINDOW_SAMPLES, HOP_SAMPLES = 320, 160  # samples: 20 ms and 10 ms
 FLOOR = 1e-6  # added to powers before their logarithm; samples lie in -1 .. 1
 BANDS = {"spectrogram": WINDOW_SAMPLES // 2 + 1, "mel": 40}
 _MEL_FFT = 512  # a transform of the window alone is too coarse for the lowest mel bands
+_LOUDEST = 1e10  # of samples: some write whole numbers of 32 bits as floats; the squares of far larger ones overflow
+_RATES = (1_000, 1_000_000)  # Hz, of files
+_LARGEST_TABLE = 1 << 22  # numbers, of filters for resampling
 _CROSSINGS = 24  # of the sinc on either side of its peak, for resampling
 
 FeatureKind = Literal["spectrogram", "mel"]
@@ -49,6 +52,7 @@ def audio_seconds(source: str | Path | BinaryIO, name: str = "") -> float:
         UserError: it is no audio, or soundfile is not installed.
     """
     info = _read(_soundfile().info, source, name)
+    _check_rate(info.samplerate, name or source)
     return float(info.frames / info.samplerate)
 
 
@@ -67,8 +71,13 @@ def read_audio(source: str | Path | BinaryIO, name: str = "") -> Tensor:
         return _soundfile().read(file, dtype="float32", always_2d=True)
 
     samples, rate = _read(read, source, name)
-    if not np.isfinite(samples).all():  # as files of floats can have; frames of NaN would be padding
-        raise UserError(f"{name or source} is no audio that can be read: it has samples that are not finite.")
+    _check_rate(rate, name or source)
+    # As files of floats can have; frames of NaN would be padding.
+    if not (np.abs(samples) < _LOUDEST).all():
+        raise UserError(
+            f"{name or source} is no audio that can be read: it has samples that are not finite, or beyond "
+            f"{_LOUDEST:g}; they lie in -1 .. 1."
+        )
     return resample(torch.from_numpy(samples.mean(axis=1)), rate)
 
 
@@ -79,6 +88,16 @@ def _read(read: Callable[[Any], Any], source: str | Path | BinaryIO, name: str) 
     except (error, OSError, RuntimeError) as why:
         told = f"{why}".rstrip(".").rpartition(": ")[2]
         raise UserError(f"{name or source} is no audio that can be read: {told}.") from None
+
+
+def _check_rate(rate: int, name: object) -> None:
+    # A damaged header may say anything, and a second of it would become hours, or nothing.
+    least, most = _RATES
+    if not least <= rate <= most:
+        raise UserError(
+            f"{name} is no audio that can be read: its header says {rate:,} samples a second, and recordings have "
+            f"{least:,} to {most:,}."
+        )
 
 
 def resample(x_N: Tensor, rate: int, to: int = RATE) -> Tensor:
@@ -98,6 +117,8 @@ def resample(x_N: Tensor, rate: int, to: int = RATE) -> Tensor:
         return x_N
     divisor = math.gcd(rate, to)
     down, up = rate // divisor, to // divisor
+    if up * down > _LARGEST_TABLE:
+        return _resample_one_by_one(x_N, down, up)
     kernel_UK, half = _sinc(down, up)
     # Each group of ``down`` samples becomes ``up`` new ones: one filter for each of these, moved on by ``down``.
     padded = F.pad(x_N[None, None], (half, half + down))
@@ -108,12 +129,32 @@ def resample(x_N: Tensor, rate: int, to: int = RATE) -> Tensor:
 @functools.lru_cache(maxsize=8)
 def _sinc(down: int, up: int) -> tuple[Tensor, int]:
     """The filters [up, 2 half + down], and the samples that they look back."""
-    cutoff = 0.97 * min(1.0, up / down)  # of the old Nyquist frequency
-    half = math.ceil(_CROSSINGS / cutoff)
+    cutoff, half = _cutoff(down, up)
     places = torch.arange(-half, half + down, dtype=torch.float64)
     distance = places[None] - torch.arange(up, dtype=torch.float64)[:, None] * down / up
+    return _weights(distance, cutoff, half).float(), half
+
+
+def _resample_one_by_one(x_N: Tensor, down: int, up: int) -> Tensor:
+    """For odd rates, such as 11,127 Hz: filters made for each new sample would be gigabytes as a table of all."""
+    cutoff, half = _cutoff(down, up)
+    rows = F.pad(x_N, (half, half)).unfold(0, 2 * half + 1, 1)
+    places, pieces = torch.arange(-half, half + 1, dtype=torch.float64), []
+    for numbers in torch.arange(-(-len(x_N) * up // down)).split(max(1, _LARGEST_TABLE // len(places))):
+        distance = places - (numbers * down % up).double()[:, None] / up
+        pieces.append((rows[numbers * down // up] * _weights(distance, cutoff, half)).sum(1).to(x_N))
+    return torch.cat(pieces)
+
+
+def _cutoff(down: int, up: int) -> tuple[float, int]:
+    """What is kept, as a share of the old Nyquist frequency, and the samples that a filter looks back."""
+    cutoff = 0.97 * min(1.0, up / down)
+    return cutoff, math.ceil(_CROSSINGS / cutoff)
+
+
+def _weights(distance: Tensor, cutoff: float, half: int) -> Tensor:
     window = torch.cos(math.pi / 2 * (distance / half).clamp(-1, 1)) ** 2
-    return (cutoff * torch.sinc(cutoff * distance) * window).float(), half
+    return cutoff * torch.sinc(cutoff * distance) * window
 
 
 def frames_of(samples: int) -> int:

@@ -17,8 +17,8 @@ _Module = TypeVar("_Module", bound=nn.Module)
 _FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange", "linspace", "eye"}
 
 
-class _TooMuchError(UserError):
-    """A network that no file can be meant to hold."""
+class TooMuchError(UserError):
+    """A network that asks for more than it may."""
 
 
 class _NothingInPlace(TorchFunctionMode):
@@ -31,7 +31,7 @@ class _NothingInPlace(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.left -= 1
         if self.left < 0:
-            raise _TooMuchError("a network asks for far more tensors than its file holds.")
+            raise TooMuchError("a network asks for far more tensors than its file holds.")
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
             return args[0] if args else kwargs["tensor"]
@@ -52,7 +52,7 @@ class _Bounded(TorchFunctionMode):
             size = func(*args, **options | {"device": "meta"})
             self.nbytes -= size.numel() * size.element_size()
         if self.calls < 0 or self.nbytes < 0:
-            raise _TooMuchError("a network asks for far more memory than its file holds.")
+            raise TooMuchError("a network asks for far more memory than its file holds.")
         return func(*args, **kwargs or {})
 
 
@@ -87,7 +87,7 @@ def weightless(build: Callable[[], _Module], check: Callable[[_Module], None], c
     try:
         with without_memory(calls):
             module = build()
-    except _TooMuchError:
+    except TooMuchError:
         raise
     except UserError:
         # It may need real numbers while it is built, such as a list of rates out of ``linspace``.
@@ -103,6 +103,14 @@ def _real(build: Callable[[], _Module], calls: float, nbytes: float) -> _Module:
     # The caller's random numbers go on as if nothing had been built.
     with torch.random.fork_rng(devices=[]), _Bounded(calls, nbytes):
         return build()
+
+
+def within_memory(nbytes: float) -> TorchFunctionMode:
+    """Modules made inside raise ``TooMuchError`` before a tensor is made that takes them beyond so many bytes in all.
+
+    The system gives a process more memory than there is, and kills it where it is written to.
+    """
+    return _Bounded(math.inf, nbytes)
 
 
 def kept_tensors(module: nn.Module) -> Iterator[Tensor]:

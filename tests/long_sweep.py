@@ -13,7 +13,7 @@ import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -39,13 +39,17 @@ class Sample:
     children: int
 
 
-def sample_sweep(folder: Path, jobs: int, after: Callable[[int], None] = lambda _: None) -> list[Sample]:
+def sample_sweep(
+    folder: Path, jobs: int, after: Callable[[int], None] = lambda _: None, by_name: bool = True
+) -> list[Sample]:
     """Run a sweep of so many small jobs in this process, tracked offline, and look at it at the end of each.
 
     Args:
         folder: of the sweep.
         jobs: how many.
         after: called with the number of the job within each one, at its end.
+        by_name: whether to keep numbers of calls and objects by name, and not their sums alone: they take 5 MB a job,
+            which would look as if the sweep grew.
     """
     samples: list[Sample] = []
     train = srnn.training.run.train
@@ -59,7 +63,9 @@ def sample_sweep(folder: Path, jobs: int, after: Callable[[int], None] = lambda 
         finally:
             profile.disable()
         seconds = time.process_time() - began
-        samples.append(_look(seconds, _calls(profile)))
+        sample = _look(seconds, _calls(profile))
+        sums = {kind: Counter(all=getattr(sample, kind).total()) for kind in ("calls", "objects")}
+        samples.append(sample if by_name else replace(sample, **sums))
         return report
 
     with pytest.MonkeyPatch.context() as patch:
@@ -128,7 +134,7 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as scratch:
-        found = sample_sweep(Path(scratch) / "sweep", int(sys.argv[1]))
+        found = sample_sweep(Path(scratch) / "sweep", int(sys.argv[1]), by_name=False)
     print("job,cpu_seconds,calls,objects,memory_mb,files,threads,children")
     for number, s in enumerate(found, 1):
         objects = s.objects.total()

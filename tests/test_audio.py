@@ -7,6 +7,7 @@ import pytest
 import soundfile
 import torch
 
+from srnn import audio
 from srnn.audio import RATE, Features, Running, frames_of, mel_filters, read_audio, resample
 from srnn.errors import UserError
 
@@ -64,7 +65,7 @@ def test_less_than_a_window_has_no_frames():
     assert [frames_of(n) for n in (0, 319, 320, 479, 480)] == [0, 0, 1, 1, 2]
 
 
-@pytest.mark.parametrize("rate", [8000, 44_100, 22_050])
+@pytest.mark.parametrize("rate", [8000, 44_100, 22_050, 11_127, 44_099])  # the last two without a common ratio
 def test_resampling_keeps_tones_and_drops_what_is_too_high(rate):
     time, inside = torch.arange(rate) / rate, slice(2000, -2000)
     for pitch in (100, 1000, 3400):
@@ -74,6 +75,25 @@ def test_resampling_keeps_tones_and_drops_what_is_too_high(rate):
         assert (got - wanted)[inside].abs().max() < 0.005
     if rate > 16_000:
         assert resample(torch.sin(2 * math.pi * 9500 * time), rate)[inside].abs().max() < 0.005
+
+
+@pytest.mark.parametrize("rate", [8000, 44_100, 14_400])
+def test_filters_made_one_by_one_are_those_of_the_table(rate, monkeypatch):
+    samples = torch.randn(rate // 7)
+    table = resample(samples, rate)
+    monkeypatch.setattr(audio, "_LARGEST_TABLE", 1000)
+    torch.testing.assert_close(resample(samples, rate), table, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [1, 999, 1_000_001])
+def test_a_header_with_an_absurd_rate_is_refused(rate, tmp_path):
+    """A few kilobytes at 1 Hz would become hours."""
+    soundfile.write(tmp_path / "a.wav", torch.zeros(1000).numpy(), rate)
+    for read in (audio.audio_seconds, read_audio):
+        with pytest.raises(
+            UserError, match=r"a\.wav is no audio that can be read: its header says .* samples a second"
+        ):
+            read(tmp_path / "a.wav")
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
@@ -91,6 +111,9 @@ def test_what_is_no_audio_is_named(tmp_path):
     for path in (tmp_path / "a.wav", tmp_path / "missing.wav"):
         with pytest.raises(UserError, match=f"{path.name} is no audio that can be read"):
             read_audio(path)
-    soundfile.write(tmp_path / "b.wav", [0.1, float("nan")], 16_000, subtype="FLOAT")
-    with pytest.raises(UserError, match=r"b.wav is no audio that can be read: it has samples that are not finite"):
-        read_audio(tmp_path / "b.wav")
+    for bad in (float("nan"), float("inf"), -1e30):  # whose square is infinite
+        soundfile.write(tmp_path / "b.wav", [0.1, bad], 16_000, subtype="FLOAT")
+        with pytest.raises(UserError, match=r"b.wav is no audio that can be read: it has samples that are not finite"):
+            read_audio(tmp_path / "b.wav")
+    soundfile.write(tmp_path / "loud.wav", np.full(1000, 2.0**31), 16_000, subtype="FLOAT")
+    assert Features()(read_audio(tmp_path / "loud.wav")).isfinite().all()

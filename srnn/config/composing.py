@@ -92,6 +92,23 @@ def parse_override(text: str) -> Override:
         raise UserError(f"{text}: not an override such as model.hidden_size=256: {_first_line(error)}{hint}") from None
 
 
+def split_overrides(text: str) -> list[str]:
+    """``a=1 b='x y' c=[1, 2]`` as a shell would hand them over: blanks inside quotes and brackets part nothing."""
+    words, quote, depth = [""], "", 0
+    for before, char in zip(f" {text}", text, strict=False):
+        if quote:
+            quote = "" if char == quote and before != "\\" else quote
+        elif char in "'\"":
+            quote = char
+        else:
+            depth += (char in "[{(") - (char in ")}]")
+        if char.isspace() and not quote and depth <= 0:
+            words.append("")
+        else:
+            words[-1] += char
+    return [word for word in words if word]
+
+
 def compose_settings(overrides: Sequence[str], beside: Sequence[str] = BESIDE) -> Settings:
     """The checked config of one job.
 

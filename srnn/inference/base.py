@@ -5,9 +5,9 @@ Shapes: N rows, I inputs.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ Use = tuple[str, int, int, int]
 TORCH = "torch"  # of the candidates of ``auto``, the one that runs as torch's own module
 
 
+# Of a step's other modules these have nothing else that counts in evaluation; to look takes 2 us a module.
+_PLAIN = {nn.Embedding, nn.Linear, nn.Dropout}
+_SETTINGS = {bool, int, float, str, FunctionType, BuiltinFunctionType}
 _LIKE = "like"  # the parameter of a sparse module, never trained
 _PACKED = "_packed"  # the end of a packed weight's name as a module; the name itself answers with the dense weight
 
@@ -128,6 +131,11 @@ class SparseModule(nn.Module):
             child.owners.add(self)
         if self.tied is not None:
             self.tied.owners.add(self)
+
+    def watch_shared(self) -> None:
+        """Look before each call whether a bias was written to that a dense module has, too, as its parameter."""
+        if any(isinstance(bias, nn.Parameter) for bias in self._buffers.values()):
+            self.given_out.begin(for_good=True, biases=True)
 
     def _sharing(self) -> set[SparseModule]:
         """Itself, and those that hold one of its packed weights or biases, too."""
@@ -242,6 +250,7 @@ class SparseModule(nn.Module):
         super().__setstate__({"decided": {}, "watcher": None, "tied": None} | state)  # older versions had none of them
         self.given_out = GivenOut(self)
         self._own()
+        self.watch_shared()
         self.describe()
 
     def tensors(self) -> list[Tensor]:
@@ -288,36 +297,10 @@ class SparseModule(nn.Module):
         return self.compute(inputs)
 
 
-def own_copy(bias: Tensor, copies: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-    """A bias for sparse modules to hold: the same for all whose dense layers share it.
-
-    Args:
-        bias: of a dense layer.
-        copies: those of the same network until now; added to.
-    """
-    if id(bias) not in copies:
-        copies[id(bias)] = bias, bias.detach().float().clone()  # the first keeps its id from being another's
-    return copies[id(bias)][1]
-
-
-def share_packed(network: nn.Module) -> None:
-    """Make one packed weight of those that hold the same tensors, as a shared parameter is one: so it stays shared when
-    the network is moved, copied or pickled. Modules that hold the same bias know of each other."""
-    first: dict[tuple[int, int], PackedWeight] = {}
-    modules = [module for module in network.modules() if isinstance(module, SparseModule)]
-    holders = Counter(id(bias) for module in modules for bias in module._buffers.values() if bias is not None)
-    tied = Tied()
-    for module in modules:
-        for name, child in module._packed().items():
-            module._modules[f"{name}{_PACKED}"] = first.setdefault((id(child.values), child.gates), child)
-        if any(holders[id(bias)] > 1 for bias in module._buffers.values()):
-            module.tied = tied
-        module._own()
-
-
 def marks_of(network: nn.Module) -> list[Any] | None:
-    """What tells whether a recording of a network's calls still holds: other after weights have moved, or were loaded.
+    """What tells whether a recording of a network's calls still holds.
 
+    Other after weights have moved, or were loaded, and after a module's setting has changed, as an activation's slope.
     None where a call must not be recorded: in training, with hooks on a module, and where gradients are asked for.
     """
     marks: list[Any] = []
@@ -332,6 +315,8 @@ def marks_of(network: nn.Module) -> list[Any] | None:
             module.follow()
             marks.append(module._ready.setdefault("mark", object()))
         else:
+            if type(module) not in _PLAIN:
+                marks += (type(module), *[value for value in vars(module).values() if type(value) in _SETTINGS])
             waiting += [child for child in module._modules.values() if child is not None]
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:

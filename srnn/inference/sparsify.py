@@ -13,12 +13,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from srnn.errors import UserError
 from srnn.formats import Values
-from srnn.inference.base import SparseModule, Weights, kernel_config, own_copy, share_packed
+from srnn.inference.base import SparseModule, Weights, kernel_config
 from srnn.inference.checking import check_network, kernel_given
 from srnn.inference.copying import replaced
 from srnn.inference.left_dense import FEW_ZEROS, Replacements, has_zeros, is_layer, matrices_of, unmasked, why_dense
 from srnn.inference.modules import sparse_module
 from srnn.inference.packing import Energies, Packer, WantedStructure, matrix_gates
+from srnn.inference.sharing import Copies, own_copy, share_packed
 from srnn.inference.whole_network import choose_for_network
 from srnn.kernels.choosing import Choice
 from srnn.kernels.contract import Kernel
@@ -85,7 +86,7 @@ def sparsified(model: nn.Module, packer: Packer, kernel: Kernel) -> tuple[nn.Mod
     check_network(model, "srnn.sparsify")
     names = {id(weight): name for name, weight in model.named_parameters()}
     memo: dict[int, Any] = {}
-    copies: dict[int, tuple[Tensor, Tensor]] = {}
+    copies: Copies = {}
     found = Replacements()
     for prefix, module in model.named_modules():
         plain, named = unmasked(module), prefix or type(module).__name__
@@ -107,7 +108,8 @@ def sparsified(model: nn.Module, packer: Packer, kernel: Kernel) -> tuple[nn.Mod
                 name = next((c["name"] for c in [kernel_config(kernel)] if c), type(kernel).__name__)
                 raise UserError(f"kernel={name} cannot run on {matrix.device}: {reason}.")
     copied = replaced(model, memo)
-    share_packed(copied)
+    of_dense = ((own, memo.get(id(bias))) for bias, own in copies.values())
+    share_packed(copied, {id(own): there for own, there in of_dense if isinstance(there, nn.Parameter)})
     _report(copied, str(found))
     return copied, found
 
@@ -173,6 +175,10 @@ def _tie(model: nn.Module, copied: nn.Module) -> None:
             for name, bias in module._buffers.items() if module.tied is not None else ():
                 if bias is not None:
                     setattr(owner, name, first.setdefault((id(bias), 0), owner.get_parameter(name)))
+    for prefix, module in model.named_modules():
+        for name, bias in module._parameters.items() if not isinstance(module, SparseModule) else ():
+            if (id(bias), 0) in first:
+                setattr(copied.get_submodule(prefix), name, first[id(bias), 0])
 
 
 def _weights(
@@ -180,7 +186,7 @@ def _weights(
     packer: Packer,
     names: dict[int, str],
     prefix: str,
-    copies: dict[int, tuple[Tensor, Tensor]],
+    copies: Copies,
 ) -> Weights:
     """Name -> packed matrix, bias, or None for a bias it does not have."""
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from srnn.errors import UserError
 from srnn.formats import Values
-from srnn.inference.base import own_copy, share_packed
 from srnn.inference.copying import replaced
 from srnn.inference.example_calls import example_input
 from srnn.inference.modules import replaceable, sparse_module
 from srnn.inference.packing import PackedModel, matrix_gates, recurrent_layers
+from srnn.inference.sharing import Copies, own_copy, share_packed
 from srnn.inference.sparsify import desparsify, report_kernels
 from srnn.inference.whole_network import choose_for_network
 from srnn.kernels.contract import Kernel
@@ -86,7 +86,7 @@ def _dense(packed: PackedModel, module: nn.Module) -> nn.Module:
 
 def _sparse(packed: PackedModel, kernel: Kernel, skeleton: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
-    copies: dict[int, tuple[Tensor, Tensor]] = {}
+    copies: Copies = {}
     rest = dict(packed.dense)
     for prefix, module in skeleton.named_modules():
         names = {name: f"{prefix}.{name}" if prefix else name for name in module._parameters}
@@ -98,8 +98,9 @@ def _sparse(packed: PackedModel, kernel: Kernel, skeleton: nn.Module) -> nn.Modu
                 rest.pop(full, None)
     rest |= {name: m.to_dense() for name, m in packed.matrices.items() if not _inside(name, skeleton, memo)}
     sparse = replaced(skeleton, memo)
-    share_packed(sparse)
     sparse.load_state_dict(_typed(rest, sparse), strict=False, assign=True)
+    places = {parameter.data_ptr(): parameter for parameter in sparse.parameters() if parameter.numel()}
+    share_packed(sparse, {id(b): places[t.data_ptr()] for t, b in copies.values() if t.data_ptr() in places})
     return sparse.requires_grad_(False)
 
 

@@ -18,7 +18,7 @@ from srnn.errors import UserError
 from srnn.models.generating import generate
 from srnn.models.stepping import one_stream
 from srnn.registry import register
-from srnn.registry.option_types import Count, Positive, Share
+from srnn.registry.option_types import Count, Layers, Positive, Share
 
 TorchState = Tensor | tuple[Tensor, Tensor]  # h_LBH; of an LSTM (h_LBH, c_LBH); L is layers times directions
 
@@ -291,7 +291,7 @@ def recurrent(
 def rnn(
     hidden_size: Count = 256,
     embedding_size: Count = 64,
-    num_layers: Count = 1,
+    num_layers: Layers = 1,
     bidirectional: bool = False,
     dropout: Share = 0.0,
     embedding_dropout: Share = 0.0,
@@ -316,7 +316,7 @@ def _gated(name: str, cell: type[nn.RNNBase], about: str) -> Callable[..., Langu
     def build(
         hidden_size: Count = 256,
         embedding_size: Count = 64,
-        num_layers: Count = 1,
+        num_layers: Layers = 1,
         bidirectional: bool = False,
         dropout: Share = 0.0,
         embedding_dropout: Share = 0.0,

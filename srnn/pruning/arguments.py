@@ -178,3 +178,21 @@ def check_not_moved(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, 
                 f"{name} is on {parameter.device} now, and was on {masks[name].device} when the Pruner was "
                 f"built: move the model first."
             )
+
+
+def check_cast_alike(
+    name: str, parameter: nn.Parameter, before: torch.dtype, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
+    """Raise UserError if a parameter has another dtype than before, and Adam's kind would fail at its next step.
+
+    Others, such as SGD, compute with state of another dtype than the weights.
+    """
+    for optimizer in optimizers:
+        moment = optimizer.state.get(parameter, {}).get("exp_avg")
+        if isinstance(moment, Tensor) and moment.dtype == before:
+            was, now = (str(dtype).removeprefix("torch.") for dtype in (before, parameter.dtype))
+            raise UserError(
+                f"{name} was {was} when the Pruner was built and is {now} now, and the state that "
+                f"{type(optimizer).__name__} keeps of it is still {was}: cast the model before training, or call "
+                f"`optimizer.load_state_dict(optimizer.state_dict())` after it is cast, which casts the state too."
+            )

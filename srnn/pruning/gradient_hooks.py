@@ -28,6 +28,7 @@ class GradientHooks:
         owner: whose methods are called.
         mask: called with the owner, a parameter's name, and its gradient to mask in place.
         mask_all: called with the owner, to mask those of all parameters on a GPU.
+        cast: called with the owner, a parameter's name, and the dtype it had at first, where it has another now.
 
     Attributes:
         clip_masks: someone has promised to clip gradients on a GPU before they are used, which masks them.
@@ -35,10 +36,14 @@ class GradientHooks:
     """
 
     def __init__(
-        self, owner: object, mask: Callable[[Any, str, Tensor], None], mask_all: Callable[[Any], None]
+        self,
+        owner: object,
+        mask: Callable[[Any, str, Tensor], None],
+        mask_all: Callable[[Any], None],
+        cast: Callable[[Any, str, torch.dtype], None],
     ) -> None:
         self._owner = weakref.ref(owner)
-        self._mask, self._mask_all = mask, mask_all
+        self._mask, self._mask_all, self._cast = mask, mask_all, cast
         self._handles: dict[str, RemovableHandle] = {}
         self.clip_masks = self.unmasked = False
         self._backward = -1  # torch's number of the backward pass whose end is waited for
@@ -47,9 +52,9 @@ class GradientHooks:
         """Put hooks on those that are trained and have none yet; torch allows none on frozen ones."""
         for name, parameter in parameters.items():
             if parameter.requires_grad and name not in self._handles:
-                self._handles[name] = parameter.register_post_accumulate_grad_hook(self._hook(name))
+                self._handles[name] = parameter.register_post_accumulate_grad_hook(self._hook(name, parameter.dtype))
 
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
+    def _hook(self, name: str, dtype: torch.dtype) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def at_once(parameter: Tensor) -> None:
             pruner = self._owner()
@@ -57,6 +62,8 @@ class GradientHooks:
                 self._mask(pruner, name, parameter.grad)
 
         def hook(parameter: Tensor) -> None:
+            if parameter.dtype != dtype and (pruner := self._owner()) is not None:
+                self._cast(pruner, name, dtype)
             backward = torch._C._current_graph_task_id() if parameter.is_cuda else -1  # which is outside of any
             if backward == -1 or _several_processes():
                 at_once(parameter)

@@ -137,7 +137,7 @@ class Group:
     def epsilon(self, value: float | Tensor) -> None:
         self._epsilon = value
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of weights."""
         return sum(part.size for part in self.parts)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class Part:
         letters = GATE_LETTERS[self.gates][self.first : self.first + self.count]
         return list(letters) or [""]
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
         """[G, R, C] of this part."""
         rows = self.parameter.shape[0] // self.gates

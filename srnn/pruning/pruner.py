@@ -17,6 +17,7 @@ from srnn.pruning.arguments import (
     averaged,
     build_method,
     check_argument,
+    check_cast_alike,
     check_not_moved,
     check_optimizers,
     check_parameters,
@@ -129,7 +130,7 @@ class Pruner:
         self._mask_weights()
 
     def _make_hooks(self) -> GradientHooks:
-        return GradientHooks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu)
+        return GradientHooks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu, Pruner._check_state)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_gradient_hooks"}
@@ -274,6 +275,9 @@ class Pruner:
             began = time.perf_counter()
             self._masker.mask_gradients_on_gpu()
             self.seconds += time.perf_counter() - began
+
+    def _check_state(self, name: str, dtype: torch.dtype) -> None:
+        check_cast_alike(name, self._parameters[name], dtype, self.optimizers)
 
     def _wants_gradients(self) -> bool:
         """Whether the next step needs the gradients of pruned weights, or nothing is pruned yet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from srnn.inference.packed_file import read
 from srnn.inference.packing import PackedModel
 from srnn.inference.weights import read_checkpoint, read_weights, weights_of
 from srnn.kernels import Kernel
+from srnn.meta_device import TooMuchError, within_memory
 from srnn.objectives import Objective
 from srnn.pruning.methods import PruningMethod
 from srnn.pruning.pruner import Pruner
@@ -256,12 +258,17 @@ def _length(data: DataModule, trainer: TrainerConfig) -> RunLength:
 
 
 def _build_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Module:
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        model: nn.Module = register.build("model", config, **sizes)
-    except RuntimeError as error:
-        if "allocate" not in str(error):
+        with within_memory(0.75 * there):  # masks need a byte for each weight of four, to train it needs more
+            model: nn.Module = register.build("model", config, **sizes)
+    except (RuntimeError, TooMuchError) as error:
+        if not isinstance(error, TooMuchError) and "allocate" not in str(error):
             raise
-        raise UserError(f"model={config['name']} does not fit into memory: lower model.hidden_size.") from None
+        lower = " or model.".join(key for key in ("hidden_size", "num_layers") if key in config)
+        raise UserError(
+            f"model={config['name']} does not fit into memory, {there / 2**30:.0f} GB here: lower model.{lower}."
+        ) from None
     return model
 
 

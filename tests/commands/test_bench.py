@@ -44,3 +44,9 @@ def test_mistakes_are_told(argument, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["bench", *argument.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_options_of_a_run_may_hold_blanks(capsys):
+    config = "dataset=text dataset.path='my books/*.txt' trainer.max_epochs=4"
+    assert main(["bench", "bench=training", f"config={config}"]) == 2
+    assert "training needs five epochs" in capsys.readouterr().err

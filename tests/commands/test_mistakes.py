@@ -69,6 +69,7 @@ def run_folder(tmp_path):
         (["pruning.q=/no/dense.ckpt"], ["/no/dense.ckpt", "no such checkpoint"]),
         (["pruning.q=1e6"], ["threshold reaches", "q=1e+06", "every weight"]),
         (["model.hidden_size=1000000"], ["does not fit into memory", "model.hidden_size"]),
+        (["model.num_layers=100000"], ["model.num_layers=100000 must be from 1 to 1,000"]),
         pytest.param(
             ["trainer.accelerator=gpu"],
             ["trainer.accelerator=gpu", "gpu backend"],

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from torch import nn
 
 from srnn.__main__ import main
 from srnn.config.composing import compose_settings
-from srnn.recording.console import shown_updates
+from srnn.pruning import Pruner
+from srnn.recording.console import print_plan, shown_updates
 from srnn.training.preparing import prepare
 from tests.conftest import SMALL
 
@@ -79,3 +81,29 @@ def test_long_schedules_are_shown_in_a_few_rows():
     assert shown_updates([3]) == [3]
     rows = shown_updates(range(10, 1000, 10))
     assert (len(rows), rows[0], rows[-1]) == (7, 10, 990)
+
+
+@pytest.mark.parametrize("large", ["model.num_layers=50", "model.hidden_size=4000"])
+def test_a_network_larger_than_memory_is_refused_before_it_is_made(tmp_path, monkeypatch, capsys, large):
+    """The system would give the memory, and kill the process where it is written to."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("srnn.training.preparing.os.sysconf", lambda name: 1 << 10)  # pages, and bytes of one
+    monkeypatch.setattr("torch.nn.RNNBase.reset_parameters", lambda layer: pytest.fail("it was made"))
+    assert main(["plan", *SMALL, "model.hidden_size=64", large]) == 2
+    assert "model=gru does not fit into memory, 0 GB here: lower model.hidden_size" in capsys.readouterr().err
+
+
+def test_the_work_grows_with_the_layers_and_not_with_their_square(capsys):
+    class Counted(list):
+        seen = 0
+
+        def __iter__(self):
+            Counted.seen += len(self)
+            return super().__iter__()
+
+    pruner = Pruner(nn.GRU(4, 4, num_layers=100), "gradual", 1000, sparsity=0.9)
+    for group in pruner.groups:
+        group.parts = Counted(group.parts)
+    print_plan(pruner)
+    assert "weight_hh_l99" in capsys.readouterr().out
+    assert Counted.seen < 10 * len(pruner.parts)

@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from srnn.config.command_line import check_command_line
-from srnn.config.composing import compose_settings, conf_folder, presets, slug
+from srnn.config.composing import compose_settings, conf_folder, presets, slug, split_overrides
 from srnn.config.settings import GROUPS, TrackingConfig, TrainerConfig
 from srnn.errors import UserError
 from srnn.registry import KINDS, register
@@ -163,3 +163,19 @@ def test_slugs_are_plain():
     assert slug("model.hidden_size=256,dataset.path=/a b/ü") == "model.hidden_size-256-dataset.path-a-b"
     assert slug("///") == "run"
     assert len(slug("x" * 500)) == 100
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", []),
+        ("  model=gru\n seed=1 ", ["model=gru", "seed=1"]),
+        ("dataset.path='a b' seed=1", ["dataset.path='a b'", "seed=1"]),
+        ('dataset.path="it\'s here" seed=1', ['dataset.path="it\'s here"', "seed=1"]),
+        (r"dataset.path='it\'s here' seed=1", [r"dataset.path='it\'s here'", "seed=1"]),
+        ("tracking.tags=[a, 'b c'] pruning.q={a: 1}", ["tracking.tags=[a, 'b c']", "pruning.q={a: 1}"]),
+        ("dataset.path='a b", ["dataset.path='a b"]),  # which Hydra refuses
+    ],
+)
+def test_overrides_in_one_text_are_parted_at_blanks_outside_quotes_and_brackets(text, words):
+    assert split_overrides(text) == words

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import srnn
-from srnn.inference.base import TORCH, SparseModule
+from srnn.inference.base import TORCH, SparseModule, marks_of
 from srnn.inference.one_call import OneCall
 from srnn.kernels.cpu import backend, operands
 from srnn.kernels.cpu.operands import Operand, able_forms
@@ -246,3 +246,26 @@ def test_two_threads_each_with_a_state_of_its_own():
     with ThreadPoolExecutor(2) as pool:
         for several, y in zip(tokens, pool.map(stream, tokens), strict=True):
             torch.testing.assert_close(y, network(several.T)[0][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda after: setattr(after[1], "negative_slope", 0.5),
+        lambda after: setattr(after[2], "eps", 0.1),
+        lambda after: after.__setitem__(3, nn.Tanh().eval()),
+        lambda after: setattr(after[4], "activation", torch.tanh),
+        lambda after: setattr(after[0].weight, "data", after[0].weight.data.clone()),
+    ],
+)
+def test_a_recording_of_a_step_does_not_outlive_a_changed_setting(change):
+    network = SequenceModel(nn.GRU, 13, 5, 37).eval().requires_grad_(False)
+    own = nn.Module()
+    own.activation = torch.relu
+    network.decoder = nn.Sequential(nn.Linear(37, 5), nn.LeakyReLU(0.1), nn.LayerNorm(5), nn.ReLU(), own).eval()
+    network.requires_grad_(False)
+    before = marks_of(network)
+    assert marks_of(network) == before
+    change(network.decoder)
+    assert marks_of(network) != before
+    hash(("network", *marks_of(network)))

@@ -166,6 +166,38 @@ def test_biases_that_layers_share_stay_one_tensor(tmp_path):
     assert not torch.equal(network[2].bias, sparse[2].bias), "of the sparse network's own"
 
 
+@pytest.mark.parametrize("kernel", ["csr", "cpu"])
+@pytest.mark.parametrize("dense_first", [False, True])
+def test_a_bias_that_sparse_and_dense_layers_share_stays_one_tensor(tmp_path, dense_first, kernel):
+    def tied():
+        layers = nn.ModuleList([nn.GRU(16, 16), nn.GRU(16, 16)][:: -1 if dense_first else 1])
+        layers[1].bias_hh_l0 = layers[0].bias_hh_l0
+        return layers
+
+    network, place = tied().eval(), int(dense_first)
+    pruned(network[place])
+    sparse = srnn.sparsify(network, kernel=kernel)
+    assert isinstance(sparse[1 - place], nn.GRU)
+    srnn.save(sparse, tmp_path / "sparse")
+    apart = nn.ModuleList([sparse, srnn.load(tmp_path / "sparse", kernel=kernel, into=tied())])
+    x_TBI = torch.randn(3, 2, 16)
+    for there in (*apart, *copy.deepcopy(apart), *pickle.loads(pickle.dumps(apart))):
+        there._apply(torch.clone)  # as moving to another device
+        assert there[0].bias_hh_l0 is there[1].bias_hh_l0
+        assert len(list(srnn.desparsify(there).parameters())) == len(list(network.parameters()))
+        for layer, dense in zip(there, network, strict=True):
+            assert_same(layer(x_TBI), dense(x_TBI))
+        with torch.no_grad():
+            there[1 - place].bias_hh_l0.add_(1.0)  # both run it
+        expected = copy.deepcopy(network)
+        with torch.no_grad():
+            expected[0].bias_hh_l0.add_(1.0)
+        for layer, dense in zip(there, expected, strict=True):
+            assert_same(layer(x_TBI), dense(x_TBI))
+    assert network[0].bias_hh_l0.requires_grad
+    assert all(parameter.requires_grad for parameter in srnn.desparsify(sparse).parameters())
+
+
 def assert_same(found, wanted):
     found, wanted = (each[0] if isinstance(each, tuple) else each for each in (found, wanted))
     torch.testing.assert_close(found, wanted)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_
 
+from srnn.errors import UserError
 from srnn.pruning import Pruner
 
 
@@ -199,3 +200,31 @@ def test_on_a_gpu_all_are_masked_when_the_backward_pass_ends(reentrant):
         kept = [torch.empty(turn * 1000, device="cuda")]  # so that memory is dealt out otherwise
         model.zero_grad()
     del kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.NAdam])
+def test_a_model_that_is_cast_while_it_is_pruned(optimizer, dtype):
+    layer = nn.GRU(8, 16)
+    adam = optimizer(layer.parameters(), lr=0.001)
+    pruner = Pruner(layer, "cubic", 12, adam, sparsity=0.75, start_itr=2, end_itr=10, freq=1)
+    for step in range(12):
+        if step == 5:
+            layer.to(dtype)
+        x_TBI = torch.randn(3, 2, 8, dtype=dtype if step >= 5 else torch.float32)
+        loss, now = layer(x_TBI)[0].square().mean(), str(dtype).removeprefix("torch.")
+        if step == 5 and optimizer is not torch.optim.SGD:  # which computes with state of another dtype
+            with pytest.raises(UserError, match=rf"was float32 when .* is {now} now, .* {optimizer.__name__} keeps"):
+                loss.backward(retain_graph=True)
+            adam.load_state_dict(adam.state_dict())
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        pruner.step()
+    pruner.finalize()
+    assert pruner.reached()
+    assert all(
+        (weight[~pruner.masks()[name]] == 0).all()
+        for name, weight in layer.named_parameters()
+        if name in pruner.masks()
+    )

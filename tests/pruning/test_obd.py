@@ -190,3 +190,21 @@ def test_obd_beside_sgd_takes_float64_and_complex_gradients():
         (layer(torch.randn(4, 8).double()).square().sum() + filters.abs().sum()).backward()
         optimizer.step(), pruner.step()
     assert pruner.reached()
+
+
+@pytest.mark.parametrize("start_itr", [0, 3])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["weight", "bias"])
+def test_obd_says_that_no_step_had_finite_gradients(where, bad, start_itr):
+    layer = nn.Linear(4, 4)
+    optimizer = torch.optim.Adam(layer.parameters())  # which a scaler, say, steps only where gradients are finite
+    pruner = Pruner(layer, "obd", 20, optimizer, sparsity=0.5, start_itr=start_itr, end_itr=15)
+
+    def train():
+        for _ in range(10):
+            for name, parameter in layer.named_parameters():
+                parameter.grad = torch.full_like(parameter, bad if name == where else 1.0)
+            pruner.step()
+
+    with pytest.raises(UserError, match=r"obd ranks weight by .* no step so far had any that were all finite"):
+        train()

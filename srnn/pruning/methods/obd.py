@@ -51,13 +51,13 @@ class OBD(Cubic):
         """Look up the means of squared gradients, this step's among them.
 
         Raises:
-            UserError: there are no gradients to look at, of any weight that shares a threshold.
+            UserError: no step had finite gradients to look at, of any weight that shares a threshold.
         """
         self._take_in(pruner)
         self._saliency.moments = _of_one_age(pruner, {**_of_optimizers(pruner), **self._own})
         for group in [] if self._has_looked else pruner.groups:
             if not any(bool(self._saliency.moments[part.parameter_name].any()) for part in group.parts):
-                raise _no_gradients(group.parts)  # all scores would be zero, and the first weights be kept
+                raise _no_gradients(pruner, group.parts)  # all scores would be zero, and the first weights be kept
         self._has_looked = True  # once: a GPU is waited for
 
     def after_masks(self, pruner: PrunerView) -> None:
@@ -95,7 +95,7 @@ class OBD(Cubic):
         """The parameters of which no optimiser keeps a mean of squared gradients."""
         theirs, parameters = _of_optimizers(pruner), {part.parameter_name: part.parameter for part in pruner.parts}
         if not theirs and all(parameter.grad is None for parameter in parameters.values()):
-            raise _no_gradients(pruner.parts)
+            raise _no_gradients(pruner, pruner.parts)
         return {name: parameter for name, parameter in parameters.items() if name not in theirs}
 
     def importance(self, piece: Piece) -> Tensor:
@@ -137,12 +137,18 @@ def _of_one_age(pruner: PrunerView, moments: Mapping[str, Tensor]) -> dict[str, 
     return {name: moment / (1 - ages[name][0] ** max(1.0, float(ages[name][1]))) for name, moment in moments.items()}
 
 
-def _no_gradients(parts: Sequence[Part]) -> UserError:
+def _no_gradients(pruner: PrunerView, parts: Sequence[Part]) -> UserError:
+    names, parameters = some_of([part.name for part in parts]), [part.parameter for part in parts]
+    if not all(are_finite([*parameters, *_all_of(pruner.optimizers)])):
+        return UserError(
+            f"pruning=obd ranks {names} by squared gradients, and no step so far had any that were all finite and not "
+            f"all zero: the training has diverged; lower the learning rate, or look where the loss becomes NaN."
+        )
     leave_out = in_a_scope(parts[0].name, "0")
-    frozen = not any(part.parameter.requires_grad for part in parts)
+    frozen = not any(parameter.requires_grad for parameter in parameters)
     called = f"call pruner.step() before optimizer.zero_grad(), or leave out what the loss does not need: {leave_out}"
     return UserError(
-        f"pruning=obd ranks by squared gradients, and there are none of {some_of([part.name for part in parts])}: "
+        f"pruning=obd ranks by squared gradients, and there are none of {names}: "
         f"{f'they are frozen; leave them out: {leave_out}' if frozen else called}, or choose pruning=cubic."
     )
 
