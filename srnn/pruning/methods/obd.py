@@ -94,7 +94,7 @@ class OBD(Cubic):
     def _without(self, pruner: PrunerView) -> dict[str, nn.Parameter]:
         """The parameters of which no optimiser keeps a mean of squared gradients."""
         theirs, parameters = _of_optimizers(pruner), {part.parameter_name: part.parameter for part in pruner.parts}
-        if not theirs and all(parameter.grad is None for parameter in parameters.values()):
+        if not (theirs or self._own) and all(parameter.grad is None for parameter in parameters.values()):
             raise _no_gradients(pruner, pruner.parts)
         return {name: parameter for name, parameter in parameters.items() if name not in theirs}
 
