@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 # Each room may import rooms of the lines above its own, and itself.
 LEVELS = [
     {"errors", "files", "importing", "interrupts", "terminal"},
-    {"run_folder", "meta_device", "formats", "cells", "registry", "distributed", "vocabulary", "audio"},
+    {"run_folder", "cuda_graphs", "meta_device", "formats", "cells", "registry", "distributed", "vocabulary", "audio"},
     {"sparse"},
     {"models", "datasets", "pruning", "kernels"},
     {"objectives", "inference"},

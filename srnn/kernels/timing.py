@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from srnn.cuda_graphs import Graph, recorded
+
 Call = Callable[[], object]
 
 
@@ -54,8 +56,8 @@ def graphed(call: Call, device: torch.device, times: int = 1) -> tuple[Call, Any
         for _ in range(2):
             call()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        graph = Graph()
+        with recorded(graph, device):
             for _ in range(times):
                 result = call()
     return partial(_replay, graph, call, result), result

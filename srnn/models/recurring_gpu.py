@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from srnn.cells import GATES, Cell
+from srnn.cuda_graphs import Graph, recorded
 
 PIECE_STEPS = 32  # steps of the longest graph
 MOST_SIZES = 4  # sizes of a recurrence whose graphs are kept; their memory is mostly that of the recurrent matrix
@@ -228,19 +229,9 @@ def _warn_once(why: str) -> None:
 
 def _recorded(run: Callable[[], None], stream: Any, pool: Any) -> Any:
     """A graph of a call; what it reads and writes is as before."""
-    graph = torch.cuda.CUDAGraph()
-    # cuBLAS keeps its workspaces for good: one made before would be shared with other graphs, one made inside would
-    # keep the graph's memory.
-    torch._C._cuda_clearCublasWorkspaces()
-    try:
-        # Other threads may go on allocating memory. Where recording fails, torch would stay on its stream.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
-        ):
-            run()
-    finally:
-        torch._C._cuda_clearCublasWorkspaces()
+    graph = Graph()
+    with recorded(graph, stream.device, pool, stream):
+        run()
     return graph
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from srnn.cuda_graphs import Graph, undisturbed
+
 KEPT_SETS = 8  # sets of tensors; an eager loop's gradients take turns in memory
 _TIMES = 3  # that a set of tensors comes before its launches are recorded
 
@@ -77,11 +79,12 @@ class Launches:
     def _record(self) -> None:
         if torch.cuda.is_current_stream_capturing():
             return
-        graph = torch.cuda.CUDAGraph()
+        assert self._device is not None
+        graph, pool = Graph(), torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.stream(torch.cuda.Stream(self._device)):
+            with undisturbed(self._device, pool), torch.cuda.stream(torch.cuda.Stream(self._device)):
                 # Nothing is allocated inside, and other threads may go on with what they do.
-                graph.capture_begin(capture_error_mode="thread_local")
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     for launch in self._launches:
                         launch()

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srnn.cuda_graphs import undisturbed
+
 
 class Graphed:
     """Calls a network, forward and backward from a CUDA graph; inputs of another shape than the example's run eagerly.
@@ -37,7 +39,9 @@ class Graphed:
             with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False):
                 self._zero = self._zero_state(example)
                 samples = (example, _map(torch.clone, self._zero))  # which states are copied into
-                self._graph = torch.cuda.make_graphed_callables(_Call(self.model), samples)
+                pool = torch.cuda.graph_pool_handle()
+                with undisturbed(inputs.device, pool):
+                    self._graph = torch.cuda.make_graphed_callables(_Call(self.model), samples, pool=pool)
         if inputs.shape != self.example.shape:
             return self.model(inputs, state)
         return self._graph(inputs, self._zero if state is None else state)

@@ -88,7 +88,7 @@ def test_mixed_precision_on_a_cpu(tmp_path):
 def test_none_starts_from_zero_again_and_norms_see_batches_alone(monkeypatch):
     """With what a recorded graph does: it copies what it is called with into its samples."""
 
-    def recorded(call, samples):
+    def recorded(call, samples, pool):
         def replay(*given):
             for sample, tensor in zip(samples, given, strict=True):
                 if sample.data_ptr() != tensor.data_ptr():
@@ -98,6 +98,7 @@ def test_none_starts_from_zero_again_and_norms_see_batches_alone(monkeypatch):
         return replay
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorded)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     tokens_BT = torch.randint(0, 30, (5, 12))
     model = gru(24, 8, vocabulary_size=30)
     call = Graphed(model, tokens_BT.clone())
