@@ -94,7 +94,7 @@ class _Copies:
 
     Attributes:
         nodes: of each its node, its address in the graph, and its bytes.
-        outer: of each the address outside of the graph, for the next replay; nothing where that is not known.
+        outer: of each the address outside of the graph, for the next replay; 0 where that is not known.
         are_inputs: whether they copy into the graph.
     """
 
@@ -112,12 +112,13 @@ class _Copies:
         addresses = [tensor.data_ptr() for tensor in tensors]
         if addresses == self.outer:
             return
-        self.outer = []
         with torch.cuda.device(tensors[0].get_device()):
-            for address, (node, inner, size) in zip(addresses, self.nodes, strict=True):
-                to, source = (inner, address) if self.are_inputs else (address, inner)
-                set_copy(node, to, source, size)
-        self.outer = addresses
+            for index, (address, (node, inner, size)) in enumerate(zip(addresses, self.nodes, strict=True)):
+                if address != self.outer[index]:
+                    self.outer[index] = 0  # not known if CUDA refuses
+                    to, source = (inner, address) if self.are_inputs else (address, inner)
+                    set_copy(node, to, source, size)
+                    self.outer[index] = address
 
 
 class GraphCopies:
@@ -150,6 +151,11 @@ class GraphCopies:
             raise RuntimeError(f"no node of the graph copies from and to {error}") from error
         self._inputs = _Copies(of_inputs, [outer for outer, _, _ in inputs], are_inputs=True)
         self._outputs = _Copies(of_outputs, [outer for _, outer, _ in outputs], are_inputs=False)
+
+    @property
+    def writes_to(self) -> list[int]:
+        """The addresses of the outputs, 0 of one that is not known."""
+        return self._outputs.outer
 
     def read_from(self, tensors: Sequence[Tensor]) -> None:
         """Let the next replays take their inputs from these, which are contiguous. Raises GraphRefusedError."""

@@ -2,7 +2,8 @@
 
 Launching kernels one by one takes longer than many of them run. A graph launches all of them at once, but reads and
 writes memory of its own: it begins with copies of the inputs and ends with copies of the outputs, to memory that each
-call gets anew, so that outputs of earlier calls stay as they were.
+call gets anew, so that outputs of earlier calls stay as they were. To tell a graph of other memory takes longer than to
+launch it, and a loop's outputs take turns in few places: so a call is recorded several times, each for another place.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from srnn.cuda_graphs import Graph, recorded
 from srnn.kernels.graph_copies import GraphCopies, GraphRefusedError
 
 _log = logging.getLogger("srnn.kernels")
 
 MOST_SHAPES = 8  # of a module or layer; further ones run as they are
 MOST_MEMORY = 256 << 20  # bytes of all recordings of a module or layer
+GRAPHS = 3  # of a shape: a step's outputs are made while those before are its inputs, and those after are made ready
 RESTING = 1000  # calls after which a shape that was not among them makes room for another
 _SEEN = 64  # shapes that are remembered until they come again
 
@@ -76,23 +79,31 @@ class Recordable:
 
 
 @dataclass(eq=False)
-class _Recording:
-    """A graph, and what it is for.
-
-    Attributes:
-        copies: of its inputs and outputs.
-        like: tensors without memory, of the shapes and strides of the outputs.
-        checks: called before each replay.
-        last: the call that used it last.
-        next: memory for the next outputs, and the stream it belongs to: made while the GPU works, which else waits.
-    """
+class _Graph:
+    """A call's graph, and the copies of its inputs and outputs."""
 
     graph: Any
     copies: GraphCopies
+
+
+@dataclass(eq=False)
+class _Recording:
+    """The graphs of a call, and what they are for.
+
+    Attributes:
+        graphs: all alike; that which was used longest ago comes first.
+        like: tensors without memory, of the shapes and strides of the outputs.
+        checks: called before each replay.
+        last: the call that used it last.
+        next: memory for the next outputs, the graph that writes to it, and the stream and mode that it is for; made
+            while the GPU works, which else waits.
+    """
+
+    graphs: list[_Graph]
     like: list[Tensor]
     checks: tuple[Callable[[], None], ...] = ()
     last: int = 0
-    next: tuple[list[Tensor], int] | None = None
+    next: tuple[list[Tensor], _Graph, tuple[int, bool]] | None = None
 
     @property
     def own(self) -> int:
@@ -101,22 +112,24 @@ class _Recording:
 
     def replay(self, given: list[Tensor], raw: int) -> list[Tensor]:
         """The outputs for these inputs, on the current stream, whose address is given too."""
-        outputs, stream = self.next or ([], -1)
-        if stream != raw:
-            outputs = self._prepare()
-        self.next = None
-        self.copies.read_from(given)
-        self.graph.replay()
+        # Memory belongs to the stream it was made on, and what was made in inference mode cannot be written to outside.
+        use = (raw, torch.is_inference_mode_enabled())
+        ready, self.next = self.next, None
+        outputs, one, _ = ready if ready is not None and ready[2] == use else self._prepare(use)
+        one.copies.read_from(given)
+        one.graph.replay()
         if not _thread.recording_is_off:  # else memory may be of others' graph, which has only what a call gives back
             with suppress(torch.OutOfMemoryError, GraphRefusedError):  # this call has its outputs; the next one tells
-                self.next = self._prepare(), raw
+                self.next = self._prepare(use)
         return outputs
 
-    def _prepare(self) -> list[Tensor]:
-        with torch.inference_mode(False):  # which the next call may not be in
-            outputs = [torch.empty_like(part) for part in self.like]
-        self.copies.write_to(outputs)
-        return outputs
+    def _prepare(self, use: tuple[int, bool]) -> tuple[list[Tensor], _Graph, tuple[int, bool]]:
+        outputs = [torch.empty_like(part) for part in self.like]
+        places, known = [part.data_ptr() for part in outputs], [one.copies.writes_to for one in self.graphs]
+        one = self.graphs.pop(known.index(places) if places in known else 0)
+        self.graphs.append(one)
+        one.copies.write_to(outputs)
+        return outputs, one, use
 
 
 class Replays:
@@ -219,8 +232,9 @@ class Replays:
                 return False
             if self._done is None:
                 self._done, self._capture_stream = torch.cuda.Event(), torch.cuda.Stream(given[0].device)
+            pool = None if beside is None else beside.graphs[0].graph.pool()
             try:
-                one = record(run, given, None if beside is None else beside.graph.pool(), self._capture_stream)
+                one = record(run, given, pool, self._capture_stream)
             except RuntimeError as error:  # of torch and CUDA: memory, or a call that cannot be recorded
                 self._leave(key, given, error)
                 return False
@@ -277,37 +291,30 @@ def record(run: TensorCall, given: list[Tensor], pool: Any, stream: Any) -> _Rec
         RuntimeError: it cannot be recorded.
     """
     device = given[0].device
-    # What is written to at each call must not belong to inference mode, which the next may not be in. The outer stream
-    # context gives this thread its stream back also if the recording fails.
-    with (
-        _set("recording"),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.cuda.device(device),
-        torch.cuda.stream(torch.cuda.current_stream(device)),
-    ):
+    # What is written to at each call must not belong to inference mode, which the next may not be in.
+    with _set("recording"), torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
         given = [part.contiguous() for part in given]
         taken = [torch.empty_like(part) for part in run(given)]  # what is made at a first call is not to be recorded
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        # cuBLAS keeps its workspaces for good: one that was made before would be shared with other graphs, which may
-        # run at the same time, and one that was made inside would keep the graph's memory.
-        torch._C._cuda_clearCublasWorkspaces()
-        try:
-            # Other threads may go on allocating memory.
-            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-                inputs = [torch.empty_like(part).copy_(part) for part in given]
-                outputs = [_laid_out_like(to, part) for to, part in zip(taken, run(inputs), strict=True)]
-                for to, part in zip(taken, outputs, strict=True):
-                    to.copy_(part)
-        finally:
-            torch._C._cuda_clearCublasWorkspaces()
-        graph.instantiate()
-        into = [(part.data_ptr(), own.data_ptr(), part.nbytes) for part, own in zip(given, inputs, strict=True)]
-        out = [(part.data_ptr(), to.data_ptr(), to.nbytes) for part, to in zip(outputs, taken, strict=True)]
-        copies = GraphCopies(graph, into, out)
+        graphs: list[_Graph] = []
+        for _ in range(GRAPHS):
+            graphs.append(_captured(run, given, taken, graphs[0].graph.pool() if graphs else pool, stream))
         for to in taken:
             to.untyped_storage().resize_(0)
-    return _Recording(graph, copies, taken)
+    return _Recording(graphs, taken)
+
+
+def _captured(run: TensorCall, given: list[Tensor], taken: list[Tensor], pool: Any, stream: Any) -> _Graph:
+    """A graph of a call with these inputs, which ends with copies of its outputs to ``taken``."""
+    graph = Graph(keep_graph=True)
+    with recorded(graph, given[0].device, pool, stream):
+        inputs = [torch.empty_like(part).copy_(part) for part in given]
+        outputs = [_laid_out_like(to, part) for to, part in zip(taken, run(inputs), strict=True)]
+        for to, part in zip(taken, outputs, strict=True):
+            to.copy_(part)
+    graph.instantiate()
+    into = [(part.data_ptr(), own.data_ptr(), part.nbytes) for part, own in zip(given, inputs, strict=True)]
+    out = [(part.data_ptr(), to.data_ptr(), to.nbytes) for part, to in zip(outputs, taken, strict=True)]
+    return _Graph(graph, GraphCopies(graph, into, out))
 
 
 def _laid_out_like(to: Tensor, part: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def streams(monkeypatch):
 
     def record(run, given, pool, stream):
         graph = type("Graph", (), {"pool": lambda self: "pool"})()
-        return StandIn(graph, None, run([part.clone() for part in given]))
+        return StandIn([replay._Graph(graph, None)], run([part.clone() for part in given]))
 
     monkeypatch.setattr(replay, "record", record)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -161,7 +161,7 @@ class Copies:
     """Where a graph's outputs go."""
 
     def __init__(self, error=None):
-        self.error, self.taken = error, []
+        self.error, self.taken, self.writes_to = error, [], [0]
 
     def read_from(self, given):
         pass
@@ -170,17 +170,21 @@ class Copies:
         if self.taken and self.error is not None:
             raise self.error
         self.taken.append(outputs)
+        self.writes_to = [part.data_ptr() for part in outputs]
 
 
-def one_recording(copies):
-    return replay._Recording(type("Graph", (), {"replay": lambda self: None})(), copies, [torch.empty(3)])
+def one_recording(*copies):
+    """Of graphs that do nothing."""
+    nothing = type("Graph", (), {"replay": lambda self: None})()
+    return replay._Recording([replay._Graph(nothing, each) for each in copies], [torch.empty(3)])
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), GraphRefusedError("of another kind")])
 def test_a_call_gives_its_outputs_though_the_next_has_no_memory(error):
-    one = one_recording(Copies(error))
+    copies = Copies(error)
+    one = one_recording(copies)
     (outputs,) = one.replay([], 0)
-    assert outputs is one.copies.taken[0][0]
+    assert outputs is copies.taken[0][0]
     with pytest.raises(type(error)):
         one.replay([], 0)
 
@@ -192,6 +196,35 @@ def test_nothing_is_kept_of_memory_that_belongs_to_a_graph_of_others():
     assert one.next is None
     one.replay([], 0)
     assert one.next is not None
+
+
+def test_outputs_are_made_for_the_stream_and_the_mode_of_the_call():
+    """A tensor of inference mode cannot be written to outside of it, and memory goes back to the stream it is of."""
+    one = one_recording(Copies())
+    for made, mode in enumerate([True, False, False, True]):
+        with torch.inference_mode(mode):
+            (outputs,) = one.replay([], 0)
+        assert outputs.is_inference() is mode, made
+    kept, _, _ = one.next
+    (outputs,) = one.replay([], 1)
+    assert outputs is not kept[0]
+
+
+def test_the_outputs_of_a_loop_take_turns_and_each_place_has_a_graph_of_its_own(monkeypatch):
+    """Telling a graph of another place takes longer than launching it."""
+    places, order = [torch.empty(3) for _ in range(4)], [0, 1, 2] * 4 + [3, 1, 2, 3]
+    made = iter([*order, 0])
+    monkeypatch.setattr(torch, "empty_like", lambda part: places[next(made)])
+    there, written = [Copies() for _ in range(3)], []
+    one = one_recording(*there)
+    for each in one.graphs:
+        each.graph = SimpleNamespace(replay=lambda each=each: written.extend(each.copies.writes_to))
+    for place in order:
+        (outputs,) = one.replay([], 0)
+        assert outputs is places[place]
+    assert written == [places[place].data_ptr() for place in order]
+    told = [[next(i for i, place in enumerate(places) if place is part) for (part,) in each.taken] for each in there]
+    assert [sorted(set(each), key=each.index) for each in told] == [[0, 3], [1, 0], [2]], "the last call's next is 0"
 
 
 def test_what_cuda_refused_is_no_error_of_the_next_launch(monkeypatch):
@@ -209,7 +242,7 @@ def test_what_cuda_refused_is_no_error_of_the_next_launch(monkeypatch):
 
 
 def test_copies_of_a_graph_follow_inputs_and_outputs(monkeypatch):
-    """Their nodes are told of other addresses alone, and of all again after CUDA has refused one."""
+    """Their nodes are told of other addresses alone, and of one again that CUDA has refused."""
     told, codes = [], []
 
     def set_copy(run, node, to, source, size, kind):
@@ -238,7 +271,11 @@ def test_copies_of_a_graph_follow_inputs_and_outputs(monkeypatch):
     with pytest.raises(GraphRefusedError):
         copies.read_from([torch.zeros(1), h])
     copies.read_from([x, h])
-    assert told[1:] == [(7, 100, 10, x.data_ptr(), 4, device), (7, 200, 20, h.data_ptr(), 8, device)]
+    assert told[1:] == [(7, 100, 10, x.data_ptr(), 4, device)]
+    told.clear()
+    other = torch.zeros(2)
+    copies.read_from([x, other])
+    assert told == [(7, 200, 20, other.data_ptr(), 8, device)]
 
 
 def test_many_shapes_are_not_all_remembered(streams):

@@ -48,10 +48,13 @@ class StepRows:
         return cls(steps, streams, False, sizes, rows, long, (lengths, offsets))
 
     def ends(self, y_NH: Tensor, reverse: bool) -> Tensor:
-        """Each stream's output after the last step it takes: of its last row, or its first where reversed."""
+        """Each stream's output after the last step it takes: of its last row, or its first where reversed.
+
+        It may be a view of the outputs.
+        """
         if reverse or self.equal:
             first = 0 if reverse else y_NH.shape[0] - self.streams
-            return y_NH[first : first + self.streams].clone()
+            return y_NH[first : first + self.streams]
         lengths, offsets = self.lengths_on_host
         rows = offsets[lengths - 1] + torch.arange(self.streams)
         return y_NH[rows.to(y_NH.device)]

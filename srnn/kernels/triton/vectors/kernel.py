@@ -221,7 +221,7 @@ def run_vectors(call: RecurrentCall, layout: VectorLayout) -> tuple[Tensor, Stat
             recur_vectors[grid](**given, stream_of_first=stream, first=first, last=last)
     y = h[streams:, :, : call.hidden].transpose(0, 1)
     y = _in_order(y, layout.places).transpose(0, 1).view(call.u_NG.dtype)
-    end = torch.stack([call.rows.ends(y[:, d], call.reverse(d)) for d in range(call.directions)])
+    end = torch.stack([call.rows.ends(y[:, d], call.reverse(d)) for d in range(call.directions)])  # a copy
     y_NH = y.reshape(call.u_NG.shape[0], call.directions * call.hidden)
     if len(state) == 1:
         return y_NH, (end,)
@@ -245,7 +245,7 @@ def _cells(call: RecurrentCall) -> Tensor:
     """A copy of an LSTM's c in fp32, which the kernel updates; for others, something to point to."""
     if len(call.state) == 1:
         return call.u_NG
-    return torch.clone(call.state[1].float(), memory_format=torch.contiguous_format)
+    return call.state[1].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _arguments(call: RecurrentCall, layout: VectorLayout, h: Tensor, c_DBH: Tensor) -> dict[str, Any]:
