@@ -7,7 +7,7 @@ h here and costs nothing to know. (Theis et al. 2018 take v itself, the diagonal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from srnn.errors import UserError
 from srnn.pruning.groups import Saliency
-from srnn.pruning.mean_squares import MeanSquares, are_finite
+from srnn.pruning.mean_squares import DECAY, MeanSquares, are_finite
 from srnn.pruning.methods.base import PrunerView
 from srnn.pruning.methods.cubic import Cubic
 from srnn.pruning.parts import Part, Piece, some_of
@@ -24,7 +24,6 @@ from srnn.pruning.scope import Sharing, in_a_scope
 from srnn.registry import register
 
 SECOND_MOMENT = "exp_avg_sq"  # torch's name of v in the state of Adam and its kind
-DECAY = 0.999  # share of itself that a mean of squared gradients keeps at a step: Adam's own
 
 
 @register.pruning("obd")
@@ -71,6 +70,17 @@ class OBD(Cubic):
             self._take_in(pruner)
         else:
             self._own = {}
+
+    def means_to_take_in(self, pruner: PrunerView, given: Collection[nn.Parameter]) -> Mapping[nn.Parameter, Tensor]:
+        """Its own, once they hold all steps so far, if clipping leaves gradients as ``after_masks`` would see them."""
+        own = {part.parameter: self._own.get(part.parameter_name) for part in pruner.parts}
+        means = {p: mean for p, mean in own.items() if mean is not None and _is_plain(mean, p.device)}
+        with_gradients = {p for p in _all_of(pruner.optimizers) if p.grad is not None}
+        complete = len(means) == len(own) and with_gradients | own.keys() <= set(given)
+        if self._taken_in != pruner.itr or not complete or not _leaves_gradients(pruner.optimizers):
+            return {}
+        self._taken_in += 1
+        return means
 
     def _take_in(self, pruner: PrunerView) -> None:
         if self._taken_in != pruner.itr:
@@ -155,6 +165,16 @@ def _no_gradients(pruner: PrunerView, parts: Sequence[Part]) -> UserError:
 
 def _all_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[nn.Parameter]:
     return [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
+
+
+def _is_plain(mean: Tensor, device: torch.device) -> bool:
+    return mean.is_contiguous() and mean.device == device
+
+
+def _leaves_gradients(optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+    """Whether a step clips once, and writes to no gradient after that: one SGD, unless it adds Nesterov's momentum."""
+    alone = [type(each) for each in optimizers] == [torch.optim.SGD]
+    return alone and not any(group["nesterov"] for group in optimizers[0].param_groups)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor | None:
