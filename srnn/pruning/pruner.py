@@ -220,7 +220,10 @@ class Pruner:
             self._apply()
 
     def clips(self) -> MaskingClip:
-        """What a loop promises to clip all gradients by from now on, once a step: it masks them on its way."""
+        """What a loop promises to clip all gradients by from now on, once before each optimiser step, unscaled.
+
+        It masks them on its way, and the method may take them in.
+        """
         wanted, mask_all = lambda: not self._wants_gradients(), self._mask_gradients_on_gpu
         means = partial(self.method.means_to_take_in, self)
         return MaskingClip(self._gradient_hooks, self._parameters, self._masks, wanted, mask_all, means)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from srnn.errors import UserError
 from srnn.pruning.groups import Saliency
@@ -72,12 +73,14 @@ class OBD(Cubic):
             self._own = {}
 
     def means_to_take_in(self, pruner: PrunerView, given: Collection[nn.Parameter]) -> Mapping[nn.Parameter, Tensor]:
-        """Its own, once they hold all steps so far, if clipping leaves gradients as ``after_masks`` would see them."""
-        own = {part.parameter: self._own.get(part.parameter_name) for part in pruner.parts}
-        means = {p: mean for p, mean in own.items() if mean is not None and _is_plain(mean, p.device)}
-        with_gradients = {p for p in _all_of(pruner.optimizers) if p.grad is not None}
-        complete = len(means) == len(own) and with_gradients | own.keys() <= set(given)
-        if self._taken_in != pruner.itr or not complete or not _leaves_gradients(pruner.optimizers):
+        """Its own, where these hold all steps so far, and ``after_masks`` would find what clipping leaves."""
+        if not self._own or self._taken_in != pruner.itr or not _leaves_gradients(pruner.optimizers):
+            return {}
+        names = {part.parameter: part.parameter_name for part in pruner.parts}
+        means = {p: self._own[name] for p, name in names.items() if name in self._own and _is_plain(self._own[name], p)}
+        # Of the same parameters, clipping finds what ``are_finite`` does.
+        trained = {p for p in _all_of(pruner.optimizers) if p.grad is not None}
+        if not (means.keys() == names.keys() <= trained == set(given)):
             return {}
         self._taken_in += 1
         return means
@@ -167,14 +170,20 @@ def _all_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[nn.Parameter]:
     return [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
 
 
-def _is_plain(mean: Tensor, device: torch.device) -> bool:
-    return mean.is_contiguous() and mean.device == device
+def _is_plain(mean: Tensor, parameter: nn.Parameter) -> bool:
+    return mean.is_contiguous() and mean.device == parameter.device
 
 
 def _leaves_gradients(optimizers: Sequence[torch.optim.Optimizer]) -> bool:
-    """Whether a step clips once, and writes to no gradient after that: one SGD, unless it adds Nesterov's momentum."""
-    alone = [type(each) for each in optimizers] == [torch.optim.SGD]
-    return alone and not any(group["nesterov"] for group in optimizers[0].param_groups)
+    """Whether gradients stay as they are between clipping and ``Pruner.step``: beside one SGD of torch's.
+
+    Several may be clipped and stepped one after the other. Nesterov's momentum is added to the gradients themselves
+    where the step is not fused, and hooks may write to them.
+    """
+    if [type(each) for each in optimizers] != [torch.optim.SGD]:
+        return False
+    hooks = optimizers[0]._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
+    return not hooks and all(group["fused"] or not group["nesterov"] for group in optimizers[0].param_groups)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor | None:
