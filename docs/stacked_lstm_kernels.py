@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srnn.pruning.methods.obd import DECAY
+from srnn.pruning.mean_squares import DECAY
 
 try:
     import triton

@@ -1,8 +1,11 @@
-"""Clipping gradients by the norm of those that are not pruned, which it masks on its way, on a GPU."""
+"""Clipping gradients by the norm of those that are not pruned, which it masks on its way, on a GPU.
+
+What a method keeps of them, the means of their squares, takes them in on that way too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -11,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from srnn.pruning.gradient_hooks import GradientHooks
 from srnn.pruning.launches import Launches, RecentLaunches, blocks_of, has_triton, pointer, put
+from srnn.pruning.mean_squares import DECAY
 
 Gradients = Sequence[tuple[Tensor, Tensor | None]]  # gradients, and the mask of what they are of
 
@@ -42,25 +46,39 @@ class GpuClipping:
     def __reduce__(self) -> tuple[type[GpuClipping], tuple[()]]:
         return GpuClipping, ()  # addresses are no good elsewhere
 
-    def __call__(self, gradients: Gradients, max_norm: float) -> Tensor:
-        """Clip those that ``can_clip`` accepts, in place. Returns the norm, [], which the next call writes to."""
-        own = [(gradient.data_ptr(), gradient.numel(), pointer(mask)) for gradient, mask in gradients]
-        launches, found = self._recent.get((max_norm, *own), lambda: self._launches(gradients, max_norm))
+    def __call__(self, gradients: Gradients, max_norm: float, means: Sequence[Tensor | None] = ()) -> Tensor:
+        """Clip those that ``can_clip`` accepts, in place.
+
+        Args:
+            gradients: and their masks.
+            max_norm: the largest norm.
+            means: of squared gradients, which take in what is left where the norm is finite: one for each of the
+                gradients, like it, or None; nothing for none at all.
+
+        Returns:
+            The norm, [], which the next call writes to.
+        """
+        several = zip(gradients, means or [None] * len(gradients), strict=True)
+        rows = tuple([(g.numel(), g.data_ptr(), pointer(mask), pointer(mean)) for (g, mask), mean in several])
+        device = gradients[0][0].device
+        launches, found = self._recent.get((max_norm, *rows), lambda: self._launches(rows, max_norm, device))
         launches.run()
         return found[0]
 
-    def _launches(self, gradients: Gradients, max_norm: float) -> tuple[Launches, Tensor]:
+    def _launches(
+        self, rows: Sequence[Sequence[int]], max_norm: float, device: torch.device
+    ) -> tuple[Launches, Tensor]:
         from srnn.pruning.clipping_kernel import CLIP_BLOCK, launch_clipping  # here, because Triton may be missing
 
-        device = gradients[0][0].device
         found = torch.zeros(2, dtype=torch.float32, device=device)
-        rows = [[g.numel(), g.data_ptr(), pointer(mask)] for g, mask in gradients if g.numel()]
+        rows = [row for row in rows if row[0]]
         if not rows:
             return Launches([], device), found
         sizes = tuple(row[0] for row in rows)  # which stay as they are where gradients move in memory
         owners, firsts = self._programs.get((device, sizes), lambda: blocks_of(sizes, CLIP_BLOCK, device))
         sums = torch.empty(len(owners), dtype=torch.float32, device=device)
-        launch = partial(launch_clipping, put(rows, device), owners, firsts, sums, found, float(max_norm))
+        decay = DECAY if any(row[3] for row in rows) else None
+        launch = partial(launch_clipping, put(rows, device), owners, firsts, sums, found, float(max_norm), decay)
         return Launches([launch], device), found
 
 
@@ -75,6 +93,7 @@ class MaskingClip:
         masks: by name.
         has_masks: whether gradients are masked at this step.
         mask_all: masks them all, in a pass of its own.
+        means: of those that it is called with, the means of squared gradients that are to take in this step's.
     """
 
     def __init__(
@@ -84,8 +103,9 @@ class MaskingClip:
         masks: Mapping[str, Tensor],
         has_masks: Callable[[], bool],
         mask_all: Callable[[], None],
+        means: Callable[[Collection[nn.Parameter]], Mapping[nn.Parameter, Tensor]],
     ) -> None:
-        self._hooks, self._has_masks, self._mask_all = hooks, has_masks, mask_all
+        self._hooks, self._has_masks, self._mask_all, self._means = hooks, has_masks, mask_all, means
         self._pruned = list(parameters.values())
         self._masks = {parameter: masks[name] for name, parameter in parameters.items()}
         self._clipping = GpuClipping()
@@ -100,7 +120,9 @@ class MaskingClip:
             gradients = [(p.grad, self._masks.get(p)) for p in given if p.grad is not None]
             masked = sum(mask is not None for _, mask in gradients)
             if masked == sum(parameter.grad is not None for parameter in self._pruned) and can_clip(gradients):
-                self._clipping(gradients, max_norm)
+                # A graph that is captured here would go on writing to means, and nobody would be told.
+                means = {} if torch.cuda.is_current_stream_capturing() else self._means(given)
+                self._clipping(gradients, max_norm, [means.get(parameter) for parameter in given])
                 return
             self._mask_all()
         clip_grad_norm_(given, max_norm)

@@ -11,20 +11,29 @@ import triton.language as tl
 from torch import Tensor
 
 from srnn.pruning.launches import on_device
+from srnn.pruning.mean_squares_kernel import with_step
 
 CLIP_BLOCK = 4096  # gradients of a program
 WARPS = 8
+# Of a thread of a pass that takes in means: a Hopper GPU holds two programs then at once, and no more than one of the
+# 148 registers that the compiler would take, so that loads of one come beside stores of the other.
+_REGISTERS = 128
 
 
 @triton.jit
-def _kept(tables, owners, firsts, BLOCK: tl.constexpr):
-    """Of this program: its gradients' addresses, which of them are inside, and which are kept."""
+def _block(tables, owners, firsts, BLOCK: tl.constexpr):
+    """Of this program: its tensor's row, and places in it."""
     program = tl.program_id(0)
     owner = tl.load(owners + program)
-    size = tl.load(tables + owner * 3)
-    gradients = tl.load(tables + owner * 3 + 1).to(tl.pointer_type(tl.float32))
-    address = tl.load(tables + owner * 3 + 2)
-    place = (program - tl.load(firsts + owner)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return tables + owner * 4, (program - tl.load(firsts + owner)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _kept(row, place):
+    """Gradients' addresses, which of them are inside, and which are kept."""
+    size = tl.load(row)
+    gradients = tl.load(row + 1).to(tl.pointer_type(tl.float32))
+    address = tl.load(row + 2)
     inside = place < size
     mask = address.to(tl.pointer_type(tl.uint8)) + place
     return gradients + place, inside, tl.load(mask, mask=inside & (address != 0), other=1) != 0
@@ -32,14 +41,15 @@ def _kept(tables, owners, firsts, BLOCK: tl.constexpr):
 
 @triton.jit
 def sum_squares(
-    tables,  # [M, 3]: of each tensor of gradients its size, its address, and that of its mask, 0 for none
+    tables,  # [M, 4]: of each tensor of gradients its size, its address, that of its mask and of its mean, 0 for none
     owners,  # [programs], the tensor of each
     firsts,  # [M], the first program of each
     sums,  # [programs]
     BLOCK: tl.constexpr,
 ):
     """Add up the squares of what is kept."""
-    places, inside, kept = _kept(tables, owners, firsts, BLOCK)
+    row, place = _block(tables, owners, firsts, BLOCK)
+    places, inside, kept = _kept(row, place)
     # Loaded whatever the mask says, beside the mask and not after it; what is pruned may be NaN.
     value = tl.where(kept, tl.load(places, mask=inside, other=0.0), 0.0)
     tl.store(sums + tl.program_id(0), tl.sum(value * value, axis=0))
@@ -65,19 +75,34 @@ def find_factor(
 
 
 @triton.jit
-def scale_kept(tables, owners, firsts, found, BLOCK: tl.constexpr):
-    """Multiply what is kept by the factor, and zero the rest, whatever it is."""
-    places, inside, kept = _kept(tables, owners, firsts, BLOCK)
+def scale_kept(tables, owners, firsts, found, decay, MEANS: tl.constexpr, BLOCK: tl.constexpr):
+    """Multiply what is kept by the factor, and zero the rest, whatever it is; take that into the means, if any.
+
+    Means are left as they are where the norm is no number, or infinite.
+    """
+    row, place = _block(tables, owners, firsts, BLOCK)
+    places, inside, kept = _kept(row, place)
     value = tl.load(places, mask=inside, other=0.0) * tl.load(found + 1)
-    tl.store(places, tl.where(kept, value, 0.0), mask=inside)
+    value = tl.where(kept, value, 0.0)
+    if MEANS:
+        address = tl.load(row + 3)
+        means = address.to(tl.pointer_type(tl.float32)) + place
+        taken = inside & ((address != 0) & (tl.load(found) < float("inf")))
+        # Read before anything is written, so that they come beside the gradients.
+        tl.store(means, with_step(tl.load(means, mask=taken, other=0.0), value, decay), mask=taken)
+    tl.store(places, value, mask=inside)
 
 
 def launch_clipping(
-    tables: Tensor, owners: Tensor, firsts: Tensor, sums: Tensor, found: Tensor, max_norm: float
+    tables: Tensor, owners: Tensor, firsts: Tensor, sums: Tensor, found: Tensor, max_norm: float, decay: float | None
 ) -> None:
-    """Launch all three, for tables as ``sum_squares`` has them."""
+    """Launch all three, for tables as ``sum_squares`` has them; ``decay`` is that of means, None without any."""
     count = len(owners)
     with on_device(tables.device):
         sum_squares[(count,)](tables, owners, firsts, sums, CLIP_BLOCK, num_warps=WARPS)
         find_factor[(1,)](sums, count, max_norm, found, CLIP_BLOCK, num_warps=WARPS)
-        scale_kept[(count,)](tables, owners, firsts, found, CLIP_BLOCK, num_warps=WARPS)
+        given = tables, owners, firsts, found
+        if decay is None:
+            scale_kept[(count,)](*given, 0.0, False, CLIP_BLOCK, num_warps=WARPS)
+        else:
+            scale_kept[(count,)](*given, decay, True, CLIP_BLOCK, num_warps=WARPS, maxnreg=_REGISTERS)

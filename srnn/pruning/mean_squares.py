@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from srnn.pruning.launches import Launches, RecentLaunches, blocks_of, has_triton, put
 
+DECAY = 0.999  # share of itself that a method's mean of squared gradients keeps at a step: Adam's own
+
 
 def are_finite(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """Whether all their gradients are, bool [], one answer a device; nobody waits for it.

@@ -14,6 +14,12 @@ _WARPS = 4
 
 
 @triton.jit
+def with_step(mean, gradient, decay):
+    """``decay * mean + (1 - decay) * gradient^2``, of which the compiler may not choose how to round it."""
+    return tl.fma(gradient * gradient, 1.0 - decay, mean * decay)
+
+
+@triton.jit
 def take_in(
     tables,  # [M, 3], int64: of each mean its size, its address, and that of the gradient
     owners,  # [programs], the mean of each
@@ -22,7 +28,7 @@ def take_in(
     decay,
     BLOCK: tl.constexpr,
 ):
-    """``decay * mean + (1 - decay) * gradient^2``."""
+    """Take in one."""
     if tl.load(taken) != 0:
         program = tl.program_id(0)
         owner = tl.load(owners + program)
@@ -32,7 +38,7 @@ def take_in(
         mean = tl.load(table + 1).to(tl.pointer_type(tl.float32)) + place
         gradient = tl.load(tl.load(table + 2).to(tl.pointer_type(tl.float32)) + place, mask=inside, other=0.0)
         before = tl.load(mean, mask=inside, other=0.0)
-        tl.store(mean, before * decay + gradient * gradient * (1.0 - decay), mask=inside)
+        tl.store(mean, with_step(before, gradient, decay), mask=inside)
 
 
 def launch_means(tables: Tensor, owners: Tensor, firsts: Tensor, taken: Tensor, decay: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import NoneType
 from typing import Any
 
@@ -219,9 +220,13 @@ class Pruner:
             self._apply()
 
     def clips(self) -> MaskingClip:
-        """What a loop promises to clip all gradients by from now on, before it uses them: it masks them on its way."""
+        """What a loop promises to clip all gradients by from now on, once before each optimiser step, unscaled.
+
+        It masks them on its way, and the method may take them in.
+        """
         wanted, mask_all = lambda: not self._wants_gradients(), self._mask_gradients_on_gpu
-        return MaskingClip(self._gradient_hooks, self._parameters, self._masks, wanted, mask_all)
+        means = partial(self.method.means_to_take_in, self)
+        return MaskingClip(self._gradient_hooks, self._parameters, self._masks, wanted, mask_all, means)
 
     @torch.no_grad()
     def mask_again(self) -> list[str]:

@@ -32,7 +32,8 @@ def compiled(kernel, given):
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
 
-    compiler = {name: given[name] for name in ("num_warps", "launch_cooperative_grid")}
+    options = ("num_warps", "launch_cooperative_grid", "maxnreg")
+    compiler = {name: given[name] for name in options if name in given}
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -203,3 +204,16 @@ def test_means_of_squares_compile():
     given |= {"decay": 0.9, "BLOCK": mean_squares_kernel.MEAN_BLOCK, "num_warps": 4, "launch_cooperative_grid": False}
     made = compiled(mean_squares_kernel.take_in, given)
     assert made.asm["ttir"].count("tt.store") == 1
+
+
+@pytest.mark.parametrize("means", [False, True])
+def test_clipping_compiles(means):
+    from srnn.pruning import clipping_kernel
+
+    numbers, small = torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int32)
+    given = {"tables": numbers, "owners": small, "firsts": small, "found": torch.zeros(2), "decay": 0.9, "MEANS": means}
+    given |= {"BLOCK": clipping_kernel.CLIP_BLOCK, "num_warps": clipping_kernel.WARPS, "launch_cooperative_grid": False}
+    given |= {"maxnreg": clipping_kernel._REGISTERS} if means else {}
+    text = compiled(clipping_kernel.scale_kept, given).asm["ttir"]
+    assert text.count("tt.store") == 1 + means
+    assert max(text.rfind("tt.load"), 0) < text.find("tt.store"), "all is read before anything is written"

@@ -17,7 +17,9 @@ from srnn.sparse import SparseMatrix
 from tests.kernels.triton_cases import DEVICE, INTERPRETED, check, check_both, here, layer, on_gpu, state_of, use_chip
 
 TESTS = Path(__file__).parents[1]
-PRUNING = [f"pruning/test_{name}.py" for name in ("masking", "clipping", "cutting", "mean_squares")]
+PRUNING = [
+    f"pruning/test_{name}.py" for name in ("masking", "clipping", "cutting", "mean_squares", "obd_with_clipping")
+]
 KERNELS = [f"kernels/test_{name}.py" for name in ("triton", "gates", "slices", "vectors", "products")]
 FILES = [*KERNELS, "models/test_recurring.py", *PRUNING]
 QUICK = (

@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 
-from srnn.pruning.mean_squares import MeanSquares
+from srnn.pruning.clipping import GpuClipping
+from srnn.pruning.mean_squares import DECAY, MeanSquares
 from tests.kernels.triton_cases import DEVICE, here, on_gpu
 
 
@@ -54,3 +55,56 @@ def test_on_a_gpu_a_step_is_one_launch_where_all_lie_alike(monkeypatch):
             square = 0.0 if given[name] is None else given[name].float().square()
             torch.testing.assert_close(mean, 0.9 * before[name] + 0.1 * square)
     assert len(launched) == 1
+
+
+def bits(tensor):
+    return tensor.view(torch.int32)
+
+
+@pytest.mark.gpu
+@here
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("max_norm", [1e6, 0.5])
+def test_means_of_squares_taken_in_by_clipping_are_those_of_a_pass_of_their_own(max_norm):
+    """To the bit, masks and scaling included; a step with a gradient that is no number, or infinite, is none."""
+    generator = torch.Generator().manual_seed(1)
+    clipping, squares, sizes = GpuClipping(), MeanSquares(DECAY), (1, 0, 4096, 5001, 7)
+    means = {name: one.square() for name, one in tensors(generator, sizes).items()}
+    masks = {name: one > 0.5 for name, one in tensors(generator, sizes).items()} | {"7": None}
+    means["5001"][~masks["5001"]] = torch.nan  # what is there of what is pruned stays within it
+    apart = {name: mean.clone() for name, mean in means.items()}
+    del means["4096"], apart["4096"]  # not all that is clipped has a mean
+    gradients = tensors(generator, sizes)
+    for step in range(7):  # new addresses, then the same ones until they are recorded
+        if step < 3:
+            gradients = tensors(generator, sizes)
+        for name, gradient in gradients.items():
+            gradient.copy_(torch.randn(gradient.shape, generator=generator))
+            if masks[name] is not None:
+                gradient[~masks[name]] = torch.nan
+        bad = {1: torch.nan, 3: torch.inf, 5: -torch.inf}.get(step)
+        if bad is not None:
+            gradients["7"][2] = bad
+        plain, before = [gradient.clone() for gradient in gradients.values()], bits(means["7"]).clone()
+        norm = clipping([*zip(gradients.values(), masks.values(), strict=True)], max_norm, [*map(means.get, gradients)])
+        assert bool(norm.isfinite()) == (bad is None)
+        GpuClipping()([*zip(plain, masks.values(), strict=True)], max_norm)
+        for gradient, one in zip(gradients.values(), plain, strict=True):
+            assert bits(gradient).equal(bits(one))
+        squares._on_gpu(apart, gradients, torch.tensor(bad is None, device=DEVICE))
+        for name, mean in means.items():
+            assert bits(mean).equal(bits(apart[name]))
+        assert bits(means["7"]).equal(before) == (bad is not None)
+
+
+@pytest.mark.gpu
+@here
+def test_clipping_writes_nothing_beside_means():
+    generator = torch.Generator().manual_seed(2)
+    for size in (1, 4095, 4097):
+        room = torch.full((size + 2,), torch.nan).to(DEVICE)
+        mean, gradient = room[1:-1], torch.randn(size, generator=generator).to(DEVICE)
+        mean.fill_(0.25)
+        GpuClipping()([(gradient, None)], 1e6, [mean])
+        torch.testing.assert_close(mean, 0.25 * DECAY + (1 - DECAY) * gradient.square())
+        assert room[[0, -1]].isnan().all()

@@ -7,7 +7,7 @@ goes as a whole, a score (``scores``) what goes first, the scope (``scope``) whi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Annotated, Any, Protocol
 
@@ -135,6 +135,19 @@ class PruningMethod(ABC):
             pruner: the ``Pruner``, after the optimiser's step.
         """
         return
+
+    def means_to_take_in(self, pruner: PrunerView, given: Collection[nn.Parameter]) -> Mapping[nn.Parameter, Tensor]:
+        """Before gradients are clipped on a GPU: means of their squares that are to take them in, clipped and masked.
+
+        Args:
+            pruner: the ``Pruner``, before the optimiser's step.
+            given: the parameters whose gradients are clipped: fp32, contiguous, on one device.
+
+        Returns:
+            Parameter -> mean, like its gradient, which keeps ``mean_squares.DECAY`` of itself; none by default. They do
+            take them in, unless a gradient is infinite or NaN.
+        """
+        return {}
 
     @abstractmethod
     def update(self, itr: int, group: Group) -> None:

@@ -7,16 +7,17 @@ h here and costs nothing to know. (Theis et al. 2018 take v itself, the diagonal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from srnn.errors import UserError
 from srnn.pruning.groups import Saliency
-from srnn.pruning.mean_squares import MeanSquares, are_finite
+from srnn.pruning.mean_squares import DECAY, MeanSquares, are_finite
 from srnn.pruning.methods.base import PrunerView
 from srnn.pruning.methods.cubic import Cubic
 from srnn.pruning.parts import Part, Piece, some_of
@@ -24,7 +25,6 @@ from srnn.pruning.scope import Sharing, in_a_scope
 from srnn.registry import register
 
 SECOND_MOMENT = "exp_avg_sq"  # torch's name of v in the state of Adam and its kind
-DECAY = 0.999  # share of itself that a mean of squared gradients keeps at a step: Adam's own
 
 
 @register.pruning("obd")
@@ -71,6 +71,19 @@ class OBD(Cubic):
             self._take_in(pruner)
         else:
             self._own = {}
+
+    def means_to_take_in(self, pruner: PrunerView, given: Collection[nn.Parameter]) -> Mapping[nn.Parameter, Tensor]:
+        """Its own, where these hold all steps so far, and ``after_masks`` would find what clipping leaves."""
+        if not self._own or self._taken_in != pruner.itr or not _leaves_gradients(pruner.optimizers):
+            return {}
+        names = {part.parameter: part.parameter_name for part in pruner.parts}
+        means = {p: self._own[name] for p, name in names.items() if name in self._own and _is_plain(self._own[name], p)}
+        # Of the same parameters, clipping finds what ``are_finite`` does.
+        trained = {p for p in _all_of(pruner.optimizers) if p.grad is not None}
+        if not (means.keys() == names.keys() <= trained == set(given)):
+            return {}
+        self._taken_in += 1
+        return means
 
     def _take_in(self, pruner: PrunerView) -> None:
         if self._taken_in != pruner.itr:
@@ -155,6 +168,22 @@ def _no_gradients(pruner: PrunerView, parts: Sequence[Part]) -> UserError:
 
 def _all_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[nn.Parameter]:
     return [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
+
+
+def _is_plain(mean: Tensor, parameter: nn.Parameter) -> bool:
+    return mean.is_contiguous() and mean.device == parameter.device
+
+
+def _leaves_gradients(optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+    """Whether gradients stay as they are between clipping and ``Pruner.step``: beside one SGD of torch's.
+
+    Several may be clipped and stepped one after the other. Nesterov's momentum is added to the gradients themselves
+    where the step is not fused, and hooks may write to them.
+    """
+    if [type(each) for each in optimizers] != [torch.optim.SGD]:
+        return False
+    hooks = optimizers[0]._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
+    return not hooks and all(group["fused"] or not group["nesterov"] for group in optimizers[0].param_groups)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor | None:
