@@ -126,9 +126,10 @@ class _Recording:
     def _prepare(self, use: tuple[int, bool]) -> tuple[list[Tensor], _Graph, tuple[int, bool]]:
         outputs = [torch.empty_like(part) for part in self.like]
         places, known = [part.data_ptr() for part in outputs], [one.copies.writes_to for one in self.graphs]
+        if places not in known:
+            self.graphs[0].copies.write_to(outputs)
         one = self.graphs.pop(known.index(places) if places in known else 0)
         self.graphs.append(one)
-        one.copies.write_to(outputs)
         return outputs, one, use
 
 
