@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from srnn.errors import UserError
+
+# Of a container: as version 2 of Linux's control groups has it, and version 1.
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange", "linspace", "eye"}
@@ -103,6 +108,15 @@ def _real(build: Callable[[], _Module], calls: float, nbytes: float) -> _Module:
     # The caller's random numbers go on as if nothing had been built.
     with torch.random.fork_rng(devices=[]), _Bounded(calls, nbytes):
         return build()
+
+
+def memory_here() -> int:
+    """Bytes that this process may use: the machine's memory, or less where a container is given less."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # there is none, or it is called "max"
+            there = min(there, int(limit.read_text()))
+    return there
 
 
 def within_memory(nbytes: float) -> TorchFunctionMode:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from srnn.inference.packed_file import read
 from srnn.inference.packing import PackedModel
 from srnn.inference.weights import read_checkpoint, read_weights, weights_of
 from srnn.kernels import Kernel
-from srnn.meta_device import TooMuchError, within_memory
+from srnn.meta_device import TooMuchError, memory_here, within_memory
 from srnn.objectives import Objective
 from srnn.pruning.methods import PruningMethod
 from srnn.pruning.pruner import Pruner
@@ -258,7 +257,7 @@ def _length(data: DataModule, trainer: TrainerConfig) -> RunLength:
 
 
 def _build_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Module:
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = memory_here()
     try:
         with within_memory(0.75 * there):  # masks need a byte for each weight of four, to train it needs more
             model: nn.Module = register.build("model", config, **sizes)

@@ -7,6 +7,7 @@ from torch import nn
 
 from srnn.__main__ import main
 from srnn.config.composing import compose_settings
+from srnn.meta_device import memory_here
 from srnn.pruning import Pruner
 from srnn.recording.console import print_plan, shown_updates
 from srnn.training.preparing import prepare
@@ -87,10 +88,22 @@ def test_long_schedules_are_shown_in_a_few_rows():
 def test_a_network_larger_than_memory_is_refused_before_it_is_made(tmp_path, monkeypatch, capsys, large):
     """The system would give the memory, and kill the process where it is written to."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("srnn.training.preparing.os.sysconf", lambda name: 1 << 10)  # pages, and bytes of one
+    monkeypatch.setattr("srnn.meta_device.os.sysconf", lambda name: 1 << 10)  # pages, and bytes of one
     monkeypatch.setattr("torch.nn.RNNBase.reset_parameters", lambda layer: pytest.fail("it was made"))
     assert main(["plan", *SMALL, "model.hidden_size=64", large]) == 2
     assert "model=gru does not fit into memory, 0 GB here: lower model.hidden_size" in capsys.readouterr().err
+
+
+def test_a_container_has_the_memory_that_it_is_given(tmp_path, monkeypatch):
+    limits = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
+    monkeypatch.setattr("srnn.meta_device.CONTAINER_LIMITS", limits)
+    there = memory_here()
+    assert there > 1 << 28
+    for text, memory in (("max\n", there), ("4096000\n", 4_096_000), (f"{1 << 63}\n", there)):
+        limits[0].write_text(text)
+        assert memory_here() == memory
+    limits[1].write_text("1000\n")
+    assert memory_here() == 1000
 
 
 def test_the_work_grows_with_the_layers_and_not_with_their_square(capsys):
