@@ -8,6 +8,7 @@ It writes gpu_calls.csv and gpu_memory.csv there, in half a minute and, for 100,
 from __future__ import annotations
 
 import csv
+import gc
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -120,5 +121,6 @@ def memory(count: int) -> Iterator[dict[str, Any]]:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     write(folder / "gpu_calls.csv", calls())
+    gc.collect()  # the networks above refer to themselves
     torch.cuda.empty_cache()
     write(folder / "gpu_memory.csv", memory(int(sys.argv[2]) if len(sys.argv) > 2 else 100_000))
