@@ -41,7 +41,7 @@ def undisturbed(device: torch.device, pool: Any) -> Iterator[None]:
     """
     _let_go.clear()
     one = object()
-    try:  # nothing stands between what is done and what undoes it, where a Ctrl-C might come
+    try:  # all is inside: a Ctrl-C may come between any two lines
         with _lock:
             _now[one] = next(iter(_now.values()), gc.isenabled())
             gc.disable()
