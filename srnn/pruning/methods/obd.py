@@ -126,7 +126,8 @@ class OBD(Cubic):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them up again."""
         self._taken_in = -1
-        self._own = {name: mean.clone() for name, mean in state.items()}
+        # In fp32, whatever a file holds: kernels read it as such.
+        self._own = {name: mean.to(torch.float32, copy=True) for name, mean in state.items()}
 
 
 def _of_optimizers(pruner: PrunerView) -> dict[str, Tensor]:
