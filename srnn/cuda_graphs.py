@@ -16,60 +16,46 @@ from typing import Any
 import torch
 
 _let_go: list[Any] = []  # graphs that wait until nothing is recorded
+_now: dict[object, bool] = {}  # recordings of all threads -> whether the garbage collector runs after the last one
+_lock = threading.Lock()
 
 
 class Graph(torch.cuda.CUDAGraph):
-    """A CUDA graph that may be let go at any time: while something is recorded, it stays until that is done."""
+    """A CUDA graph that may be let go at any time: while something is recorded, it stays until the next recording."""
 
     def __del__(self) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            _let_go.append(self)
-
-
-class _Recordings:
-    """Those of all threads: while there is one, the garbage collector rests."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._now = 0
-        self._collects = False
-
-    def begin(self) -> None:
-        """Called before each."""
-        with self._lock:
-            if not self._now:
-                self._collects = gc.isenabled()
-                gc.disable()
-            self._now += 1
-
-    def end(self) -> None:
-        """Called after each."""
-        with self._lock:
-            self._now -= 1
-            if not self._now and self._collects:
-                gc.enable()
-
-
-_recordings = _Recordings()
+        try:
+            if torch.cuda.is_current_stream_capturing():
+                _let_go.append(self)
+        except Exception:  # CUDA has failed, or Python ends and torch is gone: a destructor can tell nobody
+            return
 
 
 @contextmanager
 def undisturbed(device: torch.device, pool: Any) -> Iterator[None]:
-    """Around a recording.
+    """Around a recording: while there is one, in any thread, the garbage collector rests.
 
     Args:
         device: whose work is recorded.
         pool: the memory that it is recorded with, of ``torch.cuda.graph_pool_handle`` or another graph.
     """
     _let_go.clear()
-    _recordings.begin()
-    try:
+    one = object()
+    try:  # all is inside: a Ctrl-C may come between any two lines
+        with _lock:
+            _now[one] = next(iter(_now.values()), gc.isenabled())
+            gc.disable()
         yield
     except BaseException:
         _clean_up(device, pool)
         raise
     finally:
-        _recordings.end()
+        with _lock:
+            if one in _now:
+                collects = _now[one]
+                del _now[one]
+                if collects and not _now:
+                    gc.enable()
 
 
 @contextmanager
@@ -80,12 +66,14 @@ def recorded(graph: Any, device: torch.device, pool: Any = None, stream: Any = N
         graph: a new ``torch.cuda.CUDAGraph``.
         device: all of what it does runs there.
         pool: memory of graphs that are never replayed at the same time as this one; None for memory of its own.
-        stream: to record on; None for one of torch's.
+        stream: to record on; None for a new one.
 
     Raises:
         RuntimeError: what is launched cannot be recorded.
     """
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    # torch's default is one stream for all devices: of work on another it would record nothing.
+    stream = torch.cuda.Stream(device) if stream is None else stream
     # cuBLAS keeps its workspaces for good: one that was made before would be shared with other graphs, which may run at
     # the same time, and one that was made inside would keep the graph's memory.
     torch._C._cuda_clearCublasWorkspaces()

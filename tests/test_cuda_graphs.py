@@ -1,6 +1,7 @@
 """What may happen while a CUDA graph is recorded, and what a recording that fails leaves."""
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -43,6 +44,51 @@ def test_a_recording_that_fails_is_cleaned_up_after_and_collection_goes_on(monke
         raise KeyError
     assert cleaned == [(CPU, "pool", False)]
     assert gc.isenabled()
+
+
+def test_a_ctrl_c_while_a_recording_begins_leaves_collection_on(monkeypatch):
+    off = gc.disable
+
+    def interrupted():
+        off()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cuda_graphs, "_clean_up", lambda *_: None)
+    monkeypatch.setattr(gc, "disable", interrupted)
+    with pytest.raises(KeyboardInterrupt), undisturbed(CPU, None):
+        raise AssertionError("not reached")
+    monkeypatch.undo()
+    assert gc.isenabled()
+    with undisturbed(CPU, None):
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("device-side assert"), AttributeError("torch is gone")])
+def test_a_graph_that_is_let_go_late_tells_nobody(monkeypatch, error):
+    """An exception that leaves a destructor is printed with its traceback."""
+
+    def fails():
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", fails)
+    Graph.__del__("a graph")
+
+
+def test_recording_is_on_a_stream_of_the_device(monkeypatch):
+    """torch's own stream is of the device that was recorded on first."""
+    used = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("new", device))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream, **_: nullcontext(used.append(stream)))
+    second = torch.device("cuda:1")
+    for stream in (None, "given"):
+        with recorded("graph", second, stream=stream):
+            pass
+    assert used == [("new", second), "given"]
 
 
 def test_a_graph_that_is_let_go_amid_a_recording_waits_for_the_next_one(monkeypatch):

@@ -3,7 +3,7 @@
 Launching kernels one by one takes longer than many of them run. A graph launches all of them at once, but reads and
 writes memory of its own: it begins with copies of the inputs and ends with copies of the outputs, to memory that each
 call gets anew, so that outputs of earlier calls stay as they were. To tell a graph of other memory takes longer than to
-launch it, and a loop's outputs take turns in few places: so a call is recorded several times, each for another place.
+launch it. A loop's outputs take turns in few places: so a call is recorded several times, each for another place.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Clipping gradients by the norm of those that are not pruned, which it masks on its way, on a GPU.
 
-What a method keeps of them, the means of their squares, takes them in on that way too.
+Means of their squares, which a method may keep, take them in there too.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from srnn.pruning.mean_squares_kernel import with_step
 
 CLIP_BLOCK = 4096  # gradients of a program
 WARPS = 8
-# Of a thread of a pass that takes in means: a Hopper GPU holds two programs then at once, and no more than one of the
-# 148 registers that the compiler would take, so that loads of one come beside stores of the other.
+# Of a thread in the pass that takes in means. The compiler would take 148, and a multiprocessor of a Hopper GPU would
+# hold one program. So it holds two, and one loads while the other stores.
 _REGISTERS = 128
 
 

@@ -108,3 +108,15 @@ def test_clipping_writes_nothing_beside_means():
         GpuClipping()([(gradient, None)], 1e6, [mean])
         torch.testing.assert_close(mean, 0.25 * DECAY + (1 - DECAY) * gradient.square())
         assert room[[0, -1]].isnan().all()
+
+
+@pytest.mark.gpu
+@here
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+def test_clipping_takes_in_no_step_whose_norm_is_infinite():
+    """Squares overflow where the gradients are finite: what is left of them is zero, and counts for nothing."""
+    gradient, mean = torch.full((5,), 1e30).to(DEVICE), torch.ones(5).to(DEVICE)
+    norm = GpuClipping()([(gradient, None)], 1.0, [mean])
+    assert norm == torch.inf
+    assert gradient.tolist() == [0] * 5
+    assert mean.tolist() == [1] * 5

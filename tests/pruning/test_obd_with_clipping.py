@@ -267,11 +267,13 @@ def test_means_that_lie_otherwise_are_none_of_clippings(change):
     assert method._taken_in == loop.pruner.itr
 
 
-def test_a_resumed_run_goes_on_to_the_bit(monkeypatch):
+@pytest.mark.parametrize("done", [0, 5])
+def test_a_resumed_run_goes_on_to_the_bit(monkeypatch, done):
+    """Also where what is loaded into is a step ahead."""
     on_a_cpu(monkeypatch)
     monkeypatch.setattr(clipping.GpuClipping, "__call__", clip_in_torch)
     seen, loop, other = recorded(monkeypatch, serves=True), Loop(), Loop()
-    loop.plain(4)
+    loop.plain(4), other.plain(done)
     for one, two in [
         (loop.pruner, other.pruner),
         (loop.network, other.network),
@@ -282,8 +284,19 @@ def test_a_resumed_run_goes_on_to_the_bit(monkeypatch):
     seen.clear()
     loop.plain(), other.plain()
     assert "".join(seen) == "c" * (LAST - 4) + "o" + "c" * (LAST - 5)
-    for before, after in zip(loop.history[4:], other.history, strict=True):
+    for before, after in zip(loop.history[4:], other.history[done:], strict=True):
         assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_means_of_a_state_are_fp32_from_then_on(dtype):
+    """Kernels know no other type."""
+    state = {"0.weight": torch.ones(8, 9, dtype=dtype)}
+    method = Loop().pruner.method
+    method.load_state_dict(state)
+    assert method._own["0.weight"].dtype == torch.float32
+    method._own["0.weight"].zero_()
+    assert state["0.weight"].all(), "the file's own stays as it is"
 
 
 @pytest.mark.gpu

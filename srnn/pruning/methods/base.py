@@ -145,7 +145,7 @@ class PruningMethod(ABC):
 
         Returns:
             Parameter -> mean, like its gradient, which keeps ``mean_squares.DECAY`` of itself; none by default. They do
-            take them in, unless a gradient is infinite or NaN.
+            take them in, unless the norm is infinite or NaN.
         """
         return {}
 

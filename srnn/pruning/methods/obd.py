@@ -78,7 +78,7 @@ class OBD(Cubic):
             return {}
         names = {part.parameter: part.parameter_name for part in pruner.parts}
         means = {p: self._own[name] for p, name in names.items() if name in self._own and _is_plain(self._own[name], p)}
-        # Of the same parameters, clipping finds what ``are_finite`` does.
+        # Of the same parameters, clipping finds what ``are_finite`` does, unless squares overflow.
         trained = {p for p in _all_of(pruner.optimizers) if p.grad is not None}
         if not (means.keys() == names.keys() <= trained == set(given)):
             return {}
@@ -126,7 +126,8 @@ class OBD(Cubic):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them up again."""
         self._taken_in = -1
-        self._own = {name: mean.clone() for name, mean in state.items()}
+        # In fp32, whatever a file holds: kernels read it as such.
+        self._own = {name: mean.to(torch.float32, copy=True) for name, mean in state.items()}
 
 
 def _of_optimizers(pruner: PrunerView) -> dict[str, Tensor]:
