@@ -11,11 +11,8 @@ from torch import Tensor, nn
 from srnn.cells import Cell
 from srnn.inference.base import TORCH, SparseModule, marks_of
 from srnn.kernels.contract import Layer
-from srnn.kernels.replay import MOST_MEMORY, Recordable, Replays, may_record
+from srnn.kernels.replay import Recordable, Replays
 from srnn.kernels.replayed import ReplayedLayer
-
-MOST_OF_A_PART = MOST_MEMORY * 3 // 4  # bytes; the rest is for outputs, and for other shapes
-_LEAST_STEPS = 16  # of a part: shorter ones take longer to launch than they save
 
 
 class ReplayedCalls(SparseModule):
@@ -24,12 +21,10 @@ class ReplayedCalls(SparseModule):
     Attributes:
         cell: of the layers.
         batch_first: whether streams are an input's first dimension.
-        bidirectional: whether layers have two directions.
     """
 
     cell: Cell
     batch_first: bool
-    bidirectional: bool
 
     def step_of(self, network: nn.Module, plain: Callable[[Tensor, Any], Any], x: Tensor, hx: Any) -> Any:
         """One step of a network that this is part of: on a GPU all of it is one replay, from the second call on.
@@ -90,27 +85,7 @@ class ReplayedCalls(SparseModule):
 
         replays: Replays = self._ready.get("replays") or self._ready.setdefault("replays", Replays())
         done = replays(kind, given, run, lambda: self._recordable(kind, input))
-        if done is None and kind == "sequence" and may_record():
-            return self._in_parts(input, hx, plain)
         return None if done is None else self._as_given(done)
-
-    def _in_parts(self, input: Tensor, hx: Any, plain: Callable[[Any, Any], Any]) -> tuple[Tensor, Any] | None:
-        """A call that takes too much memory to be recorded, as calls of fewer steps that do not; None of another."""
-        about = None if input.dim() < 3 or self.bidirectional else self._recordable("sequence", input)
-        if about is None or about.memory <= MOST_OF_A_PART:
-            return None
-        time = int(self.batch_first)
-        steps, streams = input.shape[time], input.shape[1 - time]
-        fitting = max(1, MOST_OF_A_PART * steps // about.memory)
-        part = 1 << fitting.bit_length() - 1  # the same for all lengths, so that few are recorded
-        if part < _LEAST_STEPS or self._decision(input, streams, part) != self._decision(input, streams, steps):
-            return None
-        ys, state = [], hx
-        for x in input.split(part, dim=time):
-            done = self._replayed("sequence", x, state, plain)
-            y, state = plain(x, state) if done is None else done
-            ys.append(y)
-        return torch.cat(ys, dim=time), state
 
     def _recordable(self, kind: Any, input: Tensor) -> Recordable | None:
         """What there is to know of a call that has run before; None if its layers are not known to launch alike."""

@@ -165,7 +165,7 @@ class Replays:
             RuntimeError: an earlier replay failed.
         """
         done = self.again(kind, given)
-        if done is not None or not may_record():
+        if done is not None or not _may_record():
             return done
         key = _key(kind, given)
         with self._lock:
@@ -270,8 +270,7 @@ def _is_plain() -> bool:
     return not (others or torch.cuda.is_current_stream_capturing())
 
 
-def may_record() -> bool:
-    """Whether a call of this thread may be recorded now."""
+def _may_record() -> bool:
     return not (_thread.recording or _thread.recording_is_off) and _is_plain()
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from srnn.inference import replayed_calls
 from srnn.inference.sparsify import sparsify
 from srnn.kernels.contract import Layer
-from srnn.kernels.replay import Recordable, nothing_recorded
+from srnn.kernels.replay import nothing_recorded
 from tests.kernels.common import prune
 from tests.kernels.test_replay import Counted, replayed
 from tests.kernels.triton_cases import on_gpu
@@ -37,39 +36,6 @@ def test_a_module_knows_which_calls_may_be_recorded(batch_first):
         assert about.checks == tuple(checks)
     network._ready[own[1]] = Counted()
     assert network._recordable("step", torch.zeros(3, 8)) is None
-
-
-@pytest.mark.parametrize(("cell", "options"), [("gru", {}), ("lstm", {"batch_first": True, "num_layers": 2})])
-@pytest.mark.parametrize("begins", [False, True])
-def test_a_call_that_takes_too_much_memory_is_one_of_several_parts(monkeypatch, cell, options, begins):
-    """Parts of any call are of the same length, but for its last one."""
-    network = sparsify(prune({"gru": nn.GRU, "lstm": nn.LSTM}[cell](8, 32, **options), 0.1), kernel="dense")
-    monkeypatch.setattr(replayed_calls, "MOST_OF_A_PART", 3000)
-    time, seen = int(network.batch_first), []
-    monkeypatch.setattr(network, "_recordable", lambda kind, x: Recordable(150 * x.shape[time]))  # so 20 steps fit
-
-    def plain(x, hx):
-        seen.append(x.shape[time])
-        return network._plain(x, hx)
-
-    for steps in (37, 64):
-        x = torch.randn(*((3, steps) if network.batch_first else (steps, 3)), 8)
-        _, hx = network(x) if begins else (None, None)
-        truth, end = network(x, hx)
-        y, after = network._in_parts(x, hx, plain)
-        assert torch.allclose(y, truth, atol=1e-6)
-        for part, true in zip(*[[state] if cell == "gru" else state for state in (after, end)], strict=True):
-            assert torch.allclose(part, true, atol=1e-6)
-    assert seen == [16, 16, 5, 16, 16, 16, 16]
-    assert network._in_parts(x.narrow(time, 0, 20), hx, plain) is None, "it can be recorded"
-    monkeypatch.setattr(replayed_calls, "MOST_OF_A_PART", 2000)
-    assert network._in_parts(x, hx, plain) is None, "parts of 8 steps are too short"
-
-
-def test_layers_of_two_directions_are_not_taken_apart(monkeypatch):
-    network = sparsify(prune(nn.GRU(8, 32, bidirectional=True), 0.1), kernel="dense")
-    monkeypatch.setattr(network, "_recordable", lambda kind, x: Recordable(1 << 40))
-    assert network._in_parts(torch.zeros(64, 3, 8), None, None) is None
 
 
 @pytest.mark.gpu
@@ -185,28 +151,3 @@ def test_a_loaded_networks_step_is_one_replay(cell, structure, tmp_path):
     network.decoder.register_forward_hook(lambda *_: seen.append(1))
     stream()
     assert len(seen) == len(tokens)
-
-
-@pytest.mark.gpu
-@on_gpu
-@pytest.mark.parametrize("cell", [nn.GRU, nn.LSTM])
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_a_large_call_is_replayed_in_parts(cell, batch_first, monkeypatch):
-    """Of which few are recorded, whatever its length; outputs of earlier calls stay."""
-    network = sparsify(prune(cell(64, 64, 2, batch_first=batch_first).cuda(), 0.1), "16x1", "fp16", "triton")
-    monkeypatch.setattr(replayed_calls, "MOST_OF_A_PART", 1_000_000)
-    kept = []
-    for steps in (100, 75, 100, 75, 100, 130):
-        x = torch.randn(*((16, steps) if batch_first else (steps, 16)), 64, device="cuda", dtype=torch.float16)
-        with torch.inference_mode():
-            with nothing_recorded():
-                truth, end = network._plain(x, None)
-            y, after = network(x)
-        kept.append((y, truth))
-        for part, true in zip(*[[state] if cell is nn.GRU else state for state in (after, end)], strict=True):
-            assert torch.allclose(part, true, atol=2e-3)
-    for y, truth in kept:
-        assert torch.allclose(y, truth, atol=2e-3)
-    shapes = {key[1][0][int(batch_first)] for key in network._ready["replays"].recorded}
-    assert max(shapes) == 32
-    assert len(shapes) <= 4, "32 steps, and what is left of 100, 75 and 130"
