@@ -92,7 +92,7 @@ def _lie_alike(means: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> 
     """Whether one launch can do all: fp32 on a GPU, in the same order."""
     if not has_triton():
         return False
-    return all(
+    return all(mean.shape == gradients[name].shape for name, mean in means.items()) and all(
         one.is_cuda and one.dtype == torch.float32 and one.layout == torch.strided and one.is_contiguous()
         for name, mean in means.items()
         for one in (mean, gradients[name])

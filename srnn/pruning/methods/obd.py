@@ -172,7 +172,7 @@ def _all_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[nn.Parameter]:
 
 
 def _is_plain(mean: Tensor, parameter: nn.Parameter) -> bool:
-    return mean.is_contiguous() and mean.device == parameter.device
+    return mean.is_contiguous() and mean.device == parameter.device and mean.shape == parameter.shape
 
 
 def _leaves_gradients(optimizers: Sequence[torch.optim.Optimizer]) -> bool:
