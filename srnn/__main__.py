@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_closed_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in (["--help"], ["-h"], ["help"]):
-        print(HELP.format(commands="\n".join(f"  {name:10}{word}" for name, word in COMMANDS.items())))
+        print(HELP.format(commands="\n".join(f"  {name:12}{word}" for name, word in COMMANDS.items())))
         return 0
     if argv[:1] == ["--version"]:
         print(f"srnn {__version__}")

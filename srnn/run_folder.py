@@ -123,6 +123,12 @@ class RunFolder:
         """Whether a run trained here, to its end or not."""
         return self.checkpoints.exists()
 
+    @property
+    def how_to_finish(self) -> str:
+        """A sentence, after a blank, if a run was stopped here; else nothing."""
+        stopped = self.begun and self.config.is_file() and not self.finished
+        return f" It was stopped, or trains still: `srnn resume {self.path}` goes on with it." if stopped else ""
+
     def warn_unless_finished(self, option: str) -> None:
         """Warn, in the words of an option that names it, that this run has more to learn: it may be training still."""
         if not self.finished:

@@ -118,7 +118,8 @@ def _meanings(group: str, name: str) -> Table:
     table = _table(f"{group}={name}: {about.partition(chr(10))[0]}", "option = default (allowed)", "what it means")
     table.columns[0].no_wrap = False
     table.columns[0].ratio = 2
-    known = dict(_of_docstring(group, name)) | dict(_of_yaml(group, name))
+    # Presets such as trainer=fast set some options of their group's default, which says what these mean.
+    known = dict(_of_yaml(group, "default")) | dict(_of_docstring(group, name)) | dict(_of_yaml(group, name))
     for line in shown.splitlines():
         table.add_row(line, known.get(line.partition(" = ")[0].rpartition(".")[2], ""))
     return table

@@ -224,7 +224,10 @@ def packed_file(run: str) -> Path:
         raise UserError(f"{run}: no such folder; give that of a finished run, as outputs/RUN.")
     packed = RunFolder(path).packed
     if not packed.is_file():
-        raise UserError(f"{run}: this folder holds no model.safetensors, so it is no finished run of srnn.")
+        raise UserError(
+            f"{run}: this folder holds no model.safetensors, so it is no finished run of srnn."
+            f"{RunFolder(path).how_to_finish}"
+        )
     from srnn.recording.environment import require_plugins
 
     require_plugins(RunFolder(path))

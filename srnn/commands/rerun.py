@@ -31,7 +31,7 @@ def main(
     source = expanded(run)
     before = RunFolder(source.resolve())
     if not before.finished:
-        raise UserError(f"rerun: {source}: no finished run is there: it has no report.json.")
+        raise UserError(f"rerun: {source}: no finished run is there: it has no report.json.{before.how_to_finish}")
 
     from srnn.config.composing import read_settings
     from srnn.files import nearest_there

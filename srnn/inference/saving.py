@@ -15,14 +15,16 @@ from srnn.inference.packing import WantedStructure, pack, recurrent_layers
 from srnn.inference.sparsify import desparsify
 
 
-def save(model: nn.Module, path: str | Path, values: Values = "fp32", structure: WantedStructure = "auto") -> None:
+def save(model: nn.Module, path: str | Path, values: Values | None = None, structure: WantedStructure = "auto") -> None:
     """Save any network's weights in a packed file, non-zeros only; ``srnn.load(path, into=model)`` reads them.
 
     Args:
-        model: a network with zeros, dense or sparsified. What ``sparsify`` packed is saved as it is.
+        model: a network with zeros, dense or sparsified.
         path: where to; an older file is replaced once the new one is whole.
-        values: what the non-zeros of dense layers are stored as: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
-        structure: the blocks of their matrices; ``auto`` takes the fewest bytes for each.
+        values: what non-zeros are stored as: ``fp32``, ``fp16``, ``bf16`` or ``int8``. None keeps those of matrices
+            that ``sparsify`` packed, and takes fp32 for others.
+        structure: the blocks of every packed matrix. ``auto`` takes the fewest bytes for each; what is packed already,
+            with these values, stays as it is.
 
     Raises:
         UserError: a weight is not finite, too large for the values asked for, not pruned in these blocks, or has no
@@ -49,9 +51,11 @@ def save(model: nn.Module, path: str | Path, values: Values = "fp32", structure:
         for prefix, module in model.named_modules()
         if isinstance(module, SparseModule)
         for name, matrix in module.matrices().items()
+        if values in (None, matrix.values_name) and structure in ("auto", matrix.structure)
     }
-    dense_model = desparsify(model) if kept else model
-    packed = pack(dense_model, {}, {}, values, structure)
+    is_sparse = any(isinstance(module, SparseModule) for module in model.modules())
+    dense_model = desparsify(model) if is_sparse else model
+    packed = pack(dense_model, {}, {}, values or "fp32", structure)
     # As they are: to round int8 values again would not give the same numbers.
     matrices = packed.matrices | {name: matrix for name, matrix in kept.items() if name not in packed.tied}
     dense = {name: tensor for name, tensor in packed.dense.items() if name not in kept}

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from srnn.errors import UserError
+
 
 def generate(
     model: Any,
@@ -26,7 +28,15 @@ def generate(
         temperature: divides the logits; 0 always takes the likeliest token.
         top_k: sample among so many likeliest tokens; None takes all.
         seed: of the sampling, which has a generator of its own: the same seed writes the same text.
+
+    Raises:
+        UserError: the prompt is text, or holds no token.
     """
+    if isinstance(prompt, str) or not len(prompt):
+        raise UserError(
+            f"the prompt is {'text' if len(prompt) else 'empty'}: give token numbers, at least one. Of a text, "
+            "model.vocabulary.encode(text) gives them; model.vocabulary.decode(tokens) reads what is written."
+        )
     random = torch.Generator().manual_seed(seed)
     logits_V, state = None, None
     for _ in range(length):

@@ -167,7 +167,7 @@ class LanguageModel(nn.Module):
         top_k: int | None = None,
         seed: int = 0,
     ) -> Iterator[int]:
-        """Yield ``length`` tokens that continue ``prompt``; see ``srnn.models.generating``."""
+        """Yield ``length`` tokens that continue the tokens of ``prompt``; see ``srnn.models.generating.generate``."""
         return generate(self, prompt, length, temperature, top_k, seed)
 
 

@@ -85,7 +85,7 @@ def warn_of_the_end(method: PruningMethod, itr: int, groups: Sequence[Group], ma
         if want is not None and abs(have - want) > group.tolerance:
             ended = "" if itr >= method.done_from else f" before step {method.done_from}"
             warnings.warn(
-                f"pruning ended{ended} with {100 * have / group.size:.2f} % of the {group.name} weights at zero, "
+                f"pruning ended{ended} with {100 * have / group.size:.2f} % of {group.name} weights at zero, "
                 f"and {100 * want / group.size:.2f} % were asked for.",
                 stacklevel=4,  # of whoever finalizes, through torch's no_grad
             )

@@ -79,7 +79,9 @@ def read_initial(path: str) -> Initial:
         run = RunFolder(file)
         found = [path for path in (run.best, run.packed) if path.is_file()]
         if not found:
-            raise UserError(f"init_from={path}: this folder is no finished run: it has no best checkpoint.")
+            raise UserError(
+                f"init_from={path}: this folder is no finished run: it has no best checkpoint.{run.how_to_finish}"
+            )
         run.warn_unless_finished("init_from")
         file = found[0]
     if not file.is_file():

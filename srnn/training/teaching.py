@@ -117,7 +117,9 @@ def _read_network(given: str, data: DataModule) -> nn.Module:
         run = RunFolder(path)
         found = [file for file in (run.packed, run.best) if file.is_file()]
         if not found:
-            raise UserError(f"distill.teacher={given}: this folder is no finished run: it has no packed file.")
+            raise UserError(
+                f"distill.teacher={given}: this folder is no finished run: it has no packed file.{run.how_to_finish}"
+            )
         run.warn_unless_finished("distill.teacher")
         path = found[0]
     if not path.is_file():

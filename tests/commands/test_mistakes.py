@@ -151,6 +151,11 @@ class TestRunFolders:
         assert "no finished run" in mistake(capsys, command, "--run", tmp_path)
         assert f"`srnn {command} outputs/RUN`" in mistake(capsys, command)
 
+    def test_stopped(self, capsys, tmp_path, command):
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "config.yaml").touch()
+        assert f"`srnn resume {tmp_path}` goes on with it" in mistake(capsys, command, tmp_path)
+
     def test_truncated(self, capsys, run_folder, command):
         file = run_folder / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-7])
@@ -297,6 +302,11 @@ def test_list_shows_the_files_of_a_plugin(capsys, tmp_path, monkeypatch):
         shown = capsys.readouterr().out
         for word in words:
             assert word in shown
+
+
+def test_list_says_what_options_mean_that_a_preset_of_a_group_sets(capsys):
+    assert main(["list", "trainer=fast"]) == 0
+    assert "stop after so many passes" in capsys.readouterr().out
 
 
 def test_list_alone_is_a_menu(capsys):

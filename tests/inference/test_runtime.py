@@ -45,6 +45,12 @@ def test_writing_is_the_same_with_the_same_seed_on_any_kernel(path):
         assert not torch.is_inference_mode_enabled(), "what happens between two tokens is the caller's"
 
 
+@pytest.mark.parametrize(("prompt", "what"), [("abc", "text"), ("", "empty"), ([], "empty")])
+def test_a_prompt_that_is_no_tokens_is_told_what_gives_them(path, prompt, what):
+    with pytest.raises(UserError, match=f"the prompt is {what}: .* model.vocabulary.encode"):
+        next(srnn.load(path, kernel="csr").generate(prompt, 1))
+
+
 def test_one_file_and_one_network_serve_eight_threads(path):
     model = srnn.load(path, kernel="cpu")
     tokens = torch.randint(11, (8, 40))

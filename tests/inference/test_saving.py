@@ -36,6 +36,22 @@ def test_any_network_there_and_back(tmp_path, values, sparse):
     assert all(torch.equal(weight, before[name]) for name, weight in fresh.state_dict().items())
 
 
+@pytest.mark.parametrize("given", [{"values": "fp16"}, {"values": "int8"}, {"structure": "element"}, {}])
+def test_a_sparsified_network_is_saved_as_asked_for(tmp_path, given):
+    network = pruned(nn.GRU(16, 32), height=4)
+    asked, packed = {"values": "fp32", "structure": "4x1"} | given, srnn.sparsify(network, "4x1", kernel="csr")
+    srnn.save(packed, tmp_path / "a", **given)
+    loaded = srnn.load(tmp_path / "a", kernel="csr", into=network)
+    assert {matrix.values_name for matrix in loaded.matrices().values()} == {asked["values"]}
+    x_TBI = torch.randn(3, 2, 16)
+    torch.testing.assert_close(loaded(x_TBI)[0], network(x_TBI)[0], rtol=0, atol=1e-2)
+    if "values" not in given:
+        assert {matrix.structure for matrix in loaded.matrices().values()} == {asked["structure"]}
+    else:
+        srnn.save(network, tmp_path / "dense", **given)
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "dense").read_bytes()
+
+
 def test_tied_weights_are_saved_once(tmp_path):
     def tied():
         network = nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 40))
