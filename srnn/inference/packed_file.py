@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,11 @@ def read(path: Path) -> PackedModel:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        if zipfile.is_zipfile(path):  # what torch.save writes is an archive
+            raise UserError(
+                f"{path} is a file of torch.save, such as a checkpoint, and no packed model: give its run's "
+                "model.safetensors. srnn.save writes one of any module."
+            ) from None
         raise UserError(f"{path} is damaged or no packed model: {error}.") from None
     try:
         header = json.loads(metadata["srnn"])

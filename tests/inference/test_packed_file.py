@@ -222,6 +222,9 @@ def test_other_files_are_refused_with_the_reason(tmp_path):
     with pytest.raises(UserError, match="no srnn header"):
         read(tmp_path / "other")
     (tmp_path / "text").write_text("hello")
+    torch.save({"state_dict": {}}, tmp_path / "best.ckpt")
+    with pytest.raises(UserError, match=r"a file of torch\.save, such as a checkpoint, .* model\.safetensors"):
+        read(tmp_path / "best.ckpt")
     with pytest.raises(UserError, match="damaged or no packed model"):
         read(tmp_path / "text")
 
