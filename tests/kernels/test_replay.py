@@ -29,7 +29,7 @@ class Counted(Layer):
 class StandIn(replay._Recording):
     """Computes what a replay of ``Counted`` would."""
 
-    def replay(self, given, raw):
+    def replay(self, given, raw, into=None):
         return [2 * given[0], *(part.clone() for part in given[1:])]
 
 
@@ -138,7 +138,7 @@ def test_recordings_take_a_bounded_memory(streams):
 def test_what_cuda_refuses_runs_as_it_is_from_then_on(streams, monkeypatch):
     """Inputs in memory of another kind than the first ones."""
 
-    def refuses(self, given, raw):
+    def refuses(self, given, raw, into):
         raise GraphRefusedError("of another kind")
 
     inner = Counted()

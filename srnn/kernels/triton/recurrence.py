@@ -55,6 +55,7 @@ class TritonRecurrence(Recurrence):
         self.new_bias = torch.stack(biases) if len(biases) == self.count else None
         self.layouts: dict[int, VectorLayout] = {}  # by programs
         self.slice_layouts: dict[SlicePlan, SliceLayout | None] = {}
+        self._for_streams: dict[int, SliceLayout | None] = {}  # planning takes as long as a launch
         with torch.inference_mode(False):  # it is written to in any mode
             self.failed = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._flag = self.failed.numpy()  # the same memory, faster to look at
@@ -71,6 +72,11 @@ class TritonRecurrence(Recurrence):
         """For ``slices`` or ``gates`` with so many streams, where they can run and are the faster."""
         if streams == 1 or self.matrices[0].height < 16:
             return None
+        if streams not in self._for_streams:
+            self._for_streams[streams] = self._planned(streams)
+        return self._for_streams[streams]
+
+    def _planned(self, streams: int) -> SliceLayout | None:
         work = Workload.of(self.matrices, self.dtype.itemsize, streams, self.precision == "ieee")
         plan = plan_streams(work, self.chip)
         if plan not in self.slice_layouts:

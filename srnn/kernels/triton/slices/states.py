@@ -126,8 +126,8 @@ class SlicedStates:
             slices=slices, steps=rows.steps, B=call.streams, H=hidden,
             BP=wide, UNITS=units, EQUAL=rows.equal, REVERSE=call.weights.reverse, BOTH=directions == 2, num_warps=4,
         )  # fmt: skip
-        last_h = torch.stack([self.h[d, :, 0 if call.reverse(d) else rows.steps] for d in range(directions)])
-        end = _unsliced(last_h, call.streams).view(call.u_NG.dtype)
+        last = [self.h[d, :, 0 if call.reverse(d) else rows.steps] for d in range(directions)]
+        end = _unsliced(last[0][None] if directions == 1 else torch.stack(last), call.streams).view(call.u_NG.dtype)
         if len(call.state) == 1:
             return y_NH, (end,)
         return y_NH, (end, _unsliced(self.c, call.streams).to(call.state[1].dtype))
@@ -137,7 +137,8 @@ def _sliced(part_DBH: Tensor, wide: int) -> Tensor:
     """[D, slices, H, wide] of [D, B, H]; streams that there are not are zero."""
     directions, streams, hidden = part_DBH.shape
     slices = -(-streams // wide)
-    padded_DBH = F.pad(part_DBH, (0, 0, 0, slices * wide - streams))
+    more = slices * wide - streams
+    padded_DBH = F.pad(part_DBH, (0, 0, 0, more)) if more else part_DBH  # which else copies all the same
     return padded_DBH.view(directions, slices, wide, hidden).transpose(2, 3)
 
 
