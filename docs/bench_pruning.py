@@ -1,12 +1,12 @@
-"""Pruning's share of training on a GPU: runs with and without it, in turns.
+"""Pruning's share of training on a GPU: pairs of runs with and without it, in turns of ten steps.
 
     python docs/bench_pruning.py FOLDER [PAIRS]
 
 It writes pruning_share.csv there, a row a run, in about a minute a pair. Networks are Penn Treebank's medium and large
 ones, by ``gradual`` and by ``obd``, on random words of a vocabulary as large, and a language model of 2,560 GRU units;
 each eagerly and with CUDA graphs. All are trained in bfloat16, with masks updated every 100 steps, as in a run of
-hours. The first pass is left out: it compiles, records graphs, and waits for memory. Other jobs of a host disturb eager
-runs: the quietest of a run are those of its passes, from one update to the next, that took the least time.
+hours. The first pass is left out: it compiles, records graphs, and waits for memory. Both runs of a pair are threads of
+one process, of which one waits while the other trains: what else a host does, for seconds, then slows both.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from __future__ import annotations
 import csv
 import os
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 
 import srnn.pruning.schedules as schedules
-from srnn.bench.training_loop import Clock
 from srnn.config.composing import compose_settings
 from srnn.kernels.timing import hardware
 from srnn.pruning.callback import PruningCallback
@@ -32,6 +35,7 @@ from srnn.training.preparing import prepare
 
 TRY = bool(os.environ.get("TRY"))  # tiny, on a CPU, to see that all runs
 FREQ = 10 if TRY else 100
+TURN = 5 if TRY else 10  # steps
 GRU = ["model.hidden_size=2560", "dataset.batch_size=64", "dataset.sequence_length=150"]
 # Name -> options, passes, and batches of a pass: with the first left out, three updates in 300 steps.
 CASES: dict[str, tuple[list[str], int, int]] = {
@@ -41,10 +45,7 @@ CASES: dict[str, tuple[list[str], int, int]] = {
     "ptb_large obd": (["experiment=ptb_large", "pruning=obd"], 7, 5 if TRY else 50),
     "gru 2560": (GRU, 10, 5 if TRY else 33),
 }
-COLUMNS = (
-    "device", "case", "cuda_graph", "loop", "pair", "steps",
-    "ms_per_step", "quietest_ms_per_step", "inside_ms_per_step", "updates",
-)  # fmt: skip
+COLUMNS = ("device", "case", "cuda_graph", "loop", "pair", "steps", "ms_per_step", "inside_ms_per_step", "updates")
 
 
 def make_text(folder: Path) -> None:
@@ -79,45 +80,94 @@ def options_of(case: str, graph: bool, folder: Path) -> list[str]:
     ]
 
 
-class PassClock(Clock):
-    """Also what was spent inside pruning up to the end of each pass."""
+class Turns:
+    """Says which of two runs goes on."""
 
-    def __init__(self, pruning: PruningCallback) -> None:
-        super().__init__()
-        self.pruning = pruning
-        self.inside: list[float] = []
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.at_work, self.there = 0, {0, 1}
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Stop."""
-        super().on_train_epoch_end(trainer, pl_module)
-        assert self.pruning.pruner is not None
-        self.inside.append(self.pruning.pruner.seconds)
+    def wait(self, me: int) -> None:
+        """Until it is my turn."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.at_work == me)
+
+    def hand_on(self, me: int) -> None:
+        """Let the other go on, if it is still there, and wait for my next turn."""
+        with self.changed:
+            if 1 - me in self.there:
+                self.at_work = 1 - me
+                self.changed.notify_all()
+                self.changed.wait_for(lambda: self.at_work == me)
+
+    def leave(self, me: int) -> None:
+        """Leave all to the other."""
+        with self.changed:
+            self.there.discard(me)
+            self.at_work = 1 - me
+            self.changed.notify_all()
 
 
-def quietest(seconds: list[float], passes: int) -> float:
-    """The least that so many passes took."""
-    return min(sum(seconds[first : first + passes]) for first in range(0, len(seconds) - passes + 1, passes))
+class InTurns(pl.Callback):
+    """Trains in turns, and times one's own: steps, seconds, and those inside pruning, after the first pass."""
+
+    def __init__(self, turns: Turns, me: int, pruning: PruningCallback) -> None:
+        self.turns, self.me, self.pruning = turns, me, pruning
+        self.steps, self.seconds, self.inside = 0, 0.0, 0.0
+        self._began = self._inside_before = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The first turn begins."""
+        self._begin()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """A turn ends after so many steps."""
+        if trainer.global_step % TURN:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if trainer.current_epoch > 0:
+            assert self.pruning.pruner is not None
+            self.steps += TURN
+            self.seconds += time.perf_counter() - self._began
+            self.inside += self.pruning.pruner.seconds - self._inside_before
+        self.turns.hand_on(self.me)
+        self._begin()
+
+    def _begin(self) -> None:
+        pruner = self.pruning.pruner
+        self._inside_before = 0.0 if pruner is None else pruner.seconds
+        self._began = time.perf_counter()
 
 
-def run(options: list[str], pruned: bool) -> dict[str, Any]:
+def run(options: list[str], pruned: bool, turns: Turns, me: int) -> dict[str, Any]:
     """Train, and measure all but the first pass."""
-    settings = compose_settings(options)
-    made = prepare(settings if pruned else replace(settings, pruning=register.check("pruning", {"name": "none"})))
-    pruning = PruningCallback(made.method, made.model, made.reference)
-    clock = PassClock(pruning)
-    trainer_for(settings.trainer, [pruning, clock]).fit(made.objective, made.objective.data.train_dataloader())
-    batches = len(made.objective.data.train_dataloader())
-    steps = batches * (len(clock.seconds) - 1)
-    last = batches * len(clock.seconds)
-    passes = max(1, round(FREQ / batches))  # with one update
+    turns.wait(me)
+    try:
+        settings = compose_settings(options)
+        made = prepare(settings if pruned else replace(settings, pruning=register.check("pruning", {"name": "none"})))
+        pruning = PruningCallback(made.method, made.model, made.reference)
+        clock = InTurns(turns, me, pruning)
+        trainer_for(settings.trainer, [pruning, clock]).fit(made.objective, made.objective.data.train_dataloader())
+    finally:
+        turns.leave(me)
+    first = len(made.objective.data.train_dataloader())
     return {
         "loop": "pruned" if pruned else "dense",
-        "steps": steps,
-        "ms_per_step": f"{1e3 * sum(clock.seconds[1:]) / steps:.4f}",
-        "quietest_ms_per_step": f"{1e3 * quietest(clock.seconds[1:], passes) / (passes * batches):.4f}",
-        "inside_ms_per_step": f"{1e3 * (clock.inside[-1] - clock.inside[0]) / steps:.4f}",
-        "updates": sum(last - steps < itr <= last for itr in made.method.updates),
+        "steps": clock.steps,
+        "ms_per_step": f"{1e3 * clock.seconds / clock.steps:.4f}",
+        "inside_ms_per_step": f"{1e3 * clock.inside / clock.steps:.4f}",
+        "updates": sum(first < itr <= first + clock.steps for itr in made.method.updates),
     }
+
+
+def a_pair(options: list[str], first: bool) -> list[dict[str, Any]]:
+    """The rows of a run with and one without pruning; ``first`` says whether it is the former that begins."""
+    turns = Turns()
+    with ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(run, options, pruned, turns, me) for me, pruned in enumerate((first, not first))]
+    torch.cuda.empty_cache()
+    return [one.result() for one in both]
 
 
 def main(folder: Path, pairs: int) -> None:
@@ -133,11 +183,8 @@ def main(folder: Path, pairs: int) -> None:
         for pair in range(pairs):
             for case in CASES:
                 for graph in (False, True):
-                    # Which comes first changes from pair to pair.
-                    for pruned in (pair % 2 == 1, pair % 2 == 0):
-                        row = run(options_of(case, graph, folder), pruned)
+                    for row in a_pair(options_of(case, graph, folder), pair % 2 == 1):  # which begins changes
                         table.writerow({"device": device, "case": case, "cuda_graph": graph, "pair": pair, **row})
-                        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -149,6 +149,10 @@ class _Recording:
         return outputs, one
 
 
+class _NotRecordedError(Exception):
+    """A part of a call was not recorded yet, or no longer is."""
+
+
 class Replays:
     """Calls of a function of tensors, from the second of a shape on as replays of a CUDA graph.
 
@@ -214,12 +218,23 @@ class Replays:
         with self._lock:
             self._calls += 1
             one = self.recorded.get(key)
-            if one is None:
-                return None
-            one.last = self._calls
-            for check in one.checks:
-                check()
-            return self._replay(key, one, given, into)
+            if one is not None:
+                one.last = self._calls
+                for check in one.checks:
+                    check()
+                return self._replay(key, one, given, into)
+            parts = self._parts.get(key)
+
+        def part(given: list[Tensor], into: Tensor | None) -> list[Tensor]:
+            done = self.again(kind, given, into)
+            if done is None:
+                raise _NotRecordedError
+            return done
+
+        try:
+            return None if parts is None else parts.run(given, part)
+        except _NotRecordedError:
+            return None
 
     def _replay(self, key: Any, one: _Recording, given: list[Tensor], into: Tensor | None) -> list[Tensor] | None:
         device = given[0].get_device()
