@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from srnn.cuda_graphs import Graph, recorded
-from srnn.kernels.calls_in_parts import Parts, Steps
 from srnn.kernels.graph_copies import GraphCopies, GraphRefusedError
 
 _log = logging.getLogger("srnn.kernels")
@@ -28,7 +27,6 @@ _log = logging.getLogger("srnn.kernels")
 MOST_SHAPES = 8  # of a module or layer; further ones run as they are
 MOST_MEMORY = 256 << 20  # bytes of all recordings of a module or layer
 GRAPHS = 3  # of a shape: a step's outputs are made while those before are its inputs, and those after are made ready
-MOST_OF_A_PART = MOST_MEMORY * 4 // 5  # of a call in parts; the rest is for outputs, and for other shapes
 RESTING = 1000  # calls after which a shape that was not among them makes room for another
 _SEEN = 64  # shapes that are remembered until they come again
 
@@ -74,12 +72,10 @@ class Recordable:
     Attributes:
         memory: bytes that it takes while it runs, with its inputs and outputs; an estimate.
         checks: called before each replay; they raise if an earlier one failed.
-        steps: None for a call that is not to be cut.
     """
 
     memory: int
     checks: tuple[Callable[[], None], ...] = ()
-    steps: Steps | None = None
 
 
 @dataclass(eq=False)
@@ -114,17 +110,8 @@ class _Recording:
         """Bytes that it does not share."""
         return sum(part.numel() * part.itemsize for part in self.like)
 
-    def replay(self, given: list[Tensor], raw: int, into: Tensor | None = None) -> list[Tensor]:
-        """The outputs for these inputs, on the current stream, whose address is given too.
-
-        The first is ``into`` where that is laid out alike.
-        """
-        if into is not None and into.stride() == self.like[0].stride():
-            self.next = None  # its graph may be told of other memory now
-            outputs, one = self._told([into, *map(torch.empty_like, self.like[1:])])
-            one.copies.read_from(given)
-            one.graph.replay()
-            return outputs
+    def replay(self, given: list[Tensor], raw: int) -> list[Tensor]:
+        """The outputs for these inputs, on the current stream, whose address is given too."""
         # Memory belongs to the stream it was made on, and what was made in inference mode cannot be written to outside.
         use = (raw, torch.is_inference_mode_enabled())
         ready, self.next = self.next, None
@@ -137,20 +124,13 @@ class _Recording:
         return outputs
 
     def _prepare(self, use: tuple[int, bool]) -> tuple[list[Tensor], _Graph, tuple[int, bool]]:
-        return *self._told([torch.empty_like(part) for part in self.like]), use
-
-    def _told(self, outputs: list[Tensor]) -> tuple[list[Tensor], _Graph]:
-        """A graph that writes to these outputs."""
+        outputs = [torch.empty_like(part) for part in self.like]
         places, known = [part.data_ptr() for part in outputs], [one.copies.writes_to for one in self.graphs]
         if places not in known:
             self.graphs[0].copies.write_to(outputs)
         one = self.graphs.pop(known.index(places) if places in known else 0)
         self.graphs.append(one)
-        return outputs, one
-
-
-class _NotRecordedError(Exception):
-    """A part of a call was not recorded yet, or no longer is."""
+        return outputs, one, use
 
 
 class Replays:
@@ -162,7 +142,6 @@ class Replays:
 
     def __init__(self) -> None:
         self.recorded: dict[Any, _Recording] = {}
-        self._parts: OrderedDict[Any, Parts] = OrderedDict()  # of calls that take too much memory to be recorded
         self._once: OrderedDict[Any, bool] = OrderedDict()  # shapes that came -> whether they may be recorded
         self._calls = 0
         self._lock = threading.Lock()  # a recording has one set of inputs and outputs
@@ -172,7 +151,7 @@ class Replays:
         self._capture_stream: Any = None  # one for all, because memory is handed on within a stream
 
     def __call__(
-        self, kind: Any, given: list[Tensor], run: TensorCall, about: Callable[[Tensor], Recordable | None]
+        self, kind: Any, given: list[Tensor], run: TensorCall, about: Callable[[], Recordable | None]
     ) -> list[Tensor] | None:
         """The outputs, in memory of their own; None where the caller has to run the call.
 
@@ -180,7 +159,7 @@ class Replays:
             kind: of the call: those of one kind and the same shapes are alike.
             given: its inputs, on one GPU.
             run: the call.
-            about: asked before it is recorded, with the first input of it or of a part of it; None if it cannot be.
+            about: asked before it is recorded; None if it cannot be.
 
         Raises:
             RuntimeError: an earlier replay failed.
@@ -190,24 +169,11 @@ class Replays:
             return done
         key = _key(kind, given)
         with self._lock:
-            known = key in self.recorded or (self._is_second(key) and self._record_now(key, given, run, about))
-            parts = self._parts.get(key)
-        if parts is None:
-            return self.again(kind, given) if known else None
+            known = key in self.recorded or (self._is_second(key) and self._record_now(key, given, run, about()))
+        return self.again(kind, given) if known else None
 
-        def part(given: list[Tensor], into: Tensor | None) -> list[Tensor]:
-            done = self.again(kind, given, into)
-            return done or self(kind, given, run, about) or run(given)
-
-        return parts.run(given, part)
-
-    def again(self, kind: Any, given: list[Tensor], into: Tensor | None = None) -> list[Tensor] | None:
+    def again(self, kind: Any, given: list[Tensor]) -> list[Tensor] | None:
         """The outputs of a call that was recorded, in memory of their own; None of another.
-
-        Args:
-            kind: of the call.
-            given: its inputs.
-            into: for the first output, which may be elsewhere all the same.
 
         Raises:
             RuntimeError: an earlier replay failed.
@@ -218,25 +184,14 @@ class Replays:
         with self._lock:
             self._calls += 1
             one = self.recorded.get(key)
-            if one is not None:
-                one.last = self._calls
-                for check in one.checks:
-                    check()
-                return self._replay(key, one, given, into)
-            parts = self._parts.get(key)
+            if one is None:
+                return None
+            one.last = self._calls
+            for check in one.checks:
+                check()
+            return self._replay(key, one, given)
 
-        def part(given: list[Tensor], into: Tensor | None) -> list[Tensor]:
-            done = self.again(kind, given, into)
-            if done is None:
-                raise _NotRecordedError
-            return done
-
-        try:
-            return None if parts is None else parts.run(given, part)
-        except _NotRecordedError:
-            return None
-
-    def _replay(self, key: Any, one: _Recording, given: list[Tensor], into: Tensor | None) -> list[Tensor] | None:
+    def _replay(self, key: Any, one: _Recording, given: list[Tensor]) -> list[Tensor] | None:
         device = given[0].get_device()
         raw = raw_stream(device)
         if raw != self._raw_stream:
@@ -245,7 +200,7 @@ class Replays:
                 stream.wait_event(self._done)
             self._stream, self._raw_stream = stream, raw
         try:
-            outputs = one.replay([part if part.is_contiguous() else part.contiguous() for part in given], raw, into)
+            outputs = one.replay([part if part.is_contiguous() else part.contiguous() for part in given], raw)
         except GraphRefusedError as error:
             self._leave(key, given, error)
             return None
@@ -266,11 +221,8 @@ class Replays:
             self._once.popitem(last=False)
         return False
 
-    def _record_now(
-        self, key: Any, given: list[Tensor], run: TensorCall, tell: Callable[[Tensor], Recordable | None]
-    ) -> bool:
+    def _record_now(self, key: Any, given: list[Tensor], run: TensorCall, about: Recordable | None) -> bool:
         """Whether it could be recorded."""
-        about = None if key in self._parts else tell(given[0])
         if about is None:
             return False
         for check in about.checks:
@@ -278,7 +230,6 @@ class Replays:
         with _recording:
             beside = next(iter(self.recorded.values()), None)  # held, so that the memory they share lives on
             if not self._make_room(about.memory):
-                self._cut(key, given, about)
                 return False
             if self._done is None:
                 self._done, self._capture_stream = torch.cuda.Event(), torch.cuda.Stream(given[0].device)
@@ -302,19 +253,6 @@ class Replays:
                 return False
             del self.recorded[oldest]
         return True
-
-    def _cut(self, key: Any, given: list[Tensor], about: Recordable) -> None:
-        """Let a call run in parts from now on, if it is its memory that there is no room for, and parts find some."""
-        if about.steps is None or self._taken() + about.memory <= MOST_MEMORY:
-            return
-        parts = Parts.of(given[0], about.steps, about.memory, MOST_OF_A_PART)
-        if parts is None:
-            return
-        shape = given[0].narrow(parts.dim, 0, parts.size).shape
-        if len(self.recorded) < MOST_SHAPES or any(shape == known[1][0] for known in self.recorded):
-            self._parts[key] = parts
-            if len(self._parts) > _SEEN:
-                self._parts.popitem(last=False)
 
     def _taken(self) -> int:
         """Bytes that recordings do not share."""

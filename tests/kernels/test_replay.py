@@ -29,7 +29,7 @@ class Counted(Layer):
 class StandIn(replay._Recording):
     """Computes what a replay of ``Counted`` would."""
 
-    def replay(self, given, raw, into=None):
+    def replay(self, given, raw):
         return [2 * given[0], *(part.clone() for part in given[1:])]
 
 
@@ -135,10 +135,30 @@ def test_recordings_take_a_bounded_memory(streams):
     assert len(ready.replays.recorded) == 3, "outputs take 0.75, and this one 0.4"
 
 
+@pytest.mark.parametrize(
+    ("cell", "inputs", "hidden", "both", "rows", "megabytes"),
+    [
+        ("gru", 1024, 1024, False, 64 * 256, 208),
+        ("gru", 2560, 2560, False, 64 * 128, 258),
+        ("lstm", 1500, 1500, False, 64 * 128, 178),
+        ("tanh", 1024, 1024, False, 64 * 256, 141),
+        ("gru", 2048, 512, False, 64 * 256, 191),
+        ("lstm", 2048, 512, False, 32 * 256, 107),
+        ("gru", 1024, 1024, True, 64 * 128, 210),
+    ],
+)
+def test_the_memory_of_a_recording_is_about_what_was_measured(cell, inputs, hidden, both, rows, megabytes):
+    """On an H200, of blocks in fp16, without what the outputs are copied to."""
+    directions = tuple(layer(cell, inputs, hidden, 32, density=0.02) for _ in range(1 + both))
+    ready = ReplayedLayer(Counted(), directions, torch.float16)
+    measured = 1e6 * megabytes + 2 * rows * len(directions) * hidden
+    assert 0.95 * measured <= ready.recordable(rows).memory <= 1.15 * measured
+
+
 def test_what_cuda_refuses_runs_as_it_is_from_then_on(streams, monkeypatch):
     """Inputs in memory of another kind than the first ones."""
 
-    def refuses(self, given, raw, into):
+    def refuses(self, given, raw):
         raise GraphRefusedError("of another kind")
 
     inner = Counted()
