@@ -340,7 +340,7 @@ def _number(option: str, kind: Callable[[str], _T], least: float, most: float) -
         except ValueError:
             value = None
         if value is None or not least <= value <= most:  # type: ignore[operator]
-            raise UserError(f"bench: {option}={text} must be a number from {least:g} to {most:g}.")
+            raise UserError(f"bench: {option}={text} must be a number from {least:,} to {most:,}.")
         return value
 
     return parse
