@@ -288,7 +288,7 @@ def _add_transcripts(table: Table, report: dict[str, Any]) -> None:
 def _print_choices(choices: Sequence[Mapping[str, Any]], threads: int) -> None:
     """The backend that each layer runs on; the times behind a choice, which may be older, are not the report's."""
     table = Table(title=f"Backends chosen ({plural(threads, 'thread')})")
-    table.caption = "the measurements behind them, new or older, and what cannot run: report.json, latency.choices"
+    table.caption = "all measurements, and what cannot run: report.json, latency.choices"
     for column in ("layer, inputs to units", "use", "backend"):
         table.add_column(column)
     for choice in choices:
