@@ -106,6 +106,18 @@ def test_files_are_read_as_one_channel_of_16_khz(suffix, tmp_path):
     assert x_N[4000:12000].abs().max() == pytest.approx(0.25, abs=0.01)
 
 
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 240. GiB"), ValueError("array is too big")])
+def test_a_header_with_an_absurd_length_is_refused(error, tmp_path, monkeypatch):
+    """Where there is no such memory; else what the file holds is read."""
+
+    def asks_for_it(*_, **__):
+        raise error
+
+    monkeypatch.setattr(soundfile, "read", asks_for_it)
+    with pytest.raises(UserError, match=rf"a\.flac is no audio that can be read: {error}"):
+        read_audio(tmp_path / "a.flac")
+
+
 def test_what_is_no_audio_is_named(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"RIFFnothing")
     for path in (tmp_path / "a.wav", tmp_path / "missing.wav"):

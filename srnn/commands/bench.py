@@ -267,10 +267,13 @@ def _network(options: BenchOptions) -> int:
 
 def _training(options: BenchOptions) -> int:
     from srnn.bench.training_loop import compare_loops
+    from srnn.config.command_line import told_of_sweep
     from srnn.config.composing import compose_settings, split_overrides
     from srnn.terminal import console
 
-    settings = compose_settings(split_overrides(options.config))
+    settings = compose_settings(overrides := split_overrides(options.config))
+    if told := told_of_sweep(overrides):
+        console.print(f"Note: {told}", soft_wrap=True)
     if settings.trainer.epochs < 5:
         raise UserError("bench: training needs five epochs, for the schedule of pruning: trainer.limit_epochs=5.")
     folder = _folder(options)
@@ -337,7 +340,7 @@ def _number(option: str, kind: Callable[[str], _T], least: float, most: float) -
         except ValueError:
             value = None
         if value is None or not least <= value <= most:  # type: ignore[operator]
-            raise UserError(f"bench: {option}={text} must be a number from {least:g} to {most:g}.")
+            raise UserError(f"bench: {option}={text} must be a number from {least:,} to {most:,}.")
         return value
 
     return parse

@@ -168,16 +168,16 @@ class Parser(argparse.ArgumentParser):
         words = iter(argv)
         for word in words:
             key, equals, value = word.partition("=")
-            name = key.removeprefix("--")
+            name = key.removeprefix("--").replace("_", "-")  # as in options of runs
             if equals and key == "srnn.plugins":
                 continue  # already acted on
             if takes_run and name == "run" and (equals or key != name):
                 bare.append(unquoted(value) if key == name else value if equals else next(words, ""))
             elif equals and name in known:
                 flags.append(f"--{name}={value}")
-            elif key != name and name in known and name != "help":
+            elif key.startswith("--") and name in known and name != "help":
                 following = next(words, None)
-                flags.append(key if following is None else f"{key}={following}")
+                flags.append(f"--{name}" if following is None else f"--{name}={following}")
             elif word.startswith("-"):
                 flags.append(word)
             elif takes_run and equals and key.isidentifier() and not os.path.exists(word):

@@ -27,6 +27,7 @@ def main(
     if path.suffix != ".png":
         raise UserError(f"plan: --plot={plot} must be a file named *.png.")
 
+    from srnn.config.command_line import told_of_sweep
     from srnn.config.composing import compose_settings, parse_override
     from srnn.recording.console import print_plan
     from srnn.recording.plots import plot_plan
@@ -39,6 +40,8 @@ def main(
         if parse_override(text).is_sweep_override():
             raise UserError(f"plan: {text}: it plans one run: give one value, or quote several to mean one.")
     pruner = prepare(compose_settings(overrides, ("experiment", "plot", "hydra"))).pruner()
+    if told := told_of_sweep(overrides):
+        console.print(f"Note: {told}", soft_wrap=True)
     print_plan(pruner)
     if pruner.groups:
         try:

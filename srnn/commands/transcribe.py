@@ -140,7 +140,8 @@ def _recordings(audio: str) -> Iterator[tuple[str, Iterator[Any]]]:
         else:
             yield str(each), pieces
     if unread:
-        raise UserError(f"transcribe: {len(unread)} of {len(found)} recordings are left out: {'; '.join(unread)}.")
+        why = "; ".join(dict.fromkeys(unread))  # once where soundfile is not installed
+        raise UserError(f"transcribe: {len(unread)} of {len(found)} recordings are left out: {why}.")
 
 
 def _file(path: Path) -> Iterator[Any]:

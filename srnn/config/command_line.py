@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,9 +26,10 @@ from srnn.config.composing import (
     slug,
 )
 from srnn.config.hydra_internals import flags_parser
-from srnn.config.sweeps import Job, choices_of, expand
+from srnn.config.sweeps import Job, choices_of, expand, identity
 from srnn.errors import UserError
 from srnn.registry import register
+from srnn.terminal import plural
 
 REFUSED = ("config_path", "config_name", "experimental_rerun")  # flags of Hydra's
 OURS = "hydra_plugins.srnn_sweeper.SrnnSweeper"
@@ -78,14 +80,44 @@ def check_command_line(argv: Sequence[str]) -> CommandLine:
     if arguments.multirun or (hydra.mode == RunMode.MULTIRUN and not arguments.cfg):
         if arguments.cfg:
             raise UserError(f"--cfg {arguments.cfg} prints one job's config: leave out -m and name one value each.")
+        _check_folder_named(overrides, "hydra.run.dir", "hydra.sweep.dir", "a sweep")
         return _check_sweep(argv, overrides, hydra)
+    _check_folder_named(overrides, "hydra.sweep.dir", "hydra.run.dir", "a single run")
     for override in overrides:
         if override.is_sweep_override():
             raise UserError(
                 f"{override.input_line}: several values make a sweep; add -m, or quote the value to mean one."
             )
+    if arguments.cfg and (told := told_of_sweep(arguments.overrides)):
+        print(f"srnn: {told}", file=sys.stderr)
     compose_settings(arguments.overrides)
     return CommandLine(list(argv), run_folder(arguments.overrides), sweep=None)
+
+
+def told_of_sweep(overrides: Sequence[str]) -> str | None:
+    """What to say where one config is made of options that start a sweep, as some presets do; None where they do not.
+
+    Args:
+        overrides: options, each of one value.
+
+    Raises:
+        UserError: one is wrong.
+    """
+    hydra = compose_hydra([text for text in overrides if _is_hydras(parse_override(text))])
+    if hydra.mode != RunMode.MULTIRUN:
+        return None
+    if hydra.sweeper._target_ != OURS:
+        return "this is a sweep, and here its config before a sweeper varies it."
+    jobs = _jobs(overrides, hydra)
+    mine = identity(compose_settings(overrides).located().as_dict())
+    which = next((f"one of them, {job.name}" for job in jobs if job.identity == mine), "the config that they vary")
+    count = plural(len(jobs), "job")
+    return f"this is a sweep of {count}, and here {which}. Give one value of what it varies for another."
+
+
+def _jobs(texts: Sequence[str], hydra: DictConfig) -> list[Job]:
+    ours = [text for text in texts if not parse_override(text).is_hydra_override()]
+    return expand(ours, hydra.sweeper.params, hydra.sweeper.rows or ((),))
 
 
 def _parse(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
@@ -137,7 +169,7 @@ def _check_sweep(argv: Sequence[str], overrides: Sequence[Override], hydra: Dict
     texts = [str(o.input_line) for o in overrides if not o.is_hydra_override()]
     jobs: list[Job] = []
     if ours:
-        jobs = expand(texts, hydra.sweeper.params, hydra.sweeper.rows or ((),))
+        jobs = _jobs(texts, hydra)
     else:
         _check_space(texts)
     to_hydra = {str(o.input_line): _as_values(o) for o in overrides} if ours else {}
@@ -202,6 +234,13 @@ def _check_given(override: Override) -> None:
     key, _, value = str(override.input_line).partition("=")
     if not value.strip() and not override.is_delete():
         raise UserError(f"{key}=: no value is given. Leave it out for its default; null means none, where allowed.")
+
+
+def _check_folder_named(overrides: Sequence[Override], passed_over: str, used: str, what: str) -> None:
+    """Refuse a folder that would not be used, unless the one that is used is named, too. Raises UserError."""
+    named = {override.key_or_group: override.input_line for override in overrides}
+    if passed_over in named and used not in named:
+        raise UserError(f"{named[passed_over]} has no effect on {what}: give {used}=FOLDER.")
 
 
 def _check_installed(override: Override) -> None:

@@ -31,6 +31,8 @@ from srnn.registry import register
 
 # What a command line takes beside the keys of a config.
 BESIDE = ("experiment", "resume", "hydra")
+# Options that say nothing without another one, the file of a network.
+_NEEDS = {"distill.temperature": "distill.teacher", "distill.weight": "distill.teacher", "init_partly": "init_from"}
 # What opens and closes a level of YAML, and how many levels a run's config may have.
 _STARTS = (
     yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken,
@@ -130,7 +132,7 @@ Compose = Callable[[tuple[str, ...]], DictConfig]
 
 
 def unknown_options(overrides: Sequence[str], compose: Compose, beside: Sequence[str] = BESIDE) -> dict[str, UserError]:
-    """The overrides of one job that set an option which its choices don't have, and what to say about each.
+    """The overrides of one job that set what its choices don't have or pass over, and what to say about each.
 
     Raises:
         UserError: a choice that is not there.
@@ -147,7 +149,28 @@ def unknown_options(overrides: Sequence[str], compose: Compose, beside: Sequence
                 _check_key(key.partition(".")[0] if override.is_add() else key, base, beside)
             except UserError as error:
                 unknown[str(override.input_line)] = error
-    return unknown
+    return unknown | _passed_over([o for o in options if str(o.input_line) not in unknown], base)
+
+
+def _passed_over(options: Sequence[Override], base: DictConfig) -> dict[str, UserError]:
+    """The options that others leave without effect."""
+    texts = {str(o.key_or_group): str(o.input_line) for o in options}
+    given = {str(o.key_or_group): o.value() for o in options if not o.is_delete()}
+    found = {
+        texts[key]: UserError(f"{texts[key]} has no effect without {needed}=FILE: give that too, or leave this out.")
+        for key, needed in _NEEDS.items()
+        # What it is anyway does no harm.
+        if key in given and given[key] != OmegaConf.select(base, key)
+        if not given.get(needed, OmegaConf.select(base, needed))
+    }
+    epochs, limit = given.get("trainer.max_epochs"), OmegaConf.select(base, "trainer.limit_epochs")
+    if "trainer.limit_epochs" not in texts and isinstance(epochs, int) and limit and epochs > limit:
+        text = texts["trainer.max_epochs"]
+        found[text] = UserError(
+            f"{text} has no effect: the preset of the trainer stops after {limit} epochs. Give "
+            f"trainer.limit_epochs={epochs} too, or another trainer."
+        )
+    return found
 
 
 def with_options(overrides: Sequence[str], compose: Compose) -> DictConfig:

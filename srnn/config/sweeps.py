@@ -55,7 +55,7 @@ def expand(
 ) -> list[Job]:
     """The jobs of a sweep, each once, in the order of their values.
 
-    An option that a job's choices don't have is dropped for that job, if another job has it: ``pruning=none,gradual
+    What a job's choices don't have or pass over is dropped for that job, if another job has it: ``pruning=none,gradual
     pruning.sparsity=0.8,0.9`` is three jobs.
 
     Args:
@@ -83,9 +83,9 @@ def expand(
 
 
 def _check_known(jobs: Sequence[Sequence[str]], unknown: Sequence[Mapping[str, UserError]]) -> None:
-    """Refuse an option that none of the jobs has."""
-    known = {_key(text) for job, wrong in zip(jobs, unknown, strict=True) for text in job if text not in wrong}
-    errors = [error for wrong in unknown for text, error in wrong.items() if _key(text) not in known]
+    """Refuse what is of use to none of the jobs."""
+    known = {text for job, wrong in zip(jobs, unknown, strict=True) for text in job if text not in wrong}
+    errors = [error for wrong in unknown for text, error in wrong.items() if text not in known]
     if errors:
         raise next((error for error in errors if "Did you mean" in str(error)), errors[0])
 
@@ -109,10 +109,6 @@ def choices_of(texts: Sequence[str]) -> dict[str, list[str]]:
         if not choices[key]:
             raise UserError(f"{text}: there is no value in it, so the sweep has no jobs.")
     return choices
-
-
-def _key(text: str) -> str:
-    return text.partition("=")[0]
 
 
 def _names(jobs: Sequence[tuple[Settings, tuple[str, ...]]]) -> list[str]:

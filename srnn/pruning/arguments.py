@@ -188,11 +188,33 @@ def check_cast_alike(
     Others, such as SGD, compute with state of another dtype than the weights.
     """
     for optimizer in optimizers:
-        moment = optimizer.state.get(parameter, {}).get("exp_avg")
-        if isinstance(moment, Tensor) and moment.dtype == before:
+        state, kind = optimizer.state.get(parameter, {}), type(optimizer).__name__
+        moment = state.get("exp_avg")
+        fails = isinstance(moment, Tensor) and moment.dtype == before
+        if (eps := _eps_lost(optimizer, parameter)) and (fails or _has_beside(state, parameter)):
+            raise UserError(
+                f"{name} is float16 now, in which {kind}'s eps={eps:g} is 0: pruned weights would become NaN. Leave "
+                f"the weights as they were and train under torch.autocast, or cast them to bfloat16."
+            )
+        if fails:
             was, now = (str(dtype).removeprefix("torch.") for dtype in (before, parameter.dtype))
             raise UserError(
                 f"{name} was {was} when the Pruner was built and is {now} now, and the state that "
-                f"{type(optimizer).__name__} keeps of it is still {was}: cast the model before training, or call "
+                f"{kind} keeps of it is still {was}: cast the model before training, or call "
                 f"`optimizer.load_state_dict(optimizer.state_dict())` after it is cast, which casts the state too."
             )
+
+
+def _eps_lost(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> float | None:
+    """What an optimiser adds before it divides, where that rounds to 0 in fp16 and the parameter is of that."""
+    if parameter.dtype != torch.float16:
+        return None
+    groups = [g for g in optimizer.param_groups if "eps" in g and any(p is parameter for p in g["params"])]
+    groups = [g for g in groups if not g.get("fused")]  # which computes in fp32
+    return next((float(g["eps"]) for g in groups if torch.tensor(g["eps"], dtype=torch.float16) == 0), None)
+
+
+def _has_beside(state: Mapping[str, Any], parameter: nn.Parameter) -> bool:
+    """Whether an optimiser keeps state of a parameter, element for element, in its dtype."""
+    tensors = (value for value in state.values() if isinstance(value, Tensor))
+    return any(each.dtype == parameter.dtype and each.shape == parameter.shape for each in tensors)

@@ -75,10 +75,13 @@ def _refuse_unrankable(importance: Callable[[Piece], Tensor], pieces: list[Piece
                 f"must be finite and at least 0."
             )
         if unrankable:
+            advice = "lower the learning rate, or clip gradients (on the command line optimizer.lr, "
+            advice += "trainer.gradient_clip_val)"
+            if piece.weight.dtype == torch.float16:
+                advice = "weights in float16 do so where Adam's eps rounds to 0: train float32 under torch.autocast"
             raise UserError(
                 f"{piece.part.name} holds weights that are NaN or infinite, and cannot be ranked: the training has "
-                f"diverged; lower the learning rate, or clip gradients (on the command line optimizer.lr, "
-                f"trainer.gradient_clip_val)."
+                f"diverged; {advice}."
             )
 
 

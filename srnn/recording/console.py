@@ -15,7 +15,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from srnn.datasets.base import DataModule
-from srnn.kernels.choosing import DENSE
 from srnn.kernels.remembering import BUSY
 from srnn.pruning.callback import PruningCallback
 from srnn.pruning.pruner import Pruner
@@ -287,16 +286,13 @@ def _add_transcripts(table: Table, report: dict[str, Any]) -> None:
 
 
 def _print_choices(choices: Sequence[Mapping[str, Any]], threads: int) -> None:
-    """The backend that each layer runs on; every candidate's time, and why others cannot run, is in the report."""
-    table = Table(title=f"Backends measured and chosen ({plural(threads, 'thread')})")
+    """The backend that each layer runs on; the times behind a choice, which may be older, are not the report's."""
+    table = Table(title=f"Backends chosen ({plural(threads, 'thread')})")
     table.caption = "all measurements, and what cannot run: report.json, latency.choices"
-    for column in ("layer, inputs to units", "use", "backend", "us", "dense, us"):
-        table.add_column(column, justify="right" if column.endswith("us") else "left")
+    for column in ("layer, inputs to units", "use", "backend"):
+        table.add_column(column)
     for choice in choices:
-        seconds = choice["seconds"]  # none where there was one candidate
-        dense = min((seconds[name] for name in DENSE if name in seconds), default=None)
-        times = ("" if s is None else f"{1e6 * s:,.0f}" for s in (seconds.get(choice["winner"]), dense))
-        table.add_row(choice["layer"], choice["use"], choice["winner"], *times)
+        table.add_row(choice["layer"], choice["use"], choice["winner"])
     console.print(table)
 
 

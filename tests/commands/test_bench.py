@@ -22,7 +22,7 @@ def test_without_a_gpu_it_says_so(options, tmp_path, capsys):
         ("sparsity=x", "--sparsity=x must be a number"),
         ("batch=0", "--batch=0 must be a number from 1"),
         ("threads=4096", "--threads=4096 must be a number from 1"),
-        ("steps=0", "--steps=0 must be"),
+        ("steps=0", "--steps=0 must be a number from 1 to 1,048,576."),
         ("bench=stream steps=0", "--steps=0 must be"),
         ("structure=2x2", "structure=2x2: there are element"),
         ("values=fp64", "--values=fp64: there are fp32"),

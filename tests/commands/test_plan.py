@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 
 from srnn.__main__ import main
+from srnn.config.command_line import check_command_line
 from srnn.config.composing import compose_settings
 from srnn.meta_device import memory_here
 from srnn.pruning import Pruner
@@ -50,6 +51,33 @@ def test_prints_and_plots(tmp_path, monkeypatch, capsys, overrides, words):
 def test_what_it_does_not_take_is_answered_by_what_it_takes(given, message, capsys):
     assert main(["plan", given]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("preset", "told"),
+    [
+        (
+            ["experiment=pareto"],
+            "a sweep of 12 jobs, and here one of them, gru_gradual_hidden_size-256_sparsity-0.9_s0.",
+        ),
+        (["experiment=paper_table"], "a sweep of 12 jobs, and here one of them, gru_gradual_hidden_size-256_s0."),
+        (["experiment=paper_table", "model.num_layers=2"], "a sweep of 12 jobs, and here one of them"),
+        (["experiment=pareto", "pruning=cubic", "model.hidden_size=24"], "a sweep of 3 jobs, and here one of them"),
+        (
+            ["hydra.mode=MULTIRUN", "hydra.sweeper.params={seed: '1,2'}"],
+            "a sweep of 2 jobs, and here the config that they vary",
+        ),
+        (["hydra.mode=MULTIRUN"], "a sweep of 1 job, and here one of them"),
+        (["seed=1"], None),
+    ],
+)
+def test_one_config_of_a_sweep_is_told_to_be_one(preset, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "trainer=fast", *preset]) == 0
+    shown = capsys.readouterr().out
+    assert f"Note: this is {told}" in shown if told else "Note" not in shown
+    check_command_line([*preset, "--cfg", "job"])
+    assert capsys.readouterr().err.startswith(f"srnn: this is {told}" if told else "")
 
 
 def test_the_forecast_is_what_a_run_does(tmp_path):

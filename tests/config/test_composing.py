@@ -129,6 +129,17 @@ def test_every_choice_composes():
             r"not an override such as.*Brackets in a name are escaped, as in \\\[",
         ),
         (["model.hidden_size=${nothing}"], r"nothing"),
+        (
+            ["trainer=fast", "trainer.max_epochs=60"],
+            r"trainer\.max_epochs=60 has no effect: .* stops after 5 epochs\. Give trainer\.limit_epochs=60 too",
+        ),
+        (["trainer=fast", "trainer.max_epochs=8"], r"max_epochs=8 has no effect"),
+        (["-m", "trainer=fast", "trainer.max_epochs=3,60", "pruning=none"], r"max_epochs=60 has no effect"),
+        (["distill.weight=0.8"], r"distill\.weight=0\.8 has no effect without distill\.teacher=FILE"),
+        (["experiment=main_obd", "distill.temperature=3"], r"distill\.temperature=3 has no effect"),
+        (["init_partly=true"], r"init_partly=true has no effect without init_from=FILE"),
+        (["-m", "seed=0,1", "hydra.run.dir=x"], r"hydra\.run\.dir=x has no effect on a sweep: give hydra\.sweep\.dir="),
+        (["hydra.sweep.dir=x"], r"hydra\.sweep\.dir=x has no effect on a single run: give hydra\.run\.dir=FOLDER"),
         (["seed=0", "--nope", "model=gru"], r"--nope: no such flag; options are GROUP\.OPTION=VALUE"),
         (["seed=0", "--cfg", "jobs"], r"--cfg/-c: invalid choice: 'jobs'"),
         (["seed=0,1"], r"seed=0,1: several values make a sweep; add -m"),
@@ -138,6 +149,23 @@ def test_every_choice_composes():
 def test_mistakes_are_found_before_anything_runs(overrides, message):
     with pytest.raises(UserError, match=message):
         check_command_line(overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["trainer=fast", "trainer.max_epochs=60", "trainer.limit_epochs=60"],
+        ["trainer=fast", "trainer.max_epochs=60", "trainer.limit_epochs=5"],
+        ["trainer=fast", "trainer.max_epochs=60", "~trainer.limit_epochs"],
+        ["trainer=fast", "trainer.max_epochs=5"],
+        ["trainer=fast", "experiment=ptb_small"],
+        ["distill.weight=0.5", "init_partly=false"],
+        ["experiment=ptb_medium_sparse", "distill.weight=0.8"],
+        ["distill.teacher=x", "distill.weight=0.8"],
+    ],
+)
+def test_what_has_an_effect_is_not_refused(overrides):
+    compose_settings(overrides)
 
 
 def test_the_names_allowed_are_all_there_are():

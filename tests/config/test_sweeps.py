@@ -45,6 +45,14 @@ def test_an_option_that_a_choice_lacks_is_dropped_and_no_job_comes_twice():
     assert len(jobs("pruning.sparsity=0.9,0.90,9e-1")) == 1, "the same value, spelt otherwise"
 
 
+def test_an_option_that_another_leaves_without_effect_is_dropped():
+    assert jobs("trainer=fast,cpu", "trainer.max_epochs=60") == [
+        ("trainer=fast",),
+        ("trainer=cpu", "trainer.max_epochs=60"),
+    ]
+    assert len(jobs("distill.teacher=null,x", "distill.weight=0.3,0.8")) == 3
+
+
 def test_a_glob_is_of_the_names_of_a_group():
     assert jobs("model=glob([gr*,rnn,lstm],exclude=l*)", "seed=0,1") == [
         (f"model={name}", f"seed={seed}") for name in ("gru", "rnn") for seed in (0, 1)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import sys
 
 import jiwer
 import numpy as np
@@ -264,6 +265,9 @@ def test_transcribe(run, listed, capsys, monkeypatch):
     told = capsys.readouterr()
     assert told.out == f"{few / '1.wav'}\t{lines[str(one)]}\n"
     assert f"1 of 2 recordings are left out: {few / '0.wav'} is no audio" in told.err
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    assert main(["transcribe", str(run), "--audio", str(few)]) == 2
+    assert capsys.readouterr().err.count("pip install") == 1
 
 
 def test_transcribe_says_what_is_wrong(run, text_run, tmp_path, capsys):

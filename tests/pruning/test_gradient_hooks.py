@@ -228,3 +228,47 @@ def test_a_model_that_is_cast_while_it_is_pruned(optimizer, dtype):
         for name, weight in layer.named_parameters()
         if name in pruner.masks()
     )
+
+
+@pytest.mark.parametrize("cast_state", [False, True])
+def test_adam_is_told_that_it_divides_by_zero_in_fp16(cast_state):
+    """Its state of a pruned weight is zero, and so is its eps there: 0 / 0."""
+    layer = nn.GRU(8, 8)
+    optimizer = torch.optim.Adam(layer.parameters())
+    pruner = Pruner(layer, "cubic", 20, optimizer)
+    for step in range(6):
+        if step == 5:
+            layer.half()
+            if cast_state:
+                optimizer.load_state_dict(optimizer.state_dict())
+        loss = layer(torch.randn(3, 2, 8, dtype=layer.weight_hh_l0.dtype))[0].square().mean()
+        if step == 5:
+            with pytest.raises(UserError, match=r"is float16 now, in which Adam's eps=1e-08 is 0: .* torch\.autocast"):
+                loss.backward()
+        else:
+            loss.backward()
+            optimizer.step()
+            pruner.step()
+    assert all(weight.isfinite().all() for weight in layer.parameters())
+
+
+def test_a_larger_eps_trains_in_fp16():
+    layer = nn.GRU(8, 8)
+    optimizer = torch.optim.Adam(layer.parameters(), eps=1e-4)
+    pruner = Pruner(layer, "cubic", 20, optimizer)
+    for step in range(20):
+        if step == 5:
+            layer.half()
+            optimizer.load_state_dict(optimizer.state_dict())
+        layer(torch.randn(3, 2, 8, dtype=layer.weight_hh_l0.dtype))[0].square().mean().backward()
+        optimizer.step()
+        pruner.step()
+    assert all(weight.isfinite().all() for weight in layer.parameters())
+
+
+def test_weights_that_diverge_in_fp16_are_told_why():
+    layer = nn.GRU(8, 8).half()
+    pruner = Pruner(layer, "hard", 20, sparsity=0.5, prune_itr=1)
+    torch.nn.init.constant_(layer.weight_hh_l0, torch.nan)
+    with pytest.raises(UserError, match=r"the training has diverged; weights in float16 do so where Adam's eps rounds"):
+        pruner.step()

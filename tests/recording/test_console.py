@@ -1,5 +1,6 @@
-"""What a person sees: figures, prompts, suggestions."""
+"""What a person sees: figures, the report, prompts, suggestions."""
 
+import json
 import shutil
 import subprocess
 
@@ -8,7 +9,7 @@ import pytest
 from srnn.__main__ import main
 from srnn.config.sweeps import Sweep, expand
 from srnn.datasets import Adding, Text
-from srnn.recording.console import _prompt, figure, print_way_back, print_ways_on
+from srnn.recording.console import _prompt, figure, print_report, print_way_back, print_ways_on
 from srnn.run_folder import RunFolder
 from tests.conftest import SMALL
 
@@ -33,6 +34,19 @@ LINE = """it's "$HOME" `x` \\ --y !"""
 )
 def test_figures_have_four_digits_that_count(value, shown):
     assert figure(value) == shown
+
+
+def test_a_network_has_one_time_in_a_report(text_run, capsys):
+    """Those behind a choice are measured apart, some on another day: they would contradict it."""
+    report = json.loads((text_run / "report.json").read_text())
+    choice = {"layer": "whole network", "use": "1 stream, 1 step", "winner": "cpu", "left_out": {}, "what": ""}
+    report["latency"] |= {"step": {"dense": 4e-4, "sparse": 1e-4}}
+    report["latency"]["choices"] = [choice | {"seconds": {"torch": 5e-4, "cpu": 77e-6}}]
+    print_report(report)
+    shown = capsys.readouterr().out
+    assert "400 us, 100 us (4.00x)" in shown
+    assert "whole network" in shown
+    assert not any(time in shown for time in ("500", "77"))
 
 
 def text_of(folder, text, level="characters"):
