@@ -263,16 +263,15 @@ def test_plugins_of_the_working_folder(srnn_command, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dead_network_costs_a_sweep_seconds_once_and_no_results(srnn_command, tmp_path):
+def test_a_dead_network_costs_a_sweep_seconds_once_and_no_results(tmp_path):
     # Port 9 of this machine: nobody answers.
     dead = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
     began = time.monotonic()
-    done = srnn_command(
-        "-m", *SMALL, "kernel=dense", "seed=0,1", "tracking.mode=online", "hydra.sweep.dir=sweep", **dead
-    )
+    command = ["-m", *SMALL, "kernel=dense", "seed=0,1", "tracking.mode=online", "hydra.sweep.dir=sweep"]
+    code, said = Forked(command, tmp_path, dead).end()
     assert time.monotonic() - began < 100
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("W&B does not start online") == 1
-    assert "wandb sync" in done.stdout
+    assert code == 0, said
+    assert said.count("W&B does not start online") == 1
+    assert "wandb sync" in said
     assert len(list(tmp_path.glob("sweep/*/report.json"))) == 2
     assert len(list(tmp_path.glob("sweep/*/wandb/offline-run-*"))) == 2
