@@ -16,6 +16,7 @@ from srnn.inference.packed_file import read
 from srnn.inference.weights import read_weights
 from srnn.kernels.cpu.announcing import MESSAGE
 from tests.conftest import SMALL, train
+from tests.forking import Forked
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -238,38 +239,39 @@ def test_plugins_of_the_working_folder(srnn_command, tmp_path):
     )
     chosen = ["trainer=fast", "model=narrow", "model.width=12", "kernel=dense", "tracking.mode=disabled"]
     chosen.append("hydra.run.dir=run")
-    passed_over = srnn_command(*chosen)
-    assert passed_over.returncode == 2
-    assert f"the plug-ins in {tmp_path}/plugins are passed over: add srnn.plugins=on" in passed_over.stderr
-    assert "ZeroDivisionError" not in passed_over.stderr
+    code, said = Forked(chosen, tmp_path).end()
+    assert code == 2
+    assert f"the plug-ins in {tmp_path}/plugins are passed over: add srnn.plugins=on" in said
+    assert "ZeroDivisionError" not in said
     done = srnn_command(*chosen, "srnn.plugins=on")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1
     assert f"plugins: {tmp_path}/plugins" in (tmp_path / "run/config.yaml").read_text()
     (tmp_path / "elsewhere").mkdir()
-    lost = srnn_command("evaluate", f"run={tmp_path}/run", cwd=tmp_path / "elsewhere")
-    assert lost.returncode == 2
-    assert f"uses model=narrow of the plug-in {tmp_path}/plugins/narrow.py, which is not loaded" in lost.stderr
+    code, said = Forked(["evaluate", f"run={tmp_path}/run"], tmp_path / "elsewhere").end()
+    assert code == 2
+    assert f"uses model=narrow of the plug-in {tmp_path}/plugins/narrow.py, which is not loaded" in said
     named = f"srnn.plugins={tmp_path}/plugins"
-    assert named in lost.stderr
-    assert srnn_command("evaluate", "run=../run", "kernel=dense", named, cwd=tmp_path / "elsewhere").returncode == 0
+    assert named in said
+    code, said = Forked(["evaluate", "run=../run", "kernel=dense", named], tmp_path / "elsewhere").end()
+    assert code == 0, said
     (tmp_path / "pyproject.toml").write_text('[tool.srnn]\nplugins = "plugins"\n')
-    assert srnn_command("evaluate", "run=run", "kernel=dense").returncode == 0
+    code, said = Forked(["evaluate", "run=run", "kernel=dense"], tmp_path).end()
+    assert code == 0, said
     assert "breaks.py is left out: ZeroDivisionError" in done.stderr
     assert read(tmp_path / "run/model.safetensors").model == {"name": "narrow", "width": 12}
 
 
 @pytest.mark.slow
-def test_a_dead_network_costs_a_sweep_seconds_once_and_no_results(srnn_command, tmp_path):
+def test_a_dead_network_costs_a_sweep_seconds_once_and_no_results(tmp_path):
     # Port 9 of this machine: nobody answers.
     dead = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
     began = time.monotonic()
-    done = srnn_command(
-        "-m", *SMALL, "kernel=dense", "seed=0,1", "tracking.mode=online", "hydra.sweep.dir=sweep", **dead
-    )
+    command = ["-m", *SMALL, "kernel=dense", "seed=0,1", "tracking.mode=online", "hydra.sweep.dir=sweep"]
+    code, said = Forked(command, tmp_path, dead).end()
     assert time.monotonic() - began < 100
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("W&B does not start online") == 1
-    assert "wandb sync" in done.stdout
+    assert code == 0, said
+    assert said.count("W&B does not start online") == 1
+    assert "wandb sync" in said
     assert len(list(tmp_path.glob("sweep/*/report.json"))) == 2
     assert len(list(tmp_path.glob("sweep/*/wandb/offline-run-*"))) == 2

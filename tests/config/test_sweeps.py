@@ -4,8 +4,6 @@ import json
 import logging
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -20,6 +18,7 @@ from srnn.files import PACKAGE
 from srnn.pruning.callback import PruningCallback
 from srnn.training import run
 from tests.conftest import QUIET
+from tests.forking import Forked
 from tests.long_sweep import grown, sample_sweep
 
 
@@ -272,14 +271,14 @@ def whole(tmp_path_factory):
 def test_a_killed_sweep_goes_on_and_ends_as_if_never_stopped(tmp_path, how, whole, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = [*LONGER, "hydra.sweep.dir=two"]
-    process = subprocess.Popen([sys.executable, "-m", "srnn", *command], stdout=subprocess.PIPE, text=True)
+    process = Forked(command, tmp_path)
     running = tmp_path / "two/gru_gradual_sparsity-0.8_s0/checkpoints/last.ckpt"
     deadline = time.monotonic() + 120
     while not running.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(how)
-    process.communicate(timeout=60)
-    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    process.send(how)
+    code, said = process.end()
+    assert code == (130 if how == signal.SIGINT else -signal.SIGKILL), said
     assert not (running.parent.parent / "report.json").exists()
     capsys.readouterr()
     assert main(command) == 0
@@ -299,7 +298,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_never_stopped(tmp_path, how, whol
         ("ray", "hydra_ray_launcher"),
     ],
 )
-def test_launchers_run_two_jobs_side_by_side(launcher, plugin, srnn_command, tmp_path):
+def test_launchers_run_two_jobs_side_by_side(launcher, plugin, tmp_path):
     """With a plug-in's data set, which every worker has to know, and a job that fails."""
     pytest.importorskip(f"hydra_plugins.{plugin}")
     jobs = ["dataset=brackets", "dataset.train_characters=5000", "model.hidden_size=24,1000000"]
@@ -307,11 +306,11 @@ def test_launchers_run_two_jobs_side_by_side(launcher, plugin, srnn_command, tmp
     options = [o for o in QUIET if not o.startswith("model.hidden")]
     many = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
     command = ["-m", *options, *jobs, f"hydra/launcher={launcher}", *many, "hydra.sweep.dir=sweep"]
-    done = srnn_command(*command)
-    assert done.returncode == 1, done.stderr
-    assert "2 jobs: 2 new" in done.stdout
-    assert "failed: sweep/gru_gradual_hidden_size-1000000_s0: model=gru does not fit into memory" in done.stdout
-    assert "Warning" not in done.stderr
+    code, said = Forked(command, tmp_path).end(300)
+    assert code == 1, said
+    assert "2 jobs: 2 new" in said
+    assert "failed: sweep/gru_gradual_hidden_size-1000000_s0: model=gru does not fit into memory" in said
+    assert "Warning" not in said
     assert json.loads((tmp_path / "sweep/gru_gradual_hidden_size-24_s0/report.json").read_text())["seed"] == 0
 
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from tests.conftest import QUIET
+from tests.forking import Forked
 from tests.fuzz.common import generators
-from tests.fuzz.forking import Forked
 
 NUMBERS = ("", "0", "1", "3", "-1", " 1", "1.5", "999999", "junior", "0x1", "é", "1,2", "²")
 COUNTED = [

@@ -9,8 +9,8 @@ import pytest
 from srnn.config.composing import compose_settings
 from srnn.run_folder import RunFolder
 from tests.conftest import QUIET
+from tests.forking import Forked
 from tests.fuzz.common import FACTOR, generators
-from tests.fuzz.forking import Forked
 
 KILLS = 15
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}

@@ -25,6 +25,28 @@ here = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), rea
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
+def patch_once():
+    """Triton's interpreter looks through all names of its language at every call of a function: a third of its time.
+
+    What it exchanges in them is the same each time: here it does so once for each module of kernels.
+    """
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_new(function):
+        if function.__module__ not in patched:
+            patched.add(function.__module__)
+            patch(function)  # and nothing is put back
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_new
+
+
+if INTERPRETED:
+    patch_once()
+
+
 def use_chip(monkeypatch, tuning=None, **changes):
     """Plan from now on as for a device that is this one but for some changes, or but for some measured numbers."""
     chip = backend.chip_of(DEVICE)

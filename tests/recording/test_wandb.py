@@ -19,6 +19,7 @@ from srnn.config.settings import TrackingConfig
 from srnn.recording import wandb as wandb_module
 from srnn.recording.wandb import wandb_run
 from tests.conftest import SMALL
+from tests.forking import Forked
 from tests.recording.offline import read_offline
 
 LONG = [*SMALL, "kernel=dense", "trainer.max_epochs=30", "trainer.limit_epochs=30"]
@@ -26,23 +27,20 @@ LONG = [*SMALL, "kernel=dense", "trainer.max_epochs=30", "trainer.limit_epochs=3
 
 @pytest.mark.slow
 def test_when_wandb_dies_a_run_goes_on_and_the_next_one_is_tracked(tmp_path):
-    command = [sys.executable, "-m", "srnn", "-m", *LONG, "pruning=hard", "seed=0,1", "hydra.sweep.dir=sweep"]
+    command = ["-m", *LONG, "pruning=hard", "seed=0,1", "hydra.sweep.dir=sweep"]
     first, second = (tmp_path / f"sweep/gru_hard_s{seed}" for seed in (0, 1))
     # Without what W&B of this process left for its children, which would share its service.
-    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=own
-    )
+    process = Forked(command, tmp_path, {name: None for name in os.environ if name.startswith("WANDB_")})
     deadline = time.monotonic() + 120
     while not (first / "checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    while not (killed := kill_wandb_of(process.pid)) and process.poll() is None:
+    while not (killed := kill_wandb_of(process.process.pid)) and process.process.is_alive():
         time.sleep(0.02)
-    _, error = process.communicate(timeout=120)
-    assert killed, error
-    assert process.returncode == 0
-    assert error.count("srnn: W&B did not take a row, and will get no more") == 1
-    assert "Traceback" not in error
+    code, said = process.end()
+    assert killed, said
+    assert code == 0
+    assert said.count("srnn: W&B did not take a row, and will get no more") == 1
+    assert "Traceback" not in said
     assert all((job / "report.json").exists() for job in (first, second))
     assert (first / "metrics.csv").read_text().count("\n") > 60
     assert read_offline(second).exit_code == 0

@@ -22,6 +22,7 @@ from srnn.objectives.next_token import mean_of_losses
 from srnn.pruning.callback import PruningCallback
 from srnn.training import processes as starting
 from tests.conftest import QUIET
+from tests.forking import Forked
 from tests.training.test_resume import RUN, check_same_run, interrupt_after
 
 TWO = "trainer.devices=2"
@@ -214,12 +215,12 @@ def test_stopped_or_killed_and_resumed_with_two_processes(tmp_path, monkeypatch,
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
 def test_no_rank_outlives_a_killed_run(tmp_path):
     command = [*RUN, TWO, "trainer.max_epochs=1000", "trainer.limit_epochs=1000", f"hydra.run.dir={tmp_path}/run"]
-    run = subprocess.Popen([sys.executable, "-m", "srnn", *command], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    run = Forked(command, tmp_path)
     last = tmp_path / "run/checkpoints/last.ckpt"
-    wait_until(lambda: last.exists() or run.poll() is not None)
+    wait_until(lambda: last.exists() or not run.process.is_alive())
     assert len(_others_of(tmp_path)) == 1
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    run.send(signal.SIGKILL)
+    run.end()
     wait_until(lambda: not _others_of(tmp_path), seconds=20)
 
 

@@ -5,8 +5,6 @@ import filecmp
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 
@@ -17,6 +15,7 @@ from srnn.__main__ import main
 from srnn.pruning.callback import PruningCallback
 from srnn.training.checkpoints import LastCheckpoint
 from tests.conftest import SMALL
+from tests.forking import Forked
 
 # Two layers with dropout: data position, recurrent state and random state all matter.
 RUN = [*SMALL, "model.num_layers=2", "model.dropout=0.2", "model.embedding_dropout=0.2", "kernel=dense",
@@ -116,16 +115,14 @@ def test_killed_at_any_moment(tmp_path, monkeypatch):
     command.append("hydra.run.dir=two")
     for seconds in (1.0, 0.4):
         before = last.stat().st_mtime_ns if last.exists() else 0
-        process = subprocess.Popen(
-            [sys.executable, "-m", "srnn", *command], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = Forked(command, tmp_path)
         command = ["resume=two"]
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not (last.exists() and last.stat().st_mtime_ns > before):
             time.sleep(0.02)
         time.sleep(seconds)
-        process.kill()
-        process.communicate()
+        process.send(signal.SIGKILL)
+        assert process.end()[0] == -signal.SIGKILL, process.said()
     monkeypatch.chdir(tmp_path)
     assert main(["resume=two"]) == 0
     check_same_run(tmp_path / "one", tmp_path / "two")

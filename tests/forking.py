@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 PRELOADED = [
-    "pytest", "tests.fuzz.forking", "srnn.__main__", "srnn.commands.train", "srnn.commands.compare",
+    "pytest", "tests.forking", "srnn.__main__", "srnn.commands.train", "srnn.commands.compare",
     "srnn.training.run",
     "srnn.inference.unpacking", "sklearn.datasets",
 ]  # fmt: skip
