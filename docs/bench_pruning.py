@@ -127,7 +127,7 @@ class InTurns(pl.Callback):
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        if trainer.current_epoch > 0:
+        if trainer.global_step - TURN >= trainer.num_training_batches:
             assert self.pruning.pruner is not None
             self.steps += TURN
             self.seconds += time.perf_counter() - self._began

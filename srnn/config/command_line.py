@@ -77,12 +77,14 @@ def check_command_line(argv: Sequence[str]) -> CommandLine:
         if override.key_or_group == "experiment" and not override.is_sweep_override():
             check_choice(override)
     hydra = compose_hydra([text for text, o in zip(arguments.overrides, overrides, strict=True) if _is_hydras(o)])
-    if arguments.multirun or (hydra.mode == RunMode.MULTIRUN and not arguments.cfg):
-        if arguments.cfg:
-            raise UserError(f"--cfg {arguments.cfg} prints one job's config: leave out -m and name one value each.")
+    if arguments.multirun and arguments.cfg:
+        raise UserError(f"--cfg {arguments.cfg} prints one job's config: leave out -m and name one value each.")
+    if arguments.multirun or hydra.mode == RunMode.MULTIRUN:
         _check_folder_named(overrides, "hydra.run.dir", "hydra.sweep.dir", "a sweep")
-        return _check_sweep(argv, overrides, hydra)
-    _check_folder_named(overrides, "hydra.sweep.dir", "hydra.run.dir", "a single run")
+        if not arguments.cfg:
+            return _check_sweep(argv, overrides, hydra)
+    else:
+        _check_folder_named(overrides, "hydra.sweep.dir", "hydra.run.dir", "a single run")
     for override in overrides:
         if override.is_sweep_override():
             raise UserError(
@@ -112,7 +114,7 @@ def told_of_sweep(overrides: Sequence[str]) -> str | None:
     mine = identity(compose_settings(overrides).located().as_dict())
     which = next((f"one of them, {job.name}" for job in jobs if job.identity == mine), "the config that they vary")
     count = plural(len(jobs), "job")
-    return f"this is a sweep of {count}, and here {which}. Give one value of what it varies for another."
+    return f"this is a sweep of {count}, and here {which}. For another, give one value to each option that it varies."
 
 
 def _jobs(texts: Sequence[str], hydra: DictConfig) -> list[Job]:

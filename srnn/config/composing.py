@@ -167,7 +167,7 @@ def _passed_over(options: Sequence[Override], base: DictConfig) -> dict[str, Use
     if "trainer.limit_epochs" not in texts and isinstance(epochs, int) and limit and epochs > limit:
         text = texts["trainer.max_epochs"]
         found[text] = UserError(
-            f"{text} has no effect: the preset of the trainer stops after {limit} epochs. Give "
+            f"{text} has no effect: trainer.limit_epochs={limit} of a preset ends the run before. Give "
             f"trainer.limit_epochs={epochs} too, or another trainer."
         )
     return found

@@ -94,6 +94,7 @@ class _Recording:
         graphs: all alike; that which was used longest ago comes first.
         like: tensors without memory, of the shapes and strides of the outputs.
         checks: called before each replay.
+        memory: bytes that it takes, with its outputs; an estimate.
         last: the call that used it last.
         next: memory for the next outputs, the graph that writes to it, and the stream and mode that it is for; made
             while the GPU works, which else waits.
@@ -102,6 +103,7 @@ class _Recording:
     graphs: list[_Graph]
     like: list[Tensor]
     checks: tuple[Callable[[], None], ...] = ()
+    memory: int = 0
     last: int = 0
     next: tuple[list[Tensor], _Graph, tuple[int, bool]] | None = None
 
@@ -239,24 +241,23 @@ class Replays:
             except RuntimeError as error:  # of torch and CUDA: memory, or a call that cannot be recorded
                 self._leave(key, given, error)
                 return False
-        one.checks = about.checks
+        one.checks, one.memory = about.checks, about.memory
         self.recorded[key] = one
         return True
 
     def _make_room(self, memory: int) -> bool:
-        """Drop what has rested until one of so many bytes fits. Whether it does: all share what the largest takes."""
-        if memory > MOST_MEMORY:
-            return False
-        while len(self.recorded) >= MOST_SHAPES or self._taken() + memory > MOST_MEMORY:
+        """Drop what has rested until one of so many bytes fits. Whether it does."""
+        while len(self.recorded) >= MOST_SHAPES or self._taken(memory) > MOST_MEMORY:
             oldest = min(self.recorded, key=lambda key: self.recorded[key].last, default=None)
             if oldest is None or self._calls - self.recorded[oldest].last <= RESTING:
                 return False
             del self.recorded[oldest]
         return True
 
-    def _taken(self) -> int:
-        """Bytes that recordings do not share."""
-        return sum(one.own for one in self.recorded.values())
+    def _taken(self, memory: int) -> int:
+        """Bytes of all recordings and another one of so many: their outputs, and what the largest takes beside them."""
+        there = self.recorded.values()
+        return sum(one.own for one in there) + max([memory, *(one.memory - one.own for one in there)])
 
 
 def _key(kind: Any, given: list[Tensor]) -> Any:

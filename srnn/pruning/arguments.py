@@ -210,8 +210,8 @@ def _eps_lost(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> floa
     if parameter.dtype != torch.float16:
         return None
     groups = [g for g in optimizer.param_groups if "eps" in g and any(p is parameter for p in g["params"])]
-    groups = [g for g in groups if not g.get("fused")]  # which computes in fp32
-    return next((float(g["eps"]) for g in groups if torch.tensor(g["eps"], dtype=torch.float16) == 0), None)
+    given = [g["eps"] for g in groups if not g.get("fused")]  # which computes in fp32
+    return next((eps for eps in given if isinstance(eps, float) and torch.tensor(eps, dtype=torch.float16) == 0), None)
 
 
 def _has_beside(state: Mapping[str, Any], parameter: nn.Parameter) -> bool:

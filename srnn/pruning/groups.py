@@ -78,7 +78,7 @@ def _refuse_unrankable(importance: Callable[[Piece], Tensor], pieces: list[Piece
             advice = "lower the learning rate, or clip gradients (on the command line optimizer.lr, "
             advice += "trainer.gradient_clip_val)"
             if piece.weight.dtype == torch.float16:
-                advice = "weights in float16 do so where Adam's eps rounds to 0: train float32 under torch.autocast"
+                advice += "; beside Adam, whose eps is 0 in float16, train float32 under torch.autocast"
             raise UserError(
                 f"{piece.part.name} holds weights that are NaN or infinite, and cannot be ranked: the training has "
                 f"diverged; {advice}."

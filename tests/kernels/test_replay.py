@@ -128,11 +128,16 @@ def test_recordings_take_a_bounded_memory(streams):
         call(ready, steps)
         call(ready, steps)
     assert {key[1][0][0] for key in ready.replays.recorded} == {9, 6, 5}
+    for part, why in ((4, "outputs take 0.75, and this one 0.4"), (16, "outputs take 0.19, and the largest 0.84")):
+        for one in ready.replays.recorded.values():
+            one.like = [torch.empty(MOST_MEMORY // part, dtype=torch.uint8)]
+        call(ready, 4)
+        call(ready, 4)
+        assert len(ready.replays.recorded) == 3, why
     for one in ready.replays.recorded.values():
-        one.like = [torch.empty(MOST_MEMORY // 4, dtype=torch.uint8)]
+        one.like = [torch.empty(MOST_MEMORY // 32, dtype=torch.uint8)]
     call(ready, 4)
-    call(ready, 4)
-    assert len(ready.replays.recorded) == 3, "outputs take 0.75, and this one 0.4"
+    assert len(ready.replays.recorded) == 4, "0.09 and 0.87"
 
 
 @pytest.mark.parametrize(

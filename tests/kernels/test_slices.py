@@ -48,6 +48,13 @@ def test_slices_of_streams_of_different_lengths(cell, reverse, streams):
 
 
 @pytest.mark.gpu
+@here
+def test_the_given_state_of_one_unit_stays_as_it_is():
+    """In any order of its dimensions it is one piece of memory, so that nothing but a copy keeps it."""
+    check(layer("lstm", 4, 1, 16), torch.float32, equal_lengths(3, 8))
+
+
+@pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize(
     ("name", "streams", "height", "hidden"), [("recur_slices", 4, 16, 500), ("recur_gates", 64, 32, 2560)]

@@ -79,7 +79,10 @@ class SlicedStates:
             h.fill_(-1)
         for d, h0 in enumerate(_sliced(state[0].contiguous().view(call.bits), wide)):
             h[d, :, steps if call.reverse(d) else 0] = h0
-        c = _sliced(state[1].float(), wide).contiguous() if len(state) > 1 else layout.values
+        c = layout.values
+        if len(state) > 1:  # a copy, which the kernel writes to
+            given = _sliced(state[1], wide)
+            c = torch.empty(given.shape, dtype=torch.float32, device=given.device).copy_(given)
         return cls(call, layout, h, c)
 
     @property
