@@ -114,7 +114,7 @@ class InTurns(pl.Callback):
 
     def __init__(self, turns: Turns, me: int, pruning: PruningCallback) -> None:
         self.turns, self.me, self.pruning = turns, me, pruning
-        self.steps, self.seconds, self.inside = 0, 0.0, 0.0
+        self.steps, self.seconds, self.inside, self.last = 0, 0.0, 0.0, 0
         self._began = self._inside_before = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -129,7 +129,7 @@ class InTurns(pl.Callback):
             torch.cuda.synchronize()
         if trainer.global_step - TURN >= trainer.num_training_batches:
             assert self.pruning.pruner is not None
-            self.steps += TURN
+            self.steps, self.last = self.steps + TURN, trainer.global_step
             self.seconds += time.perf_counter() - self._began
             self.inside += self.pruning.pruner.seconds - self._inside_before
         self.turns.hand_on(self.me)
@@ -152,13 +152,12 @@ def run(options: list[str], pruned: bool, turns: Turns, me: int) -> dict[str, An
         trainer_for(settings.trainer, [pruning, clock]).fit(made.objective, made.objective.data.train_dataloader())
     finally:
         turns.leave(me)
-    first = len(made.objective.data.train_dataloader())
     return {
         "loop": "pruned" if pruned else "dense",
         "steps": clock.steps,
         "ms_per_step": f"{1e3 * clock.seconds / clock.steps:.4f}",
         "inside_ms_per_step": f"{1e3 * clock.inside / clock.steps:.4f}",
-        "updates": sum(first < itr <= first + clock.steps for itr in made.method.updates),
+        "updates": sum(clock.last - clock.steps < itr <= clock.last for itr in made.method.updates),
     }
 
 

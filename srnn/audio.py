@@ -86,7 +86,7 @@ def _read(read: Callable[[Any], Any], source: str | Path | BinaryIO, name: str) 
     try:
         return read(str(source) if isinstance(source, Path) else source)
     except (error, OSError, RuntimeError, MemoryError, ValueError) as why:  # a damaged header may say any length
-        told = f"{why}".rstrip(".").rpartition(": ")[2]
+        told = f"{why}".rstrip(".").rpartition(": ")[2] or "there is not enough memory for it"
         raise UserError(f"{name or source} is no audio that can be read: {told}.") from None
 
 

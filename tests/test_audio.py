@@ -106,7 +106,9 @@ def test_files_are_read_as_one_channel_of_16_khz(suffix, tmp_path):
     assert x_N[4000:12000].abs().max() == pytest.approx(0.25, abs=0.01)
 
 
-@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 240. GiB"), ValueError("array is too big")])
+@pytest.mark.parametrize(
+    "error", [MemoryError("Unable to allocate 240. GiB"), MemoryError(), ValueError("array is too big")]
+)
 def test_a_header_with_an_absurd_length_is_refused(error, tmp_path, monkeypatch):
     """Where there is no such memory; else what the file holds is read."""
 
@@ -114,7 +116,9 @@ def test_a_header_with_an_absurd_length_is_refused(error, tmp_path, monkeypatch)
         raise error
 
     monkeypatch.setattr(soundfile, "read", asks_for_it)
-    with pytest.raises(UserError, match=rf"a\.flac is no audio that can be read: {error}"):
+    with pytest.raises(
+        UserError, match=rf"a\.flac is no audio that can be read: {str(error) or 'there is not enough memory'}"
+    ):
         read_audio(tmp_path / "a.flac")
 
 

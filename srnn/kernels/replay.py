@@ -247,6 +247,8 @@ class Replays:
 
     def _make_room(self, memory: int) -> bool:
         """Drop what has rested until one of so many bytes fits. Whether it does."""
+        if memory > MOST_MEMORY:
+            return False
         while len(self.recorded) >= MOST_SHAPES or self._taken(memory) > MOST_MEMORY:
             oldest = min(self.recorded, key=lambda key: self.recorded[key].last, default=None)
             if oldest is None or self._calls - self.recorded[oldest].last <= RESTING:

@@ -70,9 +70,9 @@ class ReplayedRecurrence(Recurrence):
         return _replayed(self.replays, self.inner, (u_NG, batch_sizes, state), about)
 
 
-def _with_gaps(bytes: int) -> int:
-    """What torch's allocator takes for so many, of calls of 100 MB and over: mostly up to 4 % more."""
-    return bytes + bytes // 16
+def _with_gaps(size: int) -> int:
+    """What torch's allocator takes for so many bytes, of calls of 100 MB and over: mostly up to 4 % more."""
+    return size + size // 16
 
 
 def _replayed(

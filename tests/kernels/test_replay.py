@@ -121,6 +121,13 @@ def test_recordings_are_few_and_those_that_rest_make_room(streams):
     assert 1 not in kept, "the one that rested longest goes"
 
 
+def test_what_never_fits_makes_nothing_go(streams):
+    ready = replayed(Counted(), MOST_MEMORY // 10)
+    for steps in (4, 4, *[5] * (RESTING + 2), 11, 11, 11):
+        call(ready, steps)
+    assert {key[1][0][0] for key in ready.replays.recorded} == {4, 5}
+
+
 def test_recordings_take_a_bounded_memory(streams):
     """They share what they use while they run, because no two of them do at once, and have the next outputs each."""
     ready = replayed(Counted(), MOST_MEMORY // 10)
