@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ class Graphed:
                 self._zero = self._zero_state(example)
                 samples = (example, _map(torch.clone, self._zero))  # which states are copied into
                 pool = torch.cuda.graph_pool_handle()
-                with undisturbed(inputs.device, pool):
+                with undisturbed(inputs.device, pool), _own_dropout(self.model, inputs.device, pool):
                     self._graph = torch.cuda.make_graphed_callables(_Call(self.model), samples, pool=pool)
         if inputs.shape != self.example.shape:
             return self.model(inputs, state)
@@ -53,6 +55,35 @@ class Graphed:
             return _map(torch.zeros_like, self.model.eval()(inputs[:, :1])[1])
         finally:
             self.model.train(training)
+
+
+@contextmanager
+def _own_dropout(model: nn.Module, device: torch.device, pool: Any) -> Iterator[None]:
+    """Around a recording of the network: what its dropout reads is memory of the recording, and stays as long.
+
+    Layers of cuDNN draw their dropout from states that torch keeps for all networks of a device. At the first call
+    after a seed was set, for another network, say, torch makes new ones and lets go of the memory of those before.
+
+    Args:
+        model: the network.
+        device: of it, with an index.
+        pool: the memory of the recording.
+    """
+    if not any(isinstance(module, nn.RNNBase) and module.dropout > 0 for module in model.modules()):
+        yield
+        return
+    torch.cuda.set_rng_state(torch.cuda.get_rng_state(device), device)  # the same numbers, which torch takes for a seed
+    layers = nn.LSTM(1, 1, 2, dropout=0.5, device="meta").to_empty(device=device)  # weights of it take no numbers
+    torch._C._cuda_beginAllocateCurrentThreadToPool(device.index, pool)
+    try:
+        try:
+            with torch.no_grad():
+                layers(torch.zeros(1, 1, 1, device=device))
+        finally:
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+        yield
+    finally:
+        torch._C._cuda_releasePool(device.index, pool)  # which the graphs hold now
 
 
 class _Call(nn.Module):

@@ -1,9 +1,11 @@
 """Training from CUDA graphs. On a CPU: refused with advice."""
 
+import gc
 import json
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from srnn.__main__ import main
@@ -44,6 +46,46 @@ def test_a_graph_trains_as_eager_does(make, dtype):
         results.append(losses(model, calls, dtype))
     assert results[0][-1] < results[0][0]
     assert results[1] == pytest.approx(results[0], rel=1e-4 if dtype is None else 2e-2)
+
+
+class Layers(nn.Module):
+    """Recurrent layers with cuDNN's dropout between them, and no other."""
+
+    def __init__(self, dropout=0.5):
+        super().__init__()
+        self.rnn = nn.LSTM(8, 24, 2, dropout=dropout, batch_first=True)
+
+    def forward(self, x_BTI, state=None):
+        return self.rnn(x_BTI, state)
+
+
+@pytest.mark.gpu
+def test_networks_with_dropout_between_layers_train_in_turns():
+    """A seed for the second has torch let go of the states that the graph of the first draws its dropout from."""
+    x_BTI = torch.randn(1, 12, 8, device="cuda").repeat(16, 1, 1)
+    there = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        call = Graphed(Layers().cuda(), x_BTI.cpu())
+        call(x_BTI)[0].sum().backward()
+        there.append(call)
+    torch.cuda.empty_cache()
+    other = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")  # in memory that was let go
+    for _ in range(3):
+        for call in there:
+            rows = call(x_BTI)[0][:, -1]
+            rows.sum().backward()
+            assert len(rows.detach().unique(dim=0)) == len(rows), "units are dropped one by one"
+    assert not other.any()
+    last = there.pop()
+    there.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    for seed in range(2):
+        assert len(last(x_BTI)[0][:, -1].detach().unique(dim=0)) == len(x_BTI)
+        eager = last.model(x_BTI[:, :5])[0][:, -1]
+        assert len(eager.detach().unique(dim=0)) == len(x_BTI), "which goes on with the last states"
+        torch.manual_seed(seed)
 
 
 @pytest.mark.gpu
@@ -111,3 +153,33 @@ def test_none_starts_from_zero_again_and_norms_see_batches_alone(monkeypatch):
     once = 0.1 * speech.convolutions[0].convolution(F.pad(x_BTI, (0, 0, 5, 5)).transpose(1, 2)[:, None]).mean((0, 3))
     call(x_BTI)
     assert torch.allclose(speech.convolutions[0].norm.running_mean, once.flatten(), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_a_recording_has_the_states_that_its_dropout_reads(monkeypatch):
+    told = []
+    for name in ("_cuda_beginAllocateCurrentThreadToPool", "_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda index, pool, name=name: told.append((name, pool)), raising=False)
+    for name in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+
+    def recorded(call, samples, pool):
+        told.append(("recorded", pool))
+        return call
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorded)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    for dropout in (0.0, 0.5):
+        told.clear()
+        Graphed(Layers(dropout), torch.randn(2, 4, 8))(torch.zeros(2, 4, 8))
+        names = [name for name, _ in told]
+        assert {pool for _, pool in told} == {(0, 1)}
+        if not dropout:
+            assert names == ["recorded"]
+        else:
+            begin, *between, release = names
+            assert (begin, between, release) == (
+                "_cuda_beginAllocateCurrentThreadToPool",
+                ["_cuda_endAllocateToPool", "recorded"],
+                "_cuda_releasePool",
+            )
