@@ -29,8 +29,8 @@ CALLS = 50
 # Cell, units, layers, structure -> streams and steps of calls.
 LAYERS: dict[tuple[str, int, int, Any], tuple[tuple[int, int], ...]] = {
     ("gru", 1024, 1, "element"): ((1, 1), (1, 64), (1, 128), (1, 256)),
-    ("gru", 2560, 1, "32x1"): ((1, 1), (1, 64), (1, 256), (16, 64), (16, 256)),
-    ("lstm", 1500, 2, "32x1"): ((1, 1), (1, 64), (1, 256)),
+    ("gru", 2560, 1, "32x1"): ((1, 1), (1, 64), (1, 256), (16, 64), (16, 256), (64, 64), (64, 256)),
+    ("lstm", 1500, 2, "32x1"): ((1, 1), (1, 64), (1, 256), (64, 64), (64, 256)),
 }
 
 
@@ -84,7 +84,8 @@ def calls() -> Iterator[dict[str, Any]]:
                     plain = [timed(call, DEVICE) for _ in range(CALLS)]
                 alone, _ = graphed(call, DEVICE)
                 for _ in range(3):
-                    assert call().equal(truth), "a replay is not the call"
+                    # Equal, but for rounding where a call is replayed as parts.
+                    torch.testing.assert_close(call(), truth, atol=2e-3, rtol=0)
                 took: dict[str, list[float]] = {"graph": [], "call": []}
                 for _ in range(CALLS):
                     took["graph"].append(timed(alone, DEVICE))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from srnn.cells import Cell
 from srnn.inference.base import TORCH, SparseModule, marks_of
+from srnn.kernels.calls_in_parts import Steps
 from srnn.kernels.contract import Layer
 from srnn.kernels.replay import Recordable, Replays
 from srnn.kernels.replayed import ReplayedLayer
@@ -21,10 +22,12 @@ class ReplayedCalls(SparseModule):
     Attributes:
         cell: of the layers.
         batch_first: whether streams are an input's first dimension.
+        bidirectional: whether layers have two directions.
     """
 
     cell: Cell
     batch_first: bool
+    bidirectional: bool
 
     def step_of(self, network: nn.Module, plain: Callable[[Tensor, Any], Any], x: Tensor, hx: Any) -> Any:
         """One step of a network that this is part of: on a GPU all of it is one replay, from the second call on.
@@ -110,7 +113,9 @@ class ReplayedCalls(SparseModule):
         layers = [layer for layer in chosen if isinstance(layer, ReplayedLayer)]
         if not layers or len(layers) < len(chosen):
             return None
-        about = [layer.recordable(steps * streams) for layer in layers]
+        about = [layer.recordable(steps * streams, streams) for layer in layers]
         checks = tuple(check for one in about for check in one.checks)
         held = input.nbytes if len(layers) > 1 else 0  # while the layers behind the first run
-        return Recordable(max(one.memory for one in about) + held, checks)
+        may_be_cut = kind == "sequence" and not self.bidirectional
+        between = Steps(int(self.batch_first and input.dim() == 3), 1) if may_be_cut else None
+        return Recordable(max(one.memory for one in about) + held, checks, between)

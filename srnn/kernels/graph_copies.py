@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 _MEMCPY = 1  # cudaGraphNodeTypeMemcpy
 _ON_DEVICE = 3  # cudaMemcpyDeviceToDevice
@@ -102,23 +101,21 @@ class _Copies:
     outer: list[int]
     are_inputs: bool
 
-    def move_to(self, tensors: Sequence[Tensor], set_copy: Callable[[int, int, int, int], None]) -> None:
-        """Let them copy from, or to, these tensors from the next replay on.
+    def move_to(self, addresses: list[int], set_copy: Callable[[int, int, int, int], None]) -> None:
+        """Let them copy from, or to, these addresses from the next replay on.
 
         Args:
-            tensors: one for each.
+            addresses: one for each.
             set_copy: called with a node, the addresses to copy to and from, and how many bytes.
         """
-        addresses = [tensor.data_ptr() for tensor in tensors]
         if addresses == self.outer:
             return
-        with torch.cuda.device(tensors[0].get_device()):
-            for index, (address, (node, inner, size)) in enumerate(zip(addresses, self.nodes, strict=True)):
-                if address != self.outer[index]:
-                    self.outer[index] = 0  # not known if CUDA refuses
-                    to, source = (inner, address) if self.are_inputs else (address, inner)
-                    set_copy(node, to, source, size)
-                    self.outer[index] = address
+        for index, (address, (node, inner, size)) in enumerate(zip(addresses, self.nodes, strict=True)):
+            if address != self.outer[index]:
+                self.outer[index] = 0  # not known if CUDA refuses
+                to, source = (inner, address) if self.are_inputs else (address, inner)
+                set_copy(node, to, source, size)
+                self.outer[index] = address
 
 
 class GraphCopies:
@@ -128,6 +125,7 @@ class GraphCopies:
         graph: captured with ``keep_graph=True``, and instantiated.
         inputs: of each input the address that was copied from when it was captured, that in the graph, and its bytes.
         outputs: of each output the address in the graph, that it was copied to, and its bytes.
+        device: of the graph, as an index.
 
     Raises:
         GraphRefusedError: see there.
@@ -135,9 +133,14 @@ class GraphCopies:
     """
 
     def __init__(
-        self, graph: Any, inputs: Sequence[tuple[int, int, int]], outputs: Sequence[tuple[int, int, int]]
+        self,
+        graph: Any,
+        inputs: Sequence[tuple[int, int, int]],
+        outputs: Sequence[tuple[int, int, int]],
+        device: int,
     ) -> None:
         self._graph = graph  # whose nodes these are
+        self._device = device
         try:
             self._set = _runtime().cudaGraphExecMemcpyNodeSetParams1D
         except (OSError, AttributeError) as error:
@@ -157,17 +160,14 @@ class GraphCopies:
         """The addresses of the outputs, 0 of one that is not known."""
         return self._outputs.outer
 
-    def read_from(self, tensors: Sequence[Tensor]) -> None:
-        """Let the next replays take their inputs from these, which are contiguous. Raises GraphRefusedError."""
-        self._inputs.move_to(tensors, self._set_copy)
+    def read_from(self, addresses: list[int]) -> None:
+        """Let the next replays take their inputs from there. Raises GraphRefusedError."""
+        self._inputs.move_to(addresses, self._set_copy)
 
-    def write_to(self, tensors: Sequence[Tensor]) -> None:
-        """Let the next replays leave their outputs in these, whose elements lie as those of the first ones did.
-
-        Raises:
-            GraphRefusedError: see there.
-        """
-        self._outputs.move_to(tensors, self._set_copy)
+    def write_to(self, addresses: list[int]) -> None:
+        """Let the next replays leave their outputs there. Raises GraphRefusedError."""
+        self._outputs.move_to(addresses, self._set_copy)
 
     def _set_copy(self, node: int, to: int, source: int, size: int) -> None:
-        _must(self._set(self._run, node, to, source, size, _ON_DEVICE))
+        with torch.cuda.device(self._device):
+            _must(self._set(self._run, node, to, source, size, _ON_DEVICE))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from srnn.cuda_graphs import Graph, recorded
+from srnn.kernels.calls_in_parts import Parts, Steps
 from srnn.kernels.graph_copies import GraphCopies, GraphRefusedError
 
 _log = logging.getLogger("srnn.kernels")
@@ -72,10 +73,12 @@ class Recordable:
     Attributes:
         memory: bytes that it takes while it runs, with its inputs and outputs; an estimate.
         checks: called before each replay; they raise if an earlier one failed.
+        steps: None for a call that is not to be cut.
     """
 
     memory: int
     checks: tuple[Callable[[], None], ...] = ()
+    steps: Steps | None = None
 
 
 @dataclass(eq=False)
@@ -93,6 +96,7 @@ class _Recording:
     Attributes:
         graphs: all alike; that which was used longest ago comes first.
         like: tensors without memory, of the shapes and strides of the outputs.
+        parts: how it is cut; None for a call that runs as a whole.
         checks: called before each replay.
         memory: bytes that it takes, with its outputs; an estimate.
         last: the call that used it last.
@@ -102,6 +106,7 @@ class _Recording:
 
     graphs: list[_Graph]
     like: list[Tensor]
+    parts: Parts | None = None
     checks: tuple[Callable[[], None], ...] = ()
     memory: int = 0
     last: int = 0
@@ -109,8 +114,8 @@ class _Recording:
 
     @property
     def own(self) -> int:
-        """Bytes that it does not share."""
-        return sum(part.numel() * part.itemsize for part in self.like)
+        """Bytes that it does not share: the next outputs, which are not made in advance for calls that are cut."""
+        return 0 if self.parts is not None else sum(part.numel() * part.itemsize for part in self.like)
 
     def replay(self, given: list[Tensor], raw: int) -> list[Tensor]:
         """The outputs for these inputs, on the current stream, whose address is given too."""
@@ -118,18 +123,19 @@ class _Recording:
         use = (raw, torch.is_inference_mode_enabled())
         ready, self.next = self.next, None
         outputs, one, _ = ready if ready is not None and ready[2] == use else self._prepare(use)
-        one.copies.read_from(given)
+        one.copies.read_from(_addresses(given, self.parts))
         one.graph.replay()
-        if not _thread.recording_is_off:  # else memory may be of others' graph, which has only what a call gives back
+        # With recording off memory may be of others' graph, which has only what a call gives back.
+        if self.parts is None and not _thread.recording_is_off:
             with suppress(torch.OutOfMemoryError, GraphRefusedError):  # this call has its outputs; the next one tells
                 self.next = self._prepare(use)
         return outputs
 
     def _prepare(self, use: tuple[int, bool]) -> tuple[list[Tensor], _Graph, tuple[int, bool]]:
         outputs = [torch.empty_like(part) for part in self.like]
-        places, known = [part.data_ptr() for part in outputs], [one.copies.writes_to for one in self.graphs]
+        places, known = _addresses(outputs, self.parts), [one.copies.writes_to for one in self.graphs]
         if places not in known:
-            self.graphs[0].copies.write_to(outputs)
+            self.graphs[0].copies.write_to(places)
         one = self.graphs.pop(known.index(places) if places in known else 0)
         self.graphs.append(one)
         return outputs, one, use
@@ -202,7 +208,7 @@ class Replays:
                 stream.wait_event(self._done)
             self._stream, self._raw_stream = stream, raw
         try:
-            outputs = one.replay([part if part.is_contiguous() else part.contiguous() for part in given], raw)
+            outputs = one.replay(_laid_out(given, one.parts), raw)
         except GraphRefusedError as error:
             self._leave(key, given, error)
             return None
@@ -231,17 +237,19 @@ class Replays:
             check()
         with _recording:
             beside = next(iter(self.recorded.values()), None)  # held, so that the memory they share lives on
-            if not self._make_room(about.memory):
+            parts = self._parts_of(given[0], about)
+            memory = about.memory if parts is None else parts.memory
+            if not self._make_room(memory):
                 return False
             if self._done is None:
                 self._done, self._capture_stream = torch.cuda.Event(), torch.cuda.Stream(given[0].device)
             pool = None if beside is None else beside.graphs[0].graph.pool()
             try:
-                one = record(run, given, pool, self._capture_stream)
+                one = record(run, given, pool, self._capture_stream, parts)
             except RuntimeError as error:  # of torch and CUDA: memory, or a call that cannot be recorded
                 self._leave(key, given, error)
                 return False
-        one.checks, one.memory = about.checks, about.memory
+        one.checks, one.memory = about.checks, memory
         self.recorded[key] = one
         return True
 
@@ -255,6 +263,11 @@ class Replays:
                 return False
             del self.recorded[oldest]
         return True
+
+    def _parts_of(self, x: Tensor, about: Recordable) -> Parts | None:
+        """How to cut a call that takes more memory than there is beside the others' outputs."""
+        room = MOST_MEMORY - sum(one.own for one in self.recorded.values())
+        return None if about.steps is None or about.memory <= room else Parts.of(x, about.steps, about.memory, room)
 
     def _taken(self, memory: int) -> int:
         """Bytes of all recordings and another one of so many: their outputs, and what the largest takes beside them."""
@@ -282,7 +295,19 @@ def raw_stream(device: int) -> int:
     return int(torch._C._cuda_getCurrentRawStream(device))
 
 
-def record(run: TensorCall, given: list[Tensor], pool: Any, stream: Any) -> _Recording:
+def _laid_out(given: list[Tensor], parts: Parts | None) -> list[Tensor]:
+    """Inputs, or copies of them, that copies take as pieces of memory."""
+    plain = [part if part.is_contiguous() else part.contiguous() for part in given[0 if parts is None else 1 :]]
+    return plain if parts is None else [parts.laid_out(given[0]), *plain]
+
+
+def _addresses(tensors: list[Tensor], parts: Parts | None) -> list[int]:
+    """Of inputs or outputs, of which the first is cut."""
+    rest = [part.data_ptr() for part in tensors[0 if parts is None else 1 :]]
+    return rest if parts is None else parts.addresses(tensors[0]) + rest
+
+
+def record(run: TensorCall, given: list[Tensor], pool: Any, stream: Any, parts: Parts | None = None) -> _Recording:
     """Record a call with such inputs.
 
     Args:
@@ -290,6 +315,7 @@ def record(run: TensorCall, given: list[Tensor], pool: Any, stream: Any) -> _Rec
         given: its inputs.
         pool: of the graphs that are never replayed at the same time as this one; None for none.
         stream: to record on.
+        parts: how it is cut.
 
     Raises:
         RuntimeError: it cannot be recorded.
@@ -297,30 +323,64 @@ def record(run: TensorCall, given: list[Tensor], pool: Any, stream: Any) -> _Rec
     device = given[0].device
     # What is written to at each call must not belong to inference mode, which the next may not be in.
     with _set("recording"), torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
-        given = [part.contiguous() for part in given]
+        given = _laid_out(given, parts)
         taken = [torch.empty_like(part) for part in run(given)]  # what is made at a first call is not to be recorded
+        if parts is not None:
+            if not taken[0].movedim(parts.dim, 0).is_contiguous():
+                raise RuntimeError("the parts of its outputs are no pieces of memory")
+            state = given[1:]
+            for some in parts.cut(given[0]):  # for which kernels may be compiled, too
+                _, *state = run([some, *state])
         graphs: list[_Graph] = []
         for _ in range(GRAPHS):
-            graphs.append(_captured(run, given, taken, graphs[0].graph.pool() if graphs else pool, stream))
+            graphs.append(_captured(run, given, taken, graphs[0].graph.pool() if graphs else pool, stream, parts))
         for to in taken:
             to.untyped_storage().resize_(0)
-    return _Recording(graphs, taken)
+    return _Recording(graphs, taken, parts)
 
 
-def _captured(run: TensorCall, given: list[Tensor], taken: list[Tensor], pool: Any, stream: Any) -> _Graph:
+def _captured(
+    run: TensorCall, given: list[Tensor], taken: list[Tensor], pool: Any, stream: Any, parts: Parts | None
+) -> _Graph:
     """A graph of a call with these inputs, which ends with copies of its outputs to ``taken``."""
-    graph = Graph(keep_graph=True)
+    graph, into, out = Graph(keep_graph=True), list[_Copy](), list[_Copy]()
+
+    def part(some: Tensor, state: list[Tensor], to: Tensor) -> list[Tensor]:
+        """Run one; in a function of its own, so that its memory is free for the next one."""
+        own, *after = run([_copied(some, into), *state])
+        _copy_to(to, own, out)
+        if parts is None:
+            return after
+        for one, new in zip(ends, after, strict=True):
+            one.copy_(new)
+        return ends
+
     with recorded(graph, given[0].device, pool, stream):
-        inputs = [torch.empty_like(part).copy_(part) for part in given]
-        outputs = [_laid_out_like(to, part) for to, part in zip(taken, run(inputs), strict=True)]
-        for to, part in zip(taken, outputs, strict=True):
-            to.copy_(part)
+        before = list[_Copy]()  # of the state, which comes after the first input
+        state = [_copied(each, before) for each in given[1:]]
+        # Made before the first part: in between they could split memory that the next part takes as a whole.
+        ends = [] if parts is None else [torch.empty_like(to) for to in taken[1:]]
+        pieces = [(given[0], taken[0])] if parts is None else zip(parts.cut(given[0]), parts.cut(taken[0]), strict=True)
+        for some, to in pieces:
+            state = part(some, state, to)
+        for to, own in zip(taken[1:], state, strict=True):
+            _copy_to(to, own, out)
     graph.instantiate()
-    into = [(part.data_ptr(), own.data_ptr(), part.nbytes) for part, own in zip(given, inputs, strict=True)]
-    out = [(part.data_ptr(), to.data_ptr(), to.nbytes) for part, to in zip(outputs, taken, strict=True)]
-    return _Graph(graph, GraphCopies(graph, into, out))
+    return _Graph(graph, GraphCopies(graph, into + before, out, given[0].get_device()))
 
 
-def _laid_out_like(to: Tensor, part: Tensor) -> Tensor:
-    """A tensor with the strides of another, so that its memory is copied as a whole."""
-    return part if part.stride() == to.stride() else torch.empty_like(to).copy_(part)
+_Copy = tuple[int, int, int]  # addresses from and to, and bytes
+
+
+def _copied(part: Tensor, copies: list[_Copy]) -> Tensor:
+    """An input's copy in the graph."""
+    own = torch.empty_like(part).copy_(part)
+    copies.append((part.data_ptr(), own.data_ptr(), part.nbytes))
+    return own
+
+
+def _copy_to(to: Tensor, part: Tensor, copies: list[_Copy]) -> None:
+    """Copy an output out of the graph, as the piece of memory that it has to be for that."""
+    own = part if part.stride() == to.stride() else torch.empty_like(to).copy_(part)
+    to.copy_(own)
+    copies.append((own.data_ptr(), to.data_ptr(), to.nbytes))

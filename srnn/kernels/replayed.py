@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from srnn.kernels.contract import Kernel, Layer, LayerWeights, Product, Recurrence, State
+from srnn.kernels.calls_in_parts import Steps
+from srnn.kernels.contract import Kernel, Layer, LayerWeights, Product, Recurrence, State, equal_lengths
 from srnn.kernels.replay import Recordable, Replays
 from srnn.sparse import SparseMatrix
 
@@ -36,15 +36,16 @@ class ReplayedLayer(Layer):
         # Inputs, and products with them; then a transposed copy of the former, or states and outputs in two orders.
         numbers = inputs + count * first.w_ih.shape[0] + max(inputs, 2 * outputs) + outputs
         self.row_bytes = _with_gaps(numbers * dtype.itemsize)
+        self.may_be_cut = count == 1 and not first.reverse  # backwards the last steps come first
 
     def run(self, x_NI: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         """As the layer."""
-        rows = x_NI.shape[0]
-        return _replayed(self.replays, self.inner.run, (x_NI, batch_sizes, state), lambda: self.recordable(rows))
+        return _replayed(self.replays, self.inner.run, (x_NI, batch_sizes, state), self.recordable)
 
-    def recordable(self, rows: int) -> Recordable:
-        """What there is to know of a call with so many rows."""
-        return Recordable(rows * self.row_bytes, () if self.check is None else (self.check,))
+    def recordable(self, rows: int, streams: int) -> Recordable:
+        """What there is to know of a call with so many rows in all, of so many streams of equal length."""
+        checks = () if self.check is None else (self.check,)
+        return Recordable(rows * self.row_bytes, checks, Steps(0, streams) if self.may_be_cut else None)
 
 
 class ReplayedRecurrence(Recurrence):
@@ -62,12 +63,15 @@ class ReplayedRecurrence(Recurrence):
         # Products, with a copy in another order; states, outputs, and the latter in another order.
         self.row_bytes = _with_gaps((2 * weights.w_hh.shape[0] + 3 * weights.hidden_size) * dtype.itemsize)
         self.checks = (check,)
+        self.may_be_cut = not weights.reverse
 
     def __call__(self, u_NG: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
         """As the recurrence."""
-        memory = u_NG.shape[0] * self.row_bytes
-        about = partial(Recordable, memory, self.checks)
-        return _replayed(self.replays, self.inner, (u_NG, batch_sizes, state), about)
+        return _replayed(self.replays, self.inner, (u_NG, batch_sizes, state), self.recordable)
+
+    def recordable(self, rows: int, streams: int) -> Recordable:
+        """What there is to know of a call with so many rows in all, of so many streams of equal length."""
+        return Recordable(rows * self.row_bytes, self.checks, Steps(0, streams) if self.may_be_cut else None)
 
 
 def _with_gaps(size: int) -> int:
@@ -79,17 +83,18 @@ def _replayed(
     replays: Replays,
     inner: Callable[[Tensor, Tensor, State], tuple[Tensor, State]],
     inputs: tuple[Tensor, Tensor, State],
-    about: Callable[[], Recordable],
+    about: Callable[[int, int], Recordable],
 ) -> tuple[Tensor, State]:
     """A call of a layer or recurrence with rows, sizes of steps and a state; replayed where all are of one length."""
     rows, batch_sizes, state = inputs
-    if rows.shape[0] and rows.shape[0] == len(batch_sizes) * state[0].shape[-2]:
+    streams = state[0].shape[-2]
+    if rows.shape[0] and rows.shape[0] == len(batch_sizes) * streams:
 
         def run(given: list[Tensor]) -> list[Tensor]:
-            y_NP, end = inner(given[0], batch_sizes, tuple(given[1:]))
+            y_NP, end = inner(given[0], equal_lengths(given[0].shape[0] // streams, streams), tuple(given[1:]))
             return [y_NP, *end]
 
-        done = replays("run", [rows, *state], run, about)
+        done = replays("run", [rows, *state], run, lambda: about(rows.shape[0], streams))
         if done is not None:
             return done[0], tuple(done[1:])
     return inner(rows, batch_sizes, state)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from srnn.inference.sparsify import sparsify
+from srnn.kernels.calls_in_parts import Steps
 from srnn.kernels.contract import Layer
 from srnn.kernels.replay import nothing_recorded
 from tests.kernels.common import prune
@@ -15,7 +16,7 @@ from tests.kernels.triton_cases import on_gpu
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_a_module_knows_which_calls_may_be_recorded(batch_first):
+def test_a_module_knows_which_calls_may_be_recorded(batch_first, monkeypatch):
     """Those of which all layers are replayed; the memory is that of the layer that takes most, beside the input."""
     network = sparsify(prune(nn.GRU(8, 32, 2, batch_first=batch_first), 0.1), kernel="dense")
     checks = [lambda: None, lambda: None]
@@ -35,6 +36,10 @@ def test_a_module_knows_which_calls_may_be_recorded(batch_first):
         about = network._recordable(kind, x)
         assert about.memory == 2000 * rows + x.nbytes
         assert about.checks == tuple(checks)
+        between = Steps(int(batch_first and len(shape) == 3), 1)
+        assert about.steps == (between if kind == "sequence" else None), "where it may be cut"
+    monkeypatch.setattr(network, "bidirectional", True)
+    assert network._recordable("sequence", torch.zeros(5, 3, 8)).steps is None, "the last steps come first"
     network._ready[own[1]] = Counted()
     assert network._recordable("step", torch.zeros(3, 8)) is None
 
