@@ -84,8 +84,8 @@ def calls() -> Iterator[dict[str, Any]]:
                     plain = [timed(call, DEVICE) for _ in range(CALLS)]
                 alone, _ = graphed(call, DEVICE)
                 for _ in range(3):
-                    # Equal, but for rounding where a call is replayed as parts.
-                    torch.testing.assert_close(call(), truth, atol=2e-3, rtol=0)
+                    # Equal, but for rounding where a call takes so much that it is replayed as parts.
+                    torch.testing.assert_close(call(), truth, atol=2e-3 if streams * steps >= 1 << 14 else 0.0, rtol=0)
                 took: dict[str, list[float]] = {"graph": [], "call": []}
                 for _ in range(CALLS):
                     took["graph"].append(timed(alone, DEVICE))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-LEAST_STEPS = 64  # of a part: where fewer fit, a call runs long beside what its launches take
+LEAST_STEPS = 64  # of any part: where fewer fit, a call runs long beside what its launches take
+MOST_PARTS = 3  # each takes time to copy and to start, a call as it is the same time whatever its length
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Parts:
 
     @classmethod
     def of(cls, x: Tensor, steps: Steps, memory: int, most: int) -> Parts | None:
-        """As few parts as may be, of about equal numbers of steps; None where one is enough, or they would be short.
+        """As few parts as may be, of about equal numbers of steps; None where one is enough, or they are short or many.
 
         Args:
             x: the first input.
@@ -54,12 +55,12 @@ class Parts:
             return None
         parts = -(-count // fitting)
         part = -(-count // parts)
-        if part < LEAST_STEPS:
-            return None
         even = -(-part // 16) * 16  # for which kernels are compiled as for most calls
-        if even <= fitting and count - (parts - 1) * even >= LEAST_STEPS // 2:
-            part = even
-        return cls(steps.dim, part * steps.rows, memory * part // count)
+        # All but the last have so many steps. One of few would count as a short call, for which another kernel may run.
+        several = [size for size in (even, part) if size <= fitting and count - (parts - 1) * size >= LEAST_STEPS]
+        if parts > MOST_PARTS or not several:
+            return None
+        return cls(steps.dim, several[0] * steps.rows, memory * several[0] // count)
 
     def cut(self, x: Tensor) -> tuple[Tensor, ...]:
         """The parts of the first input or output."""

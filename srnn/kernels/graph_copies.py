@@ -108,8 +108,6 @@ class _Copies:
             addresses: one for each.
             set_copy: called with a node, the addresses to copy to and from, and how many bytes.
         """
-        if addresses == self.outer:
-            return
         for index, (address, (node, inner, size)) in enumerate(zip(addresses, self.nodes, strict=True)):
             if address != self.outer[index]:
                 self.outer[index] = 0  # not known if CUDA refuses
@@ -162,12 +160,16 @@ class GraphCopies:
 
     def read_from(self, addresses: list[int]) -> None:
         """Let the next replays take their inputs from there. Raises GraphRefusedError."""
-        self._inputs.move_to(addresses, self._set_copy)
+        self._move(self._inputs, addresses)
 
     def write_to(self, addresses: list[int]) -> None:
         """Let the next replays leave their outputs there. Raises GraphRefusedError."""
-        self._outputs.move_to(addresses, self._set_copy)
+        self._move(self._outputs, addresses)
+
+    def _move(self, copies: _Copies, addresses: list[int]) -> None:
+        if addresses != copies.outer:
+            with torch.cuda.device(self._device):
+                copies.move_to(addresses, self._set_copy)
 
     def _set_copy(self, node: int, to: int, source: int, size: int) -> None:
-        with torch.cuda.device(self._device):
-            _must(self._set(self._run, node, to, source, size, _ON_DEVICE))
+        _must(self._set(self._run, node, to, source, size, _ON_DEVICE))

@@ -215,7 +215,7 @@ class Replays:
         self._done.record(self._stream)
         return outputs
 
-    def _leave(self, key: Any, given: list[Tensor], error: Exception) -> None:
+    def _leave(self, key: Any, given: list[Tensor], error: Exception | str) -> None:
         """Run such calls as they are from now on."""
         self.recorded.pop(key, None)
         self._once[key] = False
@@ -237,10 +237,12 @@ class Replays:
             check()
         with _recording:
             beside = next(iter(self.recorded.values()), None)  # held, so that the memory they share lives on
-            parts = self._parts_of(given[0], about)
-            memory = about.memory if parts is None else parts.memory
+            parts, memory = None, about.memory
             if not self._make_room(memory):
-                return False
+                parts = self._parts_of(given[0], about)
+                if parts is None or not self._make_room(parts.memory):
+                    return False
+                memory = parts.memory
             if self._done is None:
                 self._done, self._capture_stream = torch.cuda.Event(), torch.cuda.Stream(given[0].device)
             pool = None if beside is None else beside.graphs[0].graph.pool()
@@ -249,15 +251,18 @@ class Replays:
             except RuntimeError as error:  # of torch and CUDA: memory, or a call that cannot be recorded
                 self._leave(key, given, error)
                 return False
-        one.checks, one.memory = about.checks, memory
+        one.checks, one.memory, one.last = about.checks, memory, self._calls
         self.recorded[key] = one
-        return True
+        if self._make_room(0, 0):  # for its outputs, which are made in advance, beside what the largest one takes
+            return True
+        self._leave(key, given, "there is no room for its outputs")
+        return False
 
-    def _make_room(self, memory: int) -> bool:
-        """Drop what has rested until one of so many bytes fits. Whether it does."""
+    def _make_room(self, memory: int, shapes: int = 1) -> bool:
+        """Drop what has rested until one more of so many bytes fits. Whether it does."""
         if memory > MOST_MEMORY:
             return False
-        while len(self.recorded) >= MOST_SHAPES or self._taken(memory) > MOST_MEMORY:
+        while len(self.recorded) + shapes > MOST_SHAPES or self._taken(memory) > MOST_MEMORY:
             oldest = min(self.recorded, key=lambda key: self.recorded[key].last, default=None)
             if oldest is None or self._calls - self.recorded[oldest].last <= RESTING:
                 return False
@@ -267,7 +272,7 @@ class Replays:
     def _parts_of(self, x: Tensor, about: Recordable) -> Parts | None:
         """How to cut a call that takes more memory than there is beside the others' outputs."""
         room = MOST_MEMORY - sum(one.own for one in self.recorded.values())
-        return None if about.steps is None or about.memory <= room else Parts.of(x, about.steps, about.memory, room)
+        return None if about.steps is None else Parts.of(x, about.steps, about.memory, room)
 
     def _taken(self, memory: int) -> int:
         """Bytes of all recordings and another one of so many: their outputs, and what the largest takes beside them."""
@@ -330,7 +335,7 @@ def record(run: TensorCall, given: list[Tensor], pool: Any, stream: Any, parts: 
                 raise RuntimeError("the parts of its outputs are no pieces of memory")
             state = given[1:]
             for some in parts.cut(given[0]):  # for which kernels may be compiled, too
-                _, *state = run([some, *state])
+                state = run([some, *state])[1:]
         graphs: list[_Graph] = []
         for _ in range(GRAPHS):
             graphs.append(_captured(run, given, taken, graphs[0].graph.pool() if graphs else pool, stream, parts))

@@ -8,10 +8,11 @@ from torch import nn
 
 from srnn.inference.sparsify import sparsify
 from srnn.kernels import replay
-from srnn.kernels.calls_in_parts import LEAST_STEPS, Parts, Steps
+from srnn.kernels.calls_in_parts import LEAST_STEPS, MOST_PARTS, Parts, Steps
+from srnn.kernels.choosing import length_class
 from srnn.kernels.contract import Layer, equal_lengths
 from srnn.kernels.reference import run_layer
-from srnn.kernels.replay import MOST_MEMORY, Recordable, Replays, nothing_recorded
+from srnn.kernels.replay import MOST_MEMORY, MOST_SHAPES, RESTING, Recordable, Replays, nothing_recorded
 from srnn.kernels.replayed import ReplayedLayer, ReplayedRecurrence
 from tests.kernels.common import prune
 from tests.kernels.triton_cases import layer, on_gpu, state_of
@@ -123,23 +124,35 @@ def test_outputs_of_which_parts_are_no_pieces_of_memory_are_not_recorded(capture
 def test_parts_fit_and_are_few():
     generator = torch.Generator().manual_seed(0)
     cut = 0
-    for _ in range(500):
+    for _ in range(4000):
         of_a_step = int(torch.randint(1, MOST_MEMORY // 32, (1,), generator=generator))
         most = int(torch.randint(1, MOST_MEMORY, (1,), generator=generator))
-        steps = int(torch.randint(0, 3000, (1,), generator=generator))
+        steps = int(torch.randint(0, 1000, (1,), generator=generator))
         parts = Parts.of(torch.empty(2, 3 * steps, device="meta"), Steps(1, 3), steps * of_a_step, most)
         fitting = most // of_a_step
+        least = -(-steps // max(1, fitting))
         if parts is None:
-            assert steps <= fitting or fitting < LEAST_STEPS or -(-steps // -(-steps // fitting)) < LEAST_STEPS
+            of_equal_parts = steps - (least - 1) * -(-steps // max(1, least))  # steps of the last
+            assert steps <= fitting or least > MOST_PARTS or of_equal_parts < LEAST_STEPS
             continue
         cut += 1
         part = parts.size // 3
         count = -(-steps // part)
         assert LEAST_STEPS <= part <= fitting
         assert part * of_a_step == parts.memory <= most
-        assert (count - 1) * fitting < steps, "one fewer would not fit"
-        assert steps - (count - 1) * part >= LEAST_STEPS // 2, "nor is the last one much shorter"
-    assert cut > 100
+        assert count == least <= MOST_PARTS, "one fewer would not fit"
+        last = steps - (count - 1) * part
+        assert last >= LEAST_STEPS
+        assert length_class(last) == length_class(part) == length_class(steps), "another kernel may run short calls"
+    assert cut > 200
+
+
+def test_a_call_is_laid_out_as_its_parts_are_copied():
+    for dim, x in ((0, torch.randn(100, 3, 5)), (1, torch.randn(3, 100, 5)), (1, torch.randn(5, 100, 3).mT)):
+        for given in (x, x[..., 1:], x.flip(dim)):
+            made = Parts(dim, 64, 0).laid_out(given)
+            assert made.equal(given)
+            assert all(part.movedim(dim, 0).is_contiguous() for part in made.split(64, dim))
 
 
 def recorded_parts(ready, weights, steps, calls=2):
@@ -155,19 +168,19 @@ def recorded_parts(ready, weights, steps, calls=2):
 def test_which_layers_are_cut(captured, cell):
     """Not those that run from the last step to the first; of each two parts, beside what others take."""
     weights, back = layer(cell, 5, 7), layer(cell, 5, 7, reverse=True)
-    for directions, wanted in (((weights,), [128, 128]), ((back,), []), ((weights, back), [])):
+    for directions, wanted in (((weights,), [112, 98]), ((back,), []), ((weights, back), [])):
         inner = Plain(directions[0])
         ready = ReplayedLayer(inner, directions, torch.float32)
         ready.row_bytes = MOST_MEMORY // (200 * STREAMS)
-        recorded_parts(ready.run, weights, 256)
+        recorded_parts(ready.run, weights, 210)
         made = [one.parts for one in ready.replays.recorded.values()]
-        assert [parts.size for parts in made] == ([128 * STREAMS] if wanted else [])
+        assert [parts.size for parts in made] == ([112 * STREAMS] if wanted else [])
         captured_steps = inner.steps[2:] if wanted else []
         assert captured_steps == wanted * (1 + replay.GRAPHS), "once as they are, for kernels to be compiled"
     recurrence = ReplayedRecurrence(Plain(weights).run, weights, torch.float32, lambda: None)
     recurrence.row_bytes = ready.row_bytes
-    recorded_parts(recurrence, weights, 256)
-    assert [one.parts.size for one in recurrence.replays.recorded.values()] == [128 * STREAMS]
+    recorded_parts(recurrence, weights, 210)
+    assert [one.parts.size for one in recurrence.replays.recorded.values()] == [112 * STREAMS]
     assert not ReplayedRecurrence(Plain(back).run, back, torch.float32, lambda: None).may_be_cut
 
 
@@ -180,6 +193,29 @@ def test_a_call_is_cut_where_others_have_taken_what_it_needs(captured):
     assert replays._parts_of(x, Recordable(about.memory)) is None
     replays.recorded["large"] = replay._Recording([], [x], Parts(0, 100, about.memory))
     assert replays._taken(0) == MOST_MEMORY // 4, "no outputs are made in advance of what is cut"
+
+
+@pytest.mark.parametrize("rested", [0, RESTING + 1])
+def test_what_rested_makes_room_before_a_call_is_cut(captured, rested):
+    weights = layer("gru", 5, 7)
+    ready = ReplayedLayer(Plain(weights), (weights,), torch.float32)
+    ready.row_bytes = MOST_MEMORY // (210 * STREAMS)
+    other = replay._Recording([replay._Graph(Nothing(), None)], [torch.empty(MOST_MEMORY // 4, dtype=torch.uint8)])
+    ready.replays.recorded["other"], ready.replays._calls = other, rested
+    recorded_parts(ready.run, weights, 200)
+    made = [one.parts for key, one in ready.replays.recorded.items() if key != "other"]
+    assert made == ([None] if rested else [Parts(0, 112 * STREAMS, 112 * STREAMS * ready.row_bytes)])
+
+
+def test_a_call_in_parts_is_a_shape_like_others(captured):
+    """It is not recorded where there are as many as are kept already."""
+    weights = layer("gru", 5, 7)
+    ready = ReplayedLayer(Plain(weights), (weights,), torch.float32)
+    ready.row_bytes = MOST_MEMORY // (150 * STREAMS)
+    for name in range(MOST_SHAPES):
+        ready.replays.recorded[name] = replay._Recording([replay._Graph(Nothing(), None)], [])
+    recorded_parts(ready.run, weights, 200)
+    assert set(ready.replays.recorded) == set(range(MOST_SHAPES))
 
 
 def test_outputs_of_a_call_in_parts_are_made_when_it_comes():

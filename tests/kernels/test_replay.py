@@ -147,6 +147,26 @@ def test_recordings_take_a_bounded_memory(streams):
     assert len(ready.replays.recorded) == 4, "0.09 and 0.87"
 
 
+def test_a_call_whose_outputs_find_no_room_runs_as_it_is(streams, monkeypatch):
+    """How large they are is known once it is recorded; it is recorded no second time."""
+    ready = replayed(Counted(), MOST_MEMORY // 10)
+    call(ready, 9)
+    call(ready, 9)
+    tries, plain = [], replay.record
+
+    def record(*given):
+        one = plain(*given)
+        tries.append(one)
+        one.like = [torch.empty(MOST_MEMORY // 8, dtype=torch.uint8)]
+        return one
+
+    monkeypatch.setattr(replay, "record", record)
+    for _ in range(4):
+        call(ready, 5)
+    assert len(tries) == 1
+    assert {key[1][0][0] for key in ready.replays.recorded} == {9}
+
+
 @pytest.mark.parametrize(
     ("cell", "inputs", "hidden", "both", "rows", "megabytes"),
     [

@@ -2,12 +2,14 @@
 
 import gc
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from srnn import cuda_graphs
 from srnn.__main__ import main
 from srnn.models import deepspeech2, gru, lstm, rnn
 from srnn.training.cuda_graph import Graphed
@@ -155,31 +157,62 @@ def test_none_starts_from_zero_again_and_norms_see_batches_alone(monkeypatch):
     assert torch.allclose(speech.convolutions[0].norm.running_mean, once.flatten(), atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
-def test_a_recording_has_the_states_that_its_dropout_reads(monkeypatch):
+@pytest.fixture
+def told(monkeypatch):
+    """What torch's allocator and the recording are told, in order, without a GPU."""
     told = []
     for name in ("_cuda_beginAllocateCurrentThreadToPool", "_cuda_endAllocateToPool", "_cuda_releasePool"):
         monkeypatch.setattr(torch._C, name, lambda index, pool, name=name: told.append((name, pool)), raising=False)
     for name in ("get_rng_state", "set_rng_state"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: told.append((name, (0, 1))))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(cuda_graphs, "_clean_up", lambda *_: None)
 
     def recorded(call, samples, pool):
         told.append(("recorded", pool))
         return call
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorded)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    for dropout in (0.0, 0.5):
-        told.clear()
-        Graphed(Layers(dropout), torch.randn(2, 4, 8))(torch.zeros(2, 4, 8))
-        names = [name for name, _ in told]
-        assert {pool for _, pool in told} == {(0, 1)}
-        if not dropout:
-            assert names == ["recorded"]
-        else:
-            begin, *between, release = names
-            assert (begin, between, release) == (
-                "_cuda_beginAllocateCurrentThreadToPool",
-                ["_cuda_endAllocateToPool", "recorded"],
-                "_cuda_releasePool",
-            )
+    return told
+
+
+ORDER = [
+    "get_rng_state", "set_rng_state", "_cuda_beginAllocateCurrentThreadToPool", "drawn", "_cuda_endAllocateToPool",
+    "recorded", "_cuda_releasePool",
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+@pytest.mark.parametrize("fails", [None, "drawn", "recorded"])
+def test_a_recording_has_the_states_that_its_dropout_reads(told, fails, monkeypatch):
+    """A seed has torch make new ones, at the first call that draws, in the recording's memory."""
+    if fails == "recorded":
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", out_of_memory)
+    plain = nn.LSTM.forward
+
+    def draws(layers, x_BTI, state=None):
+        if layers.input_size == 1:
+            if fails == "drawn":
+                out_of_memory()
+            told.append(("drawn", (0, 1)))
+        return plain(layers, x_BTI, state)
+
+    monkeypatch.setattr(nn.LSTM, "forward", draws)
+    network = Layers(0.5)
+    numbers = torch.get_rng_state()
+    call, x_BTI = Graphed(network, torch.zeros(2, 4, 8)), torch.zeros(2, 4, 8)
+    with nullcontext() if fails is None else pytest.raises(torch.OutOfMemoryError):
+        call(x_BTI)
+    missing = {None: (), "drawn": ("drawn", "recorded"), "recorded": ("recorded",)}[fails]
+    assert told == [(name, (0, 1)) for name in ORDER if name not in missing], "what is begun ends, once"
+    if fails == "drawn":
+        assert torch.equal(torch.get_rng_state(), numbers), "weights take no numbers from the run"
+
+
+def test_a_network_without_dropout_needs_no_states(told):
+    Graphed(Layers(0.0), torch.zeros(2, 4, 8))(torch.zeros(2, 4, 8))
+    assert told == [("recorded", (0, 1))]
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError
