@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import signal
@@ -55,6 +56,33 @@ def less_to_time_and_draw(patch):
     patch.setattr(latency, "interleaved", few_rounds)
     patch.setattr(Figure, "savefig", draw_once)
     patch.setattr(ConfigStore, "__deepcopy__", lambda store, _: store, raising=False)
+    compose_once(patch)
+
+
+def compose_once(patch):
+    """Each command composes what all have in common once more, a third of a second: the same choices, Hydra's own part.
+
+    Here it is composed again only where its presets, the components, the folder or the words are others.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+
+    from srnn.config import composing, sweeps
+    from srnn.registry import register
+
+    compose, composed = composing.compose_config, {}
+
+    def compose_new(overrides, return_hydra_config=False):
+        GlobalHydra.instance().clear()  # as it does
+        presets = [path for folder in composing.conf_folders() for path in folder.rglob("*.yaml")]
+        files = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in presets)
+        components = tuple(register.components.values())  # kept, so that no other is at its place
+        key = (tuple(overrides), return_hydra_config, Path.cwd(), files, tuple(map(id, components)))
+        if key not in composed:
+            composed[key] = copy.deepcopy(compose(overrides, return_hydra_config)), components
+        return copy.deepcopy(composed[key][0])
+
+    for module in (composing, sweeps):
+        patch.setattr(module, "compose_config", compose_new)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,6 +95,7 @@ def isolated_session(tmp_path_factory):
         patch.setenv("SRNN_CACHE", str(cache / "cache"))
         patch.delenv("SRNN_DEBUG", raising=False)
         patch.delenv("WANDB_API_KEY", raising=False)
+        patch.setenv("WANDB_X_SAVE_REQUIREMENTS", "false")  # W&B would read about all installed packages in each run
         less_to_time_and_draw(patch)
         yield
 

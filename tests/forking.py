@@ -6,16 +6,19 @@ Python's fork server: a process with a single thread, which imports what is name
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 PRELOADED = [
     "pytest", "tests.forking", "srnn.__main__", "srnn.commands.train", "srnn.commands.compare",
-    "srnn.training.run",
+    "srnn.training.run", "srnn.training.follower", "torch._dynamo",
     "srnn.inference.unpacking", "sklearn.datasets",
 ]  # fmt: skip
 SERVER = multiprocessing.get_context("forkserver")
@@ -100,3 +103,73 @@ class Forked:
 
     def send(self, number):
         os.kill(self.process.pid, number)
+
+
+def _follow(words, environment, said, errors):
+    """In the forked process: train with the other ranks, as ``python -m srnn.training.follower`` would."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for handle, stream in ((said, 1), (errors, 2)):
+        os.dup2(handle.fileno(), stream)
+        handle.close()
+    code = 70
+    try:
+        import torch
+
+        from srnn.training import follower
+
+        os.environ.clear()
+        os.environ.update(environment)
+        torch.set_num_threads(1)
+        sys.argv = ["follower", *words]
+        code = follower.main()
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class ForkedRank:
+    """What ``subprocess.Popen`` makes of another rank of a run, for whoever starts it: with the same methods."""
+
+    def __init__(self, command, stdin, stdout, stderr, start_new_session):
+        assert command[:3] == [sys.executable, "-m", "srnn.training.follower"]
+        self.stdout, said = multiprocessing.Pipe(duplex=False)
+        errors = Connection(os.dup(stderr.fileno()), readable=False)
+        self.process = SERVER.Process(target=_follow, args=(command[3:], dict(os.environ), said, errors))
+        self.process.start()
+        said.close()
+        errors.close()
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("a rank", timeout)
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        if self.process.exitcode is None:
+            os.kill(self.process.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self):
+        self.process.join()
+        self.stdout.close()
+
+
+def fork_ranks(monkeypatch):
+    """Other ranks are forked from now on."""
+    from srnn.training import processes
+
+    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "PIPE", "TimeoutExpired")}
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=ForkedRank, **names))

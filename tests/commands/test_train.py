@@ -4,8 +4,6 @@ import csv
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -204,23 +202,17 @@ def test_configs_print_without_running(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_run_cut_short_by_ctrl_c_leaves_whole_files(tmp_path):
     arguments = [*SMALL, "kernel=dense", "trainer.max_epochs=500", "trainer.limit_epochs=500", "hydra.run.dir=run"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "srnn", *arguments],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Forked(arguments, tmp_path)
     last = tmp_path / "run/checkpoints/last.ckpt"
     deadline = time.monotonic() + 120
     while not last.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1.5)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in error
-    assert "Traceback" not in error
+    process.send(signal.SIGINT)
+    code, said = process.end()
+    assert code == 130
+    assert "interrupted" in said
+    assert "Traceback" not in said
     assert read_weights(last)
     assert (tmp_path / "run/config.yaml").exists()
 

@@ -57,7 +57,7 @@ class Net(nn.Module):
 def train(model, optimizer, pruner, steps, *, clip=None, accumulate=1, amp=False, average=None, after=lambda: None):
     for _ in range(steps):
         for _ in range(accumulate):
-            tokens = torch.randint(0, 12, (4, 3))
+            tokens = torch.randint(0, 12, (2, 3))  # two steps: the state of the first reaches the recurrent weights
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):
                 loss = F.cross_entropy(model(tokens).flatten(0, 1).float(), tokens.flatten()) / accumulate
             loss.backward()
@@ -103,7 +103,7 @@ def zeros_checked(model, opt, pruner, average=None):
             state = [v for v in opt.state[parameter].values() if torch.is_tensor(v) and v.shape == parameter.shape]
             assert state, "every optimiser here has a state"
             for tensor in [parameter, *averages, *state]:
-                assert (tensor[gone] == 0).all(), (name, pruner.itr)
+                assert not torch.where(gone, tensor, 0).any(), (name, pruner.itr)
             assert parameter[~gone].isfinite().all()
         acting.update(masks)
 

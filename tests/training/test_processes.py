@@ -1,6 +1,7 @@
 """Several devices: processes that are one process on the joined batch, and write one run."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from srnn.objectives.next_token import mean_of_losses
 from srnn.pruning.callback import PruningCallback
 from srnn.training import processes as starting
 from tests.conftest import QUIET
-from tests.forking import Forked
+from tests.forking import SERVER, fork_ranks
 from tests.training.test_resume import RUN, check_same_run, interrupt_after
 
 TWO = "trainer.devices=2"
@@ -148,11 +149,12 @@ def files(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [[], ["dataset=digits"]], ids=["text", "digits"])
-def test_two_processes_are_one_on_the_joined_batch(tmp_path, capfd, text_run, overrides):
+def test_two_processes_are_one_on_the_joined_batch(tmp_path, capfd, monkeypatch, text_run, overrides):
     chosen = [o for o in QUIET if not overrides or not o.startswith(("dataset.sequence_length", "model.embedding"))]
     before = dict(os.environ)
     one, two, where = text_run, tmp_path / "gru_gradual_s0", ["-m", f"hydra.sweep.dir={tmp_path}"]  # a job of a sweep
-    if overrides:
+    if overrides:  # that on text starts its other rank as a user's does
+        fork_ranks(monkeypatch)
         one, where = tmp_path / "one", [f"hydra.run.dir={two}"]
         assert main([*chosen, *overrides, f"hydra.run.dir={one}"]) == 0
         capfd.readouterr()
@@ -196,6 +198,7 @@ def signal_rank_1(monkeypatch, step, number):
 @pytest.mark.slow
 def test_stopped_or_killed_and_resumed_with_two_processes(tmp_path, monkeypatch, capsys):
     """With dropout, each rank's recurrent state and random numbers matter. Any rank may be asked to stop, or killed."""
+    fork_ranks(monkeypatch)
     assert main([*RUN, TWO, f"hydra.run.dir={tmp_path}/one"]) == 0
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
@@ -211,31 +214,27 @@ def test_stopped_or_killed_and_resumed_with_two_processes(tmp_path, monkeypatch,
     check_same_run(tmp_path / "one", tmp_path / "two")
 
 
+def be_killed_beside_a_rank(life):
+    """In a process of its own: be killed while another rank computes by itself, as in a long evaluation."""
+    heard, said = os.pipe()
+    if os.fork() == 0:
+        starting._channel = said
+        with starting.all_ranks(Path(), starting.Place(1, 2), resumes=False):
+            time.sleep(20)
+        os._exit(0)
+    assert os.read(heard, 5) == b"ready"
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
-def test_no_rank_outlives_a_killed_run(tmp_path):
-    command = [*RUN, TWO, "trainer.max_epochs=1000", "trainer.limit_epochs=1000", f"hydra.run.dir={tmp_path}/run"]
-    run = Forked(command, tmp_path)
-    last = tmp_path / "run/checkpoints/last.ckpt"
-    wait_until(lambda: last.exists() or not run.process.is_alive())
-    assert len(_others_of(tmp_path)) == 1
-    run.send(signal.SIGKILL)
-    run.end()
-    wait_until(lambda: not _others_of(tmp_path), seconds=20)
-
-
-def wait_until(true, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def _others_of(folder):
-    lines = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            lines.append(path.read_bytes().decode(errors="replace"))
-        except OSError:
-            continue
-    return [line for line in lines if "srnn.training.follower" in line and str(folder) in line]
+def test_no_rank_outlives_a_killed_run():
+    """One that waits for the others hears from gloo that they are gone; one that computes does not."""
+    end, life = multiprocessing.Pipe(duplex=False)  # closed when nobody holds it
+    run = SERVER.Process(target=be_killed_beside_a_rank, args=(life,))
+    run.start()
+    life.close()
+    run.join(60)
+    assert run.exitcode == -signal.SIGKILL
+    assert end.poll(10)
+    with pytest.raises(EOFError):
+        end.recv()

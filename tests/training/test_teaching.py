@@ -24,6 +24,7 @@ from srnn.training.preparing import prepare
 from srnn.training.start_from import read_initial
 from srnn.training.teaching import OwnTeacher, _each
 from tests.conftest import QUIET
+from tests.forking import fork_ranks
 from tests.training.test_resume import RUN, check_same_run, interrupt_after
 
 SEQUENCES = [o for o in QUIET if not o.startswith(("dataset.sequence_length", "model.embedding"))]
@@ -258,6 +259,7 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, tex
 
 @pytest.mark.slow
 def test_two_processes_with_teacher_schedule_and_average_are_one(tmp_path, monkeypatch, text_run):
+    fork_ranks(monkeypatch)
     chosen = [*QUIET, f"distill.teacher={text_run}", "averaging=ema", "schedule=cosine", "schedule.warmup=3"]
     assert main([*chosen, f"hydra.run.dir={tmp_path}/one"]) == 0
     assert main([*chosen, "trainer.devices=2", f"hydra.run.dir={tmp_path}/two"]) == 0
