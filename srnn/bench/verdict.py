@@ -7,6 +7,7 @@ from statistics import geometric_mean
 
 from srnn.bench.gpu_network import NetworkRow
 from srnn.bench.layers import LayerRow
+from srnn.bench.onnx_baseline import ONNX_BASELINES
 from srnn.bench.packed_network import PackedRow
 from srnn.bench.small_networks import SmallNetworkRow
 from srnn.bench.stream import StreamRow
@@ -37,13 +38,20 @@ def layers_verdict(rows: Sequence[LayerRow]) -> str | None:
 
 
 def packed_verdict(rows: Sequence[PackedRow]) -> str:
-    """The fastest backend of a network for sequences and for single steps."""
+    """The kernel of a network for sequences and for single steps, where one is faster than all dense ones."""
     words = []
     for what in dict.fromkeys(row.what for row in rows):
-        best = min((row for row in rows if row.what == what), key=lambda row: row.seconds)
-        use = (
-            "stay dense" if best.backend == "dense" else f"kernel={best.backend}, {best.over_dense:.1f}x the best dense"
-        )
+        there = sorted((row for row in rows if row.what == what), key=lambda row: row.seconds)
+        use = "stay dense"
+        for row in there:
+            if row.over_dense > 1 and row.backend not in ONNX_BASELINES:
+                use = f"kernel={row.backend}, {row.over_dense:.1f}x the best dense"
+                break
+            if row.backend == "onnxruntime":  # which is no kernel
+                use = "stay dense, as an ONNX file in onnxruntime (srnn export format=onnx)"
+                break
+            if row.backend == "dense":
+                break
         words.append(f"for {'sequences' if what == 'sequence' else 'single steps'} {use}")
     return f"Use: {'; '.join(words)}."
 

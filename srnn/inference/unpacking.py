@@ -201,10 +201,14 @@ def _wrapped(given: Collection[str], wanted: Collection[str]) -> str | None:
 
 
 def _prefix(longer: Collection[str], shorter: Collection[str]) -> str | None:
-    """What stands before every one of the shorter names among the longer; None if nothing does."""
+    """What stands before every one of the shorter names among the longer; None if nothing does.
+
+    A wrapper may have names of its own, but no modules beside the one inside it.
+    """
     first = min(shorter, default="")
     prefixes = (name.removesuffix(first) for name in longer if first and name.endswith(f".{first}"))
-    return next((p for p in prefixes if all(f"{p}{name}" in longer for name in shorter)), None)
+    whole = (p for p in prefixes if all(f"{p}{name}" in longer for name in shorter))
+    return next((p for p in whole if all(name.startswith(p) or "." not in name for name in longer)), None)
 
 
 def _check_layers(packed: PackedModel, network: nn.Module) -> None:

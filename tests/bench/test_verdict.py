@@ -57,6 +57,21 @@ def test_a_packed_network():
     assert packed_verdict(rows) == "Use: for sequences kernel=cpu, 4.0x the best dense; for single steps stay dense."
 
 
+def test_onnxruntime_is_no_kernel():
+    """Its graph of the network in fp32 is one of the dense ones; in int8 it is another network."""
+    times = {
+        "sequence": {"dense": 4.0, "cpu": 2.5, "onnxruntime": 2.4, "onnxruntime int8": 1.0},
+        "step": {"dense": 3.0, "cpu": 1.2, "auto": 1.0, "onnxruntime": 2.0, "onnxruntime int8": 0.5},
+    }
+    rows = [
+        PackedRow(what, name, s, min(several["dense"], several["onnxruntime"]) / s)
+        for what, several in times.items()
+        for name, s in several.items()
+    ]
+    stay = "stay dense, as an ONNX file in onnxruntime (srnn export format=onnx)"
+    assert packed_verdict(rows) == f"Use: for sequences {stay}; for single steps kernel=auto, 2.0x the best dense."
+
+
 @pytest.mark.parametrize(
     ("us", "told"),
     [

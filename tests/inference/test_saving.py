@@ -89,6 +89,15 @@ def test_a_wrapper_is_named(tmp_path):
     srnn.save(layer, tmp_path / "a")
     with pytest.raises(UserError, match=r"network's names begin with 'module\.'.* into=model\.module\."):
         srnn.load(tmp_path / "a", into=average)
+    beside = nn.ModuleDict({"layer": layer, "out": nn.Linear(8, 2)})  # which wraps nothing
+    srnn.save(beside, tmp_path / "a")
+    with pytest.raises(UserError, match=r"the file has (layer|out)\.\w+, GRU has not|GRU has \w+, the file has not"):
+        srnn.load(tmp_path / "a", into=layer)
+    srnn.save(layer, tmp_path / "a")
+    with pytest.raises(
+        UserError, match=r"ModuleDict has (layer|out)\.\w+, the file has not|has \w+, ModuleDict has not"
+    ):
+        srnn.load(tmp_path / "a", into=beside)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
