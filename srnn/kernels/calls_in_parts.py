@@ -57,10 +57,10 @@ class Parts:
         part = -(-count // parts)
         even = -(-part // 16) * 16  # for which kernels are compiled as for most calls
         # All but the last have so many steps. One of few would count as a short call, for which another kernel may run.
-        several = [size for size in (even, part) if size <= fitting and count - (parts - 1) * size >= LEAST_STEPS]
-        if parts > MOST_PARTS or not several:
+        sizes = [size for size in (even, part) if size <= fitting and count - (parts - 1) * size >= LEAST_STEPS]
+        if parts > MOST_PARTS or not sizes:
             return None
-        return cls(steps.dim, several[0] * steps.rows, memory * several[0] // count)
+        return cls(steps.dim, sizes[0] * steps.rows, memory * sizes[0] // count)
 
     def cut(self, x: Tensor) -> tuple[Tensor, ...]:
         """The parts of the first input or output."""
@@ -71,7 +71,7 @@ class Parts:
         return x.contiguous() if self.dim == 0 else x.movedim(self.dim, 0).contiguous().movedim(0, self.dim)
 
     def addresses(self, x: Tensor) -> list[int]:
-        """Of the parts of what is laid out so: those of ``cut``, in a third of its time, for which the GPU waits."""
+        """Of the parts of what is laid out so. The GPU waits meanwhile, and ``cut`` would take longer."""
         step = self.size * x.stride(self.dim) * x.element_size()
         begin = x.data_ptr()
         return [begin + part * step for part in range(-(-x.shape[self.dim] // self.size))]

@@ -259,7 +259,7 @@ class Replays:
         return False
 
     def _make_room(self, memory: int, shapes: int = 1) -> bool:
-        """Drop what has rested until one more of so many bytes fits. Whether it does."""
+        """Drop what has rested until so many more shapes fit, one of them of so many bytes. Whether they do."""
         if memory > MOST_MEMORY:
             return False
         while len(self.recorded) + shapes > MOST_SHAPES or self._taken(memory) > MOST_MEMORY:
