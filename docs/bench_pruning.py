@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.accelerators import cuda
 
 import srnn.pruning.schedules as schedules
 from srnn.config.composing import compose_settings
@@ -47,8 +46,6 @@ CASES: dict[str, tuple[list[str], int, int]] = {
     "ptb_large obd": (["experiment=ptb_large", "pruning=obd"], 7, 5 if TRY else 50),
     "gru 2560": (GRU, 10, 5 if TRY else 33),
 }
-# When a Trainer starts, Lightning lets go of cuBLAS's workspaces, in which the other run's graphs may work.
-cuda._clear_cuda_memory = lambda: None  # type: ignore[attr-defined]
 COLUMNS = ("device", "case", "cuda_graph", "loop", "pair", "steps", "ms_per_step", "inside_ms_per_step", "updates")
 
 

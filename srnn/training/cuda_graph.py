@@ -94,6 +94,10 @@ class _Call(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensor, state: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing():
+            # So that cuBLAS makes its workspaces in the graph's memory. One that was there before, as torch's streams
+            # take turns, would be let go whenever somebody clears them: Lightning does when another Trainer starts.
+            torch._C._cuda_clearCublasWorkspaces()
         return self.model(inputs, state)
 
 

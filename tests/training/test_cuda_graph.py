@@ -90,6 +90,45 @@ def test_networks_with_dropout_between_layers_train_in_turns():
         torch.manual_seed(seed)
 
 
+class Products(nn.Module):
+    """Products that cuBLAS splits: it adds up what is in its workspace."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 650), nn.Linear(650, 10_000)
+
+    def forward(self, x_BTI, state=None):
+        y = self.second(self.first(x_BTI))
+        return y, (y[:, -1] * 0).detach() if state is None else state + y[:, -1] * 0
+
+
+@pytest.mark.gpu
+def test_a_graph_works_in_memory_of_its_own(monkeypatch):
+    """Though torch warmed it up on the stream that it records on, as it does when its streams have taken turns."""
+    x_BTI = torch.randn(20, 35, 8, device="cuda")
+    network = Products().cuda()
+
+    def gradient(call):
+        network.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            y, _ = call(x_BTI)
+            y.float().square().mean().backward()
+        return network.first.weight.grad.clone()
+
+    Graphed(Layers().cuda(), torch.randn(2, 4, 8))(torch.randn(2, 4, 8, device="cuda"))
+    stream = torch.cuda.graph.default_capture_stream
+    wanted = gradient(network)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: stream)
+    call = Graphed(network, x_BTI.cpu())
+    gradient(call)
+    monkeypatch.undo()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    other = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
+    torch.testing.assert_close(gradient(call), wanted, rtol=2e-2, atol=1e-7)
+    assert not other.any(), "it wrote into memory of others"
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
@@ -143,6 +182,7 @@ def test_none_starts_from_zero_again_and_norms_see_batches_alone(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorded)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     tokens_BT = torch.randint(0, 30, (5, 12))
     model = gru(24, 8, vocabulary_size=30)
     call = Graphed(model, tokens_BT.clone())
@@ -166,6 +206,7 @@ def told(monkeypatch):
     for name in ("get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: told.append((name, (0, 1))))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(cuda_graphs, "_clean_up", lambda *_: None)
 
     def recorded(call, samples, pool):
