@@ -1,4 +1,4 @@
-"""The data sets: a LightningDataModule each."""
+"""The data sets: without Lightning, which takes seconds to import."""
 
 from srnn.datasets.base import DataModule, LabelledSequences
 from srnn.datasets.corpora import PennTreebank, Shakespeare, WikiText2

@@ -11,7 +11,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -85,7 +84,7 @@ def _rows(fetch: Callable[[int, int], Batch], rank: int, ranks: int) -> Callable
     return fetch_rows
 
 
-class DataModule(pl.LightningDataModule):
+class DataModule:
     """Base of all data sets. A subclass says how to ``setup`` them and what their ``batches`` are.
 
     Registered as ``@register.dataset("name")`` it is ``dataset=name``; its arguments are its options. Text data sets

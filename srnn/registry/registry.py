@@ -84,11 +84,14 @@ class Registry:
         """
 
         def decorate(factory: F) -> F:
+            is_own = factory.__module__.partition(".")[0] == "srnn"  # also where a plug-in's import has loaded it
+            if not is_own:  # srnn's own come first, so that a clash with one is the other's fault
+                importlib.import_module(KINDS[kind])
             taken = self.components.get((kind, name))
             if taken is not None:
                 raise UserError(f"{kind} '{name}' is registered already, by {taken.origin}; pick another name.")
-            origin = self._plugin or f"{factory.__module__}.{factory.__qualname__}"
-            self.components[kind, name] = Component(kind, name, factory, origin)
+            here = f"{factory.__module__}.{factory.__qualname__}"
+            self.components[kind, name] = Component(kind, name, factory, here if is_own else self._plugin or here)
             return factory
 
         return decorate
@@ -206,16 +209,16 @@ class Registry:
 
     def _isolated(self, origin: str, named: str, load: Callable[[], object]) -> bool:
         """Import a plug-in; undo all it registered if it fails. Returns whether it is there."""
-        for package in KINDS.values():  # first, so that a clash with a name of srnn's own is the plug-in's fault
-            importlib.import_module(package)
-        before = dict(self.components)
+        before = set(self.components)
         self._plugin = origin
         try:
             load()
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plug-in is anybody's code: whatever it raises must not stop srnn
-            self.components = before
+            for key in self.components.keys() - before:
+                if self.components[key].origin == origin:
+                    del self.components[key]
             self.broken_plugins[named] = f"{type(error).__name__}: {error}"
             return False
         finally:

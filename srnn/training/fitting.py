@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from srnn.config.settings import TrainerConfig
+from srnn.datasets.base import Batches, DataModule
 from srnn.errors import UserError
 from srnn.pruning.callback import PruningCallback
 from srnn.recording.console import RunProgress
@@ -58,7 +59,7 @@ def fit(run: Run, folder: RunFolder, wandb: Any = None) -> Recorder:
         )
         with all_ranks(folder.path, run.place, run.checkpoint is not None):
             try:
-                trainer.fit(module, datamodule=run.data, ckpt_path=run.checkpoint, weights_only=True)
+                trainer.fit(module, datamodule=LightningData.of(run.data), ckpt_path=run.checkpoint, weights_only=True)
             except SystemExit:  # what Lightning makes of Ctrl-C
                 if trainer.interrupted:
                     raise KeyboardInterrupt from None
@@ -74,6 +75,36 @@ def fit(run: Run, folder: RunFolder, wandb: Any = None) -> Recorder:
         pruning.on_train_start(trainer, module)
     run.model.to("cpu")
     return recorder
+
+
+class LightningData(pl.LightningDataModule):
+    """A data set as Lightning wants it: what is trained on, what is validated on, and the place in a pass."""
+
+    def __init__(self, data: DataModule) -> None:
+        super().__init__()
+        self.data = data
+
+    @classmethod
+    def of(cls, data: DataModule) -> LightningData:
+        """Under the data set's own name, by which checkpoints know it."""
+        named: type[LightningData] = type(cls.__name__, (cls,), {"__qualname__": type(data).__qualname__})
+        return named(data)
+
+    def train_dataloader(self) -> Batches:
+        """The training split."""
+        return self.data.train_dataloader()
+
+    def val_dataloader(self) -> Batches:
+        """The validation split."""
+        return self.data.val_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Goes into checkpoints."""
+        return self.data.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume at a checkpoint's place."""
+        self.data.load_state_dict(state_dict)
 
 
 def _callbacks(run: Run, folder: RunFolder, recorder: Recorder, last: LastCheckpoint) -> list[pl.Callback]:

@@ -29,11 +29,11 @@ from srnn.pruning.schedules import RunLength
 from srnn.registry import register
 from srnn.run_folder import RunFolder
 from srnn.terminal import console
-from srnn.training.averaging import RunningAverage
 from srnn.training.cuda_graph import Graphed
 from srnn.training.init_vocabulary import TokenRows, read_tokens, unread
 from srnn.training.moments import Moments
 from srnn.training.processes import Place
+from srnn.training.running_averages import RunningAverage
 from srnn.training.start_from import Initial, check_recurrence, load_weights, read_initial
 from srnn.training.step_size import attach
 from srnn.training.teaching import check_own_teacher, teacher_of

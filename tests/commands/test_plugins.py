@@ -57,6 +57,33 @@ def test_the_examples_train(tmp_path, chosen):
     assert main(["bench", f"run={tmp_path}/run", "limit=2"]) == 0
 
 
+def test_what_trains_nothing_does_not_wait_for_lightning(tmp_path):
+    """Plug-ins or not; and srnn's own names stay where a plug-in that imported them breaks."""
+    (tmp_path / "pyproject.toml").write_text('[tool.srnn]\nplugins = "plugins"')
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins/alphabet.py").write_text(MODULE)
+    (tmp_path / "plugins/breaks.py").write_text(MODULE.replace("alphabet", "half") + "\n1 / 0")
+    (tmp_path / "plugins/clashes.py").write_text(
+        "from srnn.registry import register\n@register.averaging('ema')\ndef mine():\n    'Mine.'\n"
+    )
+    code = """
+import sys
+from srnn.__main__ import main
+from srnn.registry import register
+assert main(["generate", "--help"]) == 0
+assert "torch" not in sys.modules
+assert main(["list"]) == 0
+assert main(["dataset=alphabet", "averaging=ema", "--cfg", "job"]) == 0
+assert not {"pytorch_lightning", "torchmetrics", "wandb"} & set(sys.modules)
+assert {"alphabet", "adding"} <= set(register.names("dataset"))
+assert "half" not in register.names("dataset")
+origins = [register.get("dataset", "alphabet").origin, register.get("averaging", "ema").origin]
+assert origins == ["plug-in alphabet.py", "srnn.training.averaging.ema"], origins
+assert len(register.broken_plugins) == 2, register.broken_plugins
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+
+
 def test_there_is_an_example_of_every_kind(capsys):
     assert main(["list", "all"]) == 0
     shown = capsys.readouterr().out

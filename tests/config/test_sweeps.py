@@ -1,7 +1,7 @@
 """Sweeps: which jobs there are, what becomes of them, and going on with the same command."""
 
+import atexit
 import json
-import logging
 import re
 import signal
 import time
@@ -15,7 +15,7 @@ from srnn.config.composing import compose_settings
 from srnn.config.sweeps import Sweep, expand
 from srnn.errors import UserError
 from srnn.files import PACKAGE
-from srnn.pruning.callback import PruningCallback
+from srnn.registry import Range
 from srnn.training import run
 from tests.conftest import QUIET
 from tests.forking import Forked
@@ -345,18 +345,22 @@ def test_the_slurm_preset_composes():
 
 @pytest.mark.slow
 def test_a_long_sweep_stays_as_it_is(tmp_path):
-    """Jobs leave nothing behind that makes later ones slower; and what would be left behind is found."""
-    kept: list[tuple[logging.Handler, PruningCallback]] = []
+    """Jobs leave nothing behind that makes later ones slower, but what this test leaves: that is found."""
+    kept: list[Range] = []
+
+    def again() -> None:
+        pass
 
     def leave_behind(job: int) -> None:
-        if job < 6:
-            return
-        kept.append((logging.NullHandler(), PruningCallback("cubic", sparsity=0.9)))
-        logging.getLogger("tests.long_sweep").addHandler(kept[-1][0])
-        logging.getLogger("tests.long_sweep").warning("a handler that stays is called by each later job")
+        kept.append(Range(ge=job))
+        atexit.register(again)
+        for _ in kept:
+            again()
 
-    samples = sample_sweep(tmp_path / "sweep", 9, leave_behind)
-    assert grown(samples[1:6]) == [], "the first job imports and compiles"
-    found = grown(samples[6:])
-    assert {"logging", "srnn.pruning.callback.PruningCallback"} <= set(found)
-    assert any(name.startswith("NullHandler.handle ") for name in found), "and called once more each time"
+    try:
+        samples = sample_sweep(tmp_path / "sweep", 6, leave_behind)[1:]  # the first job imports and compiles
+    finally:
+        atexit.unregister(again)
+    name = f"{again.__code__.co_qualname} ({again.__code__.co_filename}:{again.__code__.co_firstlineno})"
+    assert set(grown(samples)) == {"atexit", "srnn.registry.schema.Range", name}
+    assert samples[-1].entries["atexit"] - samples[0].entries["atexit"] == len(samples) - 1, "this test's own alone"

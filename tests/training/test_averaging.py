@@ -12,8 +12,8 @@ from srnn.inference.packed_file import read
 from srnn.inference.weights import read_checkpoint
 from srnn.objectives import NextToken
 from srnn.pruning.callback import PruningCallback
-from srnn.training.averaging import RunningAverage, TriggeredAverage
 from srnn.training.preparing import prepare
+from srnn.training.running_averages import RunningAverage, TriggeredAverage
 from tests.conftest import QUIET, train
 from tests.training.test_resume import RUN, check_same_run, interrupt_after
 
