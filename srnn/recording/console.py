@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from itertools import groupby, islice
 from typing import Any
 
 import pytorch_lightning as pl
@@ -297,13 +299,20 @@ def _print_choices(choices: Sequence[Mapping[str, Any]], threads: int) -> None:
 
 
 def _prompt(data: DataModule, vocabulary: Vocabulary) -> str:
-    """To continue: the first words of the longest line among the first tokens of the validation text."""
-    inputs_BT, _ = data.batches("valid").fetch(0, 0)
-    lines = vocabulary.decode(inputs_BT[0].tolist()).splitlines()
-    longest = max((line.strip() for line in lines), key=len, default="")
+    """To continue: the first words of a line of the validation text, the longest near its start; known words only."""
+    tokens = [token for inputs_BT, _ in islice(data.batches("valid"), 4) for token in inputs_BT[0].tolist()]
+    text = vocabulary.decode(tokens)
+    for border in ("\n",) if vocabulary.level == "words" else ("\n", r"\s"):
+        if whole := re.search(rf"{border}.*\S.*{border}", text, re.DOTALL):
+            text = whole[0]  # of a line and a word at the ends only a part may be there
+            break
+    runs = (groupby(line.split(" "), lambda word: vocabulary.placeholder in word) for line in text.splitlines())
+    pieces = [" ".join(words).strip() for run in runs for unknown, words in run if not unknown]
+    longest = max(pieces, key=len, default="")
     if len(longest) <= PROMPT:
         return longest
-    return longest[: PROMPT + 1].rpartition(" ")[0].strip() or longest[:PROMPT]
+    first = longest.partition(" ")[0] if vocabulary.level == "words" else longest[:PROMPT]
+    return longest[: PROMPT + 1].rpartition(" ")[0].strip() or first
 
 
 def print_folder(folder: RunFolder) -> None:

@@ -9,11 +9,14 @@ import pytest
 from srnn.__main__ import main
 from srnn.config.sweeps import Sweep, expand
 from srnn.datasets import Adding, Text
+from srnn.datasets.text import Texts
 from srnn.recording.console import _prompt, figure, print_report, print_way_back, print_ways_on
 from srnn.run_folder import RunFolder
+from srnn.vocabulary import Characters, Words
 from tests.conftest import SMALL
 
 NAME = """it's $HOME (a) `b` "c" [d] = 1"""  # of a folder: whatever a shell would look at
+LONG = "donaudampfschiffahrtsgesellschaft"
 LINE = """it's "$HOME" `x` \\ --y !"""
 
 
@@ -69,6 +72,38 @@ def text_of(folder, text, level="characters"):
 def test_a_prompt_is_whole_words_of_the_data(tmp_path, text, level, prompt):
     data = text_of(tmp_path, text, level)
     assert _prompt(data, data.vocabulary) == prompt
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "prompt"),
+    [
+        # Other words of the validation text are unknown.
+        ("we know it is so\n", Words(["is", "it", "know", "so", "\n"]), "know it is so"),
+        ("all of these are known words\n", Words(["all", "are", "known", "of", "these", "\n"]), "all of these are"),
+        ("to donaudampfschiffahrtsgesellschaft\n", Words(["donaudampfschiffahrtsgesellschaft"]), LONG),
+        ("nothing\n", Words(["else"]), ""),
+        ("so na\u00efve we are\n", Characters("aenorsvw \n"), "we are"),
+    ],
+)
+def test_a_prompt_holds_nothing_unknown(tmp_path, text, tokens, prompt):
+    data = text_of(tmp_path, text, tokens.level)
+    data = Text(data.path, tokens.level, batch_size=4, sequence_length=80)
+    data.setup(vocabulary=tokens)
+    assert _prompt(data, tokens) == prompt
+    assert not tokens.unknown(prompt)
+
+
+@pytest.mark.parametrize("level", ["characters", "bytes"])
+def test_a_prompt_begins_with_no_part_of_a_word(tmp_path, level):
+    """Where a text is split by characters, its validation part may begin within one."""
+
+    class Cut(Text):
+        def texts(self):
+            return Texts(*["vergn\u00fcgliche Stunden im Park "[6:] * 200] * 3)
+
+    data = Cut(str(tmp_path), level, batch_size=4, sequence_length=64)
+    data.setup()
+    assert _prompt(data, data.vocabulary) == "Stunden im Park"
 
 
 def through_a_shell(line):
