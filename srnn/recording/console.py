@@ -237,7 +237,7 @@ def print_report(report: dict[str, Any]) -> None:
     if seconds["training_loop"]:
         share = 100 * seconds["pruning"] / seconds["training_loop"]
         table.add_row("training loop, of it inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
-    table.caption = f"one stream: {plural(latency['threads'], 'thread')}, and dense by the faster of torch and oneDNN"
+    table.caption = f"one stream: {plural(latency['threads'], 'thread')}; dense {_compared(latency)}"
     load = report["machine"]["load"]
     if load is not None and load > BUSY:
         table.caption += f"\nThe machine was busy ({load:.1f} threads for each CPU): take no speed from these times."
@@ -254,6 +254,15 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(
             f"The sparsity is {100 * sparsity['reached']:.2f} %, not {100 * sparsity['wanted']:.4g} %{reason}.",
         )
+
+
+def _compared(latency: Mapping[str, Any]) -> str:
+    """Which dense runtimes the packed network was compared with."""
+    *others, last = latency.get("dense_runtimes", ("torch", "oneDNN"))  # reports of older versions lack it
+    if last == "onnxruntime":
+        return f"by the fastest of {', '.join(others)} and {last}; `srnn bench RUN` shows each"
+    where = "where that is installed (pip install 'srnn[onnx]') and can run it"
+    return f"by the faster of {', '.join(others)} and {last}\n`srnn bench RUN` compares with onnxruntime too, {where}"
 
 
 def _add_latency(table: Table, latency: Mapping[str, Any]) -> None:

@@ -44,12 +44,26 @@ def test_a_network_has_one_time_in_a_report(text_run, capsys):
     report = json.loads((text_run / "report.json").read_text())
     choice = {"layer": "whole network", "use": "1 stream, 1 step", "winner": "cpu", "left_out": {}, "what": ""}
     report["latency"] |= {"step": {"dense": 4e-4, "sparse": 1e-4}}
-    report["latency"]["choices"] = [choice | {"seconds": {"torch": 5e-4, "cpu": 77e-6}}]
+    report["latency"]["choices"] = [choice | {"seconds": {"torch": 0.987654, "cpu": 0.123456}}]
     print_report(report)
     shown = capsys.readouterr().out
     assert "400 us, 100 us (4.00x)" in shown
     assert "whole network" in shown
-    assert not any(time in shown for time in ("500", "77"))
+    assert not any(time in shown.replace(",", "") for time in ("987654", "123456"))
+
+
+def test_a_report_says_what_dense_is(text_run, capsys):
+    report = json.loads((text_run / "report.json").read_text())
+    print_report(report)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "dense by the fastest of torch, oneDNN and onnxruntime; `srnn bench RUN` shows each" in shown
+    for missing in (["torch", "oneDNN"], None):  # onnxruntime is not there; a report of an older version
+        report["latency"]["dense_runtimes"] = missing
+        if missing is None:
+            del report["latency"]["dense_runtimes"]
+        print_report(report)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "dense by the faster of torch and oneDNN `srnn bench RUN` compares with onnxruntime too" in shown
 
 
 def text_of(folder, text, level="characters"):
