@@ -260,7 +260,7 @@ def _compared(latency: Mapping[str, Any]) -> str:
     """Which dense runtimes the packed network was compared with."""
     *others, last = latency.get("dense_runtimes", ("torch", "oneDNN"))  # reports of older versions lack it
     if last == "onnxruntime":
-        return f"by the fastest of {', '.join(others)} and {last}; `srnn bench RUN` shows each"
+        return f"by the fastest of {', '.join(others)} and {last}\n`srnn bench RUN` shows each of them"
     where = "where that is installed (pip install 'srnn[onnx]') and can run it"
     return f"by the faster of {', '.join(others)} and {last}\n`srnn bench RUN` compares with onnxruntime too, {where}"
 

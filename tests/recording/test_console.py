@@ -56,7 +56,7 @@ def test_a_report_says_what_dense_is(text_run, capsys):
     report = json.loads((text_run / "report.json").read_text())
     print_report(report)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "dense by the fastest of torch, oneDNN and onnxruntime; `srnn bench RUN` shows each" in shown
+    assert "dense by the fastest of torch, oneDNN and onnxruntime `srnn bench RUN` shows each of them" in shown
     for missing in (["torch", "oneDNN"], None):  # onnxruntime is not there; a report of an older version
         report["latency"]["dense_runtimes"] = missing
         if missing is None:
