@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -34,9 +34,11 @@ class Vocabulary(ABC):
 
     Attributes:
         level: ``characters``, ``bytes`` or ``words``.
+        placeholder: what ``decode`` writes for what it does not know.
     """
 
     level: Level
+    placeholder: ClassVar[str] = "\N{REPLACEMENT CHARACTER}"
 
     @abstractmethod
     def __len__(self) -> int:
@@ -153,13 +155,14 @@ class Characters(_Listed):
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Unknown characters become the replacement character."""
-        return "".join(self.tokens[token] if token else "�" for token in tokens)
+        return "".join(self.tokens[token] if token else self.placeholder for token in tokens)
 
 
 class Words(_Listed):
     """Words between white space, and the line end."""
 
     level: Level = "words"
+    placeholder = UNKNOWN
 
     def split(self, text: str) -> Sequence[str]:
         """Words and line ends."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from srnn.exporting.chain import Chain, Direction, LinearPart, RecurrentPart
+from srnn.exporting.dense_networks import in_onnxruntime
 from srnn.exporting.onnx_session import OnnxNetwork
 from srnn.kernels.contract import Layer, LayerWeights, Product, State
 from srnn.kernels.dense import StepLoopKernel
@@ -62,11 +63,7 @@ class OnnxRuntime(StepLoopKernel):
 
     def network(self, chain: Chain) -> OnnxNetwork:
         """A graph of a whole chain; in int8 what onnxruntime has int8 for."""
-        from srnn.exporting.onnx_graph import onnx_model
-        from srnn.exporting.onnx_int8 import quantised
-
-        data = onnx_model(chain).SerializeToString()
-        return OnnxNetwork(quantised(data)[0] if self.values == "int8" else data)
+        return in_onnxruntime(chain, self.values)
 
 
 ONNX_BASELINES: dict[str, OnnxRuntime] = {"onnxruntime": OnnxRuntime(), "onnxruntime int8": OnnxRuntime("int8")}

@@ -1,4 +1,4 @@
-"""A run's packed network, on its best dense modules and on each backend."""
+"""A run's packed network, on each dense runtime and on each backend."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srnn.bench.onnx_baseline import ONNX_BASELINES, OnnxRuntime
 from srnn.errors import UserError
+from srnn.exporting.dense_networks import dense_networks, in_onnxruntime
 from srnn.exporting.reading import read_chain
 from srnn.inference.example_calls import example_input
 from srnn.inference.latency import STEPS, latencies
@@ -19,7 +19,6 @@ from srnn.inference.packing import PackedModel
 from srnn.inference.unpacking import unpack
 from srnn.registry import register
 
-_DENSE = ("dense", "onnxruntime")  # what is compared with
 _INT8_ERROR = 0.2  # of a whole network, as a relative norm: what it costs in its score, `srnn export` says
 
 
@@ -29,9 +28,9 @@ class PackedRow:
 
     Attributes:
         what: ``sequence`` or ``step``.
-        backend: a kernel's name; ``dense`` for the best dense modules, ``onnxruntime`` for its graph of the network.
+        backend: a kernel's name, one of ``dense_networks``, or ``onnxruntime int8``.
         seconds: of a whole call, the median.
-        over_dense: how many times faster than the faster of ``dense`` and ``onnxruntime`` in fp32.
+        over_dense: how many times faster than the fastest of ``dense_networks``.
     """
 
     what: str
@@ -51,12 +50,14 @@ def measure_packed(path: Path, limit: float) -> list[PackedRow]:
         UserError: the file cannot be read, or a backend computes it wrong.
     """
     packed = read(path)
-    models: dict[str, Any] = {}
-    for name in ["dense", *(n for n in register.names("kernel") if n != "dense")]:
+    dense = dense_networks(packed)
+    models = dict(dense)
+    for name in (n for n in register.names("kernel") if n not in dense):
         kernel = register.build("kernel", {"name": name})
         if kernel.unasked and kernel.supports(None, torch.device("cpu")) is None:
             models[name] = unpack(packed, kernel)
-    models |= _in_onnxruntime(packed)
+    if "onnxruntime" in dense:
+        models["onnxruntime int8"] = in_onnxruntime(read_chain(dense["torch"]), "int8")
     example = example_input(packed.supplied, STEPS)
     if example is None:
         raise UserError(f"{path} reads neither tokens nor vectors of a known size: bench cannot make inputs for it.")
@@ -64,22 +65,10 @@ def measure_packed(path: Path, limit: float) -> list[PackedRow]:
     _check_outputs(path, packed, models, inputs_T)
     found = latencies(models, inputs_T, min(30.0, limit / 2))  # sequences and steps take half of it each
     return [
-        PackedRow(what, name, seconds, min(times[n] for n in _DENSE if n in times) / seconds)
+        PackedRow(what, name, seconds, min(times[n] for n in dense) / seconds)
         for what, times in found.items()
         for name, seconds in times.items()
     ]
-
-
-def _in_onnxruntime(packed: PackedModel) -> dict[str, Any]:
-    """The network as onnxruntime's own graph, where it is installed and the network is a chain of layers."""
-    network = unpack(packed)
-    if OnnxRuntime().supports(None, torch.device("cpu")) is not None:
-        return {}
-    try:
-        chain = read_chain(network)
-    except UserError:
-        return {}
-    return {name: kernel.network(chain) for name, kernel in ONNX_BASELINES.items()}
 
 
 def _check_outputs(path: Path, packed: PackedModel, models: dict[str, Any], inputs_T: Tensor) -> None:

@@ -41,7 +41,7 @@ def packed_verdict(rows: Sequence[PackedRow]) -> str:
     """The kernel of a network for sequences and for single steps, where one is faster than all dense ones."""
     words = []
     in_onnx = "stay dense, as an ONNX file in onnxruntime (srnn export format=onnx)"
-    dense = {"dense": "stay dense", "onnxruntime": in_onnx}
+    dense = {"torch": "stay dense", "dense": "stay dense", "onnxruntime": in_onnx}
     for what in dict.fromkeys(row.what for row in rows):
         # In onnxruntime's int8 it is another network.
         alike = (row for row in rows if row.backend in dense or row.backend not in ONNX_BASELINES)

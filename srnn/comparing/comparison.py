@@ -30,7 +30,7 @@ MEASURED = {
 # networks of other widths.
 ABOUT_TIMES = (
     "sequence, ms: one stream, as each run timed it. x dense: how many times as fast that is as the same network on "
-    "the best dense kernels, the two timed in turns in that run; both vary from run to run, also of dense networks."
+    "the fastest dense runtime, timed in turns in that run; both vary from run to run, also of dense networks."
 )
 
 MOST_COLUMNS = 4  # of options in a terminal: more stand below the table, a line a setting
@@ -132,7 +132,7 @@ class Comparison:
             values = [run.summary.get(f"machine/{what}") for setting in self.settings for run in setting.runs]
             return sorted({float(value) for value in values if value is not None})
 
-        differ = [f"{what} {', '.join(f'{n:g}' for n in known(what))}" for what in ("cpus", "threads")
+        differ = [f"{what} {', '.join(f'{n:g}' for n in known(what))}" for what in ("cpus", "threads", "dense runtimes")
                   if len(known(what)) > 1]  # fmt: skip
         loads = known("load")
         if loads and loads[0] <= BUSY < loads[-1]:

@@ -144,7 +144,7 @@ class Shakespeare(Corpus):
 
     def texts(self) -> Texts:
         """By position: 90 % training, 5 % validation, 5 % test."""
-        return Texts.split(self.read("all"), 0.05, 0.05)
+        return Texts.split(self.read("all"), 0.05, 0.05, self.level)
 
 
 class _Words(Corpus):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import math
 import os
+import re
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from srnn.registry.option_types import Count, PositiveShare
 from srnn.vocabulary import Level, Vocabulary
 
 VocabularyLimit = Annotated[int, Range(ge=2)] | None  # one word, and the unknown one
+_REST_OF_WORD = re.compile(r"(?<=\S)\S+")
 IGNORED = -100  # target of padding; torch's cross-entropy skips it
 
 
@@ -37,17 +39,26 @@ class Texts:
     test: str
 
     @classmethod
-    def split(cls, text: str, valid_share: float, test_share: float) -> Texts:
+    def split(cls, text: str, valid_share: float, test_share: float, level: Level = "characters") -> Texts:
         """By position: the end is the test text, what comes before it validation.
 
         Args:
             text: all of it.
             valid_share: share of its characters, 0 to 1.
             test_share: share of its characters, 0 to 1.
+            level: with ``words`` none is cut in two: one at a border belongs to the text before it.
         """
         first_test = round(len(text) * (1 - test_share))
         first_valid = round(len(text) * (1 - test_share - valid_share))
+        if level == "words":
+            first_valid, first_test = _word_end(text, first_valid), _word_end(text, first_test)
         return cls(text[:first_valid], text[first_valid:first_test], text[first_test:])
+
+
+def _word_end(text: str, position: int) -> int:
+    """The end of the word that a cut at a position would go through, or the position."""
+    rest = _REST_OF_WORD.match(text, position)
+    return rest.end() if rest else position
 
 
 class TextStreams(DataModule):
@@ -206,10 +217,13 @@ class Text(TextStreams):
 
     def texts(self) -> Texts:
         """Read all files in the order of their names."""
-        text = "".join(read_text(file) for file in _files(self.path))
+        parts = [read_text(file) for file in _files(self.path)]
+        if self.level == "words":  # the last word of a file is no beginning of the next one's first
+            parts[:-1] = [f"{part}\n" if part[-1:].strip() else part for part in parts[:-1]]
+        text = "".join(parts)
         if not text.strip():
             raise UserError(f"dataset.path={self.path} is empty: give a file with text in it.")
-        return Texts.split(text, self.valid_share, self.test_share)
+        return Texts.split(text, self.valid_share, self.test_share, self.level)
 
     def located(self, config: dict[str, Any]) -> dict[str, Any]:
         """With the absolute path."""

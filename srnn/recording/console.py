@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from itertools import groupby, islice
 from typing import Any
 
 import pytorch_lightning as pl
@@ -235,7 +237,7 @@ def print_report(report: dict[str, Any]) -> None:
     if seconds["training_loop"]:
         share = 100 * seconds["pruning"] / seconds["training_loop"]
         table.add_row("training loop, of it inside pruning", f"{seconds['training_loop']:.1f} s, {share:.2f} %")
-    table.caption = f"one stream: {plural(latency['threads'], 'thread')}, and dense by the faster of torch and oneDNN"
+    table.caption = f"one stream: {plural(latency['threads'], 'thread')}; dense {_compared(latency)}"
     load = report["machine"]["load"]
     if load is not None and load > BUSY:
         table.caption += f"\nThe machine was busy ({load:.1f} threads for each CPU): take no speed from these times."
@@ -252,6 +254,15 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(
             f"The sparsity is {100 * sparsity['reached']:.2f} %, not {100 * sparsity['wanted']:.4g} %{reason}.",
         )
+
+
+def _compared(latency: Mapping[str, Any]) -> str:
+    """Which dense runtimes the packed network was compared with."""
+    *others, last = latency.get("dense_runtimes", ("torch", "oneDNN"))  # reports of older versions lack it
+    if last == "onnxruntime":
+        return f"by the fastest of {', '.join(others)} and {last}\n`srnn bench RUN` shows each of them"
+    where = "where that is installed (pip install 'srnn[onnx]') and can run it"
+    return f"by the faster of {', '.join(others)} and {last}\n`srnn bench RUN` compares with onnxruntime too, {where}"
 
 
 def _add_latency(table: Table, latency: Mapping[str, Any]) -> None:
@@ -297,13 +308,20 @@ def _print_choices(choices: Sequence[Mapping[str, Any]], threads: int) -> None:
 
 
 def _prompt(data: DataModule, vocabulary: Vocabulary) -> str:
-    """To continue: the first words of the longest line among the first tokens of the validation text."""
-    inputs_BT, _ = data.batches("valid").fetch(0, 0)
-    lines = vocabulary.decode(inputs_BT[0].tolist()).splitlines()
-    longest = max((line.strip() for line in lines), key=len, default="")
+    """To continue: the first words of a line of the validation text, the longest near its start; known words only."""
+    tokens = [token for inputs_BT, _ in islice(data.batches("valid"), 4) for token in inputs_BT[0].tolist()]
+    text = vocabulary.decode(tokens)
+    for border in ("\n",) if vocabulary.level == "words" else ("\n", r"\s"):
+        if whole := re.search(rf"{border}.*\S.*{border}", text, re.DOTALL):
+            text = whole[0]  # of a line and a word at the ends only a part may be there
+            break
+    runs = (groupby(line.split(" "), lambda word: vocabulary.placeholder in word) for line in text.splitlines())
+    pieces = [" ".join(words).strip() for run in runs for unknown, words in run if not unknown]
+    longest = max(pieces, key=len, default="")
     if len(longest) <= PROMPT:
         return longest
-    return longest[: PROMPT + 1].rpartition(" ")[0].strip() or longest[:PROMPT]
+    first = longest.partition(" ")[0] if vocabulary.level == "words" else longest[:PROMPT]
+    return longest[: PROMPT + 1].rpartition(" ")[0].strip() or first
 
 
 def print_folder(folder: RunFolder) -> None:

@@ -26,6 +26,8 @@ def summary_of(report: Mapping[str, Any]) -> dict[str, Any]:
         summary["time/pruning_share"] = seconds["pruning"] / seconds["training_loop"]
     about = report.get("machine", {})  # where the latencies were taken; earlier versions did not look at the load
     summary |= {f"machine/{name}": about[name] for name in ("cpus", "threads", "load") if about.get(name) is not None}
+    # Earlier versions knew torch and oneDNN; runs that knew others too compare with something else.
+    summary["machine/dense runtimes"] = len(latency.get("dense_runtimes", ("torch", "oneDNN")))
     return summary
 
 

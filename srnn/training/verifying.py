@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import srnn
+from srnn.exporting.dense_networks import RUNTIMES, dense_networks
 from srnn.inference.calibration import record_inputs
 from srnn.inference.latency import STEPS, latencies
 from srnn.inference.packed_file import read, write
@@ -69,10 +70,10 @@ def score(run: Run, packed: PackedModel) -> tuple[dict[str, dict[str, float]], d
     Raises:
         RuntimeError: the sparse kernels compute something else than the dense ones.
     """
-    dense, sparse = unpack(packed, Dense()), unpack(packed, run.kernel)
+    dense, sparse = dense_networks(packed), unpack(packed, run.kernel)
     inputs, _ = next(iter(run.data.val_dataloader()))
     with torch.inference_mode():
-        wanted, got = unpack(packed)(inputs)[0], sparse(inputs)[0]
+        wanted, got = dense["torch"](inputs)[0], sparse(inputs)[0]
     error = float((got - wanted).norm() / wanted.norm())
     if not error <= max(READ_BACK_TOLERANCE, run.kernel.tolerance):
         raise RuntimeError(f"the sparse kernels' outputs are {error:.2g} away from the dense ones'")
@@ -82,9 +83,10 @@ def score(run: Run, packed: PackedModel) -> tuple[dict[str, dict[str, float]], d
         "test_packed": objective.score(sparse, run.data, "test"),
     }
     stream_T = inputs.reshape(-1) if run.data.objective == "next_token" else inputs[0]
-    latency: dict[str, Any] = latencies({"torch": unpack(packed), "best": dense, "sparse": sparse}, stream_T)
-    for times in latency.values():  # torch's own network, or its layers by the dense backends: what is faster
-        times["dense"] = min(times.pop("torch"), times.pop("best"))
+    latency: dict[str, Any] = latencies(dense | {"sparse": sparse}, stream_T)
+    for times in latency.values():
+        times["dense"] = min(times.pop(name) for name in dense)
+    latency["dense_runtimes"] = [RUNTIMES[name] for name in dense]
     latency |= {"threads": torch.get_num_threads(), "steps": min(STEPS, len(stream_T)), "read_back_error": error}
     choices = run.kernel.choices.values() if isinstance(run.kernel, Auto | Dense) else []
     latency["choices"] = [asdict(choice) for choice in choices]

@@ -89,6 +89,7 @@ def test_the_report_tells_how_fast_and_why(run):
     for kind in ("sequence", "step"):
         assert set(latency[kind]) == {"dense", "sparse"}
         assert all(0 < seconds < 10 for seconds in latency[kind].values())
+    assert latency["dense_runtimes"] == ["torch", "oneDNN", "onnxruntime"]
     assert latency["read_back_error"] < 1e-4
     assert latency["threads"] == 1
     used = {(choice["layer"], choice["use"]) for choice in latency["choices"]}

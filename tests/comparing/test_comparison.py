@@ -263,6 +263,8 @@ def test_times_that_were_not_taken_alike_are_said_to_rank_nothing():
     assert notes(quiet, quiet | {"load": 1.1}) == notes(quiet, {"cpus": 2, "threads": 2}) == notes({}) == ABOUT_TIMES
     said = notes(quiet, quiet | {"threads": 1, "load": 2.54})
     assert "not taken alike (threads 1, 2; load 0.4 to 2.5 for each CPU): they rank no networks." in said
+    said = notes(quiet | {"dense runtimes": 2}, quiet | {"dense runtimes": 3})
+    assert "not taken alike (dense runtimes 2, 3): they rank no networks." in said
 
 
 def test_a_seed_counts_once():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from srnn.datasets import PythonSource, Text
 from srnn.datasets.corpora import Shakespeare
-from srnn.datasets.text import IGNORED, stream_batches, streams
+from srnn.datasets.text import IGNORED, Texts, stream_batches, streams
 from srnn.errors import UserError
 from srnn.vocabulary import Vocabulary
 
@@ -71,6 +71,41 @@ def test_parts_are_the_text(poem):
     texts = Text(str(poem), valid_share=0.1, test_share=0.2).texts()
     assert texts.train + texts.valid + texts.test == POEM
     assert len(texts.test) == pytest.approx(0.2 * len(POEM), abs=1)
+
+
+@given(text=st.text("ab \n", min_size=1), shares=st.sampled_from([(0.05, 0.05), (0.3, 0.3), (0.1, 0.8)]))
+@settings(deadline=None)
+def test_no_word_is_cut_between_parts(text, shares):
+    texts = Texts.split(text, *shares, "words")
+    parts = [texts.train, texts.valid, texts.test]
+    assert "".join(parts) == text
+    assert [word for part in parts for word in part.split()] == text.split()
+    plain = Texts.split(text, *shares)
+    for moved, part in ((texts.train, plain.train), (texts.train + texts.valid, plain.train + plain.valid)):
+        assert not moved.removeprefix(part).strip("ab"), "further than the end of a word"
+
+
+@pytest.mark.parametrize(
+    ("level", "sums"), [("characters", ["cdd3a617313a", "58db5d56413c"]), ("bytes", ["3a7167794cdf", "1bdf8fd87e23"])]
+)
+def test_characters_are_what_they_always_were(poem, level, sums):
+    """Runs that were stopped before find their data again."""
+    data = Text(str(poem), level, eval_streams=4)
+    data.setup()
+    assert [data.checksum(split)[:12] for split in ("train", "valid")] == sums
+
+
+def test_words_of_a_corpus_in_one_file_are_whole(tmp_path):
+    (tmp_path / "tinyshakespeare.txt").write_text("thee " * 407)
+    texts = Shakespeare(folder=str(tmp_path), level="words").texts()
+    assert {word for part in vars(texts).values() for word in part.split()} == {"thee"}
+
+
+def test_the_last_word_of_a_file_and_the_first_of_the_next_are_two(tmp_path):
+    for name, text in (("a", "to be"), ("b", "or not\n"), ("c", ""), ("d", "to be")):
+        (tmp_path / name).write_text(text)
+    texts = Text(str(tmp_path), "words", valid_share=0.3, test_share=0.3).texts()
+    assert texts.train + texts.valid + texts.test == "to be\nor not\nto be"
 
 
 def test_files_folders_and_globs(tmp_path):

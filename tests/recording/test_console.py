@@ -9,11 +9,14 @@ import pytest
 from srnn.__main__ import main
 from srnn.config.sweeps import Sweep, expand
 from srnn.datasets import Adding, Text
+from srnn.datasets.text import Texts
 from srnn.recording.console import _prompt, figure, print_report, print_way_back, print_ways_on
 from srnn.run_folder import RunFolder
+from srnn.vocabulary import Characters, Words
 from tests.conftest import SMALL
 
 NAME = """it's $HOME (a) `b` "c" [d] = 1"""  # of a folder: whatever a shell would look at
+LONG = "donaudampfschiffahrtsgesellschaft"
 LINE = """it's "$HOME" `x` \\ --y !"""
 
 
@@ -41,12 +44,26 @@ def test_a_network_has_one_time_in_a_report(text_run, capsys):
     report = json.loads((text_run / "report.json").read_text())
     choice = {"layer": "whole network", "use": "1 stream, 1 step", "winner": "cpu", "left_out": {}, "what": ""}
     report["latency"] |= {"step": {"dense": 4e-4, "sparse": 1e-4}}
-    report["latency"]["choices"] = [choice | {"seconds": {"torch": 5e-4, "cpu": 77e-6}}]
+    report["latency"]["choices"] = [choice | {"seconds": {"torch": 0.987654, "cpu": 0.123456}}]
     print_report(report)
     shown = capsys.readouterr().out
     assert "400 us, 100 us (4.00x)" in shown
     assert "whole network" in shown
-    assert not any(time in shown for time in ("500", "77"))
+    assert not any(time in shown.replace(",", "") for time in ("987654", "123456"))
+
+
+def test_a_report_says_what_dense_is(text_run, capsys):
+    report = json.loads((text_run / "report.json").read_text())
+    print_report(report)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "dense by the fastest of torch, oneDNN and onnxruntime `srnn bench RUN` shows each of them" in shown
+    for missing in (["torch", "oneDNN"], None):  # onnxruntime is not there; a report of an older version
+        report["latency"]["dense_runtimes"] = missing
+        if missing is None:
+            del report["latency"]["dense_runtimes"]
+        print_report(report)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "dense by the faster of torch and oneDNN `srnn bench RUN` compares with onnxruntime too" in shown
 
 
 def text_of(folder, text, level="characters"):
@@ -69,6 +86,38 @@ def text_of(folder, text, level="characters"):
 def test_a_prompt_is_whole_words_of_the_data(tmp_path, text, level, prompt):
     data = text_of(tmp_path, text, level)
     assert _prompt(data, data.vocabulary) == prompt
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "prompt"),
+    [
+        # Other words of the validation text are unknown.
+        ("we know it is so\n", Words(["is", "it", "know", "so", "\n"]), "know it is so"),
+        ("all of these are known words\n", Words(["all", "are", "known", "of", "these", "\n"]), "all of these are"),
+        ("to donaudampfschiffahrtsgesellschaft\n", Words(["donaudampfschiffahrtsgesellschaft"]), LONG),
+        ("nothing\n", Words(["else"]), ""),
+        ("so na\u00efve we are\n", Characters("aenorsvw \n"), "we are"),
+    ],
+)
+def test_a_prompt_holds_nothing_unknown(tmp_path, text, tokens, prompt):
+    data = text_of(tmp_path, text, tokens.level)
+    data = Text(data.path, tokens.level, batch_size=4, sequence_length=80)
+    data.setup(vocabulary=tokens)
+    assert _prompt(data, tokens) == prompt
+    assert not tokens.unknown(prompt)
+
+
+@pytest.mark.parametrize("level", ["characters", "bytes"])
+def test_a_prompt_begins_with_no_part_of_a_word(tmp_path, level):
+    """Where a text is split by characters, its validation part may begin within one."""
+
+    class Cut(Text):
+        def texts(self):
+            return Texts(*["vergn\u00fcgliche Stunden im Park "[6:] * 200] * 3)
+
+    data = Cut(str(tmp_path), level, batch_size=4, sequence_length=64)
+    data.setup()
+    assert _prompt(data, data.vocabulary) == "Stunden im Park"
 
 
 def through_a_shell(line):
