@@ -1,4 +1,5 @@
 import copy
+import gc
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import torch
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["NUMBA_NUM_THREADS"] = "2"  # what a test may ask for
 torch.set_num_threads(1)
+gc.set_threshold(20_000, 20, 50)  # as often as Python does, looking for cycles in all of torch is a tenth of the time
 ROOT = Path(__file__).parent.parent
 
 # Small enough for tests: 5 epochs of 8 batches of a GRU with 24 units.
