@@ -92,7 +92,7 @@ def read(path: Path) -> PackedModel:
                 f"{path} is a file of torch.save, such as a checkpoint, and no packed model: give its run's "
                 "model.safetensors. srnn.save writes one of any module."
             ) from None
-        raise UserError(f"{path} is damaged or no packed model: {error}.") from None
+        raise UserError(_unreadable(path, error)) from None
     try:
         header = json.loads(metadata["srnn"])
         version = header["format"]
@@ -109,9 +109,18 @@ def read(path: Path) -> PackedModel:
     except UserError:
         raise
     except Exception as error:  # whatever a header made by hand brings about
-        raise UserError(
-            f"{path} is damaged: {str(error)[:300] or type(error).__name__}. Take it again from where it was made."
-        ) from None
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise UserError(f"{path} is damaged: {why[:300]}. Take it again from where it was made.") from None
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    # What safetensors says of it is of its own parts: a header, and offsets.
+    if isinstance(error, OSError):
+        return f"{path} cannot be read: {error.strerror or error}."
+    return (
+        f"{path} is damaged or no packed model: its {path.stat().st_size:,} bytes were cut short or changed, or are "
+        "another kind of file. Take it again from where it was made."
+    )
 
 
 def load(
