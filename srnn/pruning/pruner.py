@@ -37,7 +37,7 @@ from srnn.pruning.parts import Part, count
 from srnn.pruning.report_rows import ReportRow, report_rows
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import masks_of
-from srnn.pruning.shortfalls import Emptied, warn_of_the_end
+from srnn.pruning.shortfalls import Emptied, warn_of_the_end, warn_of_zeros_there
 from srnn.pruning.state_masks import state_beside
 
 _COMPARE_EVERY = 100  # steps between two comparisons of the ranks, beside those at updates: each reads all weights
@@ -126,7 +126,10 @@ class Pruner:
         self._others, self._emptied = OtherPruners(), Emptied()
         self._checked = False  # whether parameters have been checked since this was built or loaded
         self._gradient_hooks = self._make_hooks()
+        first_look = not self.method.updates  # a run makes two pruners of its method
         self.method.prepare(self.run, self.groups, reference)
+        if first_look and not self.method.needs_training:
+            warn_of_zeros_there(self.groups)
         self._gradient_hooks.attach(self._parameters)
         self._mask_weights()
 
