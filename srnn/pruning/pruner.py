@@ -34,7 +34,7 @@ from srnn.pruning.masker import Masker
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.other_pruners import OtherPruners
 from srnn.pruning.parts import Part, count
-from srnn.pruning.report_rows import ReportRow, report_rows
+from srnn.pruning.report_rows import ReportRow, group_lines, report_rows
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import masks_of
 from srnn.pruning.shortfalls import Emptied, warn_of_the_end, warn_of_zeros_there
@@ -132,6 +132,12 @@ class Pruner:
             warn_of_zeros_there(self.groups)
         self._gradient_hooks.attach(self._parameters)
         self._mask_weights()
+
+    def __repr__(self) -> str:
+        """As torch's modules: the method and the step, and a line a group. Waits for a GPU that still prunes."""
+        lines = group_lines(self.groups, self.method.wanted) or ["nothing is pruned"]
+        steps = f"step {self.itr} of {self.run.total_steps}"
+        return "\n  ".join([f"Pruner({type(self.method).__name__}, {steps}", *lines]) + "\n)"
 
     def _make_hooks(self) -> GradientHooks:
         return GradientHooks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu, Pruner._check_state)
