@@ -39,7 +39,7 @@ def export(
     Args:
         model: a network, dense or sparsified. Any whose layers run one after the other is written with its states as
             named inputs and outputs: embedding, ``nn.RNN``, ``nn.GRU``, ``nn.LSTM``, linear layers, activations.
-        path: where to. An older file is replaced once the new one agrees with the network.
+        path: where to, as for ``srnn.save``. An older file is replaced once the new one agrees with the network.
         format: ``onnx``; ``c`` for a C file and its header; or ``wasm`` for a page with the network in WebAssembly.
         example: the arguments of a call, a tensor or a tuple of them; for networks that are no such chain.
         about: what the file says about itself; or a function that makes it of the network with the file's numbers.

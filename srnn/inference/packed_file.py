@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from srnn.audio import Features
 from srnn.errors import UserError
-from srnn.files import named_in_utf8, write_atomically
+from srnn.files import expanded, named_in_utf8, write_atomically
 from srnn.inference.checking import check_network, kernel_given
 from srnn.inference.packing import PackedModel, matrix_gates
 from srnn.inference.unpacking import unpack
@@ -56,7 +56,7 @@ def write(path: str | Path, packed: PackedModel) -> None:
         "tied": packed.tied,
     }
     header["sha256"] = _checksum(header, tensors)
-    write_atomically(Path(path), to_safetensors(tensors, {"srnn": json.dumps(header)}))
+    write_atomically(expanded(path), to_safetensors(tensors, {"srnn": json.dumps(header)}))
 
 
 def _describe(matrix: SparseMatrix) -> dict[str, Any]:
@@ -68,13 +68,13 @@ def _describe(matrix: SparseMatrix) -> dict[str, Any]:
     }
 
 
-def read(path: Path) -> PackedModel:
+def read(path: str | Path) -> PackedModel:
     """Read and check a packed file. Tensors stay mapped to the file, so that processes share their memory.
 
     Raises:
         UserError: no such file, not a packed file, of a newer format, truncated or damaged.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.is_dir():
         there = ", ".join(str(file) for file in sorted(path.glob("*.safetensors"))[:3])
         raise UserError(
@@ -164,7 +164,7 @@ def load(
     """
     if into is not None:
         check_network(into, "srnn.load(into=...)")
-    packed = read(Path(path))
+    packed = read(path)
     chosen = kernel_given(kernel, "srnn.load")
     model = unpack(packed, chosen, into, _usable(device))
     if into is not None and packed.vocabulary is None:
