@@ -229,11 +229,10 @@ def check_options(options: Mapping[str, Option], given: Mapping[str, Any], where
     prefix = f"{where}." if where else ""
     for key in given:
         if key not in options:
-            allowed = ", ".join(options) or "nothing"
-            raise UserError(
-                f"{prefix}{key}: unknown option of {where or 'the config'}.{did_you_mean(str(key), options)} "
-                f"Allowed: {allowed}."
-            )
+            what = f"{prefix}{key}: unknown option of {where or 'the config'}"
+            if not options:
+                raise UserError(f"{what}: what is chosen there has no options.")
+            raise UserError(f"{what}.{did_you_mean(str(key), options)} Allowed: {', '.join(options)}.")
     for option in options.values():
         if given.get(option.name, "???" if option.required else None) == "???":
             raise UserError(

@@ -89,6 +89,11 @@ def test_bad_options_name_key_value_and_what_is_allowed(given, message):
         check_options(register.get("optimizer", "sgd").options, given, "optimizer")
 
 
+def test_what_has_no_options_says_so():
+    with pytest.raises(UserError, match=r"^pruning\.sparsity: unknown option of pruning: .* there has no options\.$"):
+        register.check("pruning", {"name": "none", "sparsity": 0.9})
+
+
 @pytest.mark.parametrize(
     ("bounds", "value", "of_percent"),
     [
