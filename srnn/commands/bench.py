@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from srnn.commands.options import FloatsChoice, Help, call, output_folder, packed_file
 from srnn.errors import UserError
 from srnn.files import csv_bytes, write_atomically
+from srnn.registry import Range
 
 if TYPE_CHECKING:
     import torch
@@ -334,13 +335,17 @@ def _split(text: str | None, parse: Callable[[str], _T]) -> tuple[_T, ...] | Non
 
 
 def _number(option: str, kind: Callable[[str], _T], least: float, most: float) -> Callable[[str], _T]:
+    allowed = Range(ge=least, le=most)
+
     def parse(text: str) -> _T:
         try:
             value = kind(text)
         except ValueError:
-            value = None
-        if value is None or not least <= value <= most:  # type: ignore[operator]
-            raise UserError(f"bench: {option}={text} must be a number from {least:,} to {most:,}.")
+            raise UserError(f"bench: {option}={text} must be a number {allowed}.") from None
+        try:
+            allowed.check(value)
+        except ValueError as error:
+            raise UserError(f"bench: {option}={text} {str(error).replace('be', 'be a number', 1)}.") from None
         return value
 
     return parse

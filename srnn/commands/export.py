@@ -64,7 +64,7 @@ def _to_another_runtime(run: str, format: str, values: ValuesChoice, output: str
     from srnn.exporting.exporter import EXPORT_FORMATS, export
 
     EXPORT_FORMATS[format].check(values=values)
-    target = _target(output, source.with_name(f"model-{values}{EXPORT_FORMATS[format].suffix}"))
+    target = _target(output, source.with_name(f"model-{values}{EXPORT_FORMATS[format].suffix}"), format)
 
     import torch
 
@@ -100,7 +100,7 @@ def _to_c(run: str, format: str, output: str | None, options: dict[str, Any]) ->
     source = packed_file(run)
     from srnn.exporting.exporter import EXPORT_FORMATS, export
 
-    target = _target(output, source.with_name(f"{options['name'] or 'model'}{EXPORT_FORMATS[format].suffix}"))
+    target = _target(output, source.with_name(f"{options['name'] or 'model'}{EXPORT_FORMATS[format].suffix}"), format)
     EXPORT_FORMATS[format].check(**dict(options) | {"name": options["name"] or target.stem})
 
     from srnn.inference.unpacking import unpack
@@ -143,19 +143,27 @@ def _in_words(of_run: TrainedRun, scores: Mapping[str, float]) -> str:
     return of_run.objective.words.format(**scores, a_token=f" a {level}" if level in ("word", "byte") else "")
 
 
-def _target(output: str | None, default: Path) -> Path:
+def _target(output: str | None, default: Path, format: str) -> Path:
     """The file to write; its folder is made and tried before anything is scored."""
     target = expanded(output or default)
     if target.suffix != default.suffix or (target.exists() and not target.is_file()):
-        raise UserError(f"export: --output={target} must be a file named *{default.suffix}.")
+        raise UserError(f"export: --output={target} must be a file named *{default.suffix}.{_instead(format, target)}")
     output_folder(target.parent)
     return target
+
+
+def _instead(format: str, target: Path) -> str:
+    from srnn.exporting.exporter import EXPORT_FORMATS, of_other_suffixes
+
+    suffixes = {"packed": ".safetensors"} | {name: known.suffix for name, known in EXPORT_FORMATS.items()}
+    spelt = {f"format={name}": suffix for name, suffix in suffixes.items()}
+    return of_other_suffixes(spelt, f"format={format}", target.suffix)
 
 
 def _pack_again(run: str, values: ValuesChoice, structure: StructureChoice, output: str | None) -> int:
     """Another packed file, scored beside the run's."""
     source = packed_file(run)
-    target = _target(output, source.with_name(f"model-{values}-{structure}.safetensors"))
+    target = _target(output, source.with_name(f"model-{values}-{structure}.safetensors"), "packed")
     if target.exists() and target.samefile(source):
         raise UserError(f"export: --output={target} is the packed file that is read: name another, and it stays.")
 

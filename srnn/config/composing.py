@@ -229,19 +229,25 @@ def _check_key(key: str, base: DictConfig, beside: Sequence[str]) -> None:
         if not isinstance(node, DictConfig) or part not in list(node):
             path = key.split(".")[:depth]
             allowed = [str(k) for k in node] if isinstance(node, DictConfig) else []
-            where = ".".join(path) or "the config"
+            where, others = ".".join(path) or "the config", ""
             if where in COMPONENTS:  # its name is its group's value
                 allowed.remove("name")
+                others = _those_with(part, where)
                 where += f"={node['name']}"
             elif not path:
                 allowed += beside
-            raise UserError(
-                f"{key}: unknown option of {where}.{did_you_mean(part, allowed)} "
-                f"Allowed: {', '.join(allowed) or 'nothing'}."
-            )
+            what = f"{key}: unknown option of {where}"
+            if not allowed:
+                raise UserError(f"{what}, which has no options.{others}")
+            raise UserError(f"{what}.{did_you_mean(part, allowed)} Allowed: {', '.join(allowed)}.{others}")
         node = None if OmegaConf.is_missing(node, part) else node[part]
         if node is None or (isinstance(node, DictConfig) and key.startswith("pruning.q.")):
             return
+
+
+def _those_with(option: str, group: str) -> str:
+    names = [name for name in register.names(group) if option in register.get(group, name).options]
+    return f" These have it: {group}={', '.join(names)}." if names else ""
 
 
 def compose_hydra(overrides: Sequence[str]) -> DictConfig:

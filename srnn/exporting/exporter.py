@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def export(
     Args:
         model: a network, dense or sparsified. Any whose layers run one after the other is written with its states as
             named inputs and outputs: embedding, ``nn.RNN``, ``nn.GRU``, ``nn.LSTM``, linear layers, activations.
-        path: where to. An older file is replaced once the new one agrees with the network.
+        path: where to, as for ``srnn.save``. An older file is replaced once the new one agrees with the network.
         format: ``onnx``; ``c`` for a C file and its header; or ``wasm`` for a page with the network in WebAssembly.
         example: the arguments of a call, a tensor or a tuple of them; for networks that are no such chain.
         about: what the file says about itself; or a function that makes it of the network with the file's numbers.
@@ -76,11 +76,24 @@ def export(
     chosen.check(**options)
     target = expanded(path)
     if target.suffix != chosen.suffix or (target.exists() and not target.is_file()):
-        meant = [name for name, other in EXPORT_FORMATS.items() if name != format and other.suffix == target.suffix]
-        instead = "".join(f' For a *{target.suffix} file give format="{name}".' for name in meant)
+        suffixes = {f'format="{name}"': known.suffix for name, known in EXPORT_FORMATS.items()}
+        instead = of_other_suffixes(suffixes, f'format="{format}"', target.suffix)
         raise UserError(f'{target} must be a file named *{chosen.suffix}, with format="{format}".{instead}')
     with _in_eval_mode(model):
         return chosen.write(model, target, ExportRequest(example, about, tell), **options)
+
+
+def of_other_suffixes(suffixes: Mapping[str, str], chosen: str, given: str) -> str:
+    """Sentences on what to choose for a file named otherwise: what it is named as, or all there is if it is as none.
+
+    Args:
+        suffixes: by what a user gives to choose one.
+        chosen: what was given.
+        given: the file's suffix; no sentences if it is that of ``chosen``.
+    """
+    others = {choice: suffix for choice, suffix in suffixes.items() if choice != chosen}
+    meant = {choice: suffix for choice, suffix in others.items() if suffix == given} or others
+    return "".join(f" For a *{suffix} file give {c}." for c, suffix in meant.items() if suffixes[chosen] != given)
 
 
 @contextmanager

@@ -36,6 +36,10 @@ TORCH = "torch"  # of the candidates of ``auto``, the one that runs as torch's o
 _PLAIN = {nn.Embedding, nn.Linear, nn.Dropout}
 _SETTINGS = {bool, int, float, str, FunctionType, BuiltinFunctionType}
 _LIKE = "like"  # the parameter of a sparse module, never trained
+_DENSE_WEIGHTS = (
+    "Weights of a dense network do not fit a sparsified one, whose weights are packed: load them into the dense one "
+    "(srnn.desparsify gives it), and call srnn.sparsify again."
+)
 _PACKED = "_packed"  # the end of a packed weight's name as a module; the name itself answers with the dense weight
 
 
@@ -237,6 +241,9 @@ class SparseModule(nn.Module):
             for part in ("values", "columns", "row_pointers", "scales"):
                 if f"{prefix}{name}.{part}" in state:
                     state[f"{prefix}{name}{_PACKED}.{part}"] = state.pop(f"{prefix}{name}.{part}")
+        errors = arguments[-1]  # raised together, also if not strict: biases without their weights are another network
+        if any(f"{prefix}{name}" in state for name in self._packed()) and _DENSE_WEIGHTS not in errors:
+            errors.append(_DENSE_WEIGHTS)
         like = self._parameters.pop(_LIKE, None)  # so that no file has to hold it
         try:
             super()._load_from_state_dict(state, prefix, *arguments)

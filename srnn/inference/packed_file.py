@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from srnn.audio import Features
 from srnn.errors import UserError
-from srnn.files import named_in_utf8, write_atomically
+from srnn.files import expanded, named_in_utf8, write_atomically
 from srnn.inference.checking import check_network, kernel_given
 from srnn.inference.packing import PackedModel, matrix_gates
 from srnn.inference.unpacking import unpack
@@ -56,7 +56,7 @@ def write(path: str | Path, packed: PackedModel) -> None:
         "tied": packed.tied,
     }
     header["sha256"] = _checksum(header, tensors)
-    write_atomically(Path(path), to_safetensors(tensors, {"srnn": json.dumps(header)}))
+    write_atomically(expanded(path), to_safetensors(tensors, {"srnn": json.dumps(header)}))
 
 
 def _describe(matrix: SparseMatrix) -> dict[str, Any]:
@@ -68,13 +68,13 @@ def _describe(matrix: SparseMatrix) -> dict[str, Any]:
     }
 
 
-def read(path: Path) -> PackedModel:
+def read(path: str | Path) -> PackedModel:
     """Read and check a packed file. Tensors stay mapped to the file, so that processes share their memory.
 
     Raises:
         UserError: no such file, not a packed file, of a newer format, truncated or damaged.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.is_dir():
         there = ", ".join(str(file) for file in sorted(path.glob("*.safetensors"))[:3])
         raise UserError(
@@ -92,7 +92,7 @@ def read(path: Path) -> PackedModel:
                 f"{path} is a file of torch.save, such as a checkpoint, and no packed model: give its run's "
                 "model.safetensors. srnn.save writes one of any module."
             ) from None
-        raise UserError(f"{path} is damaged or no packed model: {error}.") from None
+        raise UserError(_unreadable(path, error)) from None
     try:
         header = json.loads(metadata["srnn"])
         version = header["format"]
@@ -109,9 +109,18 @@ def read(path: Path) -> PackedModel:
     except UserError:
         raise
     except Exception as error:  # whatever a header made by hand brings about
-        raise UserError(
-            f"{path} is damaged: {str(error)[:300] or type(error).__name__}. Take it again from where it was made."
-        ) from None
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise UserError(f"{path} is damaged: {why[:300]}. Take it again from where it was made.") from None
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    # What safetensors says of it is of its own parts: a header, and offsets.
+    if isinstance(error, OSError):
+        return f"{path} cannot be read: {error.strerror or error}."
+    return (
+        f"{path} is damaged or no packed model: its {path.stat().st_size:,} bytes were cut short or changed, or are "
+        "another kind of file. Take it again from where it was made."
+    )
 
 
 def load(
@@ -155,7 +164,7 @@ def load(
     """
     if into is not None:
         check_network(into, "srnn.load(into=...)")
-    packed = read(Path(path))
+    packed = read(path)
     chosen = kernel_given(kernel, "srnn.load")
     model = unpack(packed, chosen, into, _usable(device))
     if into is not None and packed.vocabulary is None:

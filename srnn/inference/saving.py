@@ -20,7 +20,8 @@ def save(model: nn.Module, path: str | Path, values: Values | None = None, struc
 
     Args:
         model: a network with zeros, dense or sparsified.
-        path: where to; an older file is replaced once the new one is whole.
+        path: where to; an older file is replaced once the new one is whole. Its folder is made where there is none, and
+            ``~`` is your home.
         values: what non-zeros are stored as: ``fp32``, ``fp16``, ``bf16`` or ``int8``. None keeps those of matrices
             that ``sparsify`` packed, and takes fp32 for others.
         structure: the blocks of every packed matrix. ``auto`` takes the fewest bytes for each; what is packed already,

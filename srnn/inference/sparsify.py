@@ -41,6 +41,11 @@ def sparsify(
     Masks of ``torch.nn.utils.prune`` are applied. The copy's ``sparsify_report``, which its ``repr`` prints, says what
     was replaced and what was left dense, and why; a warning names what was pruned and yet left dense.
 
+    It does not train: train, then sparsify. Nothing in it asks for gradients; where its inputs do, backward raises.
+    Its ``state_dict`` holds packed weights, which fit no dense network: ``desparsify(copy).state_dict()`` does. Each
+    recurrent layer in it has ``step(x, state)`` for a stream, as ``copy.gru.step``; a network of several layers has
+    only the methods of its own class.
+
     Args:
         model: a trained network; it may be one of these modules itself.
         structure: ``element``, ``4x1``, ``8x1``, ``16x1`` or ``32x1``; ``auto`` takes for each matrix the one of fewest
@@ -56,7 +61,7 @@ def sparsify(
             in buffers or attributes stays as it is.
 
     Returns:
-        The copy, in eval mode. Backward through its outputs raises.
+        The copy, in eval mode.
 
     Raises:
         UserError: a matrix is not pruned in the blocks asked for, holds numbers that are not finite, the kernel cannot

@@ -34,10 +34,10 @@ from srnn.pruning.masker import Masker
 from srnn.pruning.methods.base import PruningMethod
 from srnn.pruning.other_pruners import OtherPruners
 from srnn.pruning.parts import Part, count
-from srnn.pruning.report_rows import ReportRow, report_rows
+from srnn.pruning.report_rows import ReportRow, group_lines, report_rows
 from srnn.pruning.schedules import RunLength
 from srnn.pruning.scope import masks_of
-from srnn.pruning.shortfalls import Emptied, warn_of_the_end
+from srnn.pruning.shortfalls import Emptied, warn_of_the_end, warn_of_zeros_there
 from srnn.pruning.state_masks import state_beside
 
 _COMPARE_EVERY = 100  # steps between two comparisons of the ranks, beside those at updates: each reads all weights
@@ -126,9 +126,18 @@ class Pruner:
         self._others, self._emptied = OtherPruners(), Emptied()
         self._checked = False  # whether parameters have been checked since this was built or loaded
         self._gradient_hooks = self._make_hooks()
+        first_look = not self.method.updates  # a run makes two pruners of its method
         self.method.prepare(self.run, self.groups, reference)
+        if first_look and not self.method.needs_training:
+            warn_of_zeros_there(self.groups)
         self._gradient_hooks.attach(self._parameters)
         self._mask_weights()
+
+    def __repr__(self) -> str:
+        """As torch's modules: the method and the step, and a line a group. Waits for a GPU that still prunes."""
+        lines = group_lines(self.groups, self.method.wanted) or ["nothing is pruned"]
+        steps = f"step {self.itr} of {self.run.total_steps}"
+        return "\n  ".join([f"Pruner({type(self.method).__name__}, {steps}", *lines]) + "\n)"
 
     def _make_hooks(self) -> GradientHooks:
         return GradientHooks(self, Pruner._mask_gradient, Pruner._mask_gradients_on_gpu, Pruner._check_state)

@@ -1,11 +1,14 @@
-"""What came of pruning: a row for each parameter, and for each gate of a recurrent one."""
+"""What came of pruning: a row for each parameter, and for each gate of a recurrent one; a line for each group."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from srnn.pruning.groups import Group
 from srnn.pruning.parts import Part, count
+
+_SHOWN = 6  # groups: with a threshold a matrix there are as many as matrices
 
 
 @dataclass(frozen=True)
@@ -62,3 +65,13 @@ def report_rows(group: Group, part: Part) -> list[ReportRow]:
         )
         rows.append(row)
     return rows
+
+
+def group_lines(groups: Sequence[Group], wanted: Callable[[Group], int | None]) -> list[str]:
+    """A line for each of the first groups: what is pruned of it, and what is to be, where ``wanted`` says a number."""
+    lines = []
+    for group in groups[:_SHOWN]:
+        asked = "" if wanted(group) is None or group.sparsity is None else f", {100 * group.sparsity:.4g} % asked for"
+        zeros = f"{100 * group.pruned / group.size:.2f} % pruned{asked}"
+        lines.append(f"({group.name}): {group.size:,} weights, {group.structure}, {zeros}")
+    return lines + [f"... and {len(groups) - _SHOWN} more groups"] * (len(groups) > _SHOWN)

@@ -1,4 +1,4 @@
-"""Warnings of what pruning has emptied, and of a sparsity that it has missed."""
+"""Warnings of what pruning has emptied, of a sparsity that it has missed, and of one that was there before."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from srnn.cells import GATE_LETTERS
 from srnn.pruning.groups import Group
 from srnn.pruning.methods.base import PruningMethod
-from srnn.pruning.parts import some_of
+from srnn.pruning.parts import count, some_of
 from srnn.pruning.scope import in_a_scope
 
 
@@ -69,6 +69,31 @@ class Emptied:
             if new := [name for name in _empty(update.gates, update.left) if name not in self._named]:
                 self._named.update(new)
                 _warn_of_empty(new, f" at step {update.itr}", stacklevel=5)
+
+
+_NOTED = 0.001  # a tenth of a percent: zeros more than asked for that are worth a word
+
+
+def warn_of_zeros_there(groups: Sequence[Group]) -> None:
+    """Warn, before anything else is done, where a network that is pruned at once has more zeros than are asked for.
+
+    Args:
+        groups: with the masks that are to act now; what they take is still there.
+    """
+    found = []
+    for group in groups:
+        pairs = [(part.of(part.parameter.detach()), part.of(part.mask)) for part in group.parts]
+        zeros = sum(int(count(weight == 0)) for weight, _ in pairs)
+        more = group.sparsity is not None and zeros - group.target > max(group.tolerance, _NOTED * group.size)
+        if more and not any(bool((weight.bool() & ~mask).any()) for weight, mask in pairs):
+            there, asked = (f"{100 * number / group.size:.2f} %" for number in (zeros, group.target))
+            found.append(f"{group.name} weights ({there}, {asked} asked for)")
+    if found:
+        warnings.warn(
+            f"more is zero already than was asked for of {some_of(found)}: nothing of these is pruned. Ask for a "
+            "higher sparsity, or train further on what is left, with pruning=fixed.",
+            stacklevel=3,  # of whoever makes the pruner
+        )
 
 
 def warn_of_the_end(method: PruningMethod, itr: int, groups: Sequence[Group], masks: Mapping[str, Tensor]) -> None:

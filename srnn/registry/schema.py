@@ -48,18 +48,25 @@ class Range:
         Raises:
             ValueError: a number out of bounds, NaN among them; says what is allowed.
         """
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or self._holds(value):
             return value
+        raise ValueError(f"must be {self}{self._of_percent(value)}")
+
+    def _holds(self, value: float) -> bool:
         # Written so that NaN, of which every comparison is false, is out of any bounds.
-        inside = (
+        return (
             (self.gt is None or value > self.gt)
             and (self.ge is None or value >= self.ge)
             and (self.lt is None or value < self.lt)
             and (self.le is None or value <= self.le)
         )
-        if not inside:
-            raise ValueError(f"must be {self}")
-        return value
+
+    def _of_percent(self, value: float) -> str:
+        """`` (90 % is 0.9)`` where a share of a whole was given as a percentage, which it may have."""
+        is_share = 0 in (self.gt, self.ge) and any(bound is not None and bound <= 1 for bound in (self.lt, self.le))
+        if not (is_share and 1 < value <= 100 and self._holds(value / 100)):
+            return ""
+        return f" ({value:.12g} % is {value / 100:.12g})"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         """Let pydantic, which checks configs, apply ``check`` after the type."""
@@ -222,11 +229,10 @@ def check_options(options: Mapping[str, Option], given: Mapping[str, Any], where
     prefix = f"{where}." if where else ""
     for key in given:
         if key not in options:
-            allowed = ", ".join(options) or "nothing"
-            raise UserError(
-                f"{prefix}{key}: unknown option of {where or 'the config'}.{did_you_mean(str(key), options)} "
-                f"Allowed: {allowed}."
-            )
+            what = f"{prefix}{key}: unknown option of {where or 'the config'}"
+            if not options:
+                raise UserError(f"{what}: what is chosen there has no options.")
+            raise UserError(f"{what}.{did_you_mean(str(key), options)} Allowed: {', '.join(options)}.")
     for option in options.values():
         if given.get(option.name, "???" if option.required else None) == "???":
             raise UserError(

@@ -19,6 +19,7 @@ def test_without_a_gpu_it_says_so(options, tmp_path, capsys):
         ("shapes=gru:0", "a shape is gru:2560"),
         ("shapes=product:12", "a shape is gru:2560"),
         ("sparsity=1.0", "--sparsity=1.0 must be a number from 0 to"),
+        ("sparsity=90", "--sparsity=90 must be a number from 0 to 0.9999 (90 % is 0.9)."),
         ("sparsity=x", "--sparsity=x must be a number"),
         ("batch=0", "--batch=0 must be a number from 1"),
         ("threads=4096", "--threads=4096 must be a number from 1"),

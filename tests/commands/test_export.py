@@ -74,7 +74,9 @@ def test_blocks_that_are_not_there_are_refused(run, capsys):
     [
         (["values=fp8"], "invalid choice: 'fp8'"),
         (["structure=3x3"], "invalid choice: '3x3'"),
-        (["output=model.bin"], "must be a file named *.safetensors"),
+        (["output=model.bin"], "*.safetensors. For a *.onnx file give format=onnx. For a *.c file give format=c."),
+        (["output=model.c"], "must be a file named *.safetensors. For a *.c file give format=c.\n"),
+        (["format=onnx", "output=model.bin"], "named *.onnx. For a *.safetensors file give format=packed. For a *.c "),
         (["output=/dev/null/m.safetensors"], "--output=/dev/null: this folder cannot be written: File exists"),
         (["output={run}/model.safetensors"], "is the packed file that is read: name another"),
     ],

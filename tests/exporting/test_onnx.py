@@ -272,7 +272,12 @@ def test_what_is_no_chain_is_named(network, message, tmp_path):
 @pytest.mark.parametrize(
     ("path", "options", "message"),
     [
-        ("net.bin", {}, r"must be a file named \*\.onnx, with format=\"onnx\"\.$"),
+        (
+            "net.xyz",
+            {},
+            r"named \*\.onnx, with format=\"onnx\"\. For a \*\.c file give format=\"c\"\. "
+            r"For a \*\.html file give format=\"wasm\"\.$",
+        ),
         ("net.c", {}, r"\*\.onnx, with format=\"onnx\"\. For a \*\.c file give format=\"c\"\.$"),
         ("net.onnx", {"format": "onyx"}, r"format='onyx': there are onnx.*Did you mean 'onnx'"),
         ("net.onnx", {"values": "fp16"}, "values=fp16 must be fp32, or int8"),
@@ -282,6 +287,12 @@ def test_what_is_no_chain_is_named(network, message, tmp_path):
 def test_mistakes_are_told(path, options, message, tmp_path):
     with pytest.raises(UserError, match=message):
         srnn.export(nn.GRU(4, 4), tmp_path / path, **options)
+
+
+def test_what_is_no_file_is_told_of_no_other_format(tmp_path):
+    (tmp_path / "net.onnx").mkdir()
+    with pytest.raises(UserError, match=r"must be a file named \*\.onnx, with format=\"onnx\"\.$"):
+        srnn.export(nn.GRU(4, 4), tmp_path / "net.onnx")
 
 
 def test_without_the_packages_it_says_how_to_get_them(tmp_path, monkeypatch):

@@ -272,3 +272,13 @@ def test_what_is_no_network_or_has_no_values_is_a_sentence(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             call()
+
+
+def test_the_folder_is_made_and_a_tilde_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", f"{tmp_path}/home")
+    srnn.save(nn.GRU(4, 8), "~/new/folder/gru.safetensors")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors")] == [
+        "home/new/folder/gru.safetensors"
+    ]
+    srnn.load("~/new/folder/gru.safetensors", kernel="dense", into=nn.GRU(4, 8))

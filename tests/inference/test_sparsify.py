@@ -263,6 +263,25 @@ def test_a_compiled_network_is_one_graph(module):
         )
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_of_a_dense_network_are_refused_in_one_sentence(strict):
+    dense = pruned(nn.Sequential(nn.Linear(12, 24), nn.GRU(24, 24)))
+    sparse = sparsify(dense, kernel="csr")
+    with pytest.raises(RuntimeError, match=r"Weights of a dense network .* \(srnn\.desparsify gives it\)") as told:
+        sparse.load_state_dict(dense.state_dict(), strict=strict)
+    assert str(told.value).count("srnn.sparsify") == 1
+    dense.load_state_dict(srnn.desparsify(sparse).state_dict())
+    sparse.load_state_dict(sparse.state_dict())
+
+
+def test_a_layer_of_a_network_steps():
+    sparse = sparsify(pruned(nn.Sequential(nn.Linear(12, 24), nn.GRU(24, 24))), kernel="csr")
+    x, state = torch.randn(3, 2, 12), None
+    for step, wanted in zip(x, sparse(x)[0], strict=True):
+        y, state = sparse[1].step(sparse[0](step), state)
+        torch.testing.assert_close(y, wanted)
+
+
 def test_a_state_dict_of_older_names_is_taken():
     gru = pruned(nn.GRU(5, 9))
     sparse, other = sparsify(gru, kernel="csr"), sparsify(gru, kernel="csr")

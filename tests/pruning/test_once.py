@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 
 import srnn
 from srnn import Pruner, UserError
+from srnn.pruning import Hard
 
 
 class Net(nn.Module):
@@ -105,6 +106,26 @@ def test_training_on_keeps_the_zeros_with_fixed():
         optimizer.step()
         pruner.step()
     assert all(torch.equal(model.get_parameter(name) == 0, was) for name, was in zeros.items())
+
+
+def test_a_network_that_is_sparser_already_is_told_once_before_anything_is_done():
+    model = Net()
+    srnn.prune(model, 0.9, layer_types=["recurrent", "linear"])
+    before = copy.deepcopy(model.state_dict())
+    srnn.prune(model, 0.9, layer_types=["recurrent", "linear"])
+    words = r"of recurrent weights \(90\.00 %, 70\.00 % asked for\), linear weights \(90\.\d\d %, .* is pruned\."
+    method = Hard(sparsity=0.7, prune_itr=0, layer_types=["recurrent", "linear"])
+    with pytest.warns(UserWarning, match=words):
+        Pruner(model, method, 1)
+    Pruner(model, method, 1)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_blocks_of_single_zeros_are_pruned_without_that_word():
+    model = nn.Linear(64, 64)
+    srnn.prune(model, 0.8)
+    srnn.prune(model, 0.5, "16x1")
+    assert share_of(model.weight) > 0.8
 
 
 @pytest.mark.parametrize(

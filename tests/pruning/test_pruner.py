@@ -400,3 +400,28 @@ def test_pruners_in_threads_do_not_disturb_each_other():
         together = list(threads.map(trained, range(3)))
     for wanted, found in zip(alone, together, strict=True):
         assert all(torch.equal(weight, found[name]) for name, weight in wanted.items())
+
+
+def test_a_pruner_shows_its_step_and_groups_in_a_few_lines():
+    model = nn.Sequential(nn.Linear(40, 20), nn.GRU(20, 20))
+    pruner = Pruner(model, "cubic", 40, sparsity=0.9, structure="4x1", scope={"0.*": {"sparsity": 0.5}})
+    start = """Pruner(Cubic, step 0 of 40
+  (recurrent): 2,400 weights, 4x1, 0.00 % pruned, 90 % asked for
+  (linear 0.5): 800 weights, 4x1, 0.00 % pruned, 50 % asked for
+)"""
+    assert repr(pruner) == str(pruner) == start
+    for _ in range(40):
+        pruner.step()
+    assert "step 40 of 40\n  (recurrent): 2,400 weights, 4x1, 90.00 % pruned, 90 %" in repr(pruner)
+    with pytest.warns(UserWarning, match="already"):
+        pruner = Pruner(model, "hard", 1, sparsity=0.3, prune_itr=0)
+    assert "30.00 % pruned" in repr(pruner)
+    assert repr(Pruner(model, "none", 1)) == "Pruner(NoPruning, step 0 of 1\n  nothing is pruned\n)"
+
+
+def test_a_pruner_of_many_groups_shows_the_first():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(30)))
+    shown = repr(Pruner(model, "gradual", 100, share="matrix", q=0.1)).splitlines()
+    assert len(shown) == 9
+    assert shown[1] == "  (0.weight): 64 weights, element, 0.00 % pruned", "with a fixed q the share is no goal"
+    assert shown[-2] == "  ... and 24 more groups"

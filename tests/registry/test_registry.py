@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -86,6 +87,31 @@ def test_unknown_names_and_kinds(registry):
 def test_bad_options_name_key_value_and_what_is_allowed(given, message):
     with pytest.raises(UserError, match=message):
         check_options(register.get("optimizer", "sgd").options, given, "optimizer")
+
+
+def test_what_has_no_options_says_so():
+    with pytest.raises(UserError, match=r"^pruning\.sparsity: unknown option of pruning: .* there has no options\.$"):
+        register.check("pruning", {"name": "none", "sparsity": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("bounds", "value", "of_percent"),
+    [
+        (Range(gt=0, lt=1), 90, " (90 % is 0.9)"),
+        (Range(ge=0, le=1), 12.5, " (12.5 % is 0.125)"),
+        (Range(ge=0, le=0.9999), 95, " (95 % is 0.95)"),
+        (Range(gt=0, lt=1), 100, ""),  # 1 is not allowed
+        (Range(gt=0, lt=1), 1, ""),
+        (Range(gt=0, lt=1), 101, ""),
+        (Range(gt=0, lt=1), -5, ""),
+        (Range(gt=0, lt=1), float("nan"), ""),
+        (Range(ge=0.5, le=1), 90, ""),  # no share
+        (Range(ge=0, le=5), 6, ""),
+    ],
+)
+def test_a_share_given_in_percent_is_answered_with_the_share(bounds, value, of_percent):
+    with pytest.raises(ValueError, match=f"^must be {re.escape(f'{bounds}{of_percent}')}$"):
+        bounds.check(value)
 
 
 def test_a_missing_option_says_how_to_give_it():
