@@ -111,7 +111,7 @@ def _dispatch(argv: list[str]) -> int:
         os.getcwd()
     except OSError as error:  # it was removed, by whoever cleans up
         raise UserError(f"the working folder cannot be used: {error.strerror}. Change to another one.") from None
-    if not {"--help", "-h"}.intersection(argv):  # which says nothing of them; importing torch takes seconds
+    if argv[:1] not in (["--help"], ["-h"]):  # help says nothing of them, and importing torch takes seconds
         _load_plugins(argv)
     module = importlib.import_module(f"srnn.commands.{command}")
     return int(module.main(argv))

@@ -50,7 +50,11 @@ def measure_packed(path: Path, limit: float) -> list[PackedRow]:
         UserError: the file cannot be read, or a backend computes it wrong.
     """
     packed = read(path)
-    dense = dense_networks(packed)
+    example = example_input(packed.supplied, STEPS)
+    if example is None:
+        raise UserError(f"{path} reads neither tokens nor vectors of a known size: bench cannot make inputs for it.")
+    inputs_T = example[0]
+    dense = dense_networks(packed, example)
     models = dict(dense)
     for name in (n for n in register.names("kernel") if n not in dense):
         kernel = register.build("kernel", {"name": name})
@@ -58,10 +62,6 @@ def measure_packed(path: Path, limit: float) -> list[PackedRow]:
             models[name] = unpack(packed, kernel)
     if "onnxruntime" in dense:
         models["onnxruntime int8"] = in_onnxruntime(read_chain(dense["torch"]), "int8")
-    example = example_input(packed.supplied, STEPS)
-    if example is None:
-        raise UserError(f"{path} reads neither tokens nor vectors of a known size: bench cannot make inputs for it.")
-    inputs_T = example[0]
     _check_outputs(path, packed, models, inputs_T)
     found = latencies(models, inputs_T, min(30.0, limit / 2))  # sequences and steps take half of it each
     return [

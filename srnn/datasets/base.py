@@ -138,7 +138,7 @@ class DataModule:
         """Read the data, once: sets ``counts`` and ``sizes``.
 
         Args:
-            stage: Lightning's; all splits are made for any.
+            stage: not used, as all splits are made at once.
             vocabulary: a trained model's own, for text.
 
         Raises:

@@ -190,7 +190,7 @@ class SpeechData(DataModule):
         """Look at every utterance, once.
 
         Args:
-            stage: Lightning's; all splits are made for any.
+            stage: not used, as all splits are made at once.
             vocabulary: a trained network's own.
 
         Raises:

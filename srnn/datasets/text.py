@@ -122,7 +122,7 @@ class TextStreams(DataModule):
         """Read the texts and cut them into streams, once.
 
         Args:
-            stage: Lightning's; all splits are made for any.
+            stage: not used, as all splits are made at once.
             vocabulary: a trained model's own; None builds it from the training text.
 
         Raises:

@@ -80,7 +80,8 @@ class OnnxNetwork(nn.Module):
             given = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         else:
             given = {name: states[name].numpy() for name in self.states}
-        feed = {self.input_name: inputs.numpy()} | given
+        tokens = not inputs.is_floating_point()  # int64 is what a graph takes
+        feed = {self.input_name: (inputs.long() if tokens else inputs).numpy()} | given
         outputs, *after = self.session.run(["outputs", *self.states.values()], feed)
         return torch.from_numpy(outputs), {n: torch.from_numpy(a) for n, a in zip(self.states, after, strict=True)}
 

@@ -114,8 +114,12 @@ def read(path: str | Path) -> PackedModel:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    # What safetensors says of it is of its own parts: a header, and offsets.
+    # What safetensors says is of its own parts, a header and offsets, or that there is no file where it is refused one.
     if isinstance(error, OSError):
+        try:
+            path.open("rb").close()
+        except OSError as found:
+            error = found
         return f"{path} cannot be read: {error.strerror or error}."
     return (
         f"{path} is damaged or no packed model: its {path.stat().st_size:,} bytes were cut short or changed, or are "

@@ -81,10 +81,10 @@ def warn_of_zeros_there(groups: Sequence[Group]) -> None:
         groups: with the masks that are to act now; what they take is still there.
     """
     found = []
-    for group in groups:
+    for group in (group for group in groups if group.sparsity is not None):
         pairs = [(part.of(part.parameter.detach()), part.of(part.mask)) for part in group.parts]
         zeros = sum(int(count(weight == 0)) for weight, _ in pairs)
-        more = group.sparsity is not None and zeros - group.target > max(group.tolerance, _NOTED * group.size)
+        more = zeros - group.target > max(group.tolerance, _NOTED * group.size)
         if more and not any(bool((weight.bool() & ~mask).any()) for weight, mask in pairs):
             there, asked = (f"{100 * number / group.size:.2f} %" for number in (zeros, group.target))
             found.append(f"{group.name} weights ({there}, {asked} asked for)")

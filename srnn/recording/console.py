@@ -315,13 +315,19 @@ def _prompt(data: DataModule, vocabulary: Vocabulary) -> str:
         if whole := re.search(rf"{border}.*\S.*{border}", text, re.DOTALL):
             text = whole[0]  # of a line and a word at the ends only a part may be there
             break
-    runs = (groupby(line.split(" "), lambda word: vocabulary.placeholder in word) for line in text.splitlines())
-    pieces = [" ".join(words).strip() for run in runs for unknown, words in run if not unknown]
-    longest = max(pieces, key=len, default="")
+    longest = max((piece for line in text.splitlines() for piece in _known(line, vocabulary)), key=len, default="")
     if len(longest) <= PROMPT:
         return longest
     first = longest.partition(" ")[0] if vocabulary.level == "words" else longest[:PROMPT]
     return longest[: PROMPT + 1].rpartition(" ")[0].strip() or first
+
+
+def _known(line: str, vocabulary: Vocabulary) -> list[str]:
+    """What lies between unknown words; between unknown characters where a line is a single word, as in Chinese."""
+    if " " not in line and vocabulary.level != "words":
+        return line.split(vocabulary.placeholder)
+    runs = groupby(line.split(" "), lambda word: vocabulary.placeholder in word)
+    return [" ".join(words).strip() for unknown, words in runs if not unknown]
 
 
 def print_folder(folder: RunFolder) -> None:

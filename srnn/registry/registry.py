@@ -84,7 +84,9 @@ class Registry:
         """
 
         def decorate(factory: F) -> F:
-            is_own = factory.__module__.partition(".")[0] == "srnn"  # also where a plug-in's import has loaded it
+            # Being defined in srnn just now, be it that a plug-in imports it: a plug-in may register what is there.
+            module = sys.modules.get(factory.__module__)
+            is_own = factory.__module__.partition(".")[0] == "srnn" and not hasattr(module, factory.__name__)
             if not is_own:  # srnn's own come first, so that a clash with one is the other's fault
                 importlib.import_module(KINDS[kind])
             taken = self.components.get((kind, name))
@@ -213,6 +215,8 @@ class Registry:
         self._plugin = origin
         try:
             load()
+            for key in self.components.keys() - before:
+                _ = self.components[key].options  # whose types may be named where they are not there
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plug-in is anybody's code: whatever it raises must not stop srnn

@@ -72,6 +72,8 @@ from srnn.__main__ import main
 from srnn.registry import register
 assert main(["generate", "--help"]) == 0
 assert "torch" not in sys.modules
+assert main(["generate", "none", "--prompt", "-h"]) == 2
+assert ("dataset", "alphabet") in register.components, "a run may need it, whatever its prompt"
 assert main(["list"]) == 0
 assert main(["dataset=alphabet", "averaging=ema", "--cfg", "job"]) == 0
 assert not {"pytorch_lightning", "torchmetrics", "wandb"} & set(sys.modules)

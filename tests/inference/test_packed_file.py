@@ -248,10 +248,14 @@ def test_what_a_header_lacks_is_named(file):
 
 
 def test_a_file_that_the_system_does_not_give_is_not_called_damaged(file, monkeypatch):
+    def gone(*arguments, **options):
+        raise FileNotFoundError(f"No such file or directory: {file}")  # as safetensors has it, whatever the reason
+
     def refused(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("srnn.inference.packed_file.safe_open", refused)
+    monkeypatch.setattr("srnn.inference.packed_file.safe_open", gone)
+    monkeypatch.setattr(type(file), "open", refused)
     with pytest.raises(UserError, match=rf"{file} cannot be read: Permission denied\.$"):
         read(file)
 

@@ -97,6 +97,7 @@ def test_a_prompt_is_whole_words_of_the_data(tmp_path, text, level, prompt):
         ("to donaudampfschiffahrtsgesellschaft\n", Words(["donaudampfschiffahrtsgesellschaft"]), LONG),
         ("nothing\n", Words(["else"]), ""),
         ("so na\u00efve we are\n", Characters("aenorsvw \n"), "we are"),
+        ("今天是晴朗的一天\n", Characters("今天是的一\n"), "今天是"),
     ],
 )
 def test_a_prompt_holds_nothing_unknown(tmp_path, text, tokens, prompt):

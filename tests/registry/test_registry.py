@@ -138,15 +138,21 @@ def test_plugins_are_found_and_broken_ones_isolated(registry, tmp_path, monkeypa
     (tmp_path / "breaks.py").write_text(PLUGIN.format(name="half") + "1 / 0")
     (tmp_path / "clashes.py").write_text(PLUGIN.format(name="gru"))
     (tmp_path / "syntax_error.py").write_text("def")
+    again = "from srnn.models.recurrent import gru\nfrom srnn.registry import register\nregister.model('{}')(gru)\n"
+    (tmp_path / "unread.py").write_text(PLUGIN.format(name="unread").replace("size: int", "size: Elsewhere"))
+    (tmp_path / "takes.py").write_text(again.format("taken"))
+    (tmp_path / "takes_and_breaks.py").write_text(again.format("half_taken") + "1 / 0")
     (tmp_path / "_helper.py").write_text("raise RuntimeError")
     monkeypatch.setattr("srnn.registry.register", registry)
     registry.load_plugins([tmp_path, tmp_path / "absent"])
     assert registry.get("model", "from_file").origin == "plug-in good_one.py"
-    assert "half" not in registry.names("model"), "nothing of a broken plug-in stays"
+    assert registry.get("model", "taken").origin == "plug-in takes.py", "though srnn made what it registers"
+    assert not {"half", "half_taken", "unread"} & set(registry.names("model")), "nothing of a broken plug-in stays"
     assert registry.get("model", "gru").origin == "srnn.models.recurrent.gru"
     reasons = {path.rpartition("/")[2]: reason for path, reason in registry.broken_plugins.items()}
-    assert reasons.keys() == {"breaks.py", "clashes.py", "syntax_error.py"}
+    assert reasons.keys() == {"breaks.py", "clashes.py", "syntax_error.py", "takes_and_breaks.py", "unread.py"}
     assert "ZeroDivisionError" in reasons["breaks.py"]
+    assert "'Elsewhere' is not defined" in reasons["unread.py"]
     assert "registered already" in reasons["clashes.py"]
 
 
