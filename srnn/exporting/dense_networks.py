@@ -16,8 +16,8 @@ from srnn.inference.packing import PackedModel
 from srnn.inference.unpacking import unpack
 from srnn.kernels import Dense
 
-# Name in ``dense_networks`` -> what it stands for in words: ``dense`` takes torch or oneDNN for each layer.
 _DIFFERENT = 1e-3  # of outputs in fp32, as a relative norm: another network, whose times say nothing
+# Name in ``dense_networks`` -> what it stands for in words: ``dense`` takes torch or oneDNN for each layer.
 RUNTIMES = {"torch": "torch", "dense": "oneDNN", "onnxruntime": "onnxruntime"}
 
 
